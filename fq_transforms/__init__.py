@@ -1,0 +1,51 @@
+"""Per-expert fake quantization of Mixture-of-Experts weights, as pure functions on torch.func."""
+
+from fq_transforms import formats, presets, state
+from fq_transforms.formats import (
+    FP8,
+    FP8_BLOCK,
+    FP8_PER_CHANNEL,
+    INT4_BLOCK32,
+    INT4_BLOCK128,
+    INT8,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8,
+    NVFP4,
+    NVFP4_STATIC,
+    Format,
+)
+from fq_transforms.select import Rule, Spec, select
+from fq_transforms.state import State, merge
+from fq_transforms.transform import Transform, transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FP8",
+    "FP8_BLOCK",
+    "FP8_PER_CHANNEL",
+    "INT4_BLOCK32",
+    "INT4_BLOCK128",
+    "INT8",
+    "INT8_PER_CHANNEL",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8",
+    "NVFP4",
+    "NVFP4_STATIC",
+    "Format",
+    "Rule",
+    "Spec",
+    "State",
+    "Transform",
+    "formats",
+    "merge",
+    "presets",
+    "select",
+    "state",
+    "transform",
+]

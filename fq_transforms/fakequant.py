@@ -1,0 +1,84 @@
+"""Fake quantization: parameters and state to parameters, as a pure function."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fq_transforms.ops.autograd import Backward, fake_quantize
+from fq_transforms.select import DTYPES, Spec, weights_of
+from fq_transforms.state import BlockAmax, State, Stateless, check, is_concrete
+
+__all__ = ["fakequant"]
+
+
+def fakequant(
+    params: Mapping[str, Tensor],
+    state: State,
+    *,
+    spec: Spec,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+) -> dict[str, Tensor]:
+    """The parameters with each selected weight quantized and dequantized by its own expert's scales.
+
+    One kernel launch a group on a GPU, plain PyTorch on a CPU, equal bit for bit. Differentiable in the weights.
+
+    Args:
+        params: Names to tensors; may hold more than the spec names.
+        state: From `calibrate`, or loaded.
+        spec: What is quantized, and how. Formulas: `fq_transforms.ops.reference.fake_quantize_reference`.
+        out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. fp32 master weights to bf16 is one
+            pass.
+        backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; formats whose block
+            scales come from the weight never clip.
+
+    Returns:
+        A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No input is
+        changed.
+
+    Raises:
+        KeyError: A parameter or a group of the state is missing.
+        ValueError: A shape, dtype or device is not the spec's; on the CPU, an amax that is NaN, infinite or negative. On a
+            GPU the values are not read, since that would wait for the device: there such an amax makes the weights that
+            it scales NaN, and `state.check` says which it was.
+
+    Source: ModelOpt 0.47 `TensorQuantizer` with `pass_through_bwd` True (default) or False.
+
+    Example:
+        >>> from fq_transforms.calibrate import calibrate
+        >>> from fq_transforms.formats import INT8
+        >>> from fq_transforms.select import select
+        >>> params = {"experts.0.weight": torch.tensor([[1.0, -2.01]]), "norm.weight": torch.ones(2)}
+        >>> spec = select(params, {"experts.*": INT8})
+        >>> fakequant(params, calibrate(params, spec=spec), spec=spec)["experts.0.weight"]
+        tensor([[ 0.9971, -2.0100]])
+    """
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
+    if backward not in ("pass_through", "clip"):
+        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through' or 'clip'")
+    leaves = [leaf for group in state.values() for leaf in group]
+    check(state, spec, values=all(leaf.is_cpu and is_concrete(leaf) for leaf in leaves))
+
+    quantized: dict[str, Tensor] = {}
+    for group in spec.groups:
+        weights = weights_of(params, group)
+        group_state = state[group.key]
+        for leaf in group_state:
+            if leaf.device != weights[0].device:
+                raise ValueError(
+                    f"state {group.key!r} is on {leaf.device}, its weights are on {weights[0].device}; move the state with "
+                    "optree.tree_map(lambda leaf: leaf.to(device), state)"
+                )
+        outs = fake_quantize(
+            weights,
+            None if isinstance(group_state, Stateless) else group_state.amax,
+            group_state.global_amax if isinstance(group_state, BlockAmax) else None,
+            format=group.format,
+            transposed=group.transposed,
+            out_dtype=out_dtype,
+            backward=backward,
+        )
+        quantized |= zip(group.names, outs, strict=True)
+    return {name: quantized.get(name, param) for name, param in params.items()}

@@ -1,0 +1,175 @@
+"""Formats as data: every number that defines a quantized weight, and nothing that computes.
+
+A `Format` lies on four axes: the element (`IntElement` or `FloatElement`), the granule that shares one scale
+(`block`), the type of that scale (`scale`), and who sets it (`dynamic`). Where the field's libraries disagree, the
+disagreement is a number here too, and each library's choice is a constant with its name in it.
+
+The formulas that use these numbers are in `fq_transforms.ops.reference`. To make a new format, make a new constant.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+__all__ = ["E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "FORMATS", "FloatElement", "Format", "IntElement"]
+
+
+@dataclass(frozen=True)
+class IntElement:
+    """Signed integers `low..high`; the scale maps amax to `qmax`, which need not be an integer.
+
+    Example:
+        >>> IntElement(qmax=7, low=-8, high=7).high
+        7
+    """
+
+    qmax: float
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class FloatElement:
+    """A small float: sign, `exponent_bits`, `mantissa_bits`, subnormals, and the largest finite value `max`.
+
+    Example:
+        >>> E4M3.min_exponent, E4M3.max
+        (-6, 448.0)
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    max: float
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal value; subnormals share its spacing."""
+        return 2 - 2 ** (self.exponent_bits - 1)
+
+
+E4M3 = FloatElement(4, 3, 448.0)
+E5M2 = FloatElement(5, 2, 57344.0)
+E3M2 = FloatElement(3, 2, 28.0)
+E2M3 = FloatElement(2, 3, 7.5)
+E2M1 = FloatElement(2, 1, 6.0)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to quantize the weight [out, in] of an expert. Frozen, hashable, and equal by value.
+
+    Attributes:
+        name: What tables and checkpoints call it.
+        element: What one quantized weight can be.
+        block: (rows of `out`, columns of `in`) that share one scale; None is the whole extent. So (None, None) is
+            per tensor, (1, None) per channel, (1, 16) a block of sixteen inputs, (128, 128) a square block.
+        scale: "fp32"; "e4m3", an E4M3 scale a block under one fp32 scale an expert; or "e8m0", a power of two.
+        dynamic: True if the amax of a block is taken from the weight at each call, False if it is state.
+        min_scale: Two-level formats: the smallest E4M3 scale. 2**-9, the smallest positive E4M3, is what deployment
+            stores; 0 lets small scales underflow, and with them their block.
+        unit_scale_below: Two-level formats: an effective scale under this is replaced by 1. Only ModelOpt's fake
+            quantization kernel does so (1e-5); 0 is off.
+        exponent_rounding: E8M0 scales: "up", the smallest power of two that clips nothing; "floor", OCP's
+            floor(log2(amax)) minus the element's largest exponent; "even", floor after amax is rounded to the
+            element's mantissa.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> FORMATS["FP8"].amax_shape(256, 512), FORMATS["INT4_BLOCK32"].amax_shape(256, 512)
+        ((), (256, 16))
+        >>> replace(FORMATS["FP8"], name="FP8_E5M2", element=E5M2).element.max
+        57344.0
+    """
+
+    name: str
+    element: IntElement | FloatElement
+    block: tuple[int | None, int | None]
+    scale: Literal["fp32", "e4m3", "e8m0"] = "fp32"
+    dynamic: bool = False
+    min_scale: float = 2.0**-9
+    unit_scale_below: float = 0.0
+    exponent_rounding: Literal["up", "floor", "even"] = "up"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.element, IntElement) and self.scale != "fp32":
+            raise ValueError(f"format {self.name}: integer elements have an fp32 scale, not {self.scale!r}")
+        if self.dynamic != (self.scale == "e8m0") and self.scale != "e4m3":
+            raise ValueError(f"format {self.name}: fp32 scales are static and e8m0 scales are dynamic")
+        if self.scale != "fp32" and not self.has_blocks_along_in:
+            raise ValueError(f"format {self.name}: {self.scale} scales want a block of (1, columns), not {self.block}")
+        if any(side is not None and (side < 1 or side & (side - 1)) for side in self.block):
+            raise ValueError(f"format {self.name}: the sides of a block are powers of two, not {self.block}")
+
+    @property
+    def has_blocks_along_in(self) -> bool:
+        """True for blocks of (1, columns), which must divide `in`; square blocks may be ragged."""
+        return self.block[0] == 1 and self.block[1] is not None
+
+    @property
+    def is_stateless(self) -> bool:
+        """True if nothing is calibrated: the scale of each block comes from the weight alone."""
+        return self.scale == "e8m0"
+
+    @property
+    def clips(self) -> bool:
+        """True if a weight can exceed its amax, so that the clip gradient differs from the pass-through one."""
+        return not self.dynamic
+
+    def granules(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Number of granules along `out` and `in` of a weight; ragged edges count as one."""
+        rows, columns = self.block
+        return -(-out_features // (rows or out_features)), -(-in_features // (columns or in_features))
+
+    def amax_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of one expert's `amax` leaf. Dynamic two-level formats keep only the expert's global amax: ()."""
+        if self.dynamic or self.block == (None, None):
+            return ()
+        return self.granules(out_features, in_features)
+
+
+# ModelOpt's full range: -128 and -8 are used.
+_INT8, _INT4 = IntElement(127, -128, 127), IntElement(7, -8, 7)
+
+INT8 = Format("INT8", _INT8, (None, None))
+INT8_PER_CHANNEL = Format("INT8_PER_CHANNEL", _INT8, (1, None))
+INT4_BLOCK32 = Format("INT4_BLOCK32", _INT4, (1, 32))
+INT4_BLOCK128 = Format("INT4_BLOCK128", _INT4, (1, 128))
+FP8 = Format("FP8", E4M3, (None, None))
+FP8_PER_CHANNEL = Format("FP8_PER_CHANNEL", E4M3, (1, None))
+FP8_BLOCK = Format("FP8_BLOCK", E4M3, (128, 128))
+NVFP4 = Format("NVFP4", E2M1, (1, 16), scale="e4m3", dynamic=True)
+NVFP4_STATIC = Format("NVFP4_STATIC", E2M1, (1, 16), scale="e4m3")
+MXFP8 = Format("MXFP8", E4M3, (1, 32), scale="e8m0", dynamic=True)
+MXFP6_E3M2 = Format("MXFP6_E3M2", E3M2, (1, 32), scale="e8m0", dynamic=True)
+MXFP6_E2M3 = Format("MXFP6_E2M3", E2M3, (1, 32), scale="e8m0", dynamic=True)
+MXFP4 = Format("MXFP4", E2M1, (1, 32), scale="e8m0", dynamic=True)
+
+# Kimi-K2 and slime: a symmetric range.
+INT4_BLOCK32_KIMI = replace(INT4_BLOCK32, name="INT4_BLOCK32_KIMI", element=IntElement(7, -7, 7))
+
+# compressed-tensors and torchao: half a step more than the largest integer. One definition, both names.
+_INT8_HALF, _INT4_HALF = IntElement(127.5, -128, 127), IntElement(7.5, -8, 7)
+INT8_COMPRESSED_TENSORS = replace(INT8, name="INT8_COMPRESSED_TENSORS", element=_INT8_HALF)
+INT8_PER_CHANNEL_COMPRESSED_TENSORS = replace(
+    INT8_PER_CHANNEL, name="INT8_PER_CHANNEL_COMPRESSED_TENSORS", element=_INT8_HALF
+)
+INT4_BLOCK32_COMPRESSED_TENSORS = replace(INT4_BLOCK32, name="INT4_BLOCK32_COMPRESSED_TENSORS", element=_INT4_HALF)
+INT4_BLOCK128_COMPRESSED_TENSORS = replace(INT4_BLOCK128, name="INT4_BLOCK128_COMPRESSED_TENSORS", element=_INT4_HALF)
+INT8_PER_CHANNEL_TORCHAO = replace(INT8_PER_CHANNEL, name="INT8_PER_CHANNEL_TORCHAO", element=_INT8_HALF)
+INT4_BLOCK32_TORCHAO = replace(INT4_BLOCK32, name="INT4_BLOCK32_TORCHAO", element=_INT4_HALF)
+
+# What becomes of an NVFP4 scale that underflows E4M3.
+NVFP4_MODELOPT = replace(NVFP4, name="NVFP4_MODELOPT", min_scale=0.0, unit_scale_below=1e-5)
+NVFP4_TRANSFORMER_ENGINE = replace(NVFP4, name="NVFP4_TRANSFORMER_ENGINE", min_scale=0.0)
+NVFP4_TORCHAO = replace(NVFP4, name="NVFP4_TORCHAO", min_scale=2.0**-6)
+
+# The MX exponent of the OCP specification, and torchao's EVEN mode.
+MXFP8_OCP = replace(MXFP8, name="MXFP8_OCP", exponent_rounding="floor")
+MXFP6_E3M2_OCP = replace(MXFP6_E3M2, name="MXFP6_E3M2_OCP", exponent_rounding="floor")
+MXFP6_E2M3_OCP = replace(MXFP6_E2M3, name="MXFP6_E2M3_OCP", exponent_rounding="floor")
+MXFP4_OCP = replace(MXFP4, name="MXFP4_OCP", exponent_rounding="floor")
+MXFP8_TORCHAO_EVEN = replace(MXFP8, name="MXFP8_TORCHAO_EVEN", exponent_rounding="even")
+MXFP6_E3M2_TORCHAO_EVEN = replace(MXFP6_E3M2, name="MXFP6_E3M2_TORCHAO_EVEN", exponent_rounding="even")
+MXFP6_E2M3_TORCHAO_EVEN = replace(MXFP6_E2M3, name="MXFP6_E2M3_TORCHAO_EVEN", exponent_rounding="even")
+MXFP4_TORCHAO_EVEN = replace(MXFP4, name="MXFP4_TORCHAO_EVEN", exponent_rounding="even")
+
+FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}

@@ -1,0 +1,290 @@
+"""The operations as `autograd.Function`s: kernel or reference by the device, and the rules that torch.func needs.
+
+A group is a sequence of tensors `[*experts, out, in]` (or `[*experts, in, out]` if transposed): N separate matrices, or
+one stacked tensor. Its amax has all experts of all tensors along dimension 0, in order.
+
+NOTE vmap: a mapped dimension becomes one more expert dimension in front of each tensor, so a batch is one launch too. An
+unmapped weight is expanded with stride 0, not copied.
+
+NOTE second Function: under torch.func, tensors saved for backward are wrappers without storage. So the clip gradient is
+a Function of its own, whose forward sees plain tensors again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.autograd import Function
+
+from fq_transforms.formats import Format
+from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
+
+__all__ = ["Backward", "expert_amax", "fake_quantize"]
+
+Backward = Literal["pass_through", "clip"]
+
+
+def fake_quantize(
+    weights: Sequence[Float[Tensor, "..."]],
+    amax: Float32[Tensor, "..."] | None,
+    global_amax: Float32[Tensor, "..."] | None,
+    *,
+    format: Format,
+    transposed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+) -> tuple[Float[Tensor, "..."], ...]:
+    """Fake-quantize each expert of a group by its own amax: `fake_quantize_reference`, differentiable in the weights.
+
+    The gradient is that of the identity ("pass_through": no kernel, nothing saved), or with "clip" that of
+    clamp(w, -amax, amax). Formats that cannot clip pass it through either way. The amax gets no gradient.
+
+    Args:
+        weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if transposed.
+        amax: fp32 [E, *format.amax_shape(out, in)], E experts over all tensors; None for MX formats.
+        global_amax: fp32 [E] for static two-level formats, else None.
+        format: The numbers.
+        transposed: True if a matrix is stored [in, out]. Granules always lie in [out, in].
+        out_dtype: bf16, fp16 or fp32; the dtype of the weights if None.
+        backward: "pass_through" or "clip".
+
+    Returns:
+        N new contiguous tensors, each with memory of its own.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> w = torch.tensor([[0.1, -0.04, 1.0, -7.0]], requires_grad=True)
+        >>> (y,) = fake_quantize([w], torch.tensor([0.5]), None, format=FORMATS["INT8"], backward="clip")
+        >>> y.sum().backward()
+        >>> w.grad
+        tensor([[1., 1., 0., 0.]])
+    """
+    statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips)
+    return _FakeQuantize.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
+
+
+def expert_amax(
+    weights: Sequence[Float[Tensor, "..."]], *, format: Format, transposed: bool = False
+) -> tuple[Float32[Tensor, "..."], Float32[Tensor, "..."] | None]:
+    """Amax of each expert of a group: `expert_amax_reference`. Not differentiable.
+
+    Args:
+        weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
+        format: Not an MX format, which has no state.
+        transposed: True if a matrix is stored [in, out].
+
+    Returns:
+        amax, fp32 [E, *format.amax_shape(out, in)], and global_amax, fp32 [E] for static two-level formats, else None.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> expert_amax([torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])], format=FORMATS["FP8"])
+        (tensor([3.0000, 0.5000]), None)
+    """
+    amax, global_amax = _ExpertAmax.apply(_Statics(format, transposed, torch.float32, False), *weights)
+    return amax, global_amax if format.scale == "e4m3" and not format.dynamic else None
+
+
+@dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
+class _Statics:
+    format: Format
+    transposed: bool
+    out_dtype: torch.dtype
+    clip: bool
+
+
+class _FakeQuantize(Function):
+    @staticmethod
+    def forward(statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor) -> Any:
+        format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
+        if weights[0].is_cuda:
+            from fq_transforms.ops.kernels import fake_quantize_triton
+
+            return tuple(
+                fake_quantize_triton(
+                    weights, amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
+                )
+            )
+        outs: list[Tensor] = []
+        for w, a, g in zip(weights, _split(amax, weights), _split(global_amax, weights), strict=True):
+            y = fake_quantize_reference(_matrix(w, transposed), a, g, format=format, out_dtype=out_dtype)
+            outs.append(_matrix(y, transposed).contiguous())
+        return tuple(outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+        statics, amax, _, *weights = inputs
+        ctx.statics = statics
+        ctx.dtype = weights[0].dtype
+        ctx.set_materialize_grads(False)
+        if statics.clip:
+            ctx.save_for_backward(amax, *weights)
+            ctx.save_for_forward(amax, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, *_pull(ctx, grads, ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return tuple(_pull(ctx, tangents[3:], ctx.statics.out_dtype))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, statics: _Statics, amax: Any, global_amax: Any, *weights: Tensor) -> Any:
+        size, weight_dims = info.batch_size, in_dims[3:]
+        folded = [_fold(w, d, size) for w, d in zip(weights, weight_dims, strict=True)]
+        scales = [
+            _fold_amax(s, d, weights, weight_dims, size) for s, d in zip((amax, global_amax), in_dims[1:3], strict=True)
+        ]
+        outs = _FakeQuantize.apply(statics, *scales, *folded)
+        return outs, (0,) * len(weights)
+
+
+class _ExpertAmax(Function):
+    @staticmethod
+    def forward(statics: _Statics, *weights: Tensor) -> Any:
+        if weights[0].is_cuda:
+            from fq_transforms.ops.kernels import expert_amax_triton
+
+            amax, global_amax = expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
+        else:
+            parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
+            lead = [w.dim() - 2 for w in weights]
+            amax = torch.cat([_flat(a, n) for (a, _), n in zip(parts, lead, strict=True)])
+            globals_ = [_flat(g, n) for (_, g), n in zip(parts, lead, strict=True) if g is not None]
+            global_amax = torch.cat(globals_) if globals_ else None
+        # A Function returns tensors: an empty one stands for "no global amax".
+        return amax, amax.new_empty(0) if global_amax is None else global_amax
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: ARG004 (the signature is PyTorch's)
+        raise AssertionError("amax is not differentiable")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # noqa: ARG004 (the signature is PyTorch's)
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, statics: _Statics, *weights: Tensor) -> Any:
+        size = info.batch_size
+        folded = [_fold(w, d, size) for w, d in zip(weights, in_dims[1:], strict=True)]
+        amax, global_amax = _ExpertAmax.apply(statics, *folded)
+        counts = [_experts(w, d) for w, d in zip(weights, in_dims[1:], strict=True)]
+
+        def unfold(leaf: Tensor) -> Tensor:
+            parts = leaf.split([size * n for n in counts])
+            return torch.cat([part.unflatten(0, (size, n)) for part, n in zip(parts, counts, strict=True)], dim=1)
+
+        if global_amax.numel() == 0:
+            return (unfold(amax), global_amax), (0, None)
+        return (unfold(amax), unfold(global_amax)), (0, 0)
+
+
+class _ClipBackward(Function):
+    """Gradient where abs(weight) <= amax. Linear in the gradient, so its own derivative is itself."""
+
+    @staticmethod
+    def forward(statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *grads_and_weights: Tensor) -> Any:
+        half = len(grads_and_weights) // 2
+        grads, weights = grads_and_weights[:half], grads_and_weights[half:]
+        format, transposed = statics.format, statics.transposed
+        if weights[0].is_cuda:
+            from fq_transforms.ops.kernels import clip_backward_triton
+
+            outs = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
+        else:
+            outs = [
+                _matrix(
+                    clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format),
+                    transposed,
+                ).contiguous()
+                for g, w, a in zip(grads, weights, _split(amax, weights), strict=True)
+            ]
+        return tuple(out.to(out_dtype) for out in outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+        statics, out_dtype, amax, *grads_and_weights = inputs
+        half = len(grads_and_weights) // 2
+        ctx.statics, ctx.grad_dtype, ctx.out_dtype, ctx.half = statics, grads_and_weights[0].dtype, out_dtype, half
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(amax, *grads_and_weights[half:])
+        ctx.save_for_forward(amax, *grads_and_weights[half:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, *_pull(ctx, grads, ctx.grad_dtype), *(None,) * ctx.half
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return tuple(_pull(ctx, tangents[3 : 3 + ctx.half], ctx.out_dtype))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *pairs: Tensor) -> Any:
+        size, half = info.batch_size, len(pairs) // 2
+        folded = [_fold(t, d, size) for t, d in zip(pairs, in_dims[3:], strict=True)]
+        amax_folded = _fold_amax(amax, in_dims[2], pairs[half:], in_dims[3 + half :], size)
+        outs = _ClipBackward.apply(statics, out_dtype, amax_folded, *folded)
+        return outs, (0,) * half
+
+
+def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Cotangents to gradients, or tangents to output tangents: the derivative is symmetric."""
+    if not ctx.statics.clip:
+        return [None if v is None else v.to(dtype) for v in vectors]
+    amax, *weights = ctx.saved_tensors
+    live = [i for i, v in enumerate(vectors) if v is not None]
+    if not live:
+        return [None] * len(vectors)
+    filled = [torch.zeros_like(w) if v is None else v for v, w in zip(vectors, weights, strict=True)]
+    pulled = _ClipBackward.apply(ctx.statics, dtype, amax, *filled, *weights)
+    return [pulled[i] if i in live else None for i in range(len(vectors))]
+
+
+def _matrix(tensor: Tensor, transposed: bool) -> Tensor:
+    return tensor.mT if transposed else tensor
+
+
+def _experts(weight: Tensor, batch_dim: int | None = None) -> int:
+    """Experts in a tensor [*experts, ., .], not counting a mapped dimension."""
+    n = weight.shape.numel() // (weight.shape[-1] * weight.shape[-2]) if batch_dim is None else -1
+    if batch_dim is not None:
+        shape = [size for dim, size in enumerate(weight.shape) if dim != batch_dim % weight.dim()]
+        n = torch.Size(shape[:-2]).numel()
+    return n
+
+
+def _split(leaf: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Each tensor's part of a leaf [E, ...], with the tensor's own expert dimensions."""
+    if leaf is None:
+        return [None] * len(weights)
+    parts = leaf.split([_experts(w) for w in weights])
+    return [part.reshape((*w.shape[:-2], *part.shape[1:])) for part, w in zip(parts, weights, strict=True)]
+
+
+def _flat(leaf: Tensor, expert_dims: int) -> Tensor:
+    """[*experts, ...] to [E, ...]."""
+    return leaf.reshape((-1, *leaf.shape[expert_dims:]))
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Mapped dimension to the front, as one more expert dimension; an unmapped tensor is repeated without a copy."""
+    return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+
+
+def _fold_amax(
+    leaf: Tensor | None, dim: int | None, weights: Sequence[Tensor], weight_dims: Sequence[int | None], size: int
+) -> Tensor | None:
+    """A leaf [E, ...] for the folded weights: each tensor's experts repeated `size` times, mapped dimension outermost."""
+    if leaf is None:
+        return None
+    counts = [_experts(w, d) for w, d in zip(weights, weight_dims, strict=True)]
+    parts = _fold(leaf, dim, size).split(counts, dim=1)
+    return torch.cat([part.flatten(0, 1) for part in parts])

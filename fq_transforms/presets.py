@@ -1,0 +1,84 @@
+"""Rules for whole models, by ModelOpt's names: weights only, with its exclusions. Pass one to `select`.
+
+    spec = select(params, presets.NVFP4_EXPERTS_ONLY_CFG)
+    spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*.layers.0.*", None)])
+
+`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts. Where
+ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are made
+after its NVFP4_EXPERTS_ONLY_CFG.
+"""
+
+from fq_transforms import formats
+from fq_transforms.formats import Format
+from fq_transforms.select import Rule
+
+# ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers, on parameter names; it excludes embeddings by class.
+# Norms and biases are never weights (`select`). A model need not have any of these, so none is required.
+EXCLUDED = tuple(
+    Rule(pattern, None, required=False)
+    for pattern in (
+        "*lm_head*",
+        "*output_layer*",
+        "output.*",
+        "*proj_out.*",
+        "*router*",
+        "*mlp.gate.*",
+        "*feed_forward.gate.*",
+        "*block_sparse_moe.gate*",
+        "*shared_expert_gate*",
+        "*embed*",
+        "*wte.*",
+        "*wpe.*",
+        "*conv1d*",
+        "*linear_attn.in_proj_a*",
+        "*linear_attn.in_proj_b*",
+        "mtp.*",
+        "*vision_tower*",
+        "*vision_model*",
+        "*visual*",
+        "*multi_modal_projector*",
+    )
+)
+
+
+def whole_model(format: Format) -> tuple[Rule, ...]:
+    """Every matrix but the excluded.
+
+    Example:
+        >>> rule = whole_model(formats.FP8)[0]
+        >>> rule.pattern, rule.format.name
+        ('*', 'FP8')
+    """
+    return (Rule("*", format), *EXCLUDED)
+
+
+def experts_only(format: Format) -> tuple[Rule, ...]:
+    """Routed experts: module lists, Megatron's local_experts, TE's grouped linears, stacked parameters.
+
+    Example:
+        >>> [rule.pattern for rule in experts_only(formats.NVFP4)][:2]
+        ['*.experts.*', '*.local_experts.*']
+    """
+    patterns = ("*.experts.*", "*.local_experts.*", "experts.*", "local_experts.*")
+    rules = tuple(Rule(pattern, format, required=False) for pattern in patterns)
+    return (*rules, *EXCLUDED)
+
+
+NVFP4_DEFAULT_CFG = whole_model(formats.NVFP4)
+NVFP4_EXPERTS_ONLY_CFG = experts_only(formats.NVFP4)
+FP8_DEFAULT_CFG = whole_model(formats.FP8)
+FP8_EXPERTS_ONLY_CFG = experts_only(formats.FP8)
+FP8_PER_CHANNEL_PER_TOKEN_CFG = whole_model(formats.FP8_PER_CHANNEL)
+FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG = whole_model(formats.FP8_BLOCK)
+FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.FP8_BLOCK)
+INT8_DEFAULT_CFG = whole_model(formats.INT8_PER_CHANNEL)
+INT8_WEIGHT_ONLY_CFG = whole_model(formats.INT8_PER_CHANNEL)
+INT8_EXPERTS_ONLY_CFG = experts_only(formats.INT8_PER_CHANNEL)
+INT4_BLOCKWISE_WEIGHT_ONLY_CFG = whole_model(formats.INT4_BLOCK128)
+INT4_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.INT4_BLOCK128)
+MXFP8_DEFAULT_CFG = whole_model(formats.MXFP8)
+MXFP8_EXPERTS_ONLY_CFG = experts_only(formats.MXFP8)
+MXFP6_DEFAULT_CFG = whole_model(formats.MXFP6_E3M2)
+MXFP6_EXPERTS_ONLY_CFG = experts_only(formats.MXFP6_E3M2)
+MXFP4_DEFAULT_CFG = whole_model(formats.MXFP4)
+MXFP4_EXPERTS_ONLY_CFG = experts_only(formats.MXFP4)

@@ -1,0 +1,395 @@
+"""Names and patterns to a static `Spec`: which parameters are quantized, grouped by expert, and in which format.
+
+A group is one role in one layer. How its experts are found:
+
+    ...linear_fc1.weight0 .. weightN-1            Transformer Engine GroupedLinear
+    ...local_experts.{i}.linear_fc1.weight        Megatron SequentialMLP
+    ...experts.{i}.w1.weight                      module lists (Mixtral, DeepSeek, Qwen checkpoints)
+    ...experts.gate_up_proj  [E, out, in]         stacked experts (transformers 5); [E, in, out] in gpt-oss, Llama 4
+    any other matrix                              dense: a group of one
+
+The group key is the parameter's name with the expert number as `*`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fq_transforms.formats import FloatElement, Format, IntElement
+
+__all__ = ["Group", "Rule", "Skipped", "Spec", "select", "weights_of"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_EXPERT_LISTS = (r"(?:.*\.)?(?:local_)?experts\.(?P<expert>\d+)\..+", r"(?:.*\.)?weight(?P<expert>\d+)")
+_STACKED_EXPERTS = (r"(?:.*\.)?(?:local_)?experts\..+",)
+_BIAS = re.compile(r"(?:^|[._])bias\d*$")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quantize what matches a glob pattern in a format, or exclude it (None). Presets have rules that may match nothing.
+
+    Example:
+        >>> Rule("*.experts.*", None).required
+        True
+    """
+
+    pattern: str
+    format: Format | None
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """The weights of one role in one layer, one an expert.
+
+    Attributes:
+        key: The parameters' name with the expert number as `*`; for stacked and dense weights the name itself.
+        names: Parameter names in the order of the experts; one name if stacked or dense.
+        format: How each is quantized.
+        experts: Number of experts E.
+        shape: (out, in) of one expert.
+        stacked: One parameter holds all experts along dimension 0.
+        transposed: Matrices are stored [in, out].
+    """
+
+    key: str
+    names: tuple[str, ...]
+    format: Format
+    experts: int
+    shape: tuple[int, int]
+    stacked: bool = False
+    transposed: bool = False
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of each parameter in `names`, as stored."""
+        matrix = self.shape[::-1] if self.transposed else self.shape
+        return (self.experts, *matrix) if self.stacked else matrix
+
+    def expert_name(self, expert: int) -> str:
+        """What to call one expert's weight in a message."""
+        return f"{self.names[0]}[{expert}]" if self.stacked else self.names[expert]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that is not quantized, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is quantized, how, and what is not. Static: frozen, hashable, a table when printed, JSON when stored.
+
+    Example:
+        >>> from fq_transforms.formats import NVFP4
+        >>> params = {f"experts.{i}.w1.weight": torch.empty(8, 32) for i in range(4)} | {"norm.weight": torch.empty(32)}
+        >>> spec = select(params, {"*.w1.*": NVFP4})
+        >>> print(spec)
+        quantized              format  experts  out x in  layout
+        experts.*.w1.weight    NVFP4         4  8 x 32    separate
+        not quantized          why              shape
+        norm.weight            1-D              32
+        1 group, 4 expert weights: 97.0 % of 1,056 parameters
+        >>> Spec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    groups: tuple[Group, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def to_json(self) -> str:
+        """The spec as one line of JSON, formats with all of their numbers."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Spec":
+        """The spec that `to_json` wrote. Raises ValueError if the text is not one."""
+        try:
+            data = json.loads(text)
+            groups = tuple(_group_from_json(group) for group in data["groups"])
+            skipped = tuple(Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in data["skipped"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a stored Spec: {error!r} in {text[:80]!r}") from error
+        return Spec(groups, skipped)
+
+    def __str__(self) -> str:
+        quantized = [
+            (
+                group.key,
+                (
+                    group.format.name,
+                    str(group.experts),
+                    _by(group.shape),
+                    "stacked" * group.stacked + "separate" * (len(group.names) > 1) + ", transposed" * group.transposed
+                    or "dense",
+                ),
+            )
+            for group in self.groups
+        ]
+        rows = [("quantized", "format", "experts", "out x in", "layout")]
+        rows += [(name, *cells) for name, cells in _collapse(quantized)]
+        if self.skipped:
+            rows += [("not quantized", "why", "", "shape", "")]
+            not_quantized = [(s.name, (s.reason, "", _by(s.shape), "")) for s in self.skipped]
+            rows += [(name, *cells) for name, cells in _collapse(not_quantized)]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i == 2 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        inside = sum(group.experts * prod(group.shape) for group in self.groups)
+        total = inside + sum(prod(s.shape) for s in self.skipped)
+        n, experts = len(self.groups), sum(group.experts for group in self.groups)
+        lines += [
+            f"{n} group{'s' * (n != 1)}, {experts} expert weight{'s' * (experts != 1)}: "
+            f"{100 * inside / max(total, 1):.1f} % of {total:,} parameters"
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        return f"<pre>{str(self).replace('&', '&amp;').replace('<', '&lt;')}</pre>"
+
+
+def select(
+    params: Mapping[str, Tensor],
+    rules: Mapping[str, Format | None] | Iterable[Rule],
+    *,
+    experts: str | Sequence[str] = (),
+    transposed: str | Sequence[str] = (),
+) -> Spec:
+    """Which parameters are quantized and how: each takes the format of the last rule whose glob matches its name.
+
+    Only matrices (2-D) and stacked experts (3-D) can be quantized; biases and vectors never are. Values are not read, so
+    meta tensors will do.
+
+    Args:
+        params: `dict(model.named_parameters())`, names to tensors.
+        rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s, such as a preset.
+        experts: Regular expressions (full match) for names that are not found by themselves. With a named group
+            `(?P<expert>\\d+)`, a list of experts; without, a stacked 3-D parameter.
+        transposed: Globs of parameters whose matrices are stored [in, out]. Found by itself where the shapes of
+            `gate_up_proj` and `down_proj` tell (gpt-oss, Llama 4); else [out, in] is taken.
+
+    Raises:
+        ValueError: A rule or a glob matches nothing, or nothing is selected; the numbers of a group's experts are not 0..N-1; its experts differ
+            in shape, dtype or format; a 3-D parameter is not known to be experts; `in` is not a multiple of the block; a
+            dtype is not bf16, fp16 or fp32; a weight is empty.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, NVFP4
+        >>> params = {"mlp.experts.down_proj": torch.empty(4, 64, 32), "attn.q.weight": torch.empty(64, 64)}
+        >>> spec = select(params, {"*": FP8, "*.experts.*": NVFP4})
+        >>> [(group.key, group.format.name, group.experts) for group in spec.groups]
+        [('mlp.experts.down_proj', 'NVFP4', 4), ('attn.q.weight', 'FP8', 1)]
+    """
+    rules = [Rule(p, f) for p, f in rules.items()] if isinstance(rules, Mapping) else list(rules)
+    patterns = (experts,) if isinstance(experts, str) else tuple(experts)
+    transposed = (transposed,) if isinstance(transposed, str) else tuple(transposed)
+    _check_patterns(params, rules, patterns, transposed)
+
+    members: dict[str, list[tuple[int, str, Format | None]]] = {}
+    skipped: dict[str, Skipped] = {}
+    for name, param in params.items():
+        if why_never := _not_a_weight(name, param):
+            skipped[name] = Skipped(name, tuple(param.shape), why_never)
+            continue
+        rule = next((r for r in reversed(rules) if fnmatchcase(name, r.pattern)), None)
+        key, expert = _group_key(name, patterns)
+        members.setdefault(key, []).append((expert, name, rule.format if rule else None))
+        if rule is None or rule.format is None:
+            why = f"excluded by {rule.pattern}" if rule else "no rule"
+            skipped[name] = Skipped(name, tuple(param.shape), why)
+
+    groups = [
+        _group(key, sorted(found), params, patterns, transposed)
+        for key, found in members.items()
+        if any(chosen is not None for _, _, chosen in found)
+    ]
+    if not groups:
+        raise ValueError(
+            f"the rules select no weight among {len(params)} parameters; patterns: {[r.pattern for r in rules]}"
+        )
+    return Spec(tuple(groups), tuple(skipped.values()))
+
+
+def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
+    """The parameters of a group, checked against the spec.
+
+    Raises:
+        KeyError: A parameter is missing.
+        ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, or dtypes or devices are mixed.
+    """
+    weights: list[Tensor] = []
+    for name in group.names:
+        if name not in params:
+            raise KeyError(f"parameter {name!r} of group {group.key!r} is not in params ({len(params)} entries)")
+        weight = params[name]
+        if weight.shape != group.parameter_shape:
+            raise ValueError(
+                f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {group.parameter_shape}; "
+                "select again if the model has changed"
+            )
+        _check_dtype(name, weight)
+        first = weights[0] if weights else weight
+        if weight.dtype != first.dtype or weight.device != first.device:
+            raise ValueError(
+                f"parameter {name!r}: found {weight.dtype} on {weight.device}, wanted {first.dtype} on {first.device} "
+                f"as {group.names[0]!r} in the same group"
+            )
+        weights.append(weight)
+    return weights
+
+
+def _check_patterns(
+    params: Mapping[str, Tensor], rules: Sequence[Rule], experts: Sequence[str], transposed: Sequence[str]
+) -> None:
+    weights = [name for name, param in params.items() if not _not_a_weight(name, param)]
+    for rule in rules:
+        if rule.required and not any(fnmatchcase(name, rule.pattern) for name in weights):
+            others = [name for name in params if fnmatchcase(name, rule.pattern)]
+            found = f"only {others[0]!r}, which is no weight" if others else "none"
+            raise ValueError(
+                f"rule {rule.pattern!r} matches no weight: found {found}, among {len(weights)} weights such as "
+                f"{weights[:3]}; correct the pattern or remove the rule"
+            )
+    for regex in experts:
+        if not any(re.fullmatch(regex, name) for name in weights):
+            raise ValueError(f"experts={regex!r} matches no weight, among {len(weights)} such as {weights[:3]}")
+    for glob in transposed:
+        if not any(fnmatchcase(name, glob) for name in weights):
+            raise ValueError(f"transposed={glob!r} matches no weight, among {len(weights)} such as {weights[:3]}")
+
+
+def _not_a_weight(name: str, param: Tensor) -> str:
+    """Why a parameter can never be quantized, or ''."""
+    if _BIAS.search(name):
+        return "bias"
+    return "" if param.dim() in (2, 3) else f"{param.dim()}-D"
+
+
+def _group_key(name: str, patterns: Sequence[str]) -> tuple[str, int]:
+    """Key of a parameter's group, and its expert's number: 0 if it has none."""
+    for pattern in (*patterns, *_EXPERT_LISTS):
+        match = re.fullmatch(pattern, name)
+        if match and "expert" in match.re.groupindex:
+            start, end = match.span("expert")
+            return f"{name[:start]}*{name[end:]}", int(match["expert"])
+    return name, 0
+
+
+def _group(
+    key: str,
+    found: Sequence[tuple[int, str, Format | None]],
+    params: Mapping[str, Tensor],
+    patterns: Sequence[str],
+    transposed: Sequence[str],
+) -> Group:
+    numbers, names = [number for number, _, _ in found], tuple(name for _, name, _ in found)
+    if numbers != list(range(len(numbers))):
+        missing = sorted(set(range(len(numbers))) - set(numbers))
+        raise ValueError(
+            f"group {key!r}: found experts {_ranges(numbers)}, wanted 0-{len(numbers) - 1}: {_ranges(missing)} missing"
+        )
+    formats = {chosen for _, _, chosen in found}
+    if len(formats) > 1:
+        shown = ", ".join(f"{name!r}: {chosen.name if chosen else None}" for _, name, chosen in found[:8])
+        raise ValueError(f"group {key!r}: its experts get different formats ({shown}); let the rules treat them alike")
+    (format,) = formats
+    assert format is not None
+    first = params[names[0]]
+    for name in names:
+        _check_dtype(name, params[name])
+        if params[name].shape != first.shape or params[name].dtype != first.dtype:
+            raise ValueError(
+                f"group {key!r}: {name!r} is {tuple(params[name].shape)} {params[name].dtype}, but {names[0]!r} is "
+                f"{tuple(first.shape)} {first.dtype}; the experts of a group are of one shape and dtype"
+            )
+        if params[name].numel() == 0:
+            raise ValueError(f"parameter {name!r}: found the empty shape {tuple(first.shape)}, wanted a weight")
+    stacked = first.dim() == 3
+    if stacked and (key not in names or not any(re.fullmatch(p, key) for p in (*patterns, *_STACKED_EXPERTS))):
+        raise ValueError(
+            f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, which is not known to be stacked experts; "
+            "exclude it with a rule to None, or name it in experts="
+        )
+    matrix = first.shape[-2:]
+    is_transposed = any(fnmatchcase(name, glob) for name in names for glob in transposed) or (
+        stacked and _stored_transposed(key, params)
+    )
+    shape = (matrix[1], matrix[0]) if is_transposed else (matrix[0], matrix[1])
+    columns = format.block[1]
+    if format.has_blocks_along_in and columns and shape[1] % columns:
+        raise ValueError(
+            f"parameter {names[0]!r}: found shape (out, in) = {shape}, and {format.name} wants `in` to be a multiple of "
+            f"its block of {columns}; choose another format or exclude it with a rule to None"
+        )
+    return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
+
+
+def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
+    """True if stacked gate_up_proj and down_proj fit together only as [E, in, out]: gate_up has twice the inner size."""
+    parent, _, _ = key.rpartition(".")
+    gate_up, down = params.get(f"{parent}.gate_up_proj"), params.get(f"{parent}.down_proj")
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
+        return False
+    return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def _check_dtype(name: str, weight: Tensor) -> None:
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"parameter {name!r}: found {weight.dtype}, wanted bfloat16, float16 or float32")
+
+
+def _group_from_json(group: dict[str, Any]) -> Group:
+    numbers = dict(group["format"])
+    element = numbers.pop("element")
+    numbers["element"] = IntElement(**element) if "qmax" in element else FloatElement(**element)
+    numbers["block"] = tuple(numbers["block"])
+    return Group(
+        **{**group, "names": tuple(group["names"]), "shape": tuple(group["shape"]), "format": Format(**numbers)}
+    )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] as '0-2, 5'."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _collapse(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Rows that differ only in the layer number become one, 'layers.{0-27}.mlp'. The layer is the first number."""
+    merged: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
+    for name, cells in rows:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        head, tail = (name[: match.start()], name[match.end() :]) if match else (name, "")
+        merged.setdefault((head, tail, cells), []).extend([int(match.group())] if match else [])
+    return [
+        (head + (f"{{{_ranges(n)}}}" if len(n) > 1 else "".join(map(str, n))) + tail, cells)
+        for (head, tail, cells), n in merged.items()
+    ]

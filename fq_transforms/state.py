@@ -1,0 +1,218 @@
+"""The quantizer state: a dict from group key to a NamedTuple of fp32 tensors, each [E, ...]. Nothing else.
+
+    {"layers.0.mlp.experts.*.w1.weight": ExpertAmax(amax=[E, *format.amax_shape(out, in)]), ...}
+
+A state is a plain pytree: optree and torch.utils._pytree map over it, torch.func closes over it or maps along it, and a
+checkpoint stores its tensors. Formats, names and shapes are static and live in the `Spec`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from fq_transforms.formats import Format
+from fq_transforms.select import Group, Spec
+
+__all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
+
+
+class ExpertAmax(NamedTuple):
+    """One leaf: `amax`, fp32 [E, *format.amax_shape(out, in)]. For dynamic NVFP4 it is the expert's global amax, [E]."""
+
+    amax: Float32[Tensor, "..."]
+
+
+class BlockAmax(NamedTuple):
+    """Static two-level formats: `amax`, fp32 [E, out, in / block], and `global_amax`, fp32 [E]."""
+
+    amax: Float32[Tensor, "..."]
+    global_amax: Float32[Tensor, "..."]
+
+
+class Stateless(NamedTuple):
+    """MX formats: every scale comes from the weight, so there is no leaf."""
+
+
+GroupState: TypeAlias = ExpertAmax | BlockAmax | Stateless
+State: TypeAlias = dict[str, GroupState]
+
+# The identity of max; as an amax it is invalid, so that a state that was never calibrated cannot pass for one of zeros.
+UNCALIBRATED = -torch.inf
+
+
+def init(params: Mapping[str, Tensor], spec: Spec) -> State:
+    """The state before calibration: every amax -inf, the identity of `merge`. Meta parameters give a meta state.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> from fq_transforms.select import select
+        >>> params = {f"experts.{i}.weight": torch.ones(8, 4) for i in range(2)}
+        >>> init(params, select(params, {"*": FP8}))
+        {'experts.*.weight': ExpertAmax(amax=tensor([-inf, -inf]))}
+    """
+    return {
+        group.key: group_state(
+            group.format,
+            *(
+                torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=params[group.names[0]].device)
+                for shape in leaf_shapes(group).values()
+            ),
+        )
+        for group in spec.groups
+    }
+
+
+def merge(a: State, b: State) -> State:
+    """Elementwise maximum: the state of both calibrations together. NaN wins.
+
+    Associative and commutative, with `init` as its identity, so microbatches, data-parallel ranks and resumed runs all
+    fold in the same way.
+
+    Raises:
+        ValueError: The states differ in a key, a type, or the shape of a leaf; the message names the leaf.
+
+    Example:
+        >>> a = {"w": ExpertAmax(torch.tensor([1.0, 5.0]))}
+        >>> b = {"w": ExpertAmax(torch.tensor([2.0, 3.0]))}
+        >>> merge(a, b)
+        {'w': ExpertAmax(amax=tensor([2., 5.]))}
+    """
+    check_same_leaves("merge: second state", flatten(b), {name: tuple(leaf.shape) for name, leaf in flatten(a).items()})
+    for key in a.keys() | b.keys():
+        if type(a.get(key)) is not type(b.get(key)):
+            raise ValueError(
+                f"merge: group {key!r} is {_type_name(a.get(key))} in one state, {_type_name(b.get(key))} in the other"
+            )
+    return optree.tree_map(torch.maximum, a, b)  # type: ignore[arg-type, return-value]
+
+
+def flatten(state: State) -> dict[str, Tensor]:
+    """Leaves by flat name, `{group key}.{field}`: what safetensors and other flat stores take.
+
+    Example:
+        >>> flatten({"mlp.experts.down_proj": ExpertAmax(torch.tensor([1.0]))})
+        {'mlp.experts.down_proj.amax': tensor([1.])}
+    """
+    return {
+        f"{key}.{field}": leaf for key, group in state.items() for field, leaf in zip(group._fields, group, strict=True)
+    }
+
+
+def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
+    """The state whose flat leaves are `leaves` and whose structure is that of `like` (`init(params)`, meta will do).
+
+    Raises:
+        ValueError: A leaf is missing, unknown, or of another shape or dtype; the message names it.
+
+    Example:
+        >>> like = {"w": ExpertAmax(torch.empty(2, device="meta"))}
+        >>> unflatten({"w.amax": torch.tensor([1.0, 2.0])}, like)
+        {'w': ExpertAmax(amax=tensor([1., 2.]))}
+    """
+    check_same_leaves("unflatten", leaves, {name: tuple(leaf.shape) for name, leaf in flatten(like).items()})
+    return {
+        key: type(group)(*(leaves[f"{key}.{field}"] for field in group._fields))  # type: ignore[call-arg]
+        for key, group in like.items()
+    }
+
+
+def check(state: State, spec: Spec, *, values: bool = True) -> None:
+    """Raise unless the state fits the spec and, with `values`, every amax is finite and not negative.
+
+    Reading values waits for the device. `fakequant` reads them on the CPU only; elsewhere an invalid amax makes the weights
+    that it scales NaN, and this function says which it was.
+
+    Raises:
+        KeyError: A group is missing.
+        ValueError: A group is unknown, of another type, shape or dtype, or an amax is NaN, infinite or negative.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> spec = Spec((Group("w", ("w",), FP8, 1, (8, 4)),))
+        >>> check({"w": ExpertAmax(torch.tensor([-1.0]))}, spec)
+        Traceback (most recent call last):
+        ...
+        ValueError: state 'w.amax': found -1.0 for 'w', wanted a finite amax >= 0; calibrate again
+    """
+    unknown = state.keys() - {group.key for group in spec.groups}
+    if unknown:
+        raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
+    for group in spec.groups:
+        if group.key not in state:
+            raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
+        found = state[group.key]
+        wanted = leaf_shapes(group)
+        if found._fields != tuple(wanted):
+            raise ValueError(
+                f"state {group.key!r}: found {_type_name(found)} with {list(found._fields)}, and {group.format.name} "
+                f"wants {list(wanted)}; calibrate with this spec"
+            )
+        for (field, shape), leaf in zip(wanted.items(), found, strict=True):
+            _check_leaf(f"{group.key}.{field}", leaf, shape)
+            if values:
+                _check_values(f"{group.key}.{field}", leaf, group)
+
+
+def group_state(format: Format, *leaves: Tensor) -> GroupState:
+    """The leaves of one group, in the type that the format has."""
+    if format.is_stateless:
+        return Stateless()
+    return BlockAmax(*leaves) if len(leaves) == 2 else ExpertAmax(*leaves)
+
+
+def leaf_shapes(group: Group) -> dict[str, tuple[int, ...]]:
+    """Shape of each leaf of a group, by field."""
+    format = group.format
+    if format.is_stateless:
+        return {}
+    shapes = {"amax": (group.experts, *format.amax_shape(*group.shape))}
+    return shapes | ({"global_amax": (group.experts,)} if format.scale == "e4m3" and not format.dynamic else {})
+
+
+def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the leaf, unless `found` has exactly the wanted names and shapes, in fp32."""
+    for kind, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{where}: {kind} {len(names)} of {len(wanted)} leaves: {sorted(names)[:4]}")
+    for name, shape in wanted.items():
+        _check_leaf(name, found[name], shape, where=f"{where}: ")
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        return False
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage] (no public name)
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return True
+
+
+def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...], where: str = "") -> None:
+    if not isinstance(leaf, Tensor):
+        raise ValueError(f"{where}state {name!r}: found {type(leaf).__name__}, wanted a tensor")
+    if leaf.shape != shape or leaf.dtype != torch.float32:
+        raise ValueError(f"{where}state {name!r}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} torch.float32")
+
+
+def _check_values(name: str, leaf: Tensor, group: Group) -> None:
+    invalid = ~((leaf >= 0) & (leaf < torch.inf))
+    if not bool(invalid.any()):
+        return
+    index = invalid.nonzero()[0].tolist()
+    value = leaf[tuple(index)].item()
+    advice = "it was never calibrated; call calibrate" if value == UNCALIBRATED else "calibrate again"
+    at = f" at {index[1:]}" if len(index) > 1 else ""
+    raise ValueError(
+        f"state {name!r}: found {value} for {group.expert_name(index[0])!r}{at}, wanted a finite amax >= 0; {advice}"
+    )
+
+
+def _type_name(group: Any) -> str:
+    return "missing" if group is None else type(group).__name__

@@ -1,0 +1,73 @@
+"""`transform`: a static spec to a `Transform`, the pure functions closed over it."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fq_transforms.calibrate import calibrate
+from fq_transforms.fakequant import fakequant
+from fq_transforms.ops.autograd import Backward
+from fq_transforms.select import Spec
+from fq_transforms.state import State, init
+
+__all__ = ["Transform", "transform"]
+
+
+class Init(Protocol):
+    """`init(params) -> state`."""
+
+    def __call__(self, params: Mapping[str, Tensor]) -> State: ...
+
+
+class Calibrate(Protocol):
+    """`calibrate(params, batch) -> state`."""
+
+    def __call__(self, params: Mapping[str, Tensor], batch: Any = None) -> State: ...
+
+
+class Fakequant(Protocol):
+    """`fakequant(params, state) -> params`."""
+
+    def __call__(self, params: Mapping[str, Tensor], state: State) -> dict[str, Tensor]: ...
+
+
+class Transform(NamedTuple):
+    """Pure functions closed over a spec.
+
+    Attributes:
+        init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
+        calibrate: `calibrate(params, batch) -> state`; see `fq_transforms.calibrate.calibrate`.
+        fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
+    """
+
+    init: Init
+    calibrate: Calibrate
+    fakequant: Fakequant
+
+
+def transform(spec: Spec, *, out_dtype: torch.dtype | None = None, backward: Backward = "pass_through") -> Transform:
+    """The functions that quantize by a spec.
+
+    Args:
+        spec: From `select`.
+        out_dtype: dtype of the fake-quantized weights; their own if None.
+        backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
+
+    Example:
+        >>> import fq_transforms as fqt
+        >>> from torch.func import functional_call
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4, bias=False))
+        >>> params = dict(model.named_parameters())
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.MXFP4}))
+        >>> state = fq.calibrate(params)
+        >>> functional_call(model, fq.fakequant(params, state), (torch.ones(2, 32),)).shape
+        torch.Size([2, 4])
+    """
+    return Transform(
+        init=partial(init, spec=spec),
+        calibrate=partial(calibrate, spec=spec),
+        fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward),
+    )

@@ -1,0 +1,38 @@
+"""What every test stands on: Triton's interpreter without a GPU, shapes checked at every call, memory filled with NaN."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Annotated shapes and types are checked in tests only. Not in ops.kernels: Triton reads the source of its functions.
+CHECKED = ("formats", "select", "state", "calibrate", "fakequant", "transform", "presets", "ops.reference", "ops.autograd")
+install_import_hook([f"fq_transforms.{module}" for module in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_memory():
+    """torch.empty comes filled with NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    gpus = torch.cuda.device_count()
+    for item in items:
+        for marker, wanted in (("gpu", 1), ("gpu2", 2)):
+            if item.get_closest_marker(marker) and gpus < wanted:
+                item.add_marker(pytest.mark.skip(reason=f"needs {wanted} CUDA GPU(s), found {gpus}"))
