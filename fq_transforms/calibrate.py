@@ -29,8 +29,8 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape or dtype is not the spec's; a weight is NaN or infinite, naming the parameter and the expert. The
-            values are read once, at the end, for all groups; under torch.compile and vmap they cannot be read,
+        ValueError: A shape or dtype is not the spec's; a weight is NaN or infinite; the parameter and expert are named.
+            The values are read once, at the end, for all groups; under torch.compile and vmap they cannot be read,
             and a NaN or infinity stays in the amax, where `state.check` finds it.
 
     Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`.

@@ -28,20 +28,20 @@ def fakequant(
         params: Names to tensors; may hold more than the spec names.
         state: From `calibrate`, or loaded.
         spec: What is quantized, and how. Formulas: `fq_transforms.ops.reference.fake_quantize_reference`.
-        out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. fp32 master weights to bf16 is one
-            pass.
+        out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
+            bf16 is one pass.
         backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; formats whose block
             scales come from the weight never clip.
 
     Returns:
-        A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No input is
-        changed.
+        A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
+        input is changed.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
-        ValueError: A shape, dtype or device is not the spec's; on the CPU, an amax that is NaN, infinite or negative. On a
-            GPU the values are not read, since that would wait for the device: there such an amax makes the weights that
-            it scales NaN, and `state.check` says which it was.
+        ValueError: A shape, dtype or device is not the spec's; on the CPU, an amax is NaN, infinite or negative. On a
+            GPU the values are not read, since that would wait for the device: there such an amax makes the weights
+            that it scales NaN, and `state.check` says which it was.
 
     Source: ModelOpt 0.47 `TensorQuantizer` with `pass_through_bwd` True (default) or False.
 
@@ -68,8 +68,8 @@ def fakequant(
         for leaf in group_state:
             if leaf.device != weights[0].device:
                 raise ValueError(
-                    f"state {group.key!r} is on {leaf.device}, its weights are on {weights[0].device}; move the state with "
-                    "optree.tree_map(lambda leaf: leaf.to(device), state)"
+                    f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
+                    "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
                 )
         outs = fake_quantize(
             weights,

@@ -3,9 +3,9 @@
     spec = select(params, presets.NVFP4_EXPERTS_ONLY_CFG)
     spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*.layers.0.*", None)])
 
-`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts. Where
-ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are made
-after its NVFP4_EXPERTS_ONLY_CFG.
+`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts.
+Where ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are
+made after its NVFP4_EXPERTS_ONLY_CFG.
 """
 
 from fq_transforms import formats

@@ -35,7 +35,12 @@ _BIAS = re.compile(r"(?:^|[._])bias\d*$")
 
 @dataclass(frozen=True)
 class Rule:
-    """Quantize what matches a glob pattern in a format, or exclude it (None). Presets have rules that may match nothing.
+    """Quantize what matches a glob pattern in a format, or exclude it (None).
+
+    Attributes:
+        pattern: Glob over the whole parameter name, case-sensitive; `*` crosses dots.
+        format: What to quantize to; None excludes.
+        required: False if the rule may match nothing, as a preset's exclusions may.
 
     Example:
         >>> Rule("*.experts.*", None).required
@@ -169,28 +174,28 @@ class Spec:
 
 def select(
     params: Mapping[str, Tensor],
-    rules: Mapping[str, Format | None] | Iterable[Rule],
+    rules: Mapping[str, Format | None] | Sequence[Rule],
     *,
     experts: str | Sequence[str] = (),
     transposed: str | Sequence[str] = (),
 ) -> Spec:
-    """Which parameters are quantized and how: each takes the format of the last rule whose glob matches its name.
+    r"""Which parameters are quantized and how: each takes the format of the last rule whose glob matches its name.
 
-    Only matrices (2-D) and stacked experts (3-D) can be quantized; biases and vectors never are. Values are not read, so
-    meta tensors will do.
+    Only matrices (2-D) and stacked experts (3-D) can be quantized; biases and vectors never are. Values are not read,
+    so meta tensors will do.
 
     Args:
         params: `dict(model.named_parameters())`, names to tensors.
         rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s, such as a preset.
         experts: Regular expressions (full match) for names that are not found by themselves. With a named group
-            `(?P<expert>\\d+)`, a list of experts; without, a stacked 3-D parameter.
+            `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter.
         transposed: Globs of parameters whose matrices are stored [in, out]. Found by itself where the shapes of
             `gate_up_proj` and `down_proj` tell (gpt-oss, Llama 4); else [out, in] is taken.
 
     Raises:
-        ValueError: A rule or a glob matches nothing, or nothing is selected; the numbers of a group's experts are not 0..N-1; its experts differ
-            in shape, dtype or format; a 3-D parameter is not known to be experts; `in` is not a multiple of the block; a
-            dtype is not bf16, fp16 or fp32; a weight is empty.
+        ValueError: A rule or a glob matches nothing, or nothing is selected; the numbers of a group's experts are not
+            0..N-1; its experts differ in shape, dtype or format; a 3-D parameter is not known to be experts; `in` is
+            not a multiple of the block; a dtype is not bf16, fp16 or fp32; a weight is empty.
 
     Example:
         >>> from fq_transforms.formats import FP8, NVFP4
@@ -199,7 +204,8 @@ def select(
         >>> [(group.key, group.format.name, group.experts) for group in spec.groups]
         [('mlp.experts.down_proj', 'NVFP4', 4), ('attn.q.weight', 'FP8', 1)]
     """
-    rules = [Rule(p, f) for p, f in rules.items()] if isinstance(rules, Mapping) else list(rules)
+    if not isinstance(rules, Sequence):
+        rules = [Rule(pattern, format) for pattern, format in rules.items()]
     patterns = (experts,) if isinstance(experts, str) else tuple(experts)
     transposed = (transposed,) if isinstance(transposed, str) else tuple(transposed)
     _check_patterns(params, rules, patterns, transposed)
@@ -326,7 +332,7 @@ def _group(
     stacked = first.dim() == 3
     if stacked and (key not in names or not any(re.fullmatch(p, key) for p in (*patterns, *_STACKED_EXPERTS))):
         raise ValueError(
-            f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, which is not known to be stacked experts; "
+            f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, wanted a matrix or stacked experts; "
             "exclude it with a rule to None, or name it in experts="
         )
     matrix = first.shape[-2:]
@@ -337,14 +343,14 @@ def _group(
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
         raise ValueError(
-            f"parameter {names[0]!r}: found shape (out, in) = {shape}, and {format.name} wants `in` to be a multiple of "
-            f"its block of {columns}; choose another format or exclude it with a rule to None"
+            f"parameter {names[0]!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
+            f"block of {format.name}; choose another format or exclude it with a rule to None"
         )
     return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
 
 
 def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
-    """True if stacked gate_up_proj and down_proj fit together only as [E, in, out]: gate_up has twice the inner size."""
+    """True if stacked gate_up_proj and down_proj fit together only as [E, in, out], gate_up twice as wide."""
     parent, _, _ = key.rpartition(".")
     gate_up, down = params.get(f"{parent}.gate_up_proj"), params.get(f"{parent}.down_proj")
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
@@ -362,9 +368,8 @@ def _group_from_json(group: dict[str, Any]) -> Group:
     element = numbers.pop("element")
     numbers["element"] = IntElement(**element) if "qmax" in element else FloatElement(**element)
     numbers["block"] = tuple(numbers["block"])
-    return Group(
-        **{**group, "names": tuple(group["names"]), "shape": tuple(group["shape"]), "format": Format(**numbers)}
-    )
+    names, shape = tuple(group["names"]), tuple(group["shape"])
+    return Group(group["key"], names, Format(**numbers), group["experts"], shape, group["stacked"], group["transposed"])
 
 
 def _by(shape: Sequence[int]) -> str:

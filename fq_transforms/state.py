@@ -7,6 +7,7 @@ checkpoint stores its tensors. Formats, names and shapes are static and live in 
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -17,11 +18,13 @@ from torch import Tensor
 from fq_transforms.formats import Format
 from fq_transforms.select import Group, Spec
 
+functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
+
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
 
 
 class ExpertAmax(NamedTuple):
-    """One leaf: `amax`, fp32 [E, *format.amax_shape(out, in)]. For dynamic NVFP4 it is the expert's global amax, [E]."""
+    """One leaf: `amax`, fp32 [E, *format.amax_shape(out, in)]; for dynamic NVFP4 the expert's global amax, [E]."""
 
     amax: Float32[Tensor, "..."]
 
@@ -123,8 +126,8 @@ def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
 def check(state: State, spec: Spec, *, values: bool = True) -> None:
     """Raise unless the state fits the spec and, with `values`, every amax is finite and not negative.
 
-    Reading values waits for the device. `fakequant` reads them on the CPU only; elsewhere an invalid amax makes the weights
-    that it scales NaN, and this function says which it was.
+    Reading values waits for the device. `fakequant` reads them on the CPU only; elsewhere an invalid amax makes the
+    weights that it scales NaN, and this function says which it was.
 
     Raises:
         KeyError: A group is missing.
@@ -186,7 +189,6 @@ def is_concrete(tensor: Tensor) -> bool:
     """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         return False
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage] (no public name)
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return False
@@ -205,7 +207,7 @@ def _check_values(name: str, leaf: Tensor, group: Group) -> None:
     invalid = ~((leaf >= 0) & (leaf < torch.inf))
     if not bool(invalid.any()):
         return
-    index = invalid.nonzero()[0].tolist()
+    index: list[int] = invalid.nonzero()[0].tolist()
     value = leaf[tuple(index)].item()
     advice = "it was never calibrated; call calibrate" if value == UNCALIBRATED else "calibrate again"
     at = f" at {index[1:]}" if len(index) > 1 else ""

@@ -1,20 +1,28 @@
 """Shapes, formats, dtypes and inputs that tests run over, as tables. No tolerances: what is compared here is exact."""
 
 import torch
+
+import fq_transforms
 from fq_transforms.formats import FORMATS
 
 ALL_FORMATS = list(FORMATS.values())
 STATIC_FORMATS = [format for format in ALL_FORMATS if format.clips]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-# (out, in): odd, ragged and prime where the format's block allows it; [1, 1] where it does not matter at all.
-ANY_SHAPES = [(1, 1), (3, 7), (33, 130), (130, 257)]
-BLOCK_SHAPES = [(1, 128), (3, 256), (33, 384)]
+# The formats themselves; the others are conventions, which differ in one number.
+CORE_FORMATS = [getattr(fq_transforms, name) for name in fq_transforms.__all__ if name in FORMATS]
+
+# (out, in): odd and prime where the format's block allows it; ragged on both sides of a square block.
+ANY_SHAPES = [(1, 1), (3, 7), (17, 130)]
+BLOCK_SHAPES = [(1, 128), (11, 384)]
+SQUARE_BLOCK_SHAPES = [(3, 7), (130, 257)]
 
 
 def shapes_of(format):
     """Shapes that a format can quantize."""
-    return BLOCK_SHAPES if format.has_blocks_along_in else ANY_SHAPES
+    if format.has_blocks_along_in:
+        return BLOCK_SHAPES
+    return ANY_SHAPES if format.block[0] in (1, None) else SQUARE_BLOCK_SHAPES
 
 
 def experts(count, shape, dtype=torch.float32, *, seed=0, device="cpu"):

@@ -1,4 +1,4 @@
-"""What every test stands on: Triton's interpreter without a GPU, shapes checked at every call, memory filled with NaN."""
+"""What every test stands on: Triton's interpreter without a GPU, shapes checked at each call, memory full of NaN."""
 
 import os
 
@@ -12,7 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Annotated shapes and types are checked in tests only. Not in ops.kernels: Triton reads the source of its functions.
-CHECKED = ("formats", "select", "state", "calibrate", "fakequant", "transform", "presets", "ops.reference", "ops.autograd")
+CHECKED = ("select", "state", "calibrate", "fakequant", "ops.reference", "ops.autograd")
 install_import_hook([f"fq_transforms.{module}" for module in CHECKED], "beartype.beartype")
 
 

@@ -3,8 +3,8 @@
 A group is a sequence of tensors `[*experts, out, in]` (or `[*experts, in, out]` if transposed): N separate matrices, or
 one stacked tensor. Its amax has all experts of all tensors along dimension 0, in order.
 
-NOTE vmap: a mapped dimension becomes one more expert dimension in front of each tensor, so a batch is one launch too. An
-unmapped weight is expanded with stride 0, not copied.
+NOTE vmap: a mapped dimension becomes one more expert dimension in front of each tensor, so a batch is one launch too.
+An unmapped weight is expanded with stride 0, not copied.
 
 NOTE second Function: under torch.func, tensors saved for backward are wrappers without storage. So the clip gradient is
 a Function of its own, whose forward sees plain tensors again.
@@ -12,6 +12,7 @@ a Function of its own, whose forward sees plain tensors again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,8 @@ def fake_quantize(
     clamp(w, -amax, amax). Formats that cannot clip pass it through either way. The amax gets no gradient.
 
     Args:
-        weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if transposed.
+        weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if
+            transposed.
         amax: fp32 [E, *format.amax_shape(out, in)], E experts over all tensors; None for MX formats.
         global_amax: fp32 [E] for static two-level formats, else None.
         format: The numbers.
@@ -133,7 +135,8 @@ class _FakeQuantize(Function):
         return tuple(_pull(ctx, tangents[3:], ctx.statics.out_dtype))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, statics: _Statics, amax: Any, global_amax: Any, *weights: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        statics, amax, global_amax, *weights = args
         size, weight_dims = info.batch_size, in_dims[3:]
         folded = [_fold(w, d, size) for w, d in zip(weights, weight_dims, strict=True)]
         scales = [
@@ -172,8 +175,8 @@ class _ExpertAmax(Function):
         return None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, statics: _Statics, *weights: Tensor) -> Any:
-        size = info.batch_size
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        size, (statics, *weights) = info.batch_size, args
         folded = [_fold(w, d, size) for w, d in zip(weights, in_dims[1:], strict=True)]
         amax, global_amax = _ExpertAmax.apply(statics, *folded)
         counts = [_experts(w, d) for w, d in zip(weights, in_dims[1:], strict=True)]
@@ -200,13 +203,11 @@ class _ClipBackward(Function):
 
             outs = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
         else:
-            outs = [
-                _matrix(
-                    clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format),
-                    transposed,
-                ).contiguous()
-                for g, w, a in zip(grads, weights, _split(amax, weights), strict=True)
-            ]
+            outs: list[Tensor] = []
+            for g, w, a in zip(grads, weights, _split(amax, weights), strict=True):
+                assert a is not None
+                out = clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format)
+                outs.append(_matrix(out, transposed).contiguous())
         return tuple(out.to(out_dtype) for out in outs)
 
     @staticmethod
@@ -227,7 +228,8 @@ class _ClipBackward(Function):
         return tuple(_pull(ctx, tangents[3 : 3 + ctx.half], ctx.out_dtype))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *pairs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        statics, out_dtype, amax, *pairs = args
         size, half = info.batch_size, len(pairs) // 2
         folded = [_fold(t, d, size) for t, d in zip(pairs, in_dims[3:], strict=True)]
         amax_folded = _fold_amax(amax, in_dims[2], pairs[half:], in_dims[3 + half :], size)
@@ -254,11 +256,10 @@ def _matrix(tensor: Tensor, transposed: bool) -> Tensor:
 
 def _experts(weight: Tensor, batch_dim: int | None = None) -> int:
     """Experts in a tensor [*experts, ., .], not counting a mapped dimension."""
-    n = weight.shape.numel() // (weight.shape[-1] * weight.shape[-2]) if batch_dim is None else -1
+    sizes = list(weight.shape)
     if batch_dim is not None:
-        shape = [size for dim, size in enumerate(weight.shape) if dim != batch_dim % weight.dim()]
-        n = torch.Size(shape[:-2]).numel()
-    return n
+        del sizes[batch_dim]
+    return prod(sizes[:-2])
 
 
 def _split(leaf: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -282,7 +283,7 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def _fold_amax(
     leaf: Tensor | None, dim: int | None, weights: Sequence[Tensor], weight_dims: Sequence[int | None], size: int
 ) -> Tensor | None:
-    """A leaf [E, ...] for the folded weights: each tensor's experts repeated `size` times, mapped dimension outermost."""
+    """A leaf [E, ...] for the folded weights: each tensor's experts `size` times, the mapped dimension outermost."""
     if leaf is None:
         return None
     counts = [_experts(w, d) for w, d in zip(weights, weight_dims, strict=True)]

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """Triton kernels over the N separate weights of a group, one launch each, and their launchers.
 
 Every kernel equals `fq_transforms.ops.reference` bit for bit. The weights are reached through a table of addresses, so

@@ -84,8 +84,8 @@ def expert_amax_reference(
         format: Not an MX format, which has no state.
 
     Returns:
-        `amax`, fp32 `[*experts, *format.amax_shape(out, in)]`, and `global_amax`, fp32 `[*experts]` or None. Exact. A NaN
-        or an infinity stays in its granule.
+        `amax`, fp32 `[*experts, *format.amax_shape(out, in)]`, and `global_amax`, fp32 `[*experts]` or None. Exact. A
+        NaN or an infinity stays in its granule.
 
     Example:
         >>> from fq_transforms.formats import FORMATS
@@ -181,7 +181,7 @@ def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, 
     """Exponent e of a block's scale 2**e, from the bits of its amax (finite), clamped to what E8M0 holds."""
     assert isinstance(format.element, FloatElement)
     bits = amax.view(torch.int32)
-    largest = torch.tensor(format.element.max, dtype=torch.float32).view(torch.int32).item()
+    largest = int(torch.tensor(format.element.max, dtype=torch.float32).view(torch.int32))
     largest_exponent, largest_mantissa = largest >> 23, largest & 0x7FFFFF
     if format.exponent_rounding == "up":
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) > largest_mantissa).int()
