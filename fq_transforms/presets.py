@@ -1,7 +1,7 @@
 """Rules for whole models, by ModelOpt's names: weights only, with its exclusions. Pass one to `select`.
 
     spec = select(params, presets.NVFP4_EXPERTS_ONLY_CFG)
-    spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*.layers.0.*", None)])
+    spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*", None)])
 
 `*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts.
 Where ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are

@@ -1,0 +1,68 @@
+"""The architecture, read from the imports: they run downward only, and each engine has one importer."""
+
+import ast
+import pathlib
+
+import pytest
+
+import fq_transforms
+
+PACKAGE = pathlib.Path(fq_transforms.__file__).parent
+
+# Lowest first. A module imports from lines above its own.
+LAYERS = [
+    ["formats"],
+    ["select"],
+    ["presets", "state"],
+    ["ops.reference"],
+    ["ops.kernels"],
+    ["ops.autograd"],
+    ["calibrate", "fakequant"],
+    ["transform"],
+    ["__init__", "ops.__init__"],
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+ONLY_IMPORTER = {"triton": "ops.kernels", "optree": "state"}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(tree):
+    """Names of imported modules, those inside functions too; `from package import x` counts as package.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they go"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_layer():
+    """A new file is given a place in LAYERS before anything else."""
+    assert MODULES.keys() == LEVEL.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downward(module):
+    """A module imports only from layers below its own."""
+    for name in imports(MODULES[module]):
+        if name.startswith("fq_transforms."):
+            inside = name.removeprefix("fq_transforms.")
+            target = max((m for m in LEVEL if inside == m or inside.startswith(f"{m}.")), key=len)
+            assert LEVEL[target] < LEVEL[module], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(("engine", "importer"), ONLY_IMPORTER.items())
+def test_one_importer_an_engine(engine, importer):
+    """Only one module knows Triton; only one knows optree."""
+    found = {module for module, tree in MODULES.items() if any(n.split(".")[0] == engine for n in imports(tree))}
+    assert found == {importer}
+
+
+def test_public_names_exist_and_are_sorted():
+    """`__all__` is what the package offers, in order."""
+    assert all(hasattr(fq_transforms, name) for name in fq_transforms.__all__)
+    assert len(set(fq_transforms.__all__)) == len(fq_transforms.__all__)

@@ -1,0 +1,46 @@
+"""Every Python block of the README runs, in order, in one namespace."""
+
+import pathlib
+import re
+
+import optree
+import pytest
+import torch
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+class Model(torch.nn.Module):
+    """A name layout that the README's patterns fit: layers.{0,1}.experts.{0..3}.w1."""
+
+    def __init__(self):
+        super().__init__()
+        expert = lambda: torch.nn.ModuleDict({"w1": torch.nn.Linear(128, 128, bias=False)})  # noqa: E731
+        layer = lambda: torch.nn.ModuleDict({"experts": torch.nn.ModuleList(expert() for _ in range(4))})  # noqa: E731
+        self.layers = torch.nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = sum(expert["w1"](x) for expert in layer["experts"])
+        return x
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not installed with the tests")
+def test_readme_examples_run(capsys):
+    """A block that raises, or a name that no block has made, fails here."""
+    tokens = torch.randn(2, 128)
+    names = {
+        "model": Model(),
+        "tokens": tokens,
+        "torch": torch,
+        "optree": optree,
+        "microbatches": [(tokens, tokens)],
+        "loss_fn": torch.nn.functional.mse_loss,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 128)
+    assert set(names["grads"]) == set(names["params"])
+    assert "quantized" in capsys.readouterr().out

@@ -1,0 +1,199 @@
+"""The contract of the whole: pure functions on parameter dicts that compose with functional_call and torch.func."""
+
+import copy
+
+import optree
+import pytest
+import torch
+from torch.func import functional_call, grad, vjp, vmap
+
+import fq_transforms as fqt
+from fq_transforms.ops.reference import fake_quantize_reference
+from tests.cases import ALL_FORMATS, CORE_FORMATS, name_of
+
+every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+
+
+class MoE(torch.nn.Module):
+    """Four experts, top-2, 128 wide; `norm` and `router` are not to be quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(128)
+        self.router = torch.nn.Linear(128, 4, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(128, 128) for _ in range(4))
+
+    def forward(self, x):
+        x = self.norm(x)
+        weight, chosen = self.router(x).softmax(-1).topk(2)
+        return sum((weight * (chosen == e)).sum(-1, keepdim=True) * expert(x) for e, expert in enumerate(self.experts))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = MoE()
+    with torch.no_grad():
+        for e, expert in enumerate(model.experts):
+            expert.weight *= 2.0**e
+    return model
+
+
+@pytest.fixture
+def params(model):
+    return dict(model.named_parameters())
+
+
+def transform_of(params, format, **options):
+    return fqt.transform(fqt.select(params, {"experts.*": format}), **options)
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
+def test_fakequant_replaces_selected_entries_and_nothing_else(params, format):
+    """A new dict in the same order: selected weights are new tensors, the others the same objects, no input written."""
+    fq = transform_of(params, format)
+    before = {name: (p.detach().clone(), p._version) for name, p in params.items()}
+    state = fq.calibrate(params)
+    leaves = copy.deepcopy(state)
+    weights = fq.fakequant(params, state)
+    assert list(weights) == list(params)
+    for name, param in params.items():
+        is_selected = name.startswith("experts.") and name.endswith("weight")
+        assert (weights[name] is not param) == is_selected
+        assert torch.equal(param, before[name][0])
+        assert param._version == before[name][1]
+        if is_selected:
+            expert = int(name.split(".")[1])
+            (group,) = state.values()
+            amax = group.amax[expert] if len(group) else None
+            global_amax = group.global_amax[expert] if len(group) == 2 else None
+            wanted = fake_quantize_reference(param, amax, global_amax, format=format, out_dtype=torch.float32)
+            assert torch.equal(weights[name], wanted)
+    assert optree.tree_all(optree.tree_map(torch.equal, state, leaves))
+
+
+@every_format
+def test_functional_call_gives_gradients_to_master_weights(model, params, format):
+    """Through functional_call, .backward() and grad agree, and reach every expert, the router and the norm."""
+    fq = transform_of(params, format)
+    state = fq.calibrate(params)
+    x = torch.randn(64, 128)
+
+    def loss(p):
+        return functional_call(model, fq.fakequant(p, state), (x,)).square().mean()
+
+    gradients = grad(loss)({name: p.detach() for name, p in params.items()})
+    loss(params).backward()
+    for name, param in params.items():
+        assert param.grad.abs().sum() > 0, name
+        torch.testing.assert_close(param.grad, gradients[name])
+
+
+@every_format
+def test_one_pullback_for_many_microbatches(model, params, format):
+    """The README's recipe: quantize once a step, accumulate over microbatches, pull back once."""
+    fq = transform_of(params, format, backward="clip")
+    primals = {name: p.detach() for name, p in params.items()}
+    state = fq.calibrate(primals)
+    state = optree.tree_map(lambda amax: amax * 0.8, state)
+    microbatches = torch.randn(3, 16, 128)
+
+    weights, pullback = vjp(lambda p: fq.fakequant(p, state), primals)
+    weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    for x in microbatches:
+        functional_call(model, weights, (x,)).square().mean().backward()
+    (accumulated,) = pullback({name: w.grad for name, w in weights.items()})
+
+    def loss(p):
+        return sum(functional_call(model, fq.fakequant(p, state), (x,)).square().mean() for x in microbatches)
+
+    torch.testing.assert_close(accumulated, grad(loss)(primals))
+
+
+@every_format
+def test_batch_of_states_by_vmap(model, params, format):
+    """Logits under a batch of states, one vmap over the state pytree, equal a loop over states."""
+    fq = transform_of(params, format)
+    primals = {name: p.detach() for name, p in params.items()}
+    state = fq.calibrate(primals)
+    if not fqt.state.flatten(state):
+        return
+    x = torch.randn(8, 128)
+    factors = (1.0, 0.5, 0.25)
+    states = optree.tree_map(lambda amax: torch.stack([amax * f for f in factors]), state)
+    found = vmap(lambda s: functional_call(model, fq.fakequant(primals, s), (x,)))(states)
+    for i in range(len(factors)):
+        one = optree.tree_map(lambda leaf, i=i: leaf[i], states)
+        torch.testing.assert_close(found[i], functional_call(model, fq.fakequant(primals, one), (x,)))
+
+
+@every_format
+def test_ensemble_by_vmap_over_parameters(params, format):
+    """Calibrate and fakequant over a batch of whole parameter dicts equal a loop, NaN checks notwithstanding."""
+    primals = {name: p.detach() for name, p in params.items()}
+    fq = transform_of(primals, format)
+    batch = {name: torch.stack([p, p * 2]) for name, p in primals.items()}
+    found = vmap(lambda p: fq.fakequant(p, fq.calibrate(p)))(batch)
+    for i in range(2):
+        one = {name: p[i] for name, p in batch.items()}
+        wanted = fq.fakequant(one, fq.calibrate(one))
+        assert all(torch.equal(found[name][i], wanted[name]) for name in wanted)
+
+
+def test_one_step_from_master_weights(params):
+    """out_dtype: fp32 parameters give bf16 experts, equal to the fp32 result rounded once; the others keep theirs."""
+    fq, fq_bf16 = (transform_of(params, fqt.INT8, out_dtype=dtype) for dtype in (None, torch.bfloat16))
+    state = fq.calibrate(params)
+    found, wanted = fq_bf16.fakequant(params, state), fq.fakequant(params, state)
+    assert torch.equal(found["experts.0.weight"], wanted["experts.0.weight"].bfloat16())
+    assert found["norm.weight"].dtype == torch.float32
+
+
+@every_format
+def test_calibration_is_a_fold(params, format):
+    """Merge over calibrations of changing weights, from init on, is the calibration of their envelope."""
+    fq = transform_of(params, format)
+    steps = [{name: p.detach() * f for name, p in params.items()} for f in (0.5, 3.0, 1.0)]
+    state = fq.init(params)
+    for step in steps:
+        state = fqt.merge(state, fq.calibrate(step))
+    assert optree.tree_all(optree.tree_map(torch.equal, state, fq.calibrate(steps[1])))
+
+
+def test_per_expert_scales_do_not_mix(params):
+    """Changing one expert changes that expert's amax and result, bit for bit nobody else's."""
+    fq = transform_of(params, fqt.NVFP4)
+    state = fq.calibrate(params)
+    changed = params | {"experts.2.weight": params["experts.2.weight"].detach() * 1000}
+    other = fq.calibrate(changed)
+    before, after = fq.fakequant(params, state), fq.fakequant(changed, other)
+    for e in range(4):
+        same = torch.equal(before[f"experts.{e}.weight"], after[f"experts.{e}.weight"])
+        assert same == (e != 2)
+
+
+def test_bad_options_and_devices(params):
+    """Options are checked by value; a state on another device than its weights says how to move it."""
+    fq = transform_of(params, fqt.INT8)
+    state = fq.calibrate(params)
+    with pytest.raises(ValueError, match="out_dtype: found torch.float64, wanted bfloat16, float16 or float32"):
+        transform_of(params, fqt.INT8, out_dtype=torch.float64).fakequant(params, state)
+    with pytest.raises(ValueError, match="found on meta, wanted on cpu as its weights; move it with optree.tree_map"):
+        fq.fakequant(params, optree.tree_map(lambda leaf: leaf.to("meta"), state))
+
+
+def test_uncalibrated_state_is_refused(params):
+    """The identity of merge is no state to quantize with: not zeros in silence, but an error with the way out."""
+    fq = transform_of(params, fqt.INT8)
+    with pytest.raises(ValueError, match="never calibrated; call calibrate"):
+        fq.fakequant(params, fq.init(params))
+
+
+def test_meta_parameters_go_through(params):
+    """init, calibrate and fakequant run on meta tensors: shapes without memory, for planning and for loading."""
+    meta = {name: p.detach().to("meta") for name, p in params.items()}
+    for format in CORE_FORMATS:
+        fq = transform_of(meta, format)
+        state = fq.calibrate(meta)
+        assert all(leaf.is_meta for leaf in fqt.state.flatten(state).values())
+        assert fq.fakequant(meta, state)["experts.0.weight"].shape == (128, 128)
