@@ -68,6 +68,6 @@ def _check_finite(largest: Sequence[Tensor], groups: Sequence[Group]) -> None:
             for expert, value in enumerate(leaf.tolist()):
                 if not abs(value) < torch.inf:
                     raise ValueError(
-                        f"calibrate: weight {group.expert_name(expert)!r} (expert {expert} of {group.key!r}) holds "
-                        f"{value}, wanted finite values"
+                        f"calibrate: weight {group.expert_name(expert)!r} (expert {expert} of {group.key!r}): found "
+                        f"the largest magnitude {value}, wanted finite values"
                     )

@@ -26,6 +26,7 @@ EXCLUDED = tuple(
         "*feed_forward.gate.*",
         "*block_sparse_moe.gate*",
         "*shared_expert_gate*",
+        "*shared_experts.gate_weight",
         "*embed*",
         "*wte.*",
         "*wpe.*",
@@ -69,6 +70,7 @@ NVFP4_EXPERTS_ONLY_CFG = experts_only(formats.NVFP4)
 FP8_DEFAULT_CFG = whole_model(formats.FP8)
 FP8_EXPERTS_ONLY_CFG = experts_only(formats.FP8)
 FP8_PER_CHANNEL_PER_TOKEN_CFG = whole_model(formats.FP8_PER_CHANNEL)
+FP8_PER_CHANNEL_EXPERTS_ONLY_CFG = experts_only(formats.FP8_PER_CHANNEL)
 FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG = whole_model(formats.FP8_BLOCK)
 FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.FP8_BLOCK)
 INT8_DEFAULT_CFG = whole_model(formats.INT8_PER_CHANNEL)

@@ -80,6 +80,12 @@ class Group:
         matrix = self.shape[::-1] if self.transposed else self.shape
         return (self.experts, *matrix) if self.stacked else matrix
 
+    @property
+    def layout(self) -> str:
+        """How the weights are stored, in words."""
+        kind = "stacked" if self.stacked else "separate" if self.names != (self.key,) else "dense"
+        return kind + ", transposed" * self.transposed
+
     def expert_name(self, expert: int) -> str:
         """What to call one expert's weight in a message."""
         return f"{self.names[0]}[{expert}]" if self.stacked else self.names[expert]
@@ -124,31 +130,22 @@ class Spec:
         """The spec that `to_json` wrote. Raises ValueError if the text is not one."""
         try:
             data = json.loads(text)
-            groups = tuple(_group_from_json(group) for group in data["groups"])
-            skipped = tuple(Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in data["skipped"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            groups = tuple(_group_from_json(**group) for group in data["groups"])
+            skipped = tuple(Skipped(shape=tuple(s.pop("shape")), **s) for s in data["skipped"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a stored Spec: {error!r} in {text[:80]!r}") from error
         return Spec(groups, skipped)
 
     def __str__(self) -> str:
         quantized = [
-            (
-                group.key,
-                (
-                    group.format.name,
-                    str(group.experts),
-                    _by(group.shape),
-                    "stacked" * group.stacked + "separate" * (len(group.names) > 1) + ", transposed" * group.transposed
-                    or "dense",
-                ),
-            )
+            (group.key, (group.format.name, str(group.experts), _by(group.shape), group.layout))
             for group in self.groups
         ]
         rows = [("quantized", "format", "experts", "out x in", "layout")]
         rows += [(name, *cells) for name, cells in _collapse(quantized)]
         if self.skipped:
             rows += [("not quantized", "why", "", "shape", "")]
-            not_quantized = [(s.name, (s.reason, "", _by(s.shape), "")) for s in self.skipped]
+            not_quantized = [(_group_key(s.name, ())[0], (s.reason, "", _by(s.shape), "")) for s in self.skipped]
             rows += [(name, *cells) for name, cells in _collapse(not_quantized)]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
@@ -162,7 +159,7 @@ class Spec:
         total = inside + sum(prod(s.shape) for s in self.skipped)
         n, experts = len(self.groups), sum(group.experts for group in self.groups)
         lines += [
-            f"{n} group{'s' * (n != 1)}, {experts} expert weight{'s' * (experts != 1)}: "
+            f"{n} group{'s' * (n != 1)}, {experts:,} expert weight{'s' * (experts != 1)}: "
             f"{100 * inside / max(total, 1):.1f} % of {total:,} parameters"
         ]
         return "\n".join(line.rstrip() for line in lines)
@@ -276,8 +273,19 @@ def _check_patterns(
                 f"{weights[:3]}; correct the pattern or remove the rule"
             )
     for regex in experts:
-        if not any(re.fullmatch(regex, name) for name in weights):
+        try:
+            matches = [match for name in weights if (match := re.fullmatch(regex, name))]
+        except re.error as error:
+            raise ValueError(f"experts={regex!r} is not a regular expression: {error}") from error
+        if not matches:
             raise ValueError(f"experts={regex!r} matches no weight, among {len(weights)} such as {weights[:3]}")
+        for match in matches:
+            number = match.groupdict().get("expert", "0")
+            if not (number and number.isdecimal()):
+                raise ValueError(
+                    f"experts={regex!r}: found the expert {number!r} in {match.string!r}, wanted a number; "
+                    r"let the group `expert` match \d+"
+                )
     for glob in transposed:
         if not any(fnmatchcase(name, glob) for name in weights):
             raise ValueError(f"transposed={glob!r} matches no weight, among {len(weights)} such as {weights[:3]}")
@@ -308,10 +316,12 @@ def _group(
     transposed: Sequence[str],
 ) -> Group:
     numbers, names = [number for number, _, _ in found], tuple(name for _, name, _ in found)
-    if numbers != list(range(len(numbers))):
-        missing = sorted(set(range(len(numbers))) - set(numbers))
+    wanted = range(numbers[-1] + 1)
+    if numbers != list(wanted):
+        missing, twice = set(wanted) - set(numbers), {n for n in numbers if numbers.count(n) > 1}
+        what = f"{_ranges(missing)} missing" if missing else f"{_ranges(twice)} twice"
         raise ValueError(
-            f"group {key!r}: found experts {_ranges(numbers)}, wanted 0-{len(numbers) - 1}: {_ranges(missing)} missing"
+            f"group {key!r}: found experts {_ranges(set(numbers))}, wanted {_ranges(wanted)}, each once: {what}"
         )
     formats = {chosen for _, _, chosen in found}
     if len(formats) > 1:
@@ -336,9 +346,13 @@ def _group(
             "exclude it with a rule to None, or name it in experts="
         )
     matrix = first.shape[-2:]
-    is_transposed = any(fnmatchcase(name, glob) for name in names for glob in transposed) or (
-        stacked and _stored_transposed(key, params)
-    )
+    marked = [name for name in names if any(fnmatchcase(name, glob) for glob in transposed)]
+    if marked and len(marked) < len(names):
+        raise ValueError(
+            f"group {key!r}: transposed= matches {len(marked)} of {len(names)} experts, such as {marked[0]!r}; "
+            "let it match all"
+        )
+    is_transposed = bool(marked) or (stacked and _stored_transposed(key, params))
     shape = (matrix[1], matrix[0]) if is_transposed else (matrix[0], matrix[1])
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
@@ -351,8 +365,8 @@ def _group(
 
 def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
     """True if stacked gate_up_proj and down_proj fit together only as [E, in, out], gate_up twice as wide."""
-    parent, _, _ = key.rpartition(".")
-    gate_up, down = params.get(f"{parent}.gate_up_proj"), params.get(f"{parent}.down_proj")
+    parent = key[: key.rfind(".") + 1]
+    gate_up, down = params.get(f"{parent}gate_up_proj"), params.get(f"{parent}down_proj")
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
         return False
     return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
@@ -363,13 +377,13 @@ def _check_dtype(name: str, weight: Tensor) -> None:
         raise ValueError(f"parameter {name!r}: found {weight.dtype}, wanted bfloat16, float16 or float32")
 
 
-def _group_from_json(group: dict[str, Any]) -> Group:
-    numbers = dict(group["format"])
-    element = numbers.pop("element")
-    numbers["element"] = IntElement(**element) if "qmax" in element else FloatElement(**element)
-    numbers["block"] = tuple(numbers["block"])
-    names, shape = tuple(group["names"]), tuple(group["shape"])
-    return Group(group["key"], names, Format(**numbers), group["experts"], shape, group["stacked"], group["transposed"])
+def _group_from_json(format: dict[str, Any], names: list[str], shape: list[int], **others: Any) -> Group:
+    element = format["element"]
+    numbers: dict[str, Any] = format | {
+        "element": IntElement(**element) if "qmax" in element else FloatElement(**element),
+        "block": tuple(format["block"]),
+    }
+    return Group(format=Format(**numbers), names=tuple(names), shape=(shape[0], shape[1]), **others)
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -390,7 +404,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 def _collapse(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
     """Rows that differ only in the layer number become one, 'layers.{0-27}.mlp'. The layer is the first number."""
     merged: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
-    for name, cells in rows:
+    for name, cells in dict.fromkeys(rows):
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         head, tail = (name[: match.start()], name[match.end() :]) if match else (name, "")
         merged.setdefault((head, tail, cells), []).extend([int(match.group())] if match else [])

@@ -84,11 +84,13 @@ def merge(a: State, b: State) -> State:
         >>> merge(a, b)
         {'w': ExpertAmax(amax=tensor([2., 5.]))}
     """
-    check_same_leaves("merge: second state", flatten(b), {name: tuple(leaf.shape) for name, leaf in flatten(a).items()})
+    wanted = {name: tuple(leaf.shape) for name, leaf in flatten(a).items()}
+    for which, state in (("first", a), ("second", b)):
+        check_same_leaves(f"merge: {which} state", flatten(state), wanted)
     for key in a.keys() | b.keys():
         if type(a.get(key)) is not type(b.get(key)):
             raise ValueError(
-                f"merge: group {key!r} is {_type_name(a.get(key))} in one state, {_type_name(b.get(key))} in the other"
+                f"merge: group {key!r} is {_type_name(a.get(key))} and {_type_name(b.get(key))}, wanted one type"
             )
     return optree.tree_map(torch.maximum, a, b)  # type: ignore[arg-type, return-value]
 
@@ -100,6 +102,8 @@ def flatten(state: State) -> dict[str, Tensor]:
         >>> flatten({"mlp.experts.down_proj": ExpertAmax(torch.tensor([1.0]))})
         {'mlp.experts.down_proj.amax': tensor([1.])}
     """
+    for key, group in state.items():
+        _check_group(key, group, "leaves")
     return {
         f"{key}.{field}": leaf for key, group in state.items() for field, leaf in zip(group._fields, group, strict=True)
     }
@@ -147,8 +151,9 @@ def check(state: State, spec: Spec, *, values: bool = True) -> None:
     for group in spec.groups:
         if group.key not in state:
             raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
-        found = state[group.key]
+        found: Any = state[group.key]
         wanted = leaf_shapes(group)
+        _check_group(group.key, found, f"those of {group.format.name}")
         if found._fields != tuple(wanted):
             raise ValueError(
                 f"state {group.key!r}: found {_type_name(found)} with {list(found._fields)}, and {group.format.name} "
@@ -199,11 +204,13 @@ def is_concrete(tensor: Tensor) -> bool:
 def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...], where: str = "") -> None:
     if not isinstance(leaf, Tensor):
         raise ValueError(f"{where}state {name!r}: found {type(leaf).__name__}, wanted a tensor")
-    if leaf.shape != shape or leaf.dtype != torch.float32:
+    if tuple(leaf.shape) != shape or leaf.dtype != torch.float32:
         raise ValueError(f"{where}state {name!r}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} torch.float32")
 
 
 def _check_values(name: str, leaf: Tensor, group: Group) -> None:
+    if leaf.is_meta:
+        raise ValueError(f"state {name!r}: found a meta tensor, which has no values to check; pass values=False")
     invalid = ~((leaf >= 0) & (leaf < torch.inf))
     if not bool(invalid.any()):
         return
@@ -214,6 +221,13 @@ def _check_values(name: str, leaf: Tensor, group: Group) -> None:
     raise ValueError(
         f"state {name!r}: found {value} for {group.expert_name(index[0])!r}{at}, wanted a finite amax >= 0; {advice}"
     )
+
+
+def _check_group(key: str, group: Any, leaves: str) -> None:
+    if not isinstance(group, GroupState):
+        raise ValueError(
+            f"state {key!r}: found {type(group).__name__}, wanted {leaves} in an ExpertAmax, BlockAmax or Stateless"
+        )
 
 
 def _type_name(group: Any) -> str:

@@ -11,6 +11,8 @@ if not HAS_GPU:
 import pytest
 from jaxtyping import install_import_hook
 
+torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one
+
 # Annotated shapes and types are checked in tests only. Not in ops.kernels: Triton reads the source of its functions.
 CHECKED = ("select", "state", "calibrate", "fakequant", "ops.reference", "ops.autograd")
 install_import_hook([f"fq_transforms.{module}" for module in CHECKED], "beartype.beartype")

@@ -5,15 +5,16 @@ Sizes tell the axes apart: gate_up is (out, in) = (192, 64) and down (64, 96) in
 
 from typing import NamedTuple
 
-import fq_transforms as fqt
+import optree
 import pytest
 import torch
-from fq_transforms import presets
-from fq_transforms.formats import FORMATS
-from fq_transforms.ops.reference import fake_quantize_reference
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
+import fq_transforms as fqt
+from fq_transforms import presets
+from fq_transforms.formats import FORMATS
+from fq_transforms.ops.reference import fake_quantize_reference
 from tests.cases import name_of, same_bits
 
 transformers = pytest.importorskip("transformers")
@@ -103,11 +104,14 @@ GRANULARITIES = [
     FORMATS[name] for name in ("FP8", "INT8_PER_CHANNEL", "INT4_BLOCK32", "FP8_BLOCK", "NVFP4", "NVFP4_STATIC", "MXFP4")
 ]
 
+# Each class with each way to compute its experts; Llama-4 has only one.
+IMPLEMENTATIONS = [(case, "eager") for case in CASES] + [(case, "grouped_mm") for case in CASES[:-1]]
+
 cases = pytest.mark.parametrize("case", CASES, ids=name_of)
 granularities = pytest.mark.parametrize("format", GRANULARITIES, ids=name_of)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Threads cost more than these sizes can win."""
     threads = torch.get_num_threads()
@@ -127,7 +131,7 @@ def build(case, **options):
         for name, param in model.named_parameters():
             param.copy_(("norm" in name) + 0.1 * torch.randn(param.shape, generator=generator))
             if param.dim() == 3:
-                param *= 2.0 ** torch.arange(EXPERTS)[:, None, None]
+                param.mul_(2.0 ** torch.arange(EXPERTS)[:, None, None])
     return model, dict(model.named_parameters())
 
 
@@ -190,7 +194,7 @@ class Routing:
     def __init__(self, case, model):
         self.hit = {}
         self.hooks = [
-            model.get_submodule(f"model.layers.{i}.{case.moe}.{case.router}").register_forward_hook(self.record(case, i))
+            model.model.layers[i].get_submodule(f"{case.moe}.{case.router}").register_forward_hook(self.record(case, i))
             for i in case.layers
         ]
 
@@ -229,7 +233,12 @@ def test_what_is_not_an_expert_is_listed_with_its_reason(case):
     """Kills a preset that quantizes the router or the head, and a parameter that is in neither list."""
     _, params = build(case)
     spec = fqt.select(params, presets.NVFP4_EXPERTS_ONLY_CFG)
-    excluded = {"lm_head.": "*lm_head*", ".embed_tokens.": "*embed*", ".mlp.gate.": "*mlp.gate.*", ".router.": "*router*"}
+    excluded = {
+        "lm_head.": "*lm_head*",
+        ".embed_tokens.": "*embed*",
+        ".mlp.gate.": "*mlp.gate.*",
+        ".router.": "*router*",
+    }
 
     def why(name):
         if name.endswith("bias"):
@@ -316,16 +325,14 @@ def test_functional_call_is_the_model_with_its_experts_overwritten(case, format)
     assert all(torch.equal(params[key].grad, theirs[key].grad) for key in expert_keys(case))
 
 
-@cases
-@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize(("case", "experts_implementation"), IMPLEMENTATIONS, ids=name_of)
 @pytest.mark.parametrize("sequences", [8, 0], ids=["every_expert", "one_token"])
-def test_exactly_the_experts_that_got_a_token_get_a_gradient(case, experts_implementation, sequences):
+@granularities
+def test_exactly_the_experts_that_got_a_token_get_a_gradient(case, experts_implementation, sequences, format):
     """Kills a gradient lost for one expert of a stack, or leaked to an expert that the router left out."""
-    if case.name == "Llama-4" and experts_implementation != "eager":
-        pytest.skip("Llama-4's experts have no other implementation")
     model, params = build(case)
     model.set_experts_implementation(experts_implementation)
-    fq = fqt.transform(fqt.select(params, presets.NVFP4_EXPERTS_ONLY_CFG))
+    fq = fqt.transform(fqt.select(params, presets.experts_only(format)))
     with Routing(case, model) as hit:
         logits = functional_call(model, fq.fakequant(params, fq.calibrate(params)), (tokens_of(sequences),)).logits
         loss_of(logits).backward()
@@ -348,7 +355,7 @@ def test_torch_func_grad_is_backward(case, format):
     fq = fqt.transform(fqt.select(params, {"*.experts.*": format}), backward="clip")
 
     def loss(params):
-        state = fq.calibrate(params)
+        state = optree.tree_map(lambda amax: amax / 2, fq.calibrate(params))  # so that "clip" has something to clip
         return loss_of(functional_call(model, fq.fakequant(params, state), (tokens,)).logits)
 
     grads = torch.func.grad(loss)({name: param.detach() for name, param in params.items()})
@@ -364,12 +371,13 @@ def test_only_the_experts_are_new_and_no_input_is_changed(case, format):
     """Untouched entries are the same objects in the same order; weights, state and dicts stay as they were."""
     _, params = build(case)
     fq = fqt.transform(fqt.select(params, {"*.experts.*": format}))
+    entries = [(name, id(param), param._version) for name, param in params.items()]
     state = fq.calibrate(params)
-    leaves = [leaf for group in state.values() for leaf in group]
-    before = [(name, id(param), param._version) for name, param in params.items()], [leaf._version for leaf in leaves]
+    leaves = [(leaf, leaf._version) for leaf in optree.tree_leaves(state)]
     quantized = fq.fakequant(params, state)
-    after = [(name, id(param), param._version) for name, param in params.items()], [leaf._version for leaf in leaves]
-    assert before == after
+    assert entries == [(name, id(param), param._version) for name, param in params.items()]
+    assert all(now is leaf for now, (leaf, _) in zip(optree.tree_leaves(state), leaves, strict=True))
+    assert all(leaf._version == version for leaf, version in leaves)
     assert list(quantized) == list(params)
     new = [name for name in params if quantized[name] is not params[name]]
     assert new == expert_keys(case)

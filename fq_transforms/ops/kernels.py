@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """Triton kernels over the N separate weights of a group, one launch each, and their launchers.
 
@@ -16,15 +16,16 @@ integer maximum: NaN is kept, atomics are exact, and the order of the programs d
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fq_transforms.formats import FloatElement, Format, IntElement
+from fq_transforms.formats import Format, IntElement
 
 __all__ = ["clip_backward_triton", "expert_amax_triton", "fake_quantize_triton"]
 
@@ -32,9 +33,16 @@ __all__ = ["clip_backward_triton", "expert_amax_triton", "fake_quantize_triton"]
 # field notes of November 2026 measured at 0.99 of copy_ on an H200; the benchmark's sweep owns this number.
 WEIGHTS_PER_PROGRAM = 2048
 NUM_WARPS = 4
+# Tiles that a program of the amax kernel sweeps before it reduces once.
+STEPS = 8
 
 # Below ModelOpt's threshold a granule counts as zero; the reference has the same number.
 TINY_AMAX = tl.constexpr(2.0**-24)
+
+# Stands in for a divisor of zero, under which every dividend is zero too.
+SMALLEST_DIVISOR = tl.constexpr(2.0**-120)
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -50,8 +58,13 @@ def _float(bits):
 
 
 @triton.jit
-def _clamp(x, low, high):
-    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+def _min(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _max(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -60,9 +73,8 @@ def _with_sign_of(magnitude, x):
 
 
 @triton.jit
-def _round_magnitude(a, MAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """Nearest value of a small float to a >= 0, ties to even, saturated at MAX."""
-    a = tl.minimum(a, MAX, propagate_nan=tl.PropagateNan.ALL)
+def _round_magnitude(a, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Nearest value of a small float to a, 0 <= a <= its largest value and half a step, ties to even."""
     exponent = tl.maximum(_bits(a) & 0x7F800000, (MIN_EXPONENT + 127) << 23)
     magic = _float(exponent + ((23 - MANTISSA) << 23))
     return (a + magic) - magic
@@ -71,7 +83,7 @@ def _round_magnitude(a, MAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA:
 @triton.jit
 def _round_integer(v, LOW: tl.constexpr, HIGH: tl.constexpr):
     """rint(v) within LOW..HIGH; loses the sign of zero."""
-    v = _clamp(v, LOW, HIGH)
+    v = _min(_max(v, LOW), HIGH)
     return (v + 12582912.0) - 12582912.0  # 1.5 * 2**23: right for both signs
 
 
@@ -82,13 +94,51 @@ def _power_of_two(e):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x within two units in the last place, for 2**-126 <= abs(x) <= 2**126."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _quotient(a, b, reciprocal):
+    """The quotient a / b, rounded as a division is; see NOTE exact quotients."""
+    q = a * reciprocal
+    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+
+
+@triton.jit
+def _scale(QMAX: tl.constexpr, amax):
+    """QMAX / amax, correctly rounded, for amax >= 2**-24; a quarter of both keeps the reciprocal normal."""
+    quarter = amax * 0.25
+    return _quotient(QMAX * 0.25, quarter, _reciprocal(quarter))
+
+
+@triton.jit
 def _valid(amax):
     return tl.where(amax >= 0, tl.where(amax < float("inf"), amax, float("nan")), float("nan"))
 
 
 @triton.jit
-def _chunks(out_features, in_features, CHUNK: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Where this program's [TILE, CHUNK] weights are: base (int64), offsets, mask, and each chunk's row and column."""
+def _chunks(
+    out_features,
+    in_features,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """This program's [TILE, CHUNK] weights: base (int64), offsets, which exist, which chunks exist, and their granules.
+
+    A granule is ROWS x COLUMNS weights, 0 for the whole extent; there are rows x columns of them in a weight.
+    """
     block = tl.program_id(0)
     c = tl.arange(0, TILE)
     j = tl.arange(0, CHUNK)
@@ -98,17 +148,26 @@ def _chunks(out_features, in_features, CHUNK: tl.constexpr, TILE: tl.constexpr, 
         column = (block // tiles) * CHUNK
         base = column.to(tl.int64) * out_features + first
         row = first + c
+        column = column + c * 0
         offsets = j[None, :] * out_features + c[:, None]
-        mask = (row < out_features)[:, None] & ((column + j) < in_features)[None, :]
-        return base, offsets, mask, row, column + c * 0
+        exists = row < out_features
+        mask = exists[:, None] & ((column[:, None] + j[None, :]) < in_features)
     else:
         chunks_a_row = in_features // CHUNK
         chunk = block * TILE + c
         base = block.to(tl.int64) * (TILE * CHUNK)
         row = chunk // chunks_a_row
+        column = (chunk - row * chunks_a_row) * CHUNK
         offsets = c[:, None] * CHUNK + j[None, :]
-        mask = (row < out_features)[:, None] & (j >= 0)[None, :]
-        return base, offsets, mask, row, (chunk - row * chunks_a_row) * CHUNK
+        exists = chunk < out_features * chunks_a_row
+        mask = exists[:, None] & (j >= 0)[None, :]
+    if ROWS == 1 and COLUMNS == CHUNK and not TRANSPOSED:
+        granule = chunk
+    else:
+        granule = row * 0 if ROWS == 0 else (row // ROWS) * columns
+        if COLUMNS != 0:
+            granule += column // COLUMNS
+    return base, offsets, mask, exists, tl.program_id(1).to(tl.int64) * rows * columns + granule
 
 
 @triton.jit
@@ -117,16 +176,6 @@ def _address(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def _granule(row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Index of a chunk's granule among the group's; a side of 0 is the whole extent."""
-    expert = tl.program_id(1).to(tl.int64)
-    index = row * 0 if ROWS == 0 else (row // ROWS) * columns
-    if COLUMNS != 0:
-        index += column // COLUMNS
-    return expert * rows * columns + index
 
 
 @triton.jit
@@ -160,7 +209,9 @@ def _fake_quantize_kernel(
     IN_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
 ):
-    base, offsets, mask, row, column = _chunks(out_features, in_features, CHUNK, TILE, TRANSPOSED)
+    base, offsets, mask, exists, granule = _chunks(
+        out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
+    )
     weight = _address(weight_table, IN_DTYPE, ALIGNED) + base
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
     a = tl.abs(x)
@@ -168,8 +219,7 @@ def _fake_quantize_kernel(
     if DYNAMIC:
         block_amax = _float(tl.max(_bits(a), axis=1))
     elif SCALE == "e4m3" or ROWS != 0 or COLUMNS != 0:
-        granule = _granule(row, column, rows, columns, ROWS, COLUMNS)
-        block_amax = _valid(tl.load(amax_ptr + granule, mask=row < out_features, other=0.0))
+        block_amax = _valid(tl.load(amax_ptr + granule, mask=exists, other=0.0))
     else:
         block_amax = _valid(tl.load(amax_ptr + tl.program_id(1)))
 
@@ -183,27 +233,37 @@ def _fake_quantize_kernel(
             exponent = (bits + (1 << (22 - MANTISSA))) >> 23
         e = tl.minimum(tl.maximum(exponent - (MAX_BITS >> 23), -127), 127)
         scale = tl.where(block_amax < float("inf"), _power_of_two(e), float("nan"))
-        q = _round_magnitude(a * _power_of_two(-e)[:, None], QMAX, MIN_EXPONENT, MANTISSA)
+        q = _round_magnitude(_min(a * _power_of_two(-e)[:, None], QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * scale[:, None], x)
     elif SCALE == "e4m3":
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
-        s8 = _clamp(tl.div_rn(block_amax, QMAX * g), MIN_SCALE, 448.0)
-        s = _round_magnitude(s8, 448.0, -6, 3) * g
-        s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
-        s = tl.where(g == 0, 0.0, s)
-        s = tl.where(block_amax == 0, 0.0, s)
-        divisor = tl.where(s == 0, 1.0, s)
-        q = _round_magnitude(tl.div_rn(a, divisor[:, None]), QMAX, MIN_EXPONENT, MANTISSA)
-        y = _with_sign_of(q * s[:, None], x)
+        # Dividends are saturated first, so no quotient overflows; tiny divisors are lifted, so none underflows.
+        lift = tl.where(g < 2.0**-62, 2.0**64, 1.0)
+        d = QMAX * g
+        lifted = _max(d * lift, SMALLEST_DIVISOR)
+        s8 = _max(_quotient(_min(block_amax, 448.0 * d) * lift, lifted, _reciprocal(lifted)), MIN_SCALE)
+        s = _round_magnitude(s8, -6, 3) * g
+        if UNIT_SCALE_BELOW != 0:
+            s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
+        if not DYNAMIC or UNIT_SCALE_BELOW != 0:
+            s = tl.where(block_amax == 0, 0.0, s)
+            s = tl.where(g == 0, 0.0, s)
+        lifted = _max(s * lift, SMALLEST_DIVISOR)
+        dividend = _min(a, _each(QMAX * s))
+        if lift != 1.0:
+            dividend *= lift
+        v = _quotient(dividend, _each(lifted), _each(_reciprocal(lifted)))
+        y = _with_sign_of(_round_magnitude(v, MIN_EXPONENT, MANTISSA) * _each(s), x)
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
-        s = tl.div_rn(QMAX, block_amax)
-        v = x * _each(tl.where(zero, 0.0, s))
-        y = _with_sign_of(tl.div_rn(_round_integer(v, LOW, HIGH), _each(tl.where(zero, 1.0, s))), x)
+        s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
+        q = _round_integer(x * _each(tl.where(zero, 0.0, s)), LOW, HIGH)
+        half = _quotient(q, _each(s + s), _each(_reciprocal(s + s)))  # q / s may overflow where its half does not
+        y = _with_sign_of(half + half, x)
     else:
-        s = tl.div_rn(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
-        q = _round_magnitude(a * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
+        s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
+        q = _round_magnitude(_min(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * _each(tl.div_rn(1.0, s)), x)
 
     out = _address(out_table, OUT_DTYPE, ALIGNED) + base
@@ -225,26 +285,68 @@ def _expert_amax_kernel(
     in_features,
     rows,
     columns,
+    SWEEP: tl.constexpr,
     GLOBAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    STEPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
     IN_DTYPE: tl.constexpr,
 ):
-    base, offsets, mask, row, column = _chunks(out_features, in_features, CHUNK, TILE, TRANSPOSED)
-    weight = _address(weight_table, IN_DTYPE, ALIGNED) + base
-    x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-    chunk_amax = tl.max(_bits(tl.abs(x)), axis=1)
-    if ROWS == 0 and COLUMNS == 0:
-        tl.atomic_max(amax_ptr + tl.program_id(1), tl.max(chunk_amax, axis=0))
-    else:
-        granule = _granule(row, column, rows, columns, ROWS, COLUMNS)
-        tl.atomic_max(amax_ptr + granule, chunk_amax, mask=row < out_features)
-    if GLOBAL:
-        tl.atomic_max(global_amax_ptr + tl.program_id(1), tl.max(chunk_amax, axis=0))
+    """A program sweeps STEPS tiles: along memory, along a row, or down a square block; who owns a granule stores it."""
+    weight = _address(weight_table, IN_DTYPE, ALIGNED)
+    expert = tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, TILE)
+    j = tl.arange(0, CHUNK)
+    largest = tl.zeros([TILE, CHUNK], dtype=tl.int32)
+    if SWEEP == "memory":  # one granule an expert, or one a chunk
+        chunks = out_features * (in_features // CHUNK)
+        for step in tl.static_range(STEPS):
+            first = (tl.program_id(0) * STEPS + step) * TILE
+            chunk = first + c
+            x = tl.load(
+                weight + first.to(tl.int64) * CHUNK + c[:, None] * CHUNK + j[None, :],
+                mask=(chunk < chunks)[:, None] & (j >= 0)[None, :],
+                other=0.0,
+            )
+            bits = _bits(tl.abs(x.to(tl.float32)))
+            if COLUMNS != 0:
+                tl.store(amax_ptr + expert * chunks + chunk, tl.max(bits, axis=1), mask=chunk < chunks)
+            if COLUMNS == 0 or GLOBAL:
+                largest = tl.maximum(largest, bits)
+        if COLUMNS == 0:
+            tl.atomic_max(amax_ptr + expert, tl.max(largest))
+        elif GLOBAL:
+            tl.atomic_max(global_amax_ptr + expert, tl.max(largest))
+    elif SWEEP == "row":  # TILE whole rows
+        row = tl.program_id(0) * TILE + c
+        start = weight + row.to(tl.int64)[:, None] * in_features + j[None, :]
+        for column in range(0, in_features, CHUNK):
+            mask = (row < out_features)[:, None] & (column + j < in_features)[None, :]
+            x = tl.load(start + column, mask=mask, other=0.0)
+            largest = tl.maximum(largest, _bits(tl.abs(x.to(tl.float32))))
+        tl.store(amax_ptr + expert * out_features + row, tl.max(largest, axis=1), mask=row < out_features)
+    elif SWEEP == "square":  # one block of ROWS x COLUMNS, COLUMNS == CHUNK
+        block_row = tl.program_id(0) // columns
+        column = (tl.program_id(0) % columns) * COLUMNS + j
+        for step in tl.static_range(ROWS // TILE):
+            row = block_row * ROWS + step * TILE + c
+            mask = (row < out_features)[:, None] & (column < in_features)[None, :]
+            x = tl.load(weight + row.to(tl.int64)[:, None] * in_features + column[None, :], mask=mask, other=0.0)
+            largest = tl.maximum(largest, _bits(tl.abs(x.to(tl.float32))))
+        tl.store(amax_ptr + expert * rows * columns + tl.program_id(0), tl.max(largest))
+    else:  # "scatter": matrices stored [in, out], where several programs share a granule
+        base, offsets, mask, exists, granule = _chunks(
+            out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
+        )
+        x = tl.load(weight + base + offsets, mask=mask, other=0.0)
+        chunk_amax = tl.max(_bits(tl.abs(x.to(tl.float32))), axis=1)
+        tl.atomic_max(amax_ptr + granule, chunk_amax, mask=exists)
+        if GLOBAL:
+            tl.atomic_max(global_amax_ptr + expert, tl.max(chunk_amax))
 
 
 @triton.jit
@@ -266,13 +368,14 @@ def _clip_backward_kernel(
     GRAD_DTYPE: tl.constexpr,
     IN_DTYPE: tl.constexpr,
 ):
-    base, offsets, mask, row, column = _chunks(out_features, in_features, CHUNK, TILE, TRANSPOSED)
+    base, offsets, mask, exists, granule = _chunks(
+        out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
+    )
     weight = _address(weight_table, IN_DTYPE, ALIGNED) + base
     grad = _address(grad_table, GRAD_DTYPE, ALIGNED) + base
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + offsets, mask=mask, other=0.0)
-    granule = _granule(row, column, rows, columns, ROWS, COLUMNS)
-    amax = tl.load(amax_ptr + granule, mask=row < out_features, other=0.0)
+    amax = tl.load(amax_ptr + granule, mask=exists, other=0.0)
     kept = tl.where(tl.abs(x) <= amax[:, None], g, 0.0)
     out = _address(out_table, IN_DTYPE, ALIGNED) + base
     tl.store(out + offsets, kept.to(IN_DTYPE), mask=mask)
@@ -291,24 +394,26 @@ def fake_quantize_triton(
     weights = [_dense(w) for w in weights]
     outs = [torch.empty_like(w, dtype=out_dtype, memory_format=torch.contiguous_format) for w in weights]
     element = format.element
+    is_int = isinstance(element, IntElement)
+    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed)
     _launch(
         _fake_quantize_kernel,
+        blocks,
         (weights, outs),
-        (None if amax is None else amax.contiguous(), None if global_amax is None else global_amax.contiguous()),
-        format=format,
-        transposed=transposed,
-        ELEMENT="int" if isinstance(element, IntElement) else "float",
+        (amax, global_amax),
+        geometry,
+        ELEMENT="int" if is_int else "float",
         SCALE=format.scale,
         DYNAMIC=format.dynamic,
-        QMAX=float(element.qmax if isinstance(element, IntElement) else element.max),
-        LOW=float(element.low) if isinstance(element, IntElement) else 0.0,
-        HIGH=float(element.high) if isinstance(element, IntElement) else 0.0,
-        MIN_EXPONENT=element.min_exponent if isinstance(element, FloatElement) else 0,
-        MANTISSA=element.mantissa_bits if isinstance(element, FloatElement) else 0,
+        QMAX=float(element.qmax if is_int else element.max),
+        LOW=float(element.low) if is_int else 0.0,
+        HIGH=float(element.high) if is_int else 0.0,
+        MIN_EXPONENT=0 if is_int else element.min_exponent,
+        MANTISSA=0 if is_int else element.mantissa_bits,
         MIN_SCALE=format.min_scale,
         UNIT_SCALE_BELOW=format.unit_scale_below,
         EXPONENT_ROUNDING=format.exponent_rounding,
-        MAX_BITS=_float_bits(element.max) if isinstance(element, FloatElement) else 0,
+        MAX_BITS=0 if is_int else _float_bits(element.max),
         IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
         OUT_DTYPE=_TRITON_DTYPES[out_dtype],
     )
@@ -325,16 +430,17 @@ def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed:
     )
     is_static_two_level = format.scale == "e4m3" and not format.dynamic
     global_amax = torch.zeros(experts, dtype=torch.int32, device=amax.device) if is_static_two_level else None
-    whole = {"ROWS": 0, "COLUMNS": 0} if format.dynamic else {}
+    blocks, sweep, geometry = _sweep(format, out_features, in_features, transposed)
     _launch(
         _expert_amax_kernel,
+        blocks,
         (weights,),
         (amax, global_amax),
-        format=format,
-        transposed=transposed,
+        geometry,
+        SWEEP=sweep,
         GLOBAL=is_static_two_level,
+        STEPS=STEPS,
         IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
-        **whole,
     )
     return amax.view(torch.float32), None if global_amax is None else global_amax.view(torch.float32)
 
@@ -345,70 +451,100 @@ def clip_backward_triton(
     """`clip_backward_reference` of every weight of a group, in one launch."""
     weights, grads = [_dense(w) for w in weights], [_dense(g) for g in grads]
     outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed)
     _launch(
         _clip_backward_kernel,
+        blocks,
         (grads, weights, outs),
-        (amax.contiguous(),),
-        format=format,
-        transposed=transposed,
+        (amax,),
+        geometry,
         GRAD_DTYPE=_TRITON_DTYPES[grads[0].dtype],
         IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
     )
     return outs
 
 
-def _launch(
-    kernel: Any,
-    tables: tuple[Sequence[Tensor], ...],
-    scales: tuple[Tensor | None, ...],
-    *,
-    format: Format,
-    transposed: bool,
-    **constants: Any,
-) -> None:
-    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
-    first = tables[0][0]
-    experts, (out_features, in_features) = _experts(tables[0]), _shape(first, transposed)
+class _Geometry(NamedTuple):
+    """Numbers of a launch that do not depend on the format's arithmetic, in the order of the kernels' arguments."""
+
+    out_features: int
+    in_features: int
+    rows: int
+    columns: int
+    constants: dict[str, Any]
+
+
+def _geometry(format: Format, out_features: int, in_features: int, transposed: bool) -> tuple[int, _Geometry]:
+    """Programs a weight, and the tile of each, for the kernels that visit every weight once."""
+    if format.block == (None, None) and transposed:  # one scale an expert: the layout does not matter
+        out_features, in_features, transposed = in_features, out_features, False
     rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
-    chunk = _chunk(format, in_features, transposed)
+    if format.has_blocks_along_in:
+        chunk = format.block[1] or 1
+    else:  # a divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge instead
+        chunk = 16 if transposed else min(16, in_features & -in_features)
     tile = max(1, WEIGHTS_PER_PROGRAM // chunk)
     if transposed:
         blocks = triton.cdiv(out_features, tile) * triton.cdiv(in_features, chunk)
     else:
         blocks = triton.cdiv(out_features * (in_features // chunk), tile)
-    addresses = [[a for tensor in group for a in _addresses(tensor)] for group in tables]
-    device = first.device
-    arguments = {
+    constants = {
         "ROWS": format.block[0] or 0,
         "COLUMNS": format.block[1] or 0,
         "CHUNK": chunk,
         "TILE": tile,
         "TRANSPOSED": transposed,
-        "ALIGNED": all(a % 16 == 0 for group in addresses for a in group),
-        **constants,
     }
+    return blocks, _Geometry(out_features, in_features, rows, columns, constants)
+
+
+def _sweep(format: Format, out_features: int, in_features: int, transposed: bool) -> tuple[int, str, _Geometry]:
+    """Programs a weight, how each sweeps it, and the tile, for the amax kernel."""
+    if format.dynamic:  # what is calibrated is the whole expert
+        format = replace(format, scale="fp32", dynamic=False, block=(None, None))
+    blocks, geometry = _geometry(format, out_features, in_features, transposed)
+    constants = geometry.constants
+    if constants["TRANSPOSED"]:
+        return blocks, "scatter", geometry
+    if format.block == (None, None) or format.has_blocks_along_in:
+        return triton.cdiv(blocks, STEPS), "memory", geometry
+    if format.block[1] is None:
+        chunk = 512
+        tile = WEIGHTS_PER_PROGRAM // chunk
+        blocks, sweep = triton.cdiv(out_features, tile), "row"
+    else:
+        chunk = format.block[1]
+        tile = min(format.block[0] or 1, WEIGHTS_PER_PROGRAM // chunk)
+        blocks, sweep = geometry.rows * geometry.columns, "square"
+    return blocks, sweep, geometry._replace(constants=constants | {"CHUNK": chunk, "TILE": tile})
+
+
+def _launch(
+    kernel: Any,
+    blocks: int,
+    tables: tuple[Sequence[Tensor], ...],
+    scales: tuple[Tensor | None, ...],
+    geometry: _Geometry,
+    **constants: Any,
+) -> None:
+    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
+    addresses = [[a for tensor in group for a in _addresses(tensor)] for group in tables]
+    scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
+    first = tables[0][0]
+    aligned = all(a % 16 == 0 for group in addresses for a in group)
     with torch.cuda.device_of(first):
-        for start in range(0, experts, 65535):  # CUDA's limit on the second grid dimension
+        for start in range(0, len(addresses[0]), 65535):  # CUDA's limit on the second grid dimension
             part = slice(start, start + 65535)
             kernel[(blocks, len(addresses[0][part]))](
-                *(torch.tensor(group[part], dtype=torch.int64).to(device) for group in addresses),
+                *(torch.tensor(group[part], dtype=torch.int64).to(first.device) for group in addresses),
                 *(None if scale is None else scale[part] for scale in scales),
-                out_features,
-                in_features,
-                rows,
-                columns,
-                **arguments,
+                *geometry[:4],
+                **geometry.constants,
+                **constants,
+                ALIGNED=aligned,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
             )
-
-
-def _chunk(format: Format, in_features: int, transposed: bool) -> int:
-    """Weights along `in` that share a scale and are worked on together: a power of two."""
-    if format.has_blocks_along_in:
-        return format.block[1] or 1
-    # A divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge instead.
-    return 16 if transposed else min(16, in_features & -in_features)
 
 
 def _experts(weights: Sequence[Tensor]) -> int:

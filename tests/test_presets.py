@@ -1,0 +1,352 @@
+"""The presets on the parameter names of real models: what they take, in which format, and what they must leave alone.
+
+Held twice: against a table of names written by hand, and against ModelOpt's own configurations, where it imports.
+"""
+
+import importlib
+import re
+import warnings
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+
+from fq_transforms import presets
+from fq_transforms.formats import (
+    FORMATS,
+    FP8,
+    FP8_BLOCK,
+    FP8_PER_CHANNEL,
+    INT4_BLOCK128,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    MXFP6_E3M2,
+    MXFP8,
+    NVFP4,
+    IntElement,
+)
+from fq_transforms.select import Rule, select
+
+LAYERS, EXPERTS = range(2), range(3)
+HIDDEN = (256, 128)  # any matrix: every block of a format divides it
+
+# Each model: names of routed experts, of other matrices to quantize, of matrices and vectors to leave alone, by shape.
+# {n} is a layer, {i} an expert.
+MODELS = {
+    "Mixtral": {
+        "experts": {f"model.layers.{{n}}.block_sparse_moe.experts.{{i}}.w{k}.weight": HIDDEN for k in (1, 2, 3)},
+        "dense": {f"model.layers.{{n}}.self_attn.{role}_proj.weight": HIDDEN for role in "qkvo"},
+        "left": {
+            "model.embed_tokens.weight": HIDDEN,
+            "model.layers.{n}.block_sparse_moe.gate.weight": (8, 128),
+            "model.layers.{n}.input_layernorm.weight": (128,),
+            "model.norm.weight": (128,),
+            "lm_head.weight": HIDDEN,
+        },
+    },
+    "Mixtral, transformers 5": {
+        "experts": {
+            "model.layers.{n}.mlp.experts.gate_up_proj": (4, 512, 128),
+            "model.layers.{n}.mlp.experts.down_proj": (4, 128, 256),
+        },
+        "dense": {f"model.layers.{{n}}.self_attn.{role}_proj.weight": HIDDEN for role in "qkvo"},
+        "left": {
+            "model.embed_tokens.weight": HIDDEN,
+            "model.layers.{n}.mlp.gate.weight": (4, 128),
+            "model.layers.{n}.input_layernorm.weight": (128,),
+            "lm_head.weight": HIDDEN,
+        },
+    },
+    "Megatron-Core with Transformer Engine": {
+        "experts": {
+            "decoder.layers.{n}.mlp.experts.linear_fc1.weight{i}": HIDDEN,
+            "decoder.layers.{n}.mlp.experts.linear_fc2.weight{i}": HIDDEN,
+        },
+        "dense": {
+            "decoder.layers.{n}.self_attention.linear_qkv.weight": HIDDEN,
+            "decoder.layers.{n}.self_attention.linear_proj.weight": HIDDEN,
+            "decoder.layers.{n}.mlp.shared_experts.linear_fc1.weight": HIDDEN,
+            "decoder.layers.{n}.mlp.shared_experts.linear_fc2.weight": HIDDEN,
+        },
+        "left": {
+            "embedding.word_embeddings.weight": HIDDEN,
+            "embedding.position_embeddings.weight": HIDDEN,
+            "decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": (128,),
+            "decoder.layers.{n}.self_attention.linear_qkv.bias": (256,),
+            "decoder.layers.{n}.pre_mlp_layernorm.weight": (128,),
+            "decoder.layers.{n}.mlp.router.weight": (8, 128),
+            "decoder.layers.{n}.mlp.experts.linear_fc1.bias{i}": (256,),
+            "decoder.final_layernorm.weight": (128,),
+            "output_layer.weight": HIDDEN,
+        },
+    },
+    "Megatron-Core, SequentialMLP": {
+        "experts": {
+            "decoder.layers.{n}.mlp.experts.local_experts.{i}.linear_fc1.weight": HIDDEN,
+            "decoder.layers.{n}.mlp.experts.local_experts.{i}.linear_fc2.weight": HIDDEN,
+        },
+        "dense": {"decoder.layers.{n}.self_attention.linear_proj.weight": HIDDEN},
+        "left": {"decoder.layers.{n}.mlp.router.weight": (8, 128), "output_layer.weight": HIDDEN},
+    },
+    "Qwen3-Next with vision": {
+        "experts": {
+            f"model.layers.{{n}}.mlp.experts.{{i}}.{role}_proj.weight": HIDDEN for role in ("gate", "up", "down")
+        },
+        "dense": {
+            "model.layers.{n}.mlp.shared_expert.gate_proj.weight": HIDDEN,
+            "model.layers.{n}.mlp.shared_expert.down_proj.weight": HIDDEN,
+            "model.layers.{n}.linear_attn.in_proj_qkvz.weight": HIDDEN,
+            "model.layers.{n}.linear_attn.out_proj.weight": HIDDEN,
+        },
+        "left": {
+            "model.embed_tokens.weight": HIDDEN,
+            "model.layers.{n}.mlp.gate.weight": (8, 128),
+            "model.layers.{n}.mlp.shared_expert_gate.weight": (1, 128),
+            "model.layers.{n}.linear_attn.conv1d.weight": (64, 1, 4),
+            "model.layers.{n}.linear_attn.in_proj_a.weight": (8, 128),
+            "model.layers.{n}.linear_attn.in_proj_ba.weight": (8, 128),
+            "model.layers.{n}.linear_attn.A_log": (8,),
+            "model.visual.blocks.{n}.attn.qkv.weight": HIDDEN,
+            "mtp.layers.{n}.mlp.gate_proj.weight": HIDDEN,
+            "lm_head.weight": HIDDEN,
+        },
+    },
+    "Llama-4 with vision": {
+        "experts": {
+            "language_model.model.layers.{n}.feed_forward.experts.gate_up_proj": (4, 128, 512),
+            "language_model.model.layers.{n}.feed_forward.experts.down_proj": (4, 256, 128),
+        },
+        "dense": {
+            "language_model.model.layers.{n}.self_attn.q_proj.weight": HIDDEN,
+            "language_model.model.layers.{n}.feed_forward.shared_expert.gate_proj.weight": HIDDEN,
+        },
+        "left": {
+            "language_model.model.embed_tokens.weight": HIDDEN,
+            "language_model.model.layers.{n}.feed_forward.router.weight": (8, 128),
+            "language_model.lm_head.weight": HIDDEN,
+            "vision_model.model.layers.{n}.self_attn.q_proj.weight": HIDDEN,
+            "vision_model.patch_embedding.linear.weight": (128, 588),
+            "vision_tower.blocks.{n}.fc1.weight": HIDDEN,
+            "multi_modal_projector.linear_1.weight": HIDDEN,
+        },
+    },
+    "Llama": {
+        "experts": {},
+        # mlp.gate_proj is no router, and must not be taken for mlp.gate.
+        "dense": {f"model.layers.{{n}}.self_attn.{role}_proj.weight": HIDDEN for role in "qkvo"}
+        | {f"model.layers.{{n}}.mlp.{role}_proj.weight": HIDDEN for role in ("gate", "up", "down")},
+        "left": {
+            "model.embed_tokens.weight": HIDDEN,
+            "model.layers.{n}.post_attention_layernorm.weight": (128,),
+            "model.norm.weight": (128,),
+            "lm_head.weight": HIDDEN,
+        },
+    },
+}
+
+# Every preset: its format, and whether it takes the whole model.
+WHOLE = {
+    "NVFP4_DEFAULT_CFG": NVFP4,
+    "FP8_DEFAULT_CFG": FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": FP8_PER_CHANNEL,
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": FP8_BLOCK,
+    "INT8_DEFAULT_CFG": INT8_PER_CHANNEL,
+    "INT8_WEIGHT_ONLY_CFG": INT8_PER_CHANNEL,
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": INT4_BLOCK128,
+    "MXFP8_DEFAULT_CFG": MXFP8,
+    "MXFP6_DEFAULT_CFG": MXFP6_E3M2,
+    "MXFP4_DEFAULT_CFG": MXFP4,
+}
+EXPERTS_ONLY = {
+    "FP8_PER_CHANNEL_EXPERTS_ONLY_CFG": FP8_PER_CHANNEL,
+    "NVFP4_EXPERTS_ONLY_CFG": NVFP4,
+    "FP8_EXPERTS_ONLY_CFG": FP8,
+    "FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG": FP8_BLOCK,
+    "INT8_EXPERTS_ONLY_CFG": INT8_PER_CHANNEL,
+    "INT4_BLOCKWISE_EXPERTS_ONLY_CFG": INT4_BLOCK128,
+    "MXFP8_EXPERTS_ONLY_CFG": MXFP8,
+    "MXFP6_EXPERTS_ONLY_CFG": MXFP6_E3M2,
+    "MXFP4_EXPERTS_ONLY_CFG": MXFP4,
+}
+MIXTURES = [name for name, model in MODELS.items() if model["experts"]]
+
+# The presets whose names are ModelOpt's own.
+MODELOPT = [*WHOLE, "NVFP4_EXPERTS_ONLY_CFG"]
+
+
+def expand(templates):
+    """Names of all layers and experts, as meta tensors of their shapes."""
+    return {
+        template.format(n=n, i=i): torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        for template, shape in templates.items()
+        for n in (LAYERS if "{n}" in template else [0])
+        for i in (EXPERTS if "{i}" in template else [0])
+    }
+
+
+def parameters(model):
+    """All parameters of a model, in three parts: experts, dense, left."""
+    return {part: expand(templates) for part, templates in MODELS[model].items()}
+
+
+def quantized_by(preset, params):
+    """The names that a preset quantizes."""
+    return {name for group in select(params, getattr(presets, preset)).groups for name in group.names}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", WHOLE)
+def test_a_whole_model_preset_takes_every_matrix_but_the_excluded(preset, model):
+    """Kills a quantized head, router, embedding, norm or vision tower, and a projection that is left out."""
+    parts = parameters(model)
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    spec = select(params, getattr(presets, preset))
+    assert quantized_by(preset, params) == parts["dense"].keys() | parts["experts"].keys()
+    assert {group.format for group in spec.groups} == {WHOLE[preset]}
+    assert {skipped.name for skipped in spec.skipped} == parts["left"].keys()
+
+
+@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize("preset", EXPERTS_ONLY)
+def test_an_experts_only_preset_takes_the_routed_experts(preset, model):
+    """Kills a quantized attention or shared expert, and an expert that is left out."""
+    parts = parameters(model)
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    spec = select(params, getattr(presets, preset))
+    assert quantized_by(preset, params) == parts["experts"].keys()
+    assert {group.format for group in spec.groups} == {EXPERTS_ONLY[preset]}
+    assert {group.experts for group in spec.groups} == ({4} if spec.groups[0].stacked else {len(EXPERTS)})
+    assert {skipped.name for skipped in spec.skipped} == parts["left"].keys() | parts["dense"].keys()
+
+
+@pytest.mark.parametrize("preset", EXPERTS_ONLY)
+def test_experts_only_on_a_dense_model_is_an_error(preset):
+    """A model without experts is a mistake, not an empty success."""
+    parts = parameters("Llama")
+    with pytest.raises(ValueError, match=r"select no weight among \d+ parameters.*\*\.experts\.\*"):
+        select(parts["dense"] | parts["left"], getattr(presets, preset))
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [
+        {"experts.gate_up_proj": (4, *HIDDEN), "experts.down_proj": (4, *HIDDEN)},
+        {"experts.{i}.w1.weight": HIDDEN},
+        {"experts.linear_fc1.weight{i}": HIDDEN},
+        {"local_experts.{i}.linear_fc1.weight": HIDDEN},
+    ],
+    ids=list,
+)
+def test_experts_only_takes_a_layer_alone(templates):
+    """The parameters of one MoE layer on its own, with no name in front of "experts", are found like a model's."""
+    params = expand(templates)
+    left = expand({"router.weight": (8, 128), "shared_experts.linear_fc1.weight": HIDDEN})
+    assert quantized_by("FP8_EXPERTS_ONLY_CFG", left | params) == params.keys()
+
+
+def test_the_raw_gate_of_megatrons_shared_experts_is_left_alone():
+    """SharedExpertMLP.gate_weight [1, hidden] gates as a router does, and is no layer that ModelOpt quantizes."""
+    params = expand(
+        {
+            "decoder.layers.{n}.mlp.shared_experts.gate_weight": (1, 128),
+            "decoder.layers.{n}.mlp.linear_fc1.weight": HIDDEN,
+        }
+    )
+    assert quantized_by("FP8_DEFAULT_CFG", params) == {f"decoder.layers.{n}.mlp.linear_fc1.weight" for n in LAYERS}
+
+
+def test_every_preset_is_in_the_tables():
+    """No preset without a test, and none that the tables name only."""
+    names = {name for name in vars(presets) if name.endswith("_CFG")}
+    assert names == WHOLE.keys() | EXPERTS_ONLY.keys()
+
+
+def test_every_format_has_both_kinds_of_preset():
+    """Each format is there for the whole model and for its experts only."""
+    assert set(WHOLE.values()) == set(EXPERTS_ONLY.values())
+
+
+@pytest.mark.parametrize("preset", [*WHOLE, *EXPERTS_ONLY])
+def test_a_preset_is_rules_to_build_on(preset):
+    """A preset is a tuple of rules: a later rule changes it for a layer, and the preset itself stays as it is."""
+    rules = getattr(presets, preset)
+    assert isinstance(rules, tuple)
+    assert all(isinstance(rule, Rule) and not rule.required for rule in rules if rule.format is None)
+    parts = parameters("Mixtral")
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    both = {name for name in quantized_by(preset, params) if ".layers.0." not in name}
+    spec = select(params, [*rules, Rule("*.layers.0.*", None)])
+    assert {name for group in spec.groups for name in group.names} == both
+    assert getattr(presets, preset) is rules
+
+
+@pytest.mark.parametrize("kind", ["whole_model", "experts_only"])
+def test_a_preset_can_be_made_of_any_format(kind):
+    """whole_model and experts_only are the presets' own functions: any format takes the place of theirs."""
+    parts = parameters("Mixtral")
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    wanted = parts["experts"].keys() | (parts["dense"].keys() if kind == "whole_model" else set())
+    for format in FORMATS.values():
+        spec = select(params, getattr(presets, kind)(format))
+        assert {name for group in spec.groups for name in group.names} == wanted
+        assert {group.format for group in spec.groups} == {format}
+
+
+@pytest.fixture(scope="module")
+def modelopt():
+    """ModelOpt's configurations, as it defines them; importing it warns about many things that are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("modelopt.torch.quantization", reason="ModelOpt does not import")
+        return importlib.import_module("modelopt.torch.quantization.config")
+
+
+def decide(config, name, shape):
+    """What a ModelOpt configuration makes of a parameter: its quantizer's numbers, or None. The last entry wins."""
+    if len(shape) == 1:
+        return None  # norms and biases have no quantizer
+    quantizer = re.sub(r"\.weight\d*$", ".weight", name)
+    quantizer = f"{quantizer}_quantizer" if quantizer.endswith(".weight") else f"{quantizer}_weight_quantizer"
+    decision = None
+    for entry in config["quant_cfg"]:
+        of_class = {"nn.Embedding": "embed" in name, None: True}.get(entry.get("parent_class"), False)
+        if of_class and fnmatchcase(quantizer, entry["quantizer_name"]):
+            decision = entry.get("cfg", decision) if entry.get("enable", True) else None
+    return decision
+
+
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [(preset, model) for preset in MODELOPT for model in (MIXTURES if preset in EXPERTS_ONLY else MODELS)],
+)
+def test_modelopt_quantizes_the_same_weights(modelopt, preset, model):
+    """ModelOpt's configuration of the name, read as it reads it, enables exactly the quantizers of these weights."""
+    parts = parameters(model)
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    config = getattr(modelopt, preset)
+    theirs = {name for name, param in params.items() if decide(config, name, param.shape) is not None}
+    assert quantized_by(preset, params) == theirs
+
+
+@pytest.mark.parametrize("preset", MODELOPT)
+def test_modelopt_has_the_same_numbers(modelopt, preset):
+    """Element, block, scale and who sets it, from ModelOpt's num_bits, axis and block_sizes."""
+    numbers = decide(getattr(modelopt, preset), "model.layers.0.mlp.experts.0.up_proj.weight", HIDDEN)
+    format = (WHOLE | EXPERTS_ONLY)[preset]
+    blocks = dict(numbers.get("block_sizes") or {})
+    bits = numbers["num_bits"]
+    if isinstance(bits, int):
+        assert format.element == IntElement(2 ** (bits - 1) - 1, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    else:
+        assert (format.element.exponent_bits, format.element.mantissa_bits) == tuple(bits)
+    if blocks:
+        assert format.block == (blocks.get(-2, 1), blocks[-1])
+    else:
+        assert format.block == {None: (None, None), 0: (1, None)}[numbers["axis"]]
+    assert format.scale == {None: "fp32", (4, 3): "e4m3", (8, 0): "e8m0"}[blocks.get("scale_bits")]
+    assert format.dynamic == (blocks.get("type") == "dynamic")
+
+
+def test_the_other_names_are_not_modelopts(modelopt):
+    """Kills a name that is taken from ModelOpt and means something else there."""
+    assert not [preset for preset in WHOLE | EXPERTS_ONLY if preset not in MODELOPT and hasattr(modelopt, preset)]

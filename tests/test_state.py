@@ -1,0 +1,626 @@
+"""The state as a value: its shapes, the laws of merge, flat names, the tree libraries, and every refusal by name.
+
+Also what stands between weights and state: `calibrate` and `fakequant` refuse what does not fit or is not finite.
+"""
+
+import inspect
+import itertools
+from math import isnan
+
+import optree
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from fq_transforms.calibrate import calibrate
+from fq_transforms.fakequant import fakequant
+from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
+from fq_transforms.select import select
+from fq_transforms.state import BlockAmax, ExpertAmax, Stateless, check, flatten, init, merge, unflatten
+from tests.cases import ALL_FORMATS, DTYPES, experts, name_of, same_bits, shapes_of
+
+STATEFUL = [format for format in ALL_FORMATS if format.scale != "e8m0"]
+every_format = pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
+every_stateful_format = pytest.mark.parametrize("format", STATEFUL, ids=name_of)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads cost more than these sizes can win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def message_of(error, call, *args, **kwargs):
+    """What an error says; for a KeyError without its quotes."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value.args[0])
+
+
+def assert_names(message, *fragments):
+    """A message says what was found, what was wanted, and of which leaf or weight."""
+    assert not [fragment for fragment in fragments if str(fragment) not in message], message
+
+
+def separate(format, weights):
+    """Weights as a list of experts, and their spec."""
+    params = {f"experts.{i}.weight": weight for i, weight in enumerate(weights)}
+    return params, select(params, {"*": format})
+
+
+def stacked(format, weights):
+    """Weights as one parameter [E, out, in], and their spec."""
+    params = {"experts.down_proj": torch.stack(weights)}
+    return params, select(params, {"*": format})
+
+
+def transposed(format, weights):
+    """Weights as one parameter [E, in, out], and their spec."""
+    params = {"experts.down_proj": torch.stack(weights).mT.contiguous()}
+    return params, select(params, {"*": format}, transposed="*")
+
+
+LAYOUTS = [separate, stacked, transposed]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+
+
+def drawn(format, *, seed=0, dtype=torch.float32):
+    """Three experts of the last shape that the format's table has."""
+    return experts(3, shapes_of(format)[-1], dtype, seed=seed)
+
+
+def every_kind():
+    """Parameters of one expert list a format, and their spec: a state with every kind of group."""
+    params = {
+        f"{format.name}.experts.{i}.weight": weight
+        for n, format in enumerate(ALL_FORMATS)
+        for i, weight in enumerate(experts(3, (5, 128), seed=n))
+    }
+    return params, select(params, {f"{format.name}.*": format for format in ALL_FORMATS})
+
+
+def same_states(a, b):
+    """Equal keys, types and bits; NaN equals NaN."""
+    return (
+        a.keys() == b.keys()
+        and all(type(a[key]) is type(b[key]) for key in a)
+        and all(same_bits(x, y) for key in a for x, y in zip(a[key], b[key], strict=True))
+    )
+
+
+# Leaves of three experts of (out, in) = (130, 256), by the name of the format; conventions have those of their format.
+LEAVES = {
+    "INT8": {"amax": (3,)},
+    "INT8_PER_CHANNEL": {"amax": (3, 130, 1)},
+    "INT4_BLOCK32": {"amax": (3, 130, 8)},
+    "INT4_BLOCK128": {"amax": (3, 130, 2)},
+    "FP8": {"amax": (3,)},
+    "FP8_PER_CHANNEL": {"amax": (3, 130, 1)},
+    "FP8_BLOCK": {"amax": (3, 2, 2)},
+    "NVFP4": {"amax": (3,)},
+    "NVFP4_STATIC": {"amax": (3, 130, 16), "global_amax": (3,)},
+    "MX": {},
+}
+
+
+@every_format
+@every_layout
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_init_has_the_leaves_of_the_format(format, layout, device):
+    """Each format's leaves have its shapes, whatever the layout; fp32 for bf16 weights; on the weights' device."""
+    params, spec = layout(format, [torch.ones(130, 256, dtype=torch.bfloat16, device=device)] * 3)
+    ((key, group),) = init(params, spec).items()
+    assert key == spec.groups[0].key
+    base = max((name for name in LEAVES if format.name.startswith(name)), key=len)
+    assert {field: tuple(leaf.shape) for field, leaf in group._asdict().items()} == LEAVES[base]
+    assert type(group) is {0: Stateless, 1: ExpertAmax, 2: BlockAmax}[len(LEAVES[base])]
+    for leaf in group:
+        assert leaf.dtype == torch.float32
+        assert leaf.device.type == device
+        assert device == "meta" or bool((leaf == -torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "granules"),
+    [((130, 257), (2, 3)), ((129, 127), (2, 1)), ((128, 128), (1, 1)), ((1, 1), (1, 1)), ((3, 300), (1, 3))],
+)
+def test_square_blocks_count_their_ragged_edges(shape, granules):
+    """Kills floor where ceil is meant: a ragged 128 x 128 edge has a scale of its own, in init as in calibrate."""
+    params, spec = separate(FP8_BLOCK, experts(2, shape))
+    for state in (init(params, spec), calibrate(params, spec=spec)):
+        assert state["experts.*.weight"].amax.shape == (2, *granules)
+
+
+@every_format
+@every_layout
+def test_calibrate_fills_what_init_announces(format, layout):
+    """What init makes is the structure of what calibrate makes: keys, types, shapes, dtypes; so it is a template."""
+    params, spec = layout(format, drawn(format, dtype=torch.bfloat16))
+    announced, state = init(params, spec), calibrate(params, spec=spec)
+    assert optree.tree_structure(announced) == optree.tree_structure(state)
+    for name, leaf in flatten(state).items():
+        assert (leaf.shape, leaf.dtype) == (flatten(announced)[name].shape, torch.float32)
+    check(state, spec)
+
+
+def test_init_wants_every_group():
+    """Kills a state that lacks a group in silence: a parameter that is missing is a KeyError by its name."""
+    _, spec = separate(FP8, drawn(FP8))
+    assert_names(message_of(KeyError, init, {}, spec), "experts.0.weight")
+
+
+def three_states(format):
+    """A spec, and its states from three draws of the weights."""
+    params, spec = separate(format, drawn(format))
+    names = spec.groups[0].names
+    draws = [dict(zip(names, drawn(format, seed=seed), strict=True)) for seed in range(3)]
+    return init(params, spec), [calibrate(draw, spec=spec) for draw in draws]
+
+
+@every_format
+def test_merge_is_a_commutative_monoid(format):
+    """Identity init, associative, commutative, idempotent: microbatches, ranks and resumed runs fold in any order."""
+    identity, (a, b, c) = three_states(format)
+    assert same_states(merge(identity, a), a)
+    assert same_states(merge(a, identity), a)
+    assert same_states(merge(identity, identity), identity)
+    assert same_states(merge(a, b), merge(b, a))
+    assert same_states(merge(merge(a, b), c), merge(a, merge(b, c)))
+    assert same_states(merge(a, a), a)
+    assert format.is_stateless or not same_states(merge(a, b), a)
+
+
+@every_format
+def test_calibration_is_a_fold_over_parts_of_the_weights(format):
+    """Any split of the values, calibrated in parts and merged, is the calibration of the whole: none is lost."""
+    params, spec = separate(format, drawn(format))
+    masks = {name: torch.rand(weight.shape) < 0.5 for name, weight in params.items()}
+    parts = [
+        calibrate({name: weight * (masks[name] == keep) for name, weight in params.items()}, spec=spec)
+        for keep in (True, False)
+    ]
+    assert same_states(merge(*parts), calibrate(params, spec=spec))
+
+
+@every_stateful_format
+def test_nan_wins(format):
+    """Kills a maximum that drops NaN, on either side, in either leaf: merging cannot hide a broken calibration."""
+    _, (a, b, _) = three_states(format)
+    ((key, group),) = a.items()
+    for field in group._fields:
+        broken = {key: group._replace(**{field: torch.full_like(getattr(group, field), torch.nan)})}
+        for merged in (merge(broken, b), merge(b, broken)):
+            assert getattr(merged[key], field).isnan().all()
+            assert all(not getattr(merged[key], other).isnan().any() for other in group._fields if other != field)
+
+
+def test_merge_is_associative_and_commutative_on_every_value():
+    """All triples of NaN, infinities, zero, the smallest, ordinary and the largest fp32, in one state."""
+    values = [torch.nan, torch.inf, -torch.inf, 0.0, 2.0**-149, 1.0, 3.4e38]
+    triples = torch.tensor(list(itertools.product(values, repeat=3)))
+    x, y, z = ({"w": ExpertAmax(column.contiguous())} for column in triples.unbind(1))
+    assert same_states(merge(x, y), merge(y, x))
+    assert same_states(merge(merge(x, y), z), merge(x, merge(y, z)))
+    assert same_states(merge(x, x), x)
+
+
+@every_format
+def test_merge_changes_no_input(format):
+    """The result is new: writing to it leaves both inputs as they were, and merging writes to neither."""
+    _, (a, b, _) = three_states(format)
+    leaves = [*flatten(a).values(), *flatten(b).values()]
+    before = [(leaf._version, leaf.clone()) for leaf in leaves]
+    for leaf in flatten(merge(a, b)).values():
+        leaf.fill_(7.0)
+    for leaf in flatten(merge(a, a)).values():
+        leaf.fill_(7.0)
+    assert all(leaf._version == version for leaf, (version, _) in zip(leaves, before, strict=True))
+    assert all(same_bits(leaf, copy) for leaf, (_, copy) in zip(leaves, before, strict=True))
+
+
+def test_merge_works_on_meta():
+    """A plan of a merge needs no memory."""
+    params, spec = every_kind()
+    ghost = init({name: param.to("meta") for name, param in params.items()}, spec)
+    merged = merge(ghost, ghost)
+    assert optree.tree_structure(merged) == optree.tree_structure(ghost)
+    assert all(leaf.is_meta for leaf in flatten(merged).values())
+
+
+def test_merge_maps():
+    """Under vmap, merge of two stacked states is merge of each pair: a state is a pytree to torch.func."""
+    params, spec = every_kind()
+    other = {name: 3 * param.flip(-1) for name, param in params.items()}
+    pairs = [
+        (calibrate(params, spec=spec), calibrate(other, spec=spec)),
+        (calibrate(other, spec=spec), init(params, spec)),
+    ]
+    a, b = (optree.tree_map(lambda *leaves: torch.stack(leaves), *side) for side in zip(*pairs, strict=True))
+    merged = torch.func.vmap(merge)(a, b)
+    for n, pair in enumerate(pairs):
+        assert same_states(optree.tree_map(lambda leaf, n=n: leaf[n], merged), merge(*pair))
+
+
+AMAX, WIDE = ExpertAmax(torch.ones(2)), ExpertAmax(torch.ones(3))
+BLOCKS = BlockAmax(torch.ones(2, 4, 1), torch.ones(2))
+
+# name -> (two states that cannot be merged, what the message must say)
+UNMERGEABLE = {
+    "a group is missing": ({"w": AMAX, "v": AMAX}, {"w": AMAX}, ["v.amax"]),
+    "a stateless group is missing": ({"w": AMAX, "v": Stateless()}, {"w": AMAX}, ["'v'", "Stateless", "missing"]),
+    "another type": ({"w": AMAX}, {"w": Stateless()}, ["w.amax"]),
+    "a leaf more": ({"w": AMAX}, {"w": BLOCKS}, ["w.global_amax"]),
+    "another shape": ({"v": AMAX, "w": AMAX}, {"v": AMAX, "w": WIDE}, ["w.amax", "(2,)", "(3,)"]),
+    "a shape that broadcasts": ({"w": AMAX}, {"w": ExpertAmax(torch.ones(1))}, ["w.amax", "(2,)", "(1,)"]),
+    "another dtype": ({"w": AMAX}, {"w": ExpertAmax(torch.ones(2).double())}, ["w.amax", "float64", "float32"]),
+}
+
+
+@pytest.mark.parametrize("difference", UNMERGEABLE)
+def test_states_that_differ_are_not_merged(difference):
+    """Structure errors name the leaf, in whichever order the states come: refusal commutes too."""
+    a, b, fragments = UNMERGEABLE[difference]
+    assert_names(message_of(ValueError, merge, a, b), "merge", *fragments)
+    assert_names(message_of(ValueError, merge, b, a), "merge", *fragments)
+
+
+def test_flat_names_are_key_and_field():
+    """The flat name is what a checkpoint stores: group key, a dot, the field; stateless groups have none."""
+    params, spec = every_kind()
+    names = list(flatten(calibrate(params, spec=spec)))
+    for format in ALL_FORMATS:
+        fields = [] if format.is_stateless else ["amax"]
+        fields += ["global_amax"] if format.name == "NVFP4_STATIC" else []
+        key = f"{format.name}.experts.*.weight"
+        assert [name for name in names if name.startswith(f"{format.name}.")] == [f"{key}.{field}" for field in fields]
+
+
+def test_unflatten_is_the_inverse_of_flatten():
+    """unflatten(flatten(s), like) is s: keys in order, types, and the very tensors; `like` may be on meta."""
+    params, spec = every_kind()
+    state = calibrate(params, spec=spec)
+    like = init({name: param.to("meta") for name, param in params.items()}, spec)
+    for template in (like, init(params, spec), state):
+        again = unflatten(dict(reversed(flatten(state).items())), template)
+        assert list(again) == list(state)
+        assert same_states(again, state)
+        assert all(leaf is state[key][n] for key, group in again.items() for n, leaf in enumerate(group))
+
+
+def test_flat_leaves_go_through_a_file():
+    """Kills leaves that share memory or are views, which safetensors refuses: save, load, unflatten is the identity."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    params, spec = every_kind()
+    state = calibrate(params, spec=spec)
+    loaded = safetensors.load(safetensors.save(flatten(state)))
+    assert same_states(unflatten(loaded, init(params, spec)), state)
+
+
+def flat_and_like():
+    """Flat leaves of two groups, and their structure."""
+    state = {"v": ExpertAmax(torch.ones(2)), "w": BlockAmax(torch.ones(2, 4, 3), torch.ones(2)), "x": Stateless()}
+    return flatten(state), state
+
+
+# name -> (change to the flat leaves, what the message must say)
+UNFLATTENABLE = {
+    "missing": (lambda leaves: leaves.pop("w.global_amax"), ["missing", "w.global_amax"]),
+    "unknown": (lambda leaves: leaves.update({"w.scale": torch.ones(2)}), ["unknown", "w.scale"]),
+    "of a stateless group": (lambda leaves: leaves.update({"x.amax": torch.ones(2)}), ["unknown", "x.amax"]),
+    "of another shape": (
+        lambda leaves: leaves.update({"w.amax": torch.ones(2, 3, 4)}),
+        ["w.amax", "found (2, 3, 4)", "wanted (2, 4, 3)"],
+    ),
+    "flattened": (lambda leaves: leaves.update({"w.amax": torch.ones(24)}), ["w.amax", "found (24,)", "(2, 4, 3)"]),
+    "for all experts": (
+        lambda leaves: leaves.update({"v.amax": torch.ones(())}),
+        ["v.amax", "found ()", "wanted (2,)"],
+    ),
+    "float64": (lambda leaves: leaves.update({"v.amax": torch.ones(2).double()}), ["v.amax", "float64", "float32"]),
+    "bfloat16": (lambda leaves: leaves.update({"v.amax": torch.ones(2).bfloat16()}), ["v.amax", "bfloat16", "float32"]),
+}
+
+
+@pytest.mark.parametrize("leaf", UNFLATTENABLE)
+def test_leaves_that_do_not_fit_are_refused(leaf):
+    """A leaf that is missing, unknown or of another shape or dtype is named, never broadcast, cast or dropped."""
+    change, fragments = UNFLATTENABLE[leaf]
+    leaves, like = flat_and_like()
+    change(leaves)
+    assert_names(message_of(ValueError, unflatten, leaves, like), "unflatten", *fragments)
+
+
+@pytest.mark.parametrize("tree_map", [optree.tree_map, pytree.tree_map], ids=["optree", "torch pytree"])
+def test_tree_maps_keep_the_types(tree_map):
+    """A state is a plain pytree to both libraries: its dict and NamedTuples are kept without registration."""
+    params, spec = every_kind()
+    state = calibrate(params, spec=spec)
+    doubled = tree_map(lambda leaf: 2 * leaf, state)
+    assert list(doubled) == list(state)
+    assert [type(group) for group in doubled.values()] == [type(group) for group in state.values()]
+    assert {type(group) for group in doubled.values()} == {ExpertAmax, BlockAmax, Stateless}
+    for name, leaf in flatten(doubled).items():
+        assert same_bits(leaf, 2 * flatten(state)[name])
+    check(doubled, spec)
+
+
+def test_optree_accessors_are_the_flat_names():
+    """A path of optree leads to the leaf that flatten gives: errors and loops over leaves can name them."""
+    params, spec = every_kind()
+    state = calibrate(params, spec=spec)
+    paths = {
+        f"{key}.{state[key]._fields[field]}": accessor
+        for accessor in optree.tree_accessors(state)
+        for key, field in [accessor.path]
+    }
+    assert paths.keys() == flatten(state).keys()
+    assert all(accessor(state) is flatten(state)[name] for name, accessor in paths.items())
+
+
+def test_optree_names_what_differs():
+    """Mapping over two states of different structure fails and says where."""
+    state = {"layers.0.experts.*.w1.weight": AMAX, "layers.1.experts.*.w1.weight": AMAX}
+    other = {"layers.0.experts.*.w1.weight": AMAX}
+    assert_names(message_of(ValueError, optree.tree_map, torch.add, state, other), "layers.1.experts.*.w1.weight")
+
+
+def checked():
+    """A spec of three kinds of group, and a state that fits it."""
+    params = {f"a.experts.{i}.weight": weight for i, weight in enumerate(experts(3, (4, 32)))}
+    params |= {"b.experts.down_proj": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
+    spec = select(params, {"a.*": FP8, "b.*": NVFP4_STATIC, "c.*": MXFP4})
+    return calibrate(params, spec=spec), spec
+
+
+A, B, C = "a.experts.*.weight", "b.experts.down_proj", "c.weight"
+
+
+def with_leaf(key, field, leaf):
+    """The checked state with one leaf replaced."""
+
+    def change(state):
+        state[key] = state[key]._replace(**{field: leaf})
+
+    return change
+
+
+def with_value(key, field, index, value):
+    """The checked state with one number replaced."""
+
+    def change(state):
+        getattr(state[key], field)[index] = value
+
+    return change
+
+
+# name -> (change to the state, the error, what the message must say)
+STRUCTURE = {
+    "a group is missing": (lambda state: state.pop(A), KeyError, [A, "calibrate"]),
+    "a stateless group is missing": (lambda state: state.pop(C), KeyError, [C]),
+    "a group is unknown": (lambda state: state.update(d=AMAX), ValueError, ["'d'", "the spec has not"]),
+    "blocks for a tensor": (
+        lambda state: state.update({A: state[B]}),
+        ValueError,
+        [A, "BlockAmax", "global_amax", "FP8"],
+    ),
+    "a tensor for blocks": (lambda state: state.update({B: AMAX}), ValueError, [B, "ExpertAmax", "global_amax"]),
+    "state for a stateless group": (lambda state: state.update({C: AMAX}), ValueError, [C, "ExpertAmax", "MXFP4"]),
+    "a stateless group for state": (lambda state: state.update({A: Stateless()}), ValueError, [A, "Stateless", "FP8"]),
+    "a tensor, not a group": (lambda state: state.update({A: torch.ones(3)}), ValueError, [A, "Tensor", "FP8"]),
+    "a dict, not a group": (lambda state: state.update({A: {"amax": torch.ones(3)}}), ValueError, [A, "dict", "FP8"]),
+    "another number of experts": (
+        with_leaf(A, "amax", torch.ones(2)),
+        ValueError,
+        [f"{A}.amax", "found (2,)", "wanted (3,)"],
+    ),
+    "one value for all experts": (
+        with_leaf(A, "amax", torch.ones(())),
+        ValueError,
+        [f"{A}.amax", "found ()", "wanted (3,)"],
+    ),
+    "another block": (
+        with_leaf(B, "amax", torch.ones(3, 4, 1)),
+        ValueError,
+        [f"{B}.amax", "found (3, 4, 1)", "wanted (3, 4, 2)"],
+    ),
+    "another global shape": (
+        with_leaf(B, "global_amax", torch.ones(3, 1)),
+        ValueError,
+        [f"{B}.global_amax", "found (3, 1)", "wanted (3,)"],
+    ),
+    "float64": (with_leaf(A, "amax", torch.ones(3).double()), ValueError, [f"{A}.amax", "float64", "float32"]),
+    "int8": (with_leaf(A, "amax", torch.ones(3).to(torch.int8)), ValueError, [f"{A}.amax", "int8", "float32"]),
+    "a list": (with_leaf(A, "amax", [1.0, 1.0, 1.0]), ValueError, [f"{A}.amax", "list", "tensor"]),
+    "None": (with_leaf(B, "global_amax", None), ValueError, [f"{B}.global_amax", "None", "tensor"]),
+}
+
+# name -> (change to the state, what the message must say)
+VALUES = {
+    "NaN": (with_value(A, "amax", 1, torch.nan), [f"'{A}.amax'", "found nan", "'a.experts.1.weight'"]),
+    "infinity": (with_value(A, "amax", 2, torch.inf), [f"'{A}.amax'", "found inf", "'a.experts.2.weight'"]),
+    "negative": (with_value(A, "amax", 0, -1.5), [f"'{A}.amax'", "found -1.5", "'a.experts.0.weight'"]),
+    "negative and tiny": (with_value(A, "amax", 0, -1e-40), [f"'{A}.amax'", "'a.experts.0.weight'"]),
+    "never calibrated": (
+        with_value(A, "amax", 1, -torch.inf),
+        [f"'{A}.amax'", "found -inf", "'a.experts.1.weight'", "never calibrated", "calibrate"],
+    ),
+    "one block": (
+        with_value(B, "amax", (1, 3, 1), torch.nan),
+        [f"'{B}.amax'", "found nan", f"'{B}[1]'", "[3, 1]"],
+    ),
+    "the global amax": (with_value(B, "global_amax", 2, torch.inf), [f"'{B}.global_amax'", "found inf", f"'{B}[2]'"]),
+}
+
+
+def test_a_fitting_state_passes():
+    """What calibrate gives is accepted, zeros too, in any order of groups; each refusal below changes one thing."""
+    state, spec = checked()
+    check(state, spec)
+    check(dict(reversed(state.items())), spec)
+    check(optree.tree_map(torch.zeros_like, state), spec)
+
+
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("misfit", STRUCTURE)
+def test_a_state_of_another_structure_is_refused(misfit, values):
+    """Each error names the group or the leaf, what was found and what the spec wants; no value is read for it."""
+    change, error, fragments = STRUCTURE[misfit]
+    state, spec = checked()
+    change(state)
+    # Unwrapped, since a type checker stands before it in tests only.
+    assert_names(message_of(error, inspect.unwrap(check), state, spec, values=values), *fragments)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_an_amax_that_cannot_be_is_refused(value):
+    """Each error names the leaf, the expert, where in it, the value, what is wanted, and what to do."""
+    change, fragments = VALUES[value]
+    state, spec = checked()
+    change(state)
+    assert_names(message_of(ValueError, check, state, spec), *fragments, "wanted a finite amax >= 0", "calibrate")
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_are_read_only_on_request(value):
+    """check(values=False) does not wait for a device: it holds types and shapes alone, also on meta."""
+    state, spec = checked()
+    VALUES[value][0](state)
+    check(state, spec, values=False)
+    check(optree.tree_map(lambda leaf: leaf.to("meta"), state), spec, values=False)
+
+
+@every_stateful_format
+def test_an_uncalibrated_state_is_refused(format):
+    """A state from init is no calibration: fakequant says so and what to call, in place of a model of zeros."""
+    params, spec = separate(format, drawn(format))
+    message = message_of(ValueError, fakequant, params, init(params, spec), spec=spec)
+    assert_names(message, "'experts.*.weight.amax'", "'experts.0.weight'", "-inf", "never calibrated", "call calibrate")
+
+
+def test_a_format_without_state_needs_no_calibration():
+    """MX formats quantize from init as from calibrate: there is nothing to calibrate."""
+    for format in (format for format in ALL_FORMATS if format.is_stateless):
+        params, spec = separate(format, drawn(format))
+        a, b = (fakequant(params, make(params, spec=spec), spec=spec) for make in (init, calibrate))
+        assert all(same_bits(a[name], b[name]) for name in params)
+
+
+@every_stateful_format
+@every_layout
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_an_invalid_amax_is_refused_on_the_cpu(format, layout, value):
+    """Every leaf is read to its last granule; the message names key, field, expert, value, and what is wanted."""
+    params, spec = layout(format, drawn(format))
+    state = calibrate(params, spec=spec)
+    ((key, group),) = state.items()
+    expert = {"experts.*.weight": "experts.1.weight"}.get(key, f"{key}[1]")
+    for field, leaf in group._asdict().items():
+        bad = leaf.clone()
+        bad[1].reshape(-1)[-1] = value
+        message = message_of(ValueError, fakequant, params, {key: group._replace(**{field: bad})}, spec=spec)
+        assert_names(message, f"'{key}.{field}'", f"'{expert}'", f"found {value}", "wanted a finite amax >= 0")
+
+
+@every_stateful_format
+def test_an_amax_of_zero_is_valid(format):
+    """Kills a check of `> 0`: an expert of zeros is calibrated to 0 and stays zeros, and disturbs no other expert."""
+    weights = drawn(format)
+    params, spec = separate(format, [torch.zeros_like(weights[0]), *weights[1:]])
+    state = calibrate(params, spec=spec)
+    assert all(bool((leaf[0] == 0).all()) for group in state.values() for leaf in group)
+    quantized = fakequant(params, state, spec=spec)
+    assert not quantized["experts.0.weight"].any()
+    assert quantized["experts.1.weight"].any()
+    assert all(weight.isfinite().all() for weight in quantized.values())
+
+
+@every_format
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_weights_that_are_not_finite_are_not_calibrated(format, layout, dtype):
+    """Each format, MX too, refuses one NaN or infinity wherever it is, naming the parameter and the expert."""
+    weights = experts(3, (5, 256), dtype)
+    params, spec = layout(format, weights)
+    calibrate(params, spec=spec)
+    for value, (expert, place) in itertools.product((torch.nan, torch.inf, -torch.inf), ((0, -1), (1, 700), (2, 0))):
+        broken = [weight.clone() for weight in weights]
+        broken[expert].view(-1)[place] = value
+        params, spec = layout(format, broken)
+        name = f"'experts.{expert}.weight'" if layout is separate else f"'experts.down_proj[{expert}]'"
+        message = message_of(ValueError, calibrate, params, spec=spec)
+        assert_names(message, name, f"expert {expert}", "nan" if isnan(value) else "inf", "finite")
+
+
+def test_the_broken_weight_of_many_groups_is_the_one_named():
+    """Kills an error that names the first group for a NaN in the last; stateless groups come in between."""
+    params, spec = every_kind()
+    for group in spec.groups:
+        broken = dict(params)
+        broken[group.names[2]] = params[group.names[2]].clone().index_fill_(1, torch.tensor([127]), torch.nan)
+        message = message_of(ValueError, calibrate, broken, spec=spec)
+        assert_names(message, f"'{group.names[2]}'", "expert 2", f"'{group.key}'")
+
+
+def test_weights_outside_the_spec_may_hold_anything():
+    """Only what the spec names is read: a NaN elsewhere, another dtype, further names are none of its business."""
+    params, spec = separate(FP8, drawn(FP8))
+    more = params | {"norm.weight": torch.full((3,), torch.nan), "table": torch.ones(3, dtype=torch.int64)}
+    state = calibrate(more, spec=spec)
+    assert same_states(state, calibrate(params, spec=spec))
+    quantized = fakequant(more, state, spec=spec)
+    assert quantized["norm.weight"] is more["norm.weight"]
+    assert quantized["table"] is more["table"]
+
+
+# name -> (expert 1's weight or None to remove it, the error, what the message must say)
+MISFITS = {
+    "missing": (None, KeyError, ["'experts.1.weight'", "not in params"]),
+    "of another shape": (torch.ones(32, 16), ValueError, ["'experts.1.weight'", "(32, 16)", "(16, 32)"]),
+    "float64": (torch.ones(16, 32).double(), ValueError, ["'experts.1.weight'", "float64", "float32"]),
+    "int8": (torch.ones(16, 32).to(torch.int8), ValueError, ["'experts.1.weight'", "int8", "float32"]),
+    "of another dtype": (torch.ones(16, 32).half(), ValueError, ["'experts.1.weight'", "float16", "float32"]),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("format", [FP8, FP8_PER_CHANNEL, NVFP4, NVFP4_STATIC, MXFP4], ids=name_of)
+def test_weights_that_do_not_fit_the_spec_are_refused(format, misfit):
+    """Both calibrate and fakequant hold each weight against the spec, and never skip or cast one."""
+    weight, error, fragments = MISFITS[misfit]
+    params, spec = separate(format, experts(3, (16, 32)))
+    state = calibrate(params, spec=spec)
+    params["experts.1.weight"] = weight
+    if weight is None:
+        del params["experts.1.weight"]
+    assert_names(message_of(error, calibrate, params, spec=spec), *fragments)
+    assert_names(message_of(error, fakequant, params, state, spec=spec), *fragments)
+
+
+@pytest.mark.parametrize("misfit", [misfit for misfit in STRUCTURE if not misfit.endswith("not a group")])
+def test_fakequant_refuses_a_state_of_another_structure(misfit):
+    """What check refuses, fakequant refuses in the same words, before any weight is computed."""
+    change, error, fragments = STRUCTURE[misfit]
+    state, spec = checked()
+    params = {f"a.experts.{i}.weight": weight for i, weight in enumerate(experts(3, (4, 32)))}
+    params |= {"b.experts.down_proj": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
+    change(state)
+    assert_names(message_of(error, fakequant, params, state, spec=spec), *fragments)
+
+
+def test_a_state_on_another_device_is_refused():
+    """Kills a crash deep inside: the message names the group, both devices, and how to move the state."""
+    params, spec = separate(FP8, drawn(FP8))
+    state = optree.tree_map(lambda leaf: leaf.to("meta"), calibrate(params, spec=spec))
+    message = message_of(ValueError, fakequant, params, state, spec=spec)
+    assert_names(message, "'experts.*.weight'", "found on meta", "wanted on cpu", "optree.tree_map")
+
+
+def test_every_format_is_in_the_tables():
+    """A new format must get its leaves in this file's table: no format falls to the wrong prefix."""
+    bases = {name: max((base for base in LEAVES if name.startswith(base)), key=len) for name in FORMATS}
+    assert bases["NVFP4_STATIC"] == "NVFP4_STATIC"
+    assert {base for name, base in bases.items() if FORMATS[name].is_stateless} == {"MX"}
+    assert set(bases.values()) == set(LEAVES)
