@@ -213,7 +213,8 @@ print(state["layers.0.moe.experts.*.w1.weight"])
 # %% [markdown]
 # ## PTQ in every format
 # The state is a pytree, so sharing one scale is a map over it: each entry becomes the largest of the same entry over
-# all experts. MX formats take every scale from the weights and have no state to share.
+# all experts. For INT4, NVFP4_STATIC and others with blocks that is every block's amax; NVFP4 keeps only an amax an
+# expert, and MX formats, which take every scale from the weights, keep nothing to share.
 
 # %%
 FORMATS = [value for value in vars(fqt).values() if isinstance(value, fqt.Format)]
@@ -257,6 +258,11 @@ for format in worst:
 
     trained = bf16(train(params, QAT_STEPS, label=f"QAT {format.name}", quantize=quantize, **more))
     qat[format] = heldout_loss(quantize(trained))
+
+# %% [markdown]
+# ## The table
+# An increase of less than two standard errors may be chance. This model is small and was trained for a minute or two: a
+# large one need not rank the formats alike.
 
 
 # %%

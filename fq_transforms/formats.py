@@ -147,6 +147,8 @@ MXFP4 = Format("MXFP4", E2M1, (1, 32), scale="e8m0", dynamic=True)
 INT4_BLOCK32_KIMI = replace(INT4_BLOCK32, name="INT4_BLOCK32_KIMI", element=IntElement(7, -7, 7))
 
 # compressed-tensors and torchao: half a step more than the largest integer. One definition, both names.
+# NOTE their order of operations: they divide by a scale amax / qmax where this package multiplies by qmax / amax. An
+# extreme of -amax lies on an exact tie of this range, so the two may round it to neighbouring integers.
 _INT8_HALF, _INT4_HALF = IntElement(127.5, -128, 127), IntElement(7.5, -8, 7)
 INT8_COMPRESSED_TENSORS = replace(INT8, name="INT8_COMPRESSED_TENSORS", element=_INT8_HALF)
 INT8_PER_CHANNEL_COMPRESSED_TENSORS = replace(

@@ -16,6 +16,7 @@ LAYERS = [
     ["presets", "state"],
     ["ops.reference"],
     ["ops.kernels"],
+    ["ops.launch"],
     ["ops.autograd"],
     ["calibrate", "fakequant"],
     ["transform"],

@@ -324,6 +324,24 @@ def test_quotients_are_exact_at_any_amax(format):
     assert not _wrong(torch.from_numpy(weight), torch.from_numpy(amax), None, format)
 
 
+@pytest.mark.parametrize("format", TWO_LEVEL, ids=name_of)
+def test_nvfp4_scale_next_to_its_ties(format):
+    """Law: a block scale is E4M3(amax / (6 * g)), two fp32 roundings. Kills amax / 6 / g, which rounds elsewhere.
+
+    For 64 global amaxes of random mantissas: block amaxes within four fp32 numbers of each midpoint of E4M3 scales.
+    """
+    generator = np.random.default_rng(15)
+    global_amax = _float32(np.exp2(generator.uniform(-8, 8, (64, 1))))
+    values = _magnitudes(E4M3)
+    midpoints = np.repeat((values[1:] + values[:-1]) / 2, 9)
+    near = _float32(midpoints * 6 * (global_amax.astype(np.float64) / 2688))
+    near = (near.view(np.int32) + np.tile(np.arange(-4, 5, dtype=np.int32), len(midpoints) // 9)).view(np.float32)
+    weight = torch.from_numpy(_times(near[..., None], np.linspace(1, -1, 16)))
+    amax, expert = torch.from_numpy(near[..., None]), torch.from_numpy(global_amax[:, 0])
+    state = (expert, None) if format.dynamic else (amax, expert)
+    assert not _wrong(weight, *state, format)
+
+
 @pytest.mark.parametrize("format", [*ALL_FORMATS, FP8_E5M2, *MXFP8_E5M2], ids=name_of)
 def test_fp32_weights_of_any_bits(format):
     """Law: fp32 weights, whose low bits bf16 never sets, calibrated: 65536 mantissas over forty binades."""

@@ -65,7 +65,8 @@ def fake_quantize(
         tensor([[1., 1., 0., 0.]])
     """
     statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips)
-    return _FakeQuantize.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
+    function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
+    return function.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
 
 
 def expert_amax(
@@ -86,7 +87,10 @@ def expert_amax(
         >>> expert_amax([torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])], format=FORMATS["FP8"])
         (tensor([3.0000, 0.5000]), None)
     """
-    amax, global_amax = _ExpertAmax.apply(_Statics(format, transposed, torch.float32, False), *weights)
+    statics = _Statics(format, transposed, torch.float32, False)
+    if torch.compiler.is_compiling():
+        return _run_expert_amax(statics, *(weight.detach() for weight in weights))
+    amax, global_amax = _ExpertAmax.apply(statics, *weights)
     return amax, global_amax if format.scale == "e4m3" and not format.dynamic else None
 
 
@@ -98,23 +102,30 @@ class _Statics:
     clip: bool
 
 
-class _FakeQuantize(Function):
+def _run_fake_quantize(
+    statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
+    if weights[0].is_cuda:
+        from fq_transforms.ops.launch import fake_quantize_triton
+
+        out = fake_quantize_triton(
+            weights, amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
+        )
+        return _unstack(out, weights)
+    outs: list[Tensor] = []
+    for w, a, g in zip(weights, _split(amax, weights), _split(global_amax, weights), strict=True):
+        y = fake_quantize_reference(_matrix(w, transposed), a, g, format=format, out_dtype=out_dtype)
+        outs.append(_matrix(y, transposed).contiguous())
+    return tuple(outs)
+
+
+class _TracedFakeQuantize(Function):
+    """What torch.compile can trace: no rules for jvp and vmap, which it refuses."""
+
     @staticmethod
     def forward(statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor) -> Any:
-        format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
-        if weights[0].is_cuda:
-            from fq_transforms.ops.kernels import fake_quantize_triton
-
-            return tuple(
-                fake_quantize_triton(
-                    weights, amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
-                )
-            )
-        outs: list[Tensor] = []
-        for w, a, g in zip(weights, _split(amax, weights), _split(global_amax, weights), strict=True):
-            y = fake_quantize_reference(_matrix(w, transposed), a, g, format=format, out_dtype=out_dtype)
-            outs.append(_matrix(y, transposed).contiguous())
-        return tuple(outs)
+        return _run_fake_quantize(statics, amax, global_amax, *weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
@@ -130,6 +141,8 @@ class _FakeQuantize(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return None, None, None, *_pull(ctx, grads, ctx.dtype)
 
+
+class _FakeQuantize(_TracedFakeQuantize):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         return tuple(_pull(ctx, tangents[3:], ctx.statics.out_dtype))
@@ -146,19 +159,22 @@ class _FakeQuantize(Function):
         return outs, (0,) * len(weights)
 
 
+def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    if weights[0].is_cuda:
+        from fq_transforms.ops.launch import expert_amax_triton
+
+        return expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
+    parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
+    lead = [w.dim() - 2 for w in weights]
+    amax = torch.cat([_flat(a, n) for (a, _), n in zip(parts, lead, strict=True)])
+    globals_ = [_flat(g, n) for (_, g), n in zip(parts, lead, strict=True) if g is not None]
+    return amax, torch.cat(globals_) if globals_ else None
+
+
 class _ExpertAmax(Function):
     @staticmethod
     def forward(statics: _Statics, *weights: Tensor) -> Any:
-        if weights[0].is_cuda:
-            from fq_transforms.ops.kernels import expert_amax_triton
-
-            amax, global_amax = expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
-        else:
-            parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
-            lead = [w.dim() - 2 for w in weights]
-            amax = torch.cat([_flat(a, n) for (a, _), n in zip(parts, lead, strict=True)])
-            globals_ = [_flat(g, n) for (_, g), n in zip(parts, lead, strict=True) if g is not None]
-            global_amax = torch.cat(globals_) if globals_ else None
+        amax, global_amax = _run_expert_amax(statics, *weights)
         # A Function returns tensors: an empty one stands for "no global amax".
         return amax, amax.new_empty(0) if global_amax is None else global_amax
 
@@ -190,25 +206,31 @@ class _ExpertAmax(Function):
         return (unfold(amax), unfold(global_amax)), (0, 0)
 
 
+def _run_clip_backward(
+    statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *grads_and_weights: Tensor
+) -> tuple[Tensor, ...]:
+    half = len(grads_and_weights) // 2
+    grads, weights = grads_and_weights[:half], grads_and_weights[half:]
+    format, transposed = statics.format, statics.transposed
+    if weights[0].is_cuda:
+        from fq_transforms.ops.launch import clip_backward_triton
+
+        out = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
+        return _unstack(out.to(out_dtype), weights)
+    outs: list[Tensor] = []
+    for g, w, a in zip(grads, weights, _split(amax, weights), strict=True):
+        assert a is not None
+        out = clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format)
+        outs.append(_matrix(out, transposed).contiguous().to(out_dtype))
+    return tuple(outs)
+
+
 class _ClipBackward(Function):
     """Gradient where abs(weight) <= amax. Linear in the gradient, so its own derivative is itself."""
 
     @staticmethod
     def forward(statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *grads_and_weights: Tensor) -> Any:
-        half = len(grads_and_weights) // 2
-        grads, weights = grads_and_weights[:half], grads_and_weights[half:]
-        format, transposed = statics.format, statics.transposed
-        if weights[0].is_cuda:
-            from fq_transforms.ops.kernels import clip_backward_triton
-
-            outs = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
-        else:
-            outs: list[Tensor] = []
-            for g, w, a in zip(grads, weights, _split(amax, weights), strict=True):
-                assert a is not None
-                out = clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format)
-                outs.append(_matrix(out, transposed).contiguous())
-        return tuple(out.to(out_dtype) for out in outs)
+        return _run_clip_backward(statics, out_dtype, amax, *grads_and_weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
@@ -246,8 +268,17 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
     if not live:
         return [None] * len(vectors)
     filled = [torch.zeros_like(w) if v is None else v for v, w in zip(vectors, weights, strict=True)]
-    pulled = _ClipBackward.apply(ctx.statics, dtype, amax, *filled, *weights)
+    run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
+    pulled = run(ctx.statics, dtype, amax, *filled, *weights)
     return [pulled[i] if i in live else None for i in range(len(vectors))]
+
+
+def _unstack(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results [E, ., .] as views, one a weight, in the weight's own shape."""
+    if weights[0].dim() == 2:
+        return out.unbind()
+    parts = out.split([_experts(w) for w in weights])
+    return tuple(part.view(w.shape) for part, w in zip(parts, weights, strict=True))
 
 
 def _matrix(tensor: Tensor, transposed: bool) -> Tensor:

@@ -1,13 +1,17 @@
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
-"""Triton kernels over the N separate weights of a group, one launch each, and their launchers.
+"""Triton kernels over the N separate weights of a group, in one launch each.
 
-Every kernel equals `fq_transforms.ops.reference` bit for bit. The weights are reached through a table of addresses, so
-nothing is stacked. A program works on TILE chunks of CHUNK weights; the weights of a chunk lie along `in` and share one
-scale, so scales are computed once a chunk. Formats enter as constexpr numbers only.
+Every kernel equals `fq_transforms.ops.reference` bit for bit. A program works on one expert, on TILE chunks of CHUNK
+weights; the weights of a chunk lie along `in` and share one scale, so scales are computed once a chunk. Formats enter
+as constexpr numbers only. `fq_transforms.ops.launch` has the launchers.
 
 NOTE magic rounding: for 0 <= a < 2**k, (a + M) - M with M = 2**23 * spacing rounds a to a multiple of the spacing, ties
 to even, in two additions. It needs fp contraction off, or a preceding product is fused into the first of them.
+
+NOTE exact quotients: an approximate quotient, corrected once by its fma residual, is the correctly rounded one but for
+rare cases. That it is so for every integer quotient, and on the right side of every rounding boundary of E4M3 and E2M1,
+is shown exhaustively over all fp32 significands by tests/test_quotients.py.
 
 NOTE signs: rounding is done on magnitudes; the sign bit of the weight is put back at the end, on zeros too.
 
@@ -15,26 +19,10 @@ NOTE integer maxima: the bits of non-negative floats order as the floats do, wit
 integer maximum: NaN is kept, atomics are exact, and the order of the programs does not matter.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from math import prod
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fq_transforms.formats import Format, IntElement
-
-__all__ = ["clip_backward_triton", "expert_amax_triton", "fake_quantize_triton"]
-
-# Weights a program works on. 2048 with 4 warps (16 weights a thread, two 16-byte loads in bf16) is the figure that the
-# field notes of November 2026 measured at 0.99 of copy_ on an H200; the benchmark's sweep owns this number.
-WEIGHTS_PER_PROGRAM = 2048
-NUM_WARPS = 4
-# Tiles that a program of the amax kernel sweeps before it reduces once.
-STEPS = 8
+__all__ = ["clip_backward_kernel", "expert_amax_kernel", "fake_quantize_kernel"]
 
 # Below ModelOpt's threshold a granule counts as zero; the reference has the same number.
 TINY_AMAX = tl.constexpr(2.0**-24)
@@ -43,8 +31,6 @@ TINY_AMAX = tl.constexpr(2.0**-24)
 SMALLEST_DIVISOR = tl.constexpr(2.0**-120)
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -135,7 +121,7 @@ def _chunks(
     TILE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """This program's [TILE, CHUNK] weights: base (int64), offsets, which exist, which chunks exist, and their granules.
+    """This program's [TILE, CHUNK] weights: base (int64), offsets, which exist, which chunks do, and their granules.
 
     A granule is ROWS x COLUMNS weights, 0 for the whole extent; there are rows x columns of them in a weight.
     """
@@ -171,17 +157,25 @@ def _chunks(
 
 
 @triton.jit
-def _address(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + tl.program_id(1)).to(tl.pointer_type(dtype))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+def _address(base, table, stride, ALIGNED: tl.constexpr):
+    """Where this program's expert begins: `stride` elements after its neighbour, or where the table says."""
+    if table is None:
+        return base + tl.program_id(1).to(tl.int64) * stride
+    else:
+        pointer = tl.load(table + tl.program_id(1)).to(base.dtype)
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
 
 
 @triton.jit
-def _fake_quantize_kernel(
+def fake_quantize_kernel(
+    weight_base,
     weight_table,
+    weight_stride,
+    out_base,
     out_table,
+    out_stride,
     amax_ptr,
     global_amax_ptr,
     out_features,
@@ -206,18 +200,18 @@ def _fake_quantize_kernel(
     TILE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
 ):
+    """`fake_quantize_reference`, a tile at a time."""
     base, offsets, mask, exists, granule = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
-    weight = _address(weight_table, IN_DTYPE, ALIGNED) + base
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
     a = tl.abs(x)
 
     if DYNAMIC:
         block_amax = _float(tl.max(_bits(a), axis=1))
+        block_amax = tl.where(block_amax < float("inf"), block_amax, float("nan"))
     elif SCALE == "e4m3" or ROWS != 0 or COLUMNS != 0:
         block_amax = _valid(tl.load(amax_ptr + granule, mask=exists, other=0.0))
     else:
@@ -232,7 +226,7 @@ def _fake_quantize_kernel(
         else:
             exponent = (bits + (1 << (22 - MANTISSA))) >> 23
         e = tl.minimum(tl.maximum(exponent - (MAX_BITS >> 23), -127), 127)
-        scale = tl.where(block_amax < float("inf"), _power_of_two(e), float("nan"))
+        scale = tl.where(block_amax >= 0, _power_of_two(e), float("nan"))
         q = _round_magnitude(_min(a * _power_of_two(-e)[:, None], QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * scale[:, None], x)
     elif SCALE == "e4m3":
@@ -247,8 +241,7 @@ def _fake_quantize_kernel(
         if UNIT_SCALE_BELOW != 0:
             s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
         if not DYNAMIC or UNIT_SCALE_BELOW != 0:
-            s = tl.where(block_amax == 0, 0.0, s)
-            s = tl.where(g == 0, 0.0, s)
+            s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, 0.0, s))
         lifted = _max(s * lift, SMALLEST_DIVISOR)
         dividend = _min(a, _each(QMAX * s))
         if lift != 1.0:
@@ -258,16 +251,16 @@ def _fake_quantize_kernel(
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
         s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
-        q = _round_integer(x * _each(tl.where(zero, 0.0, s)), LOW, HIGH)
+        q = _round_integer(x * _each(s), LOW, HIGH)
         half = _quotient(q, _each(s + s), _each(_reciprocal(s + s)))  # q / s may overflow where its half does not
-        y = _with_sign_of(half + half, x)
+        y = _with_sign_of(half * _each(tl.where(zero, 0.0, 2.0)), x)
     else:
         s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
         q = _round_magnitude(_min(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * _each(tl.div_rn(1.0, s)), x)
 
-    out = _address(out_table, OUT_DTYPE, ALIGNED) + base
-    tl.store(out + offsets, y.to(OUT_DTYPE), mask=mask)
+    out = _address(out_base, out_table, out_stride, ALIGNED) + base
+    tl.store(out + offsets, y.to(out_base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -277,8 +270,10 @@ def _each(granule):
 
 
 @triton.jit
-def _expert_amax_kernel(
+def expert_amax_kernel(
+    weight_base,
     weight_table,
+    weight_stride,
     amax_ptr,
     global_amax_ptr,
     out_features,
@@ -294,16 +289,16 @@ def _expert_amax_kernel(
     STEPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
 ):
     """A program sweeps STEPS tiles: along memory, along a row, or down a square block; who owns a granule stores it."""
-    weight = _address(weight_table, IN_DTYPE, ALIGNED)
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
     expert = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, TILE)
     j = tl.arange(0, CHUNK)
     largest = tl.zeros([TILE, CHUNK], dtype=tl.int32)
     if SWEEP == "memory":  # one granule an expert, or one a chunk
         chunks = out_features * (in_features // CHUNK)
+        largest_chunk = tl.zeros([TILE], dtype=tl.int32)
         for step in tl.static_range(STEPS):
             first = (tl.program_id(0) * STEPS + step) * TILE
             chunk = first + c
@@ -313,14 +308,17 @@ def _expert_amax_kernel(
                 other=0.0,
             )
             bits = _bits(tl.abs(x.to(tl.float32)))
-            if COLUMNS != 0:
-                tl.store(amax_ptr + expert * chunks + chunk, tl.max(bits, axis=1), mask=chunk < chunks)
-            if COLUMNS == 0 or GLOBAL:
+            if COLUMNS == 0:
                 largest = tl.maximum(largest, bits)
+            else:
+                chunk_amax = tl.max(bits, axis=1)
+                tl.store(amax_ptr + expert * chunks + chunk, chunk_amax, mask=chunk < chunks)
+                if GLOBAL:
+                    largest_chunk = tl.maximum(largest_chunk, chunk_amax)
         if COLUMNS == 0:
             tl.atomic_max(amax_ptr + expert, tl.max(largest))
         elif GLOBAL:
-            tl.atomic_max(global_amax_ptr + expert, tl.max(largest))
+            tl.atomic_max(global_amax_ptr + expert, tl.max(largest_chunk))
     elif SWEEP == "row":  # TILE whole rows
         row = tl.program_id(0) * TILE + c
         start = weight + row.to(tl.int64)[:, None] * in_features + j[None, :]
@@ -350,10 +348,16 @@ def _expert_amax_kernel(
 
 
 @triton.jit
-def _clip_backward_kernel(
+def clip_backward_kernel(
+    grad_base,
     grad_table,
+    grad_stride,
+    weight_base,
     weight_table,
+    weight_stride,
+    out_base,
     out_table,
+    out_stride,
     amax_ptr,
     out_features,
     in_features,
@@ -365,211 +369,16 @@ def _clip_backward_kernel(
     TILE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
 ):
+    """`clip_backward_reference`, a tile at a time."""
     base, offsets, mask, exists, granule = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
-    weight = _address(weight_table, IN_DTYPE, ALIGNED) + base
-    grad = _address(grad_table, GRAD_DTYPE, ALIGNED) + base
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base
+    grad = _address(grad_base, grad_table, grad_stride, ALIGNED) + base
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + offsets, mask=mask, other=0.0)
     amax = tl.load(amax_ptr + granule, mask=exists, other=0.0)
     kept = tl.where(tl.abs(x) <= amax[:, None], g, 0.0)
-    out = _address(out_table, IN_DTYPE, ALIGNED) + base
-    tl.store(out + offsets, kept.to(IN_DTYPE), mask=mask)
-
-
-def fake_quantize_triton(
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """`fake_quantize_reference` of every weight of a group, in one launch. Each result has memory of its own."""
-    weights = [_dense(w) for w in weights]
-    outs = [torch.empty_like(w, dtype=out_dtype, memory_format=torch.contiguous_format) for w in weights]
-    element = format.element
-    is_int = isinstance(element, IntElement)
-    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed)
-    _launch(
-        _fake_quantize_kernel,
-        blocks,
-        (weights, outs),
-        (amax, global_amax),
-        geometry,
-        ELEMENT="int" if is_int else "float",
-        SCALE=format.scale,
-        DYNAMIC=format.dynamic,
-        QMAX=float(element.qmax if is_int else element.max),
-        LOW=float(element.low) if is_int else 0.0,
-        HIGH=float(element.high) if is_int else 0.0,
-        MIN_EXPONENT=0 if is_int else element.min_exponent,
-        MANTISSA=0 if is_int else element.mantissa_bits,
-        MIN_SCALE=format.min_scale,
-        UNIT_SCALE_BELOW=format.unit_scale_below,
-        EXPONENT_ROUNDING=format.exponent_rounding,
-        MAX_BITS=0 if is_int else _float_bits(element.max),
-        IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
-        OUT_DTYPE=_TRITON_DTYPES[out_dtype],
-    )
-    return outs
-
-
-def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed: bool) -> tuple[Tensor, Tensor | None]:
-    """`expert_amax_reference` of every weight of a group, in one launch: [N, *amax_shape] and [N] or None."""
-    weights = [_dense(w) for w in weights]
-    experts, (out_features, in_features) = _experts(weights), _shape(weights[0], transposed)
-    # Zero bits are the smallest integer and 0.0: the identity of the integer maximum.
-    amax = torch.zeros(
-        experts, *format.amax_shape(out_features, in_features), dtype=torch.int32, device=weights[0].device
-    )
-    is_static_two_level = format.scale == "e4m3" and not format.dynamic
-    global_amax = torch.zeros(experts, dtype=torch.int32, device=amax.device) if is_static_two_level else None
-    blocks, sweep, geometry = _sweep(format, out_features, in_features, transposed)
-    _launch(
-        _expert_amax_kernel,
-        blocks,
-        (weights,),
-        (amax, global_amax),
-        geometry,
-        SWEEP=sweep,
-        GLOBAL=is_static_two_level,
-        STEPS=STEPS,
-        IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
-    )
-    return amax.view(torch.float32), None if global_amax is None else global_amax.view(torch.float32)
-
-
-def clip_backward_triton(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], amax: Tensor, *, format: Format, transposed: bool
-) -> list[Tensor]:
-    """`clip_backward_reference` of every weight of a group, in one launch."""
-    weights, grads = [_dense(w) for w in weights], [_dense(g) for g in grads]
-    outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed)
-    _launch(
-        _clip_backward_kernel,
-        blocks,
-        (grads, weights, outs),
-        (amax,),
-        geometry,
-        GRAD_DTYPE=_TRITON_DTYPES[grads[0].dtype],
-        IN_DTYPE=_TRITON_DTYPES[weights[0].dtype],
-    )
-    return outs
-
-
-class _Geometry(NamedTuple):
-    """Numbers of a launch that do not depend on the format's arithmetic, in the order of the kernels' arguments."""
-
-    out_features: int
-    in_features: int
-    rows: int
-    columns: int
-    constants: dict[str, Any]
-
-
-def _geometry(format: Format, out_features: int, in_features: int, transposed: bool) -> tuple[int, _Geometry]:
-    """Programs a weight, and the tile of each, for the kernels that visit every weight once."""
-    if format.block == (None, None) and transposed:  # one scale an expert: the layout does not matter
-        out_features, in_features, transposed = in_features, out_features, False
-    rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
-    if format.has_blocks_along_in:
-        chunk = format.block[1] or 1
-    else:  # a divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge instead
-        chunk = 16 if transposed else min(16, in_features & -in_features)
-    tile = max(1, WEIGHTS_PER_PROGRAM // chunk)
-    if transposed:
-        blocks = triton.cdiv(out_features, tile) * triton.cdiv(in_features, chunk)
-    else:
-        blocks = triton.cdiv(out_features * (in_features // chunk), tile)
-    constants = {
-        "ROWS": format.block[0] or 0,
-        "COLUMNS": format.block[1] or 0,
-        "CHUNK": chunk,
-        "TILE": tile,
-        "TRANSPOSED": transposed,
-    }
-    return blocks, _Geometry(out_features, in_features, rows, columns, constants)
-
-
-def _sweep(format: Format, out_features: int, in_features: int, transposed: bool) -> tuple[int, str, _Geometry]:
-    """Programs a weight, how each sweeps it, and the tile, for the amax kernel."""
-    if format.dynamic:  # what is calibrated is the whole expert
-        format = replace(format, scale="fp32", dynamic=False, block=(None, None))
-    blocks, geometry = _geometry(format, out_features, in_features, transposed)
-    constants = geometry.constants
-    if constants["TRANSPOSED"]:
-        return blocks, "scatter", geometry
-    if format.block == (None, None) or format.has_blocks_along_in:
-        return triton.cdiv(blocks, STEPS), "memory", geometry
-    if format.block[1] is None:
-        chunk = 512
-        tile = WEIGHTS_PER_PROGRAM // chunk
-        blocks, sweep = triton.cdiv(out_features, tile), "row"
-    else:
-        chunk = format.block[1]
-        tile = min(format.block[0] or 1, WEIGHTS_PER_PROGRAM // chunk)
-        blocks, sweep = geometry.rows * geometry.columns, "square"
-    return blocks, sweep, geometry._replace(constants=constants | {"CHUNK": chunk, "TILE": tile})
-
-
-def _launch(
-    kernel: Any,
-    blocks: int,
-    tables: tuple[Sequence[Tensor], ...],
-    scales: tuple[Tensor | None, ...],
-    geometry: _Geometry,
-    **constants: Any,
-) -> None:
-    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
-    addresses = [[a for tensor in group for a in _addresses(tensor)] for group in tables]
-    scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
-    first = tables[0][0]
-    aligned = all(a % 16 == 0 for group in addresses for a in group)
-    with torch.cuda.device_of(first):
-        for start in range(0, len(addresses[0]), 65535):  # CUDA's limit on the second grid dimension
-            part = slice(start, start + 65535)
-            kernel[(blocks, len(addresses[0][part]))](
-                *(torch.tensor(group[part], dtype=torch.int64).to(first.device) for group in addresses),
-                *(None if scale is None else scale[part] for scale in scales),
-                *geometry[:4],
-                **geometry.constants,
-                **constants,
-                ALIGNED=aligned,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
-
-
-def _experts(weights: Sequence[Tensor]) -> int:
-    return sum(prod(w.shape[:-2]) for w in weights)
-
-
-def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    a, b = weight.shape[-2:]
-    return (b, a) if transposed else (a, b)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, with each expert's matrix contiguous; expert dimensions keep their strides, stride 0 included."""
-    a, b = tensor.shape[-2:]
-    is_dense = (b == 1 or tensor.stride(-1) == 1) and (a == 1 or tensor.stride(-2) == b)
-    return tensor if is_dense else tensor.contiguous()
-
-
-def _addresses(tensor: Tensor) -> list[int]:
-    """Address of each expert's matrix in a tensor [*experts, ., .]."""
-    addresses = [tensor.data_ptr()]
-    for size, stride in zip(tensor.shape[:-2], tensor.stride()[:-2], strict=True):
-        addresses = [a + i * stride * tensor.element_size() for a in addresses for i in range(size)]
-    return addresses
-
-
-def _float_bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32).item())
+    out = _address(out_base, out_table, out_stride, ALIGNED) + base
+    tl.store(out + offsets, kept.to(out_base.dtype.element_ty), mask=mask)

@@ -71,7 +71,7 @@ def fake_quantize_reference(
         y = _int(x, _spread(_valid(amax), x, format), element)
     else:
         y = _fp8(x, _spread(_valid(amax), x, format), element)
-    return y.to(out_dtype)
+    return y.to(out_dtype).contiguous()
 
 
 def expert_amax_reference(
@@ -130,14 +130,14 @@ def clip_backward_reference(
     """
     x = weight.float()
     kept = x.abs() <= _spread(amax, x, format)
-    return torch.where(kept, grad, torch.zeros_like(grad)).to(weight.dtype)
+    return torch.where(kept, grad, torch.zeros_like(grad)).to(weight.dtype).contiguous()
 
 
 def _int(x: Tensor, amax: Tensor, element: IntElement) -> Tensor:
     zero = amax < TINY_AMAX
-    s = torch.full_like(amax, element.qmax) / amax
-    q = (x * torch.where(zero, 0.0, s)).round().clamp(element.low, element.high)
-    return q / torch.where(zero, 1.0, s)
+    s = torch.full_like(amax, element.qmax) / torch.where(zero, 1.0, amax)
+    q = (x * s).round().clamp(element.low, element.high)
+    return q / s * torch.where(zero, 0.0, 1.0)
 
 
 def _fp8(x: Tensor, amax: Tensor, element: FloatElement) -> Tensor:
@@ -153,7 +153,7 @@ def _two_level(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, forma
     assert columns is not None
     blocks = x.unflatten(-1, (-1, columns))
     if format.dynamic:
-        expert_amax, block_amax = _valid(amax), blocks.abs().amax(-1)
+        expert_amax, block_amax = _valid(amax), _valid(blocks.abs().amax(-1))
     else:
         assert global_amax is not None
         expert_amax, block_amax = _valid(global_amax), _valid(amax)
@@ -162,7 +162,7 @@ def _two_level(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, forma
     s8 = (block_amax / (format.element.max * g)).clamp(format.min_scale, E4M3.max)
     s = _round_to(s8, E4M3) * g
     s = torch.where(s < format.unit_scale_below, 1.0, s)
-    s = torch.where((block_amax == 0) | (g == 0), 0.0, s)[..., None]
+    s = torch.where((block_amax == 0) | (g == 0), g * 0.0, s)[..., None]
     return (_round_to(blocks / torch.where(s == 0, 1.0, s), format.element) * s).flatten(-2)
 
 
