@@ -7,8 +7,9 @@ disagreement is a number here too, and each library's choice is a constant with 
 The formulas that use these numbers are in `fq_transforms.ops.reference`. To make a new format, make a new constant.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 __all__ = ["E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "FORMATS", "FloatElement", "Format", "IntElement"]
 
@@ -98,6 +99,26 @@ class Format:
             raise ValueError(f"format {self.name}: {self.scale} scales want a block of (1, columns), not {self.block}")
         if any(side is not None and (side < 1 or side & (side - 1)) for side in self.block):
             raise ValueError(f"format {self.name}: the sides of a block are powers of two, not {self.block}")
+
+    def to_json(self) -> str:
+        """All of the format's numbers, as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Format":
+        """The format whose numbers are `data`, as read from JSON.
+
+        Example:
+            >>> Format.from_dict(json.loads(NVFP4.to_json())) == NVFP4
+            True
+        """
+        element: dict[str, Any] = data["element"]
+        numbers: dict[str, Any] = {
+            **data,
+            "element": IntElement(**element) if "qmax" in element else FloatElement(**element),
+            "block": tuple(data["block"]),
+        }
+        return Format(**numbers)
 
     @property
     def has_blocks_along_in(self) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.formats import FloatElement, Format, IntElement
+from fq_transforms.formats import Format
 
 __all__ = ["Group", "Rule", "Skipped", "Spec", "select", "weights_of"]
 
@@ -378,12 +378,7 @@ def _check_dtype(name: str, weight: Tensor) -> None:
 
 
 def _group_from_json(format: dict[str, Any], names: list[str], shape: list[int], **others: Any) -> Group:
-    element = format["element"]
-    numbers: dict[str, Any] = format | {
-        "element": IntElement(**element) if "qmax" in element else FloatElement(**element),
-        "block": tuple(format["block"]),
-    }
-    return Group(format=Format(**numbers), names=tuple(names), shape=(shape[0], shape[1]), **others)
+    return Group(format=Format.from_dict(format), names=tuple(names), shape=(shape[0], shape[1]), **others)
 
 
 def _by(shape: Sequence[int]) -> str:

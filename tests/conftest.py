@@ -1,4 +1,4 @@
-"""What every test stands on: Triton's interpreter without a GPU, shapes checked at each call, memory full of NaN."""
+"""What every test stands on: Triton's interpreter without a GPU, and memory full of NaN."""
 
 import os
 
@@ -9,13 +9,22 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 import pytest
-from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one
 
-# Annotated shapes and types are checked in tests only. Not in ops.kernels: Triton reads the source of its functions.
+# Not ops.kernels and ops.launch: Triton reads the source of its functions, and PyTorch the signatures of its operators.
 CHECKED = ("select", "state", "calibrate", "fakequant", "ops.reference", "ops.autograd")
-install_import_hook([f"fq_transforms.{module}" for module in CHECKED], "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shape-checks", action="store_true", help="check annotated shapes and types at every call")
+
+
+def pytest_configure(config):
+    if config.getoption("--shape-checks"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook([f"fq_transforms.{module}" for module in CHECKED], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -107,8 +107,12 @@ def _run_fake_quantize(
 ) -> tuple[Tensor, ...]:
     format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import fake_quantize_triton
+        from fq_transforms.ops.launch import fake_quantize_operator, fake_quantize_triton
 
+        if torch.compiler.is_compiling():
+            key = _as_constant(format)
+            out = fake_quantize_operator(list(weights), amax, global_amax, key, transposed, out_dtype)
+            return _unstack(out, weights)
         out = fake_quantize_triton(
             weights, amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
         )
@@ -128,7 +132,7 @@ class _TracedFakeQuantize(Function):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         statics, amax, _, *weights = inputs
         ctx.statics = statics
         ctx.dtype = weights[0].dtype
@@ -161,8 +165,11 @@ class _FakeQuantize(_TracedFakeQuantize):
 
 def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import expert_amax_triton
+        from fq_transforms.ops.launch import expert_amax_operator, expert_amax_triton
 
+        if torch.compiler.is_compiling():
+            amax, global_amax = expert_amax_operator(list(weights), _as_constant(statics.format), statics.transposed)
+            return amax, global_amax if global_amax.numel() else None
         return expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
     parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
     lead = [w.dim() - 2 for w in weights]
@@ -179,15 +186,15 @@ class _ExpertAmax(Function):
         return amax, amax.new_empty(0) if global_amax is None else global_amax
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: ARG004 (the signature is PyTorch's)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise AssertionError("amax is not differentiable")
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # noqa: ARG004 (the signature is PyTorch's)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         return None, None
 
     @staticmethod
@@ -213,8 +220,11 @@ def _run_clip_backward(
     grads, weights = grads_and_weights[:half], grads_and_weights[half:]
     format, transposed = statics.format, statics.transposed
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import clip_backward_triton
+        from fq_transforms.ops.launch import clip_backward_operator, clip_backward_triton
 
+        if torch.compiler.is_compiling():
+            out = clip_backward_operator(list(grads), list(weights), amax, _as_constant(format), transposed)
+            return _unstack(out.to(out_dtype), weights)
         out = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
         return _unstack(out.to(out_dtype), weights)
     outs: list[Tensor] = []
@@ -233,7 +243,7 @@ class _ClipBackward(Function):
         return _run_clip_backward(statics, out_dtype, amax, *grads_and_weights)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 (the signature is PyTorch's)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         statics, out_dtype, amax, *grads_and_weights = inputs
         half = len(grads_and_weights) // 2
         ctx.statics, ctx.grad_dtype, ctx.out_dtype, ctx.half = statics, grads_and_weights[0].dtype, out_dtype, half
@@ -271,6 +281,11 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
     run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
     pulled = run(ctx.statics, dtype, amax, *filled, *weights)
     return [pulled[i] if i in live else None for i in range(len(vectors))]
+
+
+@torch.compiler.assume_constant_result
+def _as_constant(format: Format) -> str:
+    return format.to_json()
 
 
 def _unstack(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,16 +1,18 @@
 """Launchers: a group of weights and its scales to one launch of a kernel.
 
-NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts are evenly spaced (stacked, or views of one
-allocation), else through a table of addresses on the device. Tables are cached by their contents, so a cached table
+NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts are evenly spaced (stacked, or views of
+one allocation), else through a table of addresses on the device. Tables are cached by their contents, so a cached table
 is never stale: a tensor that moves has another address, and so another table.
 
 NOTE memory of the results: the results of a group share one allocation, evenly spaced. One allocation and N views cost
 the host half of N allocations, and save the second table; but one result that is kept keeps all N.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +22,14 @@ from torch import Tensor
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops import kernels
 
-__all__ = ["clip_backward_triton", "expert_amax_triton", "fake_quantize_triton"]
+__all__ = [
+    "clip_backward_operator",
+    "clip_backward_triton",
+    "expert_amax_operator",
+    "expert_amax_triton",
+    "fake_quantize_operator",
+    "fake_quantize_triton",
+]
 
 
 class Tile(NamedTuple):
@@ -95,6 +104,71 @@ def clip_backward_triton(
     blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed, BACKWARD)
     _launch(kernels.clip_backward_kernel, blocks, (grads, weights, [out]), (amax,), geometry, BACKWARD, {})
     return out
+
+
+# What torch.compile sees in place of the launchers, whose addresses it cannot trace: opaque operators with shapes. A
+# format travels as its JSON, since an operator takes tensors, numbers and strings only.
+
+
+@torch.library.custom_op("fq_transforms::fake_quantize", mutates_args=())
+def fake_quantize_operator(
+    weights: list[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    format: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`fake_quantize_triton`, for torch.compile."""
+    return fake_quantize_triton(
+        weights, amax, global_amax, format=_parse(format), transposed=transposed, out_dtype=out_dtype
+    )
+
+
+@fake_quantize_operator.register_fake
+def _(
+    weights: list[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    format: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _empty(weights, out_dtype)
+
+
+@torch.library.custom_op("fq_transforms::expert_amax", mutates_args=())
+def expert_amax_operator(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
+    """`expert_amax_triton`, for torch.compile; an empty tensor stands for "no global amax"."""
+    amax, global_amax = expert_amax_triton(weights, format=_parse(format), transposed=transposed)
+    return amax, amax.new_empty(0) if global_amax is None else global_amax
+
+
+@expert_amax_operator.register_fake
+def _(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
+    numbers, experts = _parse(format), _experts(weights)
+    shape = numbers.amax_shape(*_shape(weights[0], transposed))
+    has_global = numbers.scale == "e4m3" and not numbers.dynamic
+    new_empty = weights[0].new_empty
+    return new_empty((experts, *shape), dtype=torch.float32), new_empty(experts * has_global, dtype=torch.float32)
+
+
+@torch.library.custom_op("fq_transforms::clip_backward", mutates_args=())
+def clip_backward_operator(
+    grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool
+) -> Tensor:
+    """`clip_backward_triton`, for torch.compile."""
+    return clip_backward_triton(grads, weights, amax, format=_parse(format), transposed=transposed)
+
+
+@clip_backward_operator.register_fake
+def _(grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool) -> Tensor:
+    return _empty(weights, weights[0].dtype)
+
+
+@cache
+def _parse(format: str) -> Format:
+    return Format.from_dict(json.loads(format))
 
 
 class _Geometry(NamedTuple):

@@ -1,0 +1,27 @@
+"""The annotations are true: the tests pass with every annotated shape and type checked at every call."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_annotated_shapes_and_types_hold(pytestconfig):
+    """Other tests under jaxtyping and beartype, in a process of their own: torch.compile cannot trace checks."""
+    if pytestconfig.getoption("--shape-checks"):
+        return
+    names = ["test_reference.py", "test_autograd.py", "test_state.py", "test_select.py", "test_transform.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--shape-checks", "-m", "not gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *(str(TESTS / name) for name in names)],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
