@@ -24,7 +24,7 @@ from tqdm.auto import tqdm, trange
 
 import fq_transforms as fqt
 
-STEPS, QAT_STEPS = 480, 40
+STEPS, QAT_STEPS = 480, 80
 LAYERS, HIDDEN, INNER, HEADS = 4, 128, 256, 4
 EXPERTS, TOP_K = 8, 2
 CONTEXT, BATCH = 128, 16
@@ -240,22 +240,24 @@ for format in (bar := tqdm(FORMATS, desc="PTQ")):
 
 # %% [markdown]
 # ## QAT for the formats that lost most
-# A few more steps from the trained weights, calibrated again at each, since the weights move. The model is also
-# trained on the same batches without quantization: what QAT gains is counted from there.
+# Some more steps from the trained weights, calibrated again at each, since the weights move. The same steps without
+# quantization, on the same batches, are the control: for bf16, and for PTQ after them.
 
 # %%
 # NVFP4_STATIC, calibrated on the weights that it quantizes, is NVFP4: of formats with equal losses one is enough.
 distinct = {each[format].mean().item(): format for format in reversed(FORMATS)}
 worst = [distinct[loss] for loss in sorted(distinct, reverse=True)[:3]]
 more = {"lr": 2e-4, "seed": 1}
-base_more = heldout_loss(bf16(train(params, QAT_STEPS, label="bf16, same extra steps", **more)))
-qat = {}
+control = bf16(train(params, QAT_STEPS, label="bf16, same extra steps", **more))
+base_more = heldout_loss(control)
+later, qat = {}, {}
 for format in worst:
     fq_format = experts_in(format)
 
     def quantize(params, fq=fq_format):
         return fq.fakequant(params, fq.calibrate(params))
 
+    later[format] = heldout_loss(quantize(control))
     trained = bf16(train(params, QAT_STEPS, label=f"QAT {format.name}", quantize=quantize, **more))
     qat[format] = heldout_loss(quantize(trained))
 
@@ -278,13 +280,15 @@ def cell(losses, base):
 
 arithmetic = "weights and compute in bf16" if compute == torch.bfloat16 else "weights rounded to bf16, compute in fp32"
 print(f"\nHeld-out loss in nats a byte ({targets.numel():,} bytes; {arithmetic}),")
-print("its increase over bf16 and the standard error of that; after QAT, over bf16 with the same extra steps\n")
-print(f"{'':24}{'PTQ, an amax an expert':26}{'PTQ, one for all experts':26}after {QAT_STEPS} steps of QAT")
-print(f"{'bf16':24}{base.mean():.4f}")
-print(f"{'bf16, same extra steps':24}{'':52}{base_more.mean():.4f}")
+print("and its increase over bf16 with as many steps, ± the standard error of that\n")
+columns = ("PTQ, an amax an expert", "PTQ, one for all", f"{QAT_STEPS} more steps, PTQ", f"{QAT_STEPS} steps of QAT")
+rows = [("bf16", f"{base.mean():.4f}"), ("bf16, same extra steps", "", "", f"{base_more.mean():.4f}")]
 for format in FORMATS:
-    ptq, shared, tuned = cell(each[format], base), cell(tied.get(format), base), cell(qat.get(format), base_more)
-    print(f"{format.name:24}{ptq:26}{shared:26}{tuned}")
+    after = [cell(losses.get(format), base) for losses in (each, tied)]
+    after += [cell(losses.get(format), base_more) for losses in (later, qat)]
+    rows.append((format.name, *after))
+for row in (("", *columns), *rows):
+    print("".join(f"{text:24}" for text in row).rstrip())
 
 # %% [markdown]
 # ## Save and load
@@ -321,13 +325,16 @@ for losses, shift, color, label in (
     rows = [row + shift * (format in tied) for row, format in enumerate(order) if format in losses]
     cost, error = zip(*(increase(losses[format], base) for format in order if format in losses), strict=True)
     left.barh(rows, cost, 0.38, xerr=error, color=color, ecolor="0.4", capsize=2, label=label)
-rows = [order.index(format) for format in worst]
-cost, error = zip(*(increase(qat[format], base_more) for format in worst), strict=True)
-label = f"{QAT_STEPS} steps of QAT, over bf16 with the same steps"
-left.errorbar(cost, rows, xerr=error, fmt="kD", capsize=2, label=label)
+for losses, shift, fill, label in (
+    (later, 0.1, "white", f"PTQ after {QAT_STEPS} more steps"),
+    (qat, -0.1, "black", f"{QAT_STEPS} steps of QAT"),
+):
+    rows = [order.index(format) + shift for format in losses]
+    cost, error = zip(*(increase(losses[format], base_more) for format in losses), strict=True)
+    left.errorbar(cost, rows, xerr=error, fmt="kD", markerfacecolor=fill, capsize=2, label=label)
 left.axvline(0, color="black", linewidth=0.8)
 left.set_yticks(range(len(order)), [format.name for format in order])
-left.set_xlabel("increase of held-out loss over bf16 (nats a byte, ± standard error)")
+left.set_xlabel("increase of held-out loss over bf16 with as many steps (nats a byte, ± standard error)")
 left.set_title(f"What each format costs (bf16: {base.mean():.3f} nats a byte)")
 left.legend(loc="center right")
 

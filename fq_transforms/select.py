@@ -239,25 +239,28 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         KeyError: A parameter is missing.
         ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, or dtypes or devices are mixed.
     """
-    weights: list[Tensor] = []
-    for name in group.names:
-        if name not in params:
-            raise KeyError(f"parameter {name!r} of group {group.key!r} is not in params ({len(params)} entries)")
-        weight = params[name]
-        if weight.shape != group.parameter_shape:
+    try:
+        weights = [params[name] for name in group.names]
+    except KeyError as error:
+        raise KeyError(
+            f"parameter {error.args[0]!r} of group {group.key!r} is not in params ({len(params)} entries)"
+        ) from error
+    shape, dtype, device = group.parameter_shape, weights[0].dtype, weights[0].device
+    if dtype in DTYPES and all(w.shape == shape and w.dtype == dtype and w.device == device for w in weights):
+        return weights
+    for name, weight in zip(group.names, weights, strict=True):
+        if tuple(weight.shape) != shape:
             raise ValueError(
-                f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {group.parameter_shape}; "
+                f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {shape}; "
                 "select again if the model has changed"
             )
         _check_dtype(name, weight)
-        first = weights[0] if weights else weight
-        if weight.dtype != first.dtype or weight.device != first.device:
+        if weight.dtype != dtype or weight.device != device:
             raise ValueError(
-                f"parameter {name!r}: found {weight.dtype} on {weight.device}, wanted {first.dtype} on {first.device} "
-                f"as {group.names[0]!r} in the same group"
+                f"parameter {name!r}: found {weight.dtype} on {weight.device}, wanted {dtype} on {device} as "
+                f"{group.names[0]!r} in the same group"
             )
-        weights.append(weight)
-    return weights
+    raise AssertionError("a group that is wrong in no parameter")
 
 
 def _check_patterns(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fq_transforms.formats import Format
 from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
@@ -65,6 +65,8 @@ def fake_quantize(
         tensor([[1., 1., 0., 0.]])
     """
     statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips)
+    if not _is_differentiated(weights):
+        return _run_fake_quantize(statics, amax, global_amax, *weights)
     function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
     return function.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
 
@@ -100,6 +102,15 @@ class _Statics:
     transposed: bool
     out_dtype: torch.dtype
     clip: bool
+
+
+def _is_differentiated(weights: Sequence[Tensor]) -> bool:
+    """False if no transform and no gradient looks on: then the rules, and their 60 us a call, can be left out."""
+    return (
+        torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (as autograd.Function asks)
+        or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] (it has no public name)
+        or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
+    )
 
 
 def _run_fake_quantize(

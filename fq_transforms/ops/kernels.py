@@ -241,7 +241,7 @@ def fake_quantize_kernel(
         if UNIT_SCALE_BELOW != 0:
             s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
         if not DYNAMIC or UNIT_SCALE_BELOW != 0:
-            s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, 0.0, s))
+            s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, block_amax * 0.0, s))
         lifted = _max(s * lift, SMALLEST_DIVISOR)
         dividend = _min(a, _each(QMAX * s))
         if lift != 1.0:

@@ -45,6 +45,8 @@ BACKWARD = Tile(2048, 4)
 AMAX = Tile(2048, 4)
 # Tiles that a program of the amax kernel sweeps: many where they end in one atomic, few where each block is stored.
 STEPS_AN_EXPERT, STEPS_A_BLOCK = 16, 2
+# Weights of a row that the amax kernel takes at a time, per channel.
+ROW_CHUNK = 512
 
 
 def fake_quantize_triton(
@@ -57,41 +59,22 @@ def fake_quantize_triton(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
-    weights = [_dense(w) for w in weights]
-    out = _empty(weights, out_dtype)
-    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed, FORWARD)
-    element = format.element
-    is_int = isinstance(element, IntElement)
-    constants = {
-        "ELEMENT": "int" if is_int else "float",
-        "SCALE": format.scale,
-        "DYNAMIC": format.dynamic,
-        "QMAX": float(element.qmax if is_int else element.max),
-        "LOW": float(element.low) if is_int else 0.0,
-        "HIGH": float(element.high) if is_int else 0.0,
-        "MIN_EXPONENT": 0 if is_int else element.min_exponent,
-        "MANTISSA": 0 if is_int else element.mantissa_bits,
-        "MIN_SCALE": format.min_scale,
-        "UNIT_SCALE_BELOW": format.unit_scale_below,
-        "EXPONENT_ROUNDING": format.exponent_rounding,
-        "MAX_BITS": 0 if is_int else _float_bits(element.max),
-    }
-    _launch(kernels.fake_quantize_kernel, blocks, (weights, [out]), (amax, global_amax), geometry, FORWARD, constants)
+    inputs = _group(weights)
+    out = _empty(inputs, out_dtype)
+    plan = _forward_plan(format, inputs.matrix, transposed)
+    _launch(kernels.fake_quantize_kernel, plan, (inputs, _group([out])), (amax, global_amax))
     return out
 
 
 def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed: bool) -> tuple[Tensor, Tensor | None]:
     """`expert_amax_reference` of every expert of a group, in one launch: [E, *amax_shape], and [E] or None."""
-    weights = [_dense(w) for w in weights]
-    experts, (out_features, in_features) = _experts(weights), _shape(weights[0], transposed)
-    blocks, sweep, geometry = _sweep(format, out_features, in_features, transposed)
-    shape = (experts, *format.amax_shape(out_features, in_features))
-    is_shared = sweep == "scatter" or len(shape) == 1  # several programs meet in one granule
-    amax = _maxima(shape, weights[0].device, is_shared)
-    is_static_two_level = format.scale == "e4m3" and not format.dynamic
-    global_amax = _maxima((experts,), amax.device, True) if is_static_two_level else None
-    constants = {"SWEEP": sweep, "GLOBAL": is_static_two_level}
-    _launch(kernels.expert_amax_kernel, blocks, (weights,), (amax, global_amax), geometry, AMAX, constants)
+    inputs = _group(weights)
+    plan = _amax_plan(format, inputs.matrix, transposed)
+    shape = (inputs.experts, *format.amax_shape(*_shape(inputs.matrix, transposed)))
+    is_shared = plan.constants["SWEEP"] == "scatter" or len(shape) == 1  # several programs meet in one granule
+    amax = _maxima(shape, inputs.first.device, is_shared)
+    global_amax = _maxima(shape[:1], inputs.first.device, True) if plan.constants["GLOBAL"] else None
+    _launch(kernels.expert_amax_kernel, plan, (inputs,), (amax, global_amax))
     return amax.view(torch.float32), None if global_amax is None else global_amax.view(torch.float32)
 
 
@@ -99,10 +82,10 @@ def clip_backward_triton(
     grads: Sequence[Tensor], weights: Sequence[Tensor], amax: Tensor, *, format: Format, transposed: bool
 ) -> Tensor:
     """`clip_backward_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
-    weights, grads = [_dense(w) for w in weights], [_dense(g) for g in grads]
-    out = _empty(weights, weights[0].dtype)
-    blocks, geometry = _geometry(format, *_shape(weights[0], transposed), transposed, BACKWARD)
-    _launch(kernels.clip_backward_kernel, blocks, (grads, weights, [out]), (amax,), geometry, BACKWARD, {})
+    inputs = _group(weights)
+    out = _empty(inputs, inputs.first.dtype)
+    plan = _backward_plan(format, inputs.matrix, transposed)
+    _launch(kernels.clip_backward_kernel, plan, (_group(grads), inputs, _group([out])), (amax,))
     return out
 
 
@@ -134,7 +117,7 @@ def _(
     transposed: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return _empty(weights, out_dtype)
+    return _empty(_group(weights, with_addresses=False), out_dtype)
 
 
 @torch.library.custom_op("fq_transforms::expert_amax", mutates_args=())
@@ -146,8 +129,8 @@ def expert_amax_operator(weights: list[Tensor], format: str, transposed: bool) -
 
 @expert_amax_operator.register_fake
 def _(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
-    numbers, experts = _parse(format), _experts(weights)
-    shape = numbers.amax_shape(*_shape(weights[0], transposed))
+    numbers, inputs = _parse(format), _group(weights, with_addresses=False)
+    experts, shape = inputs.experts, numbers.amax_shape(*_shape(inputs.matrix, transposed))
     has_global = numbers.scale == "e4m3" and not numbers.dynamic
     new_empty = weights[0].new_empty
     return new_empty((experts, *shape), dtype=torch.float32), new_empty(experts * has_global, dtype=torch.float32)
@@ -163,7 +146,7 @@ def clip_backward_operator(
 
 @clip_backward_operator.register_fake
 def _(grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool) -> Tensor:
-    return _empty(weights, weights[0].dtype)
+    return _empty(_group(weights, with_addresses=False), weights[0].dtype)
 
 
 @cache
@@ -171,20 +154,89 @@ def _parse(format: str) -> Format:
     return Format.from_dict(json.loads(format))
 
 
-class _Geometry(NamedTuple):
-    """Numbers of a launch that come from shapes alone, in the order of the kernels' arguments."""
+class _Group(NamedTuple):
+    """The matrices of a group: their number, their common shape as stored, and where each begins."""
 
-    out_features: int
-    in_features: int
-    rows: int
-    columns: int
+    first: Tensor
+    experts: int
+    matrix: tuple[int, int]
+    addresses: list[int]
+    tensors: Sequence[Tensor]
+
+
+def _group(tensors: Sequence[Tensor], *, with_addresses: bool = True) -> _Group:
+    """The group of some tensors [*experts, ., .]; what is not dense is copied, and lives as long as the group."""
+    first = tensors[0]
+    matrix = (first.shape[-2], first.shape[-1])
+    if not with_addresses:
+        return _Group(first, sum(prod(t.shape[:-2]) for t in tensors), matrix, [], tensors)
+    if first.dim() == 2 and all(t.is_contiguous() for t in tensors):  # the usual case, without a loop in Python
+        return _Group(first, len(tensors), matrix, [t.data_ptr() for t in tensors], tensors)
+    tensors = [_dense(t) for t in tensors]
+    addresses = [a for t in tensors for a in _addresses(t)]
+    return _Group(tensors[0], len(addresses), matrix, addresses, tensors)
+
+
+class _Plan(NamedTuple):
+    """All of a launch that comes from the format and the shape: made once, then looked up."""
+
+    blocks: int
+    numbers: tuple[int, int, int, int]
     constants: dict[str, Any]
+    warps: int
 
 
-def _geometry(
-    format: Format, out_features: int, in_features: int, transposed: bool, tile: Tile
-) -> tuple[int, _Geometry]:
-    """Programs a weight, and the tile of each, for the kernels that visit every weight once."""
+@cache
+def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+    element = format.element
+    is_int = isinstance(element, IntElement)
+    constants = {
+        "ELEMENT": "int" if is_int else "float",
+        "SCALE": format.scale,
+        "DYNAMIC": format.dynamic,
+        "QMAX": float(element.qmax if is_int else element.max),
+        "LOW": float(element.low) if is_int else 0.0,
+        "HIGH": float(element.high) if is_int else 0.0,
+        "MIN_EXPONENT": 0 if is_int else element.min_exponent,
+        "MANTISSA": 0 if is_int else element.mantissa_bits,
+        "MIN_SCALE": format.min_scale,
+        "UNIT_SCALE_BELOW": format.unit_scale_below,
+        "EXPONENT_ROUNDING": format.exponent_rounding,
+        "MAX_BITS": 0 if is_int else _float_bits(element.max),
+    }
+    return _visit(format, _shape(matrix, transposed), transposed, FORWARD, constants)
+
+
+@cache
+def _backward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+    return _visit(format, _shape(matrix, transposed), transposed, BACKWARD, {})
+
+
+@cache
+def _amax_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+    out_features, in_features = _shape(matrix, transposed)
+    is_static_two_level = format.scale == "e4m3" and not format.dynamic
+    constants: dict[str, Any] = {"SWEEP": "memory", "GLOBAL": is_static_two_level, "STEPS": 1}
+    if format.dynamic:  # what is calibrated is the whole expert
+        format = replace(format, scale="fp32", dynamic=False, block=(None, None))
+    plan = _visit(format, (out_features, in_features), transposed, AMAX, constants)
+    rows, columns = format.block
+    if plan.constants["TRANSPOSED"]:
+        return plan._replace(constants=plan.constants | {"SWEEP": "scatter"})
+    if format.block == (None, None) or format.has_blocks_along_in:
+        steps = STEPS_AN_EXPERT if columns is None else STEPS_A_BLOCK
+        return plan._replace(blocks=-(-plan.blocks // steps), constants=plan.constants | {"STEPS": steps})
+    if columns is None:
+        tile = AMAX.weights // ROW_CHUNK
+        changes = {"SWEEP": "row", "CHUNK": ROW_CHUNK, "TILE": tile}
+        return plan._replace(blocks=-(-out_features // tile), constants=plan.constants | changes)
+    changes = {"SWEEP": "square", "CHUNK": columns, "TILE": min(rows or 1, AMAX.weights // columns)}
+    return plan._replace(blocks=plan.numbers[2] * plan.numbers[3], constants=plan.constants | changes)
+
+
+def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile, constants: dict[str, Any]) -> _Plan:
+    """The plan of a kernel that visits each weight once: programs a matrix, and the tile of each."""
+    out_features, in_features = shape
     if format.block == (None, None) and transposed:  # one scale an expert: the layout does not matter
         out_features, in_features, transposed = in_features, out_features, False
     rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
@@ -197,85 +249,47 @@ def _geometry(
         blocks = -(-out_features // chunks) * -(-in_features // chunk)
     else:
         blocks = -(-out_features * (in_features // chunk) // chunks)
-    constants = {
+    tiling = {
         "ROWS": format.block[0] or 0,
         "COLUMNS": format.block[1] or 0,
         "CHUNK": chunk,
         "TILE": chunks,
         "TRANSPOSED": transposed,
     }
-    return blocks, _Geometry(out_features, in_features, rows, columns, constants)
-
-
-def _sweep(format: Format, out_features: int, in_features: int, transposed: bool) -> tuple[int, str, _Geometry]:
-    """Programs a weight, how each sweeps it, and the tile, for the amax kernel."""
-    if format.dynamic:  # what is calibrated is the whole expert
-        format = replace(format, scale="fp32", dynamic=False, block=(None, None))
-    blocks, geometry = _geometry(format, out_features, in_features, transposed, AMAX)
-    changes: dict[str, Any] = {"STEPS": 1}
-    if geometry.constants["TRANSPOSED"]:
-        sweep = "scatter"
-    elif format.block == (None, None) or format.has_blocks_along_in:
-        sweep, steps = "memory", STEPS_AN_EXPERT if format.block == (None, None) else STEPS_A_BLOCK
-        blocks, changes["STEPS"] = -(-blocks // steps), steps
-    elif format.block[1] is None:
-        sweep, chunk = "row", 512
-        changes |= {"CHUNK": chunk, "TILE": AMAX.weights // chunk}
-        blocks = -(-out_features // changes["TILE"])
-    else:
-        sweep, chunk = "square", format.block[1]
-        changes |= {"CHUNK": chunk, "TILE": min(format.block[0] or 1, AMAX.weights // chunk)}
-        blocks = geometry.rows * geometry.columns
-    return blocks, sweep, geometry._replace(constants=geometry.constants | changes)
-
-
-def _launch(
-    kernel: Any,
-    blocks: int,
-    groups: tuple[Sequence[Tensor], ...],
-    scales: tuple[Tensor | None, ...],
-    geometry: _Geometry,
-    tile: Tile,
-    constants: dict[str, Any],
-) -> None:
-    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
-    addresses = [[a for tensor in group for a in _addresses(tensor)] for group in groups]
-    scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
-    is_aligned = all(a % 16 == 0 for group in addresses for a in group)
-    first = groups[0][0]
-    with torch.cuda.device_of(first):
-        for start in range(0, len(addresses[0]), MOST_EXPERTS):
-            stop = start + MOST_EXPERTS
-            kernel[(blocks, len(addresses[0][start:stop]))](
-                *(
-                    argument
-                    for group, tensors in zip(addresses, groups, strict=True)
-                    for argument in _reach(tensors[0], group[start:stop], is_whole=start == 0)
-                ),
-                *(None if scale is None else scale[start:stop] for scale in scales),
-                *geometry[:4],
-                **geometry.constants,
-                **constants,
-                ALIGNED=is_aligned,
-                num_warps=tile.warps,
-                enable_fp_fusion=False,
-            )
+    return _Plan(blocks, (out_features, in_features, rows, columns), constants | tiling, tile.warps)
 
 
 # CUDA's limit on the second dimension of a grid.
 MOST_EXPERTS = 65535
 
 
-def _reach(first: Tensor, addresses: Sequence[int], *, is_whole: bool) -> tuple[Tensor, Tensor | None, int]:
+def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]) -> None:
+    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
+    if groups[0].experts > MOST_EXPERTS:
+        raise ValueError(f"found {groups[0].experts} experts in one group, wanted at most {MOST_EXPERTS}")
+    reaches = [_reach(group) for group in groups]
+    is_aligned = all(a % 16 == 0 for group in groups for a in group.addresses)
+    with torch.cuda.device_of(groups[0].first):
+        kernel[(plan.blocks, groups[0].experts)](
+            *(argument for reach in reaches for argument in reach),
+            *(None if scale is None else scale.contiguous() for scale in scales),
+            *plan.numbers,
+            **plan.constants,
+            ALIGNED=is_aligned,
+            num_warps=plan.warps,
+            enable_fp_fusion=False,
+        )
+
+
+def _reach(group: _Group) -> tuple[Tensor, Tensor | None, int]:
     """How a kernel gets to each expert: (base, table or None, stride in elements)."""
-    step = addresses[1] - addresses[0] if len(addresses) > 1 else 0
-    is_even = len(addresses) == 1 or (
-        step % first.element_size() == 0
-        and step != 0
-        and list(addresses) == list(range(addresses[0], addresses[0] + len(addresses) * step, step))
-    )
-    if is_even and is_whole:
-        return first, None, step // first.element_size()
+    first, addresses, experts = group.first, group.addresses, group.experts
+    step, rest = divmod(addresses[1] - addresses[0], first.element_size()) if experts > 1 else (0, 0)
+    stride = step * first.element_size()
+    if experts == 1 or (
+        rest == 0 and step != 0 and addresses == list(range(addresses[0], addresses[0] + experts * stride, stride))
+    ):
+        return first, None, step
     return first, _table(tuple(addresses), first.device), 0
 
 
@@ -308,9 +322,9 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return entry[0]
 
 
-def _empty(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _empty(group: _Group, dtype: torch.dtype) -> Tensor:
     """Memory for the results of a group: [E, ., .]."""
-    return torch.empty((_experts(weights), *weights[0].shape[-2:]), dtype=dtype, device=weights[0].device)
+    return torch.empty((group.experts, *group.matrix), dtype=dtype, device=group.first.device)
 
 
 def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Tensor:
@@ -319,13 +333,9 @@ def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Te
     return make(shape, dtype=torch.int32, device=device)
 
 
-def _experts(weights: Sequence[Tensor]) -> int:
-    return sum(prod(w.shape[:-2]) for w in weights)
-
-
-def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    a, b = weight.shape[-2:]
-    return (b, a) if transposed else (a, b)
+def _shape(matrix: tuple[int, int], transposed: bool) -> tuple[int, int]:
+    """(out, in) of a matrix as stored."""
+    return (matrix[1], matrix[0]) if transposed else matrix
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _two_level(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, forma
     s8 = (block_amax / (format.element.max * g)).clamp(format.min_scale, E4M3.max)
     s = _round_to(s8, E4M3) * g
     s = torch.where(s < format.unit_scale_below, 1.0, s)
-    s = torch.where((block_amax == 0) | (g == 0), g * 0.0, s)[..., None]
+    s = torch.where((block_amax == 0) | (g == 0), block_amax * 0.0 * g, s)[..., None]
     return (_round_to(blocks / torch.where(s == 0, 1.0, s), format.element) * s).flatten(-2)
 
 
