@@ -207,7 +207,7 @@ def _round_to(x: Float32[Tensor, "..."], element: FloatElement) -> Float32[Tenso
 
 def _valid(amax: Tensor | None) -> Tensor:
     assert amax is not None
-    return torch.where((amax >= 0) & (amax < torch.inf), amax, torch.nan)
+    return torch.where((amax >= 0) & (amax < torch.inf), amax.abs(), torch.nan)  # abs: -0.0 is a zero
 
 
 def _spread(amax: Tensor, x: Tensor, format: Format) -> Tensor:
