@@ -288,7 +288,7 @@ for format in FORMATS:
     after += [cell(losses.get(format), base_more) for losses in (later, qat)]
     rows.append((format.name, *after))
 for row in (("", *columns), *rows):
-    print("".join(f"{text:24}" for text in row).rstrip())
+    print("".join(f"{entry:24}" for entry in row).rstrip())
 
 # %% [markdown]
 # ## Save and load
@@ -320,7 +320,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), width_ratios=(1.15
 order = sorted(FORMATS, key=lambda format: each[format].mean())
 for losses, shift, color, label in (
     (each, 0.2, "tab:blue", "PTQ, an amax an expert"),
-    (tied, -0.2, "tab:orange", "PTQ, one amax for all experts"),
+    (tied, -0.2, "tab:orange", "PTQ, one amax for all (MX: none)"),
 ):
     rows = [row + shift * (format in tied) for row, format in enumerate(order) if format in losses]
     cost, error = zip(*(increase(losses[format], base) for format in order if format in losses), strict=True)
@@ -334,9 +334,9 @@ for losses, shift, fill, label in (
     left.errorbar(cost, rows, xerr=error, fmt="kD", markerfacecolor=fill, capsize=2, label=label)
 left.axvline(0, color="black", linewidth=0.8)
 left.set_yticks(range(len(order)), [format.name for format in order])
-left.set_xlabel("increase of held-out loss over bf16 with as many steps (nats a byte, ± standard error)")
+left.set_xlabel("increase of loss over bf16 with as many steps (nats a byte, ± standard error)")
 left.set_title(f"What each format costs (bf16: {base.mean():.3f} nats a byte)")
-left.legend(loc="center right")
+left.legend(loc="lower right")
 
 amax = torch.stack([group.amax for group in state.values()])
 image = right.imshow(amax, aspect="auto", cmap="viridis")

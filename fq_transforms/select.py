@@ -246,7 +246,13 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
             f"parameter {error.args[0]!r} of group {group.key!r} is not in params ({len(params)} entries)"
         ) from error
     shape, dtype, device = group.parameter_shape, weights[0].dtype, weights[0].device
-    if dtype in DTYPES and all(w.shape == shape and w.dtype == dtype and w.device == device for w in weights):
+    n = len(weights)  # counted in C: a group may have hundreds of parameters, and this is on the path of every call
+    if (
+        dtype in DTYPES
+        and [w.shape for w in weights].count(shape) == n  # pyright: ignore[reportArgumentType] (a Size is a tuple)
+        and [w.dtype for w in weights].count(dtype) == n
+        and [w.device for w in weights].count(device) == n
+    ):
         return weights
     for name, weight in zip(group.names, weights, strict=True):
         if tuple(weight.shape) != shape:

@@ -1,5 +1,7 @@
 """torch.compile traces the transform whole, a CUDA graph replays it, and no call waits for the device."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -105,7 +107,9 @@ def test_no_call_waits_for_the_device(format):
     params = parameters("cuda", torch.bfloat16)
     fq = transform_of(params, format, backward="clip")
     state = fq.calibrate(params)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # PyTorch says that the mode is a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             fq.fakequant(params, state)

@@ -282,11 +282,11 @@ def expert_amax_kernel(
     columns,
     SWEEP: tl.constexpr,
     GLOBAL: tl.constexpr,
+    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    STEPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):

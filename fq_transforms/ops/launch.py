@@ -60,10 +60,10 @@ def fake_quantize_triton(
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
     inputs = _group(weights)
-    out = _empty(inputs, out_dtype)
+    out = _result(inputs, out_dtype)
     plan = _forward_plan(format, inputs.matrix, transposed)
-    _launch(kernels.fake_quantize_kernel, plan, (inputs, _group([out])), (amax, global_amax))
-    return out
+    _launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
+    return out.base
 
 
 def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed: bool) -> tuple[Tensor, Tensor | None]:
@@ -72,8 +72,8 @@ def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed:
     plan = _amax_plan(format, inputs.matrix, transposed)
     shape = (inputs.experts, *format.amax_shape(*_shape(inputs.matrix, transposed)))
     is_shared = plan.constants["SWEEP"] == "scatter" or len(shape) == 1  # several programs meet in one granule
-    amax = _maxima(shape, inputs.first.device, is_shared)
-    global_amax = _maxima(shape[:1], inputs.first.device, True) if plan.constants["GLOBAL"] else None
+    amax = _maxima(shape, inputs.base.device, is_shared)
+    global_amax = _maxima(shape[:1], inputs.base.device, True) if plan.constants["GLOBAL"] else None
     _launch(kernels.expert_amax_kernel, plan, (inputs,), (amax, global_amax))
     return amax.view(torch.float32), None if global_amax is None else global_amax.view(torch.float32)
 
@@ -83,10 +83,10 @@ def clip_backward_triton(
 ) -> Tensor:
     """`clip_backward_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
     inputs = _group(weights)
-    out = _empty(inputs, inputs.first.dtype)
+    out = _result(inputs, inputs.base.dtype)
     plan = _backward_plan(format, inputs.matrix, transposed)
-    _launch(kernels.clip_backward_kernel, plan, (_group(grads), inputs, _group([out])), (amax,))
-    return out
+    _launch(kernels.clip_backward_kernel, plan, (_group(grads), inputs, out), (amax,))
+    return out.base
 
 
 # What torch.compile sees in place of the launchers, whose addresses it cannot trace: opaque operators with shapes. A
@@ -117,7 +117,7 @@ def _(
     transposed: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return _empty(_group(weights, with_addresses=False), out_dtype)
+    return weights[0].new_empty((_experts(weights), *weights[0].shape[-2:]), dtype=out_dtype)
 
 
 @torch.library.custom_op("fq_transforms::expert_amax", mutates_args=())
@@ -129,8 +129,9 @@ def expert_amax_operator(weights: list[Tensor], format: str, transposed: bool) -
 
 @expert_amax_operator.register_fake
 def _(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
-    numbers, inputs = _parse(format), _group(weights, with_addresses=False)
-    experts, shape = inputs.experts, numbers.amax_shape(*_shape(inputs.matrix, transposed))
+    a, b = weights[0].shape[-2:]
+    numbers, experts = _parse(format), _experts(weights)
+    shape = numbers.amax_shape(*_shape((a, b), transposed))
     has_global = numbers.scale == "e4m3" and not numbers.dynamic
     new_empty = weights[0].new_empty
     return new_empty((experts, *shape), dtype=torch.float32), new_empty(experts * has_global, dtype=torch.float32)
@@ -146,7 +147,7 @@ def clip_backward_operator(
 
 @clip_backward_operator.register_fake
 def _(grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool) -> Tensor:
-    return _empty(_group(weights, with_addresses=False), weights[0].dtype)
+    return weights[0].new_empty((_experts(weights), *weights[0].shape[-2:]))
 
 
 @cache
@@ -155,30 +156,54 @@ def _parse(format: str) -> Format:
 
 
 class _Group(NamedTuple):
-    """The matrices of a group: their number, their common shape as stored, and where each begins."""
+    """The matrices of a group: their number, their common shape as stored, and how a kernel gets to each.
 
-    first: Tensor
+    Expert e begins `stride` elements after e - 1, the first at `base`; or, with a table, at the e-th address.
+    `tensors` holds on to copies of what was not dense.
+    """
+
+    base: Tensor
+    table: Tensor | None
+    stride: int
     experts: int
     matrix: tuple[int, int]
-    addresses: list[int]
+    is_aligned: bool
     tensors: Sequence[Tensor]
 
 
-def _group(tensors: Sequence[Tensor], *, with_addresses: bool = True) -> _Group:
-    """The group of some tensors [*experts, ., .]; what is not dense is copied, and lives as long as the group."""
+def _group(tensors: Sequence[Tensor]) -> _Group:
+    """The group of some tensors [*experts, ., .]."""
     first = tensors[0]
-    matrix = (first.shape[-2], first.shape[-1])
-    if not with_addresses:
-        return _Group(first, sum(prod(t.shape[:-2]) for t in tensors), matrix, [], tensors)
-    if first.dim() == 2 and all(t.is_contiguous() for t in tensors):  # the usual case, without a loop in Python
-        return _Group(first, len(tensors), matrix, [t.data_ptr() for t in tensors], tensors)
-    tensors = [_dense(t) for t in tensors]
-    addresses = [a for t in tensors for a in _addresses(t)]
-    return _Group(tensors[0], len(addresses), matrix, addresses, tensors)
+    if first.dim() == 2 and all(map(Tensor.is_contiguous, tensors)):  # the usual case, without a loop in Python
+        addresses = list(map(Tensor.data_ptr, tensors))
+    else:
+        tensors = [_dense(t) for t in tensors]
+        addresses = [a for t in tensors for a in _addresses(t)]
+        first = tensors[0]
+    a, b = first.shape[-2:]
+    experts, size = len(addresses), first.element_size()
+    start, gap = addresses[0], addresses[1] - addresses[0] if experts > 1 else 0
+    is_even = experts == 1 or (
+        gap != 0 and gap % size == 0 and addresses == list(range(start, start + experts * gap, gap))
+    )
+    if is_even:
+        return _Group(first, None, gap // size, experts, (a, b), True, tensors)
+    table, is_aligned = _table(tuple(addresses), first.device)
+    return _Group(first, table, 0, experts, (a, b), is_aligned, tensors)
+
+
+def _result(group: _Group, dtype: torch.dtype) -> _Group:
+    """Memory for the results of a group: one allocation [E, ., .]."""
+    a, b = group.matrix
+    out = torch.empty((group.experts, a, b), dtype=dtype, device=group.base.device)
+    return _Group(out, None, a * b, group.experts, group.matrix, True, [out])
 
 
 class _Plan(NamedTuple):
-    """All of a launch that comes from the format and the shape: made once, then looked up."""
+    """All of a launch that comes from the format and the shape: made once, then looked up.
+
+    `numbers` and `constants` are in the order of the kernel's arguments.
+    """
 
     blocks: int
     numbers: tuple[int, int, int, int]
@@ -262,75 +287,80 @@ def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile,
 # CUDA's limit on the second dimension of a grid.
 MOST_EXPERTS = 65535
 
+# Kernels by all that Triton specializes them on. Looking one up here takes a tenth of Triton's own look-up.
+_COMPILED: dict[tuple[object, ...], Any] = {}
+
 
 def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]) -> None:
     """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
-    if groups[0].experts > MOST_EXPERTS:
-        raise ValueError(f"found {groups[0].experts} experts in one group, wanted at most {MOST_EXPERTS}")
-    reaches = [_reach(group) for group in groups]
-    is_aligned = all(a % 16 == 0 for group in groups for a in group.addresses)
-    with torch.cuda.device_of(groups[0].first):
-        kernel[(plan.blocks, groups[0].experts)](
-            *(argument for reach in reaches for argument in reach),
-            *(None if scale is None else scale.contiguous() for scale in scales),
-            *plan.numbers,
-            **plan.constants,
-            ALIGNED=is_aligned,
-            num_warps=plan.warps,
-            enable_fp_fusion=False,
-        )
-
-
-def _reach(group: _Group) -> tuple[Tensor, Tensor | None, int]:
-    """How a kernel gets to each expert: (base, table or None, stride in elements)."""
-    first, addresses, experts = group.first, group.addresses, group.experts
-    step, rest = divmod(addresses[1] - addresses[0], first.element_size()) if experts > 1 else (0, 0)
-    stride = step * first.element_size()
-    if experts == 1 or (
-        rest == 0 and step != 0 and addresses == list(range(addresses[0], addresses[0] + experts * stride, stride))
-    ):
-        return first, None, step
-    return first, _table(tuple(addresses), first.device), 0
+    first = groups[0]
+    if first.experts > MOST_EXPERTS:
+        raise ValueError(f"found {first.experts} experts in one group, wanted at most {MOST_EXPERTS}")
+    scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
+    arguments = [
+        *(argument for group in groups for argument in group[:3]),
+        *scales,
+        *plan.numbers,
+        *plan.constants.values(),
+        all(group.is_aligned for group in groups),
+    ]
+    key = (
+        kernel,
+        id(plan),  # plans are cached for good
+        first.base.device.index,
+        *((g.base.dtype, g.base.data_ptr() % 16, g.table is None, g.stride, g.is_aligned) for g in groups),
+        *(None if scale is None else scale.data_ptr() % 16 for scale in scales),
+    )
+    grid = (plan.blocks, first.experts, 1)
+    with torch.cuda.device_of(first.base):
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
+        else:
+            names = kernel.arg_names[-len(plan.constants) - 1 :]
+            assert names == [*plan.constants, "ALIGNED"], names
+            compiled = kernel[grid](*arguments, num_warps=plan.warps, enable_fp_fusion=False)
+            if compiled is not None:  # the interpreter compiles nothing
+                _COMPILED[key] = compiled
 
 
 # Small: 8 bytes an expert. A table that a CUDA graph was captured with stays for good, as the graph may be replayed.
-_TABLES: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
-_CAPTURED: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+_TABLES: OrderedDict[tuple[object, ...], tuple[Tensor, bool, Tensor]] = OrderedDict()
+_CAPTURED: dict[tuple[object, ...], tuple[Tensor, bool, Tensor]] = {}
 MOST_TABLES = 4096
 
 
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses as int64 on the device, without waiting for it; cached by contents and stream."""
-    if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, addresses)
-    is_capturing = torch.cuda.is_current_stream_capturing()
-    entry = _CAPTURED.get(key) or _TABLES.get(key)
+def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """The addresses as int64 on the device, made without waiting, and whether all are multiples of 16 bytes."""
+    is_cuda = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0, addresses)
+    is_capturing = is_cuda and torch.cuda.is_current_stream_capturing()
+    entry = _TABLES.get(key) or _CAPTURED.get(key)
     if entry is None:
         if is_capturing:
             raise RuntimeError(
                 "a group of weights was first seen while a CUDA graph was captured; call the function once before, as "
                 "torch.cuda.graph's warm-up does, on the stream that captures"
             )
-        host = torch.tensor(addresses, dtype=torch.int64).pin_memory()
-        entry = (host.to(device, non_blocking=True), host)
+        host = torch.tensor(addresses, dtype=torch.int64)
+        host = host.pin_memory() if is_cuda else host
+        entry = (host.to(device, non_blocking=True), all(address % 16 == 0 for address in addresses), host)
         _TABLES[key] = entry
         if len(_TABLES) > MOST_TABLES:
             _TABLES.popitem(last=False)
     if is_capturing:
         _CAPTURED[key] = entry
-    return entry[0]
-
-
-def _empty(group: _Group, dtype: torch.dtype) -> Tensor:
-    """Memory for the results of a group: [E, ., .]."""
-    return torch.empty((group.experts, *group.matrix), dtype=dtype, device=group.first.device)
+    return entry[0], entry[1]
 
 
 def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Tensor:
     """Memory for maxima, as integers; zero bits, the identity, where atomics add to it."""
     make = torch.zeros if is_shared else torch.empty
     return make(shape, dtype=torch.int32, device=device)
+
+
+def _experts(weights: Sequence[Tensor]) -> int:
+    return sum(prod(w.shape[:-2]) for w in weights)
 
 
 def _shape(matrix: tuple[int, int], transposed: bool) -> tuple[int, int]:
