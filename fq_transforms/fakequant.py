@@ -82,4 +82,4 @@ def fakequant(
             backward=backward,
         )
         quantized |= zip(group.names, outs, strict=True)
-    return {name: quantized.get(name, param) for name, param in params.items()}
+    return {**params, **quantized}

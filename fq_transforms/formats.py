@@ -8,7 +8,7 @@ The formulas that use these numbers are in `fq_transforms.ops.reference`. To mak
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = ["E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "FORMATS", "FloatElement", "Format", "IntElement"]
@@ -89,6 +89,8 @@ class Format:
     min_scale: float = 2.0**-9
     unit_scale_below: float = 0.0
     exponent_rounding: Literal["up", "floor", "even"] = "up"
+    # Made once, as a field: torch.compile reads a frozen dataclass's fields as constants, but cannot call `asdict`.
+    _json: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.element, IntElement) and self.scale != "fp32":
@@ -99,10 +101,12 @@ class Format:
             raise ValueError(f"format {self.name}: {self.scale} scales want a block of (1, columns), not {self.block}")
         if any(side is not None and (side < 1 or side & (side - 1)) for side in self.block):
             raise ValueError(f"format {self.name}: the sides of a block are powers of two, not {self.block}")
+        numbers = {name: value for name, value in asdict(self).items() if name != "_json"}
+        object.__setattr__(self, "_json", json.dumps(numbers))
 
     def to_json(self) -> str:
         """All of the format's numbers, as one line of JSON."""
-        return json.dumps(asdict(self))
+        return self._json
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Format":

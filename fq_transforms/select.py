@@ -123,7 +123,7 @@ class Spec:
 
     def to_json(self) -> str:
         """The spec as one line of JSON, formats with all of their numbers."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self, dict_factory=lambda items: {k: v for k, v in items if not k.startswith("_")}))
 
     @staticmethod
     def from_json(text: str) -> "Spec":

@@ -121,7 +121,7 @@ def _run_fake_quantize(
         from fq_transforms.ops.launch import fake_quantize_operator, fake_quantize_triton
 
         if torch.compiler.is_compiling():
-            key = _as_constant(format)
+            key = format.to_json()
             out = fake_quantize_operator(list(weights), amax, global_amax, key, transposed, out_dtype)
             return _unstack(out, weights)
         out = fake_quantize_triton(
@@ -179,7 +179,7 @@ def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tenso
         from fq_transforms.ops.launch import expert_amax_operator, expert_amax_triton
 
         if torch.compiler.is_compiling():
-            amax, global_amax = expert_amax_operator(list(weights), _as_constant(statics.format), statics.transposed)
+            amax, global_amax = expert_amax_operator(list(weights), statics.format.to_json(), statics.transposed)
             return amax, global_amax if global_amax.numel() else None
         return expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
     parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
@@ -234,7 +234,7 @@ def _run_clip_backward(
         from fq_transforms.ops.launch import clip_backward_operator, clip_backward_triton
 
         if torch.compiler.is_compiling():
-            out = clip_backward_operator(list(grads), list(weights), amax, _as_constant(format), transposed)
+            out = clip_backward_operator(list(grads), list(weights), amax, format.to_json(), transposed)
             return _unstack(out.to(out_dtype), weights)
         out = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
         return _unstack(out.to(out_dtype), weights)
@@ -292,11 +292,6 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
     run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
     pulled = run(ctx.statics, dtype, amax, *filled, *weights)
     return [pulled[i] if i in live else None for i in range(len(vectors))]
-
-
-@torch.compiler.assume_constant_result
-def _as_constant(format: Format) -> str:
-    return format.to_json()
 
 
 def _unstack(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
