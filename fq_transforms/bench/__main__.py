@@ -1,0 +1,199 @@
+"""Measure, check, print, and write JSON, a plot and a page. Needs one CUDA GPU, matplotlib and tqdm.
+
+python -m fq_transforms.bench --out results --quick
+"""
+
+import argparse
+import platform
+import subprocess
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+import fq_transforms as fqt
+from fq_transforms.bench import peers, report
+from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
+from fq_transforms.bench.timing import device_us, eager_us, host_us
+from fq_transforms.formats import Format
+from fq_transforms.ops.autograd import expert_amax, fake_quantize
+from fq_transforms.ops.launch import clip_backward_triton
+from fq_transforms.ops.reference import (
+    clip_backward_reference,
+    expert_amax_reference,
+    fake_quantize_reference,
+)
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
+    parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
+    parser.add_argument("--commit", default=_commit(), help="what to call the measured code")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("the benchmark needs a CUDA GPU, and found none")
+    from tqdm import tqdm
+
+    environment = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": options.commit,
+    }
+    rows: list[Row] = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for shape in tqdm(SHAPES[:1] if options.quick else SHAPES, desc="shapes"):
+            rows += measure(shape)
+            report.write(options.out, environment, rows)  # after each shape, so that nothing measured is lost
+        for shape in tqdm([] if options.quick else PEER_SHAPES, desc="peers"):
+            measure_peers(shape, rows)
+            report.write(options.out, environment, rows)
+    print(report.table(rows))
+
+
+def measure(shape: Shape) -> list[Row]:
+    """All operations and formats on one shape, each checked against the reference before it is timed."""
+    master = _weights(shape)
+    inputs = {"bf16": [w.bfloat16() for w in master], "fp32 to bf16": [w.clone() for w in master]}
+    grads = [torch.randn_like(w) for w in inputs["bf16"]]
+    floors = _floors(master, grads)
+    del master
+    rows: list[Row] = []
+    for format in (f for f in ALL if fits(f, shape)):
+        rows += _measure_format(shape, format, inputs, grads, floors)
+    return rows
+
+
+def measure_peers(shape: Shape, rows: list[Row]) -> None:
+    """Add the peers' times to the forward rows of a shape."""
+    weights = [w.bfloat16() for w in _weights(shape)]
+    for format in (f for f in ALL if fits(f, shape)):
+        amax, global_amax = (None, None) if format.is_stateless else expert_amax(weights, format=format)
+        calls = {
+            "torch_us": peers.stacked_torch(weights, amax, global_amax, format),
+            "compile_us": peers.compiled_torch(weights, amax, global_amax, format),
+            "modelopt_us": peers.modelopt_loop(weights, amax, format),
+        }
+        (row,) = (
+            row
+            for row in rows
+            if (row["kind"], row["shape"], row["format"]) == ("forward, bf16", str(shape), format.name)
+        )
+        for name, call in calls.items():
+            try:
+                row[name] = None if call is None else eager_us(call, calls=5)
+            except (
+                RuntimeError,
+                ValueError,
+                AssertionError,
+                TypeError,
+            ) as error:  # a gap in the table, with its reason
+                row[name], row[f"{name}_error"] = None, f"{type(error).__name__}: {error}"[:200]
+
+
+def _floors(master: Tensor, grads: list[Tensor]) -> dict[str, float]:
+    """Device time of copies of the same bytes, and of a sum of two streams into a third."""
+    stacked, grad = master.bfloat16(), torch.stack(grads)
+    out = torch.empty_like(stacked)
+    return {
+        "bf16": device_us(lambda: out.copy_(stacked)),
+        "fp32 to bf16": device_us(lambda: out.copy_(master)),
+        "three streams": device_us(lambda: torch.add(stacked, grad, out=out)),
+    }
+
+
+def _measure_format(
+    shape: Shape,
+    format: Format,
+    inputs: dict[str, list[Tensor]],
+    grads: list[Tensor],
+    floors: dict[str, float],
+) -> list[Row]:
+    where = f"{format.name}, {shape}"
+    weights = inputs["bf16"]
+    rows: list[Row] = []
+    amax = global_amax = None
+    if not format.is_stateless:
+        amax, global_amax = expert_amax(weights, format=format)
+        _same(amax, torch.stack([expert_amax_reference(w, format=format)[0] for w in weights]), f"amax, {where}")
+        rows.append(_row("amax", shape, format, device_us(lambda: expert_amax(weights, format=format)), floors["bf16"]))
+    for kind, tensors in inputs.items():
+
+        def forward(tensors: list[Tensor] = tensors) -> tuple[Tensor, ...]:
+            return fake_quantize(tensors, amax, global_amax, format=format, out_dtype=torch.bfloat16)
+
+        for e, y in enumerate(forward()):
+            a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
+            wanted = fake_quantize_reference(tensors[e], a, g, format=format, out_dtype=torch.bfloat16)
+            _same(y, wanted, f"forward, {kind}, {where}")
+        rows.append(_row(f"forward, {kind}", shape, format, device_us(forward), floors[kind]))
+        if kind == "bf16":
+            rows[-1] |= _host(weights, format)
+    if format.clips and amax is not None:
+        half = amax * 0.5
+
+        def backward() -> Tensor:
+            return clip_backward_triton(grads, weights, half, format=format, transposed=False)
+
+        for e, y in enumerate(backward()):
+            wanted = clip_backward_reference(grads[e], weights[e], half[e], format=format)
+            _same(y, wanted, f"clip backward, {where}")
+        rows.append(_row("clip backward", shape, format, device_us(backward), floors["three streams"]))
+    return rows
+
+
+def _weights(shape: Shape) -> Tensor:
+    """fp32 weights [E, out, in], each expert at a magnitude of its own."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (shape.experts, shape.out_features, shape.in_features)
+    scale = torch.logspace(-3, 0, shape.experts, device="cuda")[:, None, None]
+    return torch.randn(size, generator=generator, device="cuda").mul_(scale)
+
+
+def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Row:
+    return {
+        "kind": kind,
+        "shape": str(shape),
+        "model": shape.model,
+        "format": format.name,
+        "us": us,
+        "floor_us": floor,
+        "ratio": us / floor if kind == "amax" else floor / us,
+    }
+
+
+def _host(weights: list[Tensor], format: Format) -> Row:
+    """Whole calls of the public function, as a user makes them."""
+    params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
+    fq = fqt.transform(fqt.select(params, {"*": format}))
+    state = fq.calibrate(params)
+    return {
+        "host_us": host_us(lambda: fq.fakequant(params, state)),
+        "call_us": eager_us(lambda: fq.fakequant(params, state)),
+    }
+
+
+def _same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raise unless equal bit for bit: nothing is timed that is not right."""
+    if not torch.equal(found, wanted):
+        raise SystemExit(f"{what}: {int((found != wanted).sum())} of {wanted.numel()} differ from the reference")
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

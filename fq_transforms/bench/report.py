@@ -1,0 +1,81 @@
+"""Rows to a table for a terminal, a JSON file, a plot, and a page of results."""
+
+import json
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_us": "ModelOpt loop"}
+
+
+def table(rows: list[Row], *, markdown: bool = False) -> str:
+    """One line a measurement. The ratio is floor over ours, for amax ours over the floor."""
+    header = ["kind", "shape", "format", "us", "floor us", "ratio", "host us", "call us", *PEERS.values()]
+    lines = [header] + [
+        [
+            row["kind"],
+            row["shape"],
+            row["format"],
+            f"{row['us']:.1f}",
+            f"{row['floor_us']:.1f}",
+            f"{row['ratio']:.3f}",
+            *("" if row.get(key) is None else f"{row[key]:.0f}" for key in ("host_us", "call_us", *PEERS)),
+        ]
+        for row in rows
+    ]
+    if markdown:
+        lines.insert(1, ["---"] * len(header))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
+    """`{date}.json`, `{date}.png` and `{date}.md` in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / environment["date"]
+    stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    plot(stem.with_suffix(".png"), environment, rows)
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    page = [
+        f"# Benchmark, {environment['date']}",
+        "",
+        f"`python -m fq_transforms.bench`: {facts}. Each row equalled the reference bit for bit before it was timed.",
+        "",
+        "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the same bytes; for clip "
+        "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Host: one whole "
+        "`fakequant` call in a row of calls that nobody waits for. Call and peers: one call, waited for.",
+        "",
+        f"![device time against the floor]({environment['date']}.png)",
+        "",
+        table(rows, markdown=True),
+        "",
+    ]
+    stem.with_suffix(".md").write_text("\n".join(page))
+
+
+def plot(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
+    """Forward ratio to the floor, formats by shapes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    forward = [row for row in rows if row["kind"] == "forward, bf16"]
+    formats = list(dict.fromkeys(row["format"] for row in forward))
+    shapes = list(dict.fromkeys(row["shape"] for row in forward))
+    ratio = {(row["format"], row["shape"]): row["ratio"] for row in forward}
+    grid = [[ratio.get((format, shape), float("nan")) for shape in shapes] for format in formats]
+    figure, axes = plt.subplots(figsize=(2.5 + 1.2 * len(shapes), 1.5 + 0.42 * len(formats)), layout="constrained")
+    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0.7, vmax=1.0)
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            if not isnan(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(shapes)), shapes, rotation=25, ha="right")
+    axes.set_yticks(range(len(formats)), formats)
+    axes.set_title(f"copy_ over fakequant, bf16, {environment['gpu']}, {environment['date']}")
+    figure.colorbar(image, label="1 is the speed of memory")
+    figure.savefig(path, dpi=120)

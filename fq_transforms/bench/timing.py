@@ -1,0 +1,61 @@
+"""Times: of the device by graph replay, of the host by calls in a row that nobody waits for."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+CALLS_A_GRAPH = 5
+REPLAYS = 15
+HOST_CALLS = 40
+
+
+def device_us(call: Callable[[], object]) -> float:
+    """Median device time of one call, in microseconds: graphs of several calls, so that launch gaps do not count."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(CALLS_A_GRAPH):
+            call()
+    times: list[float] = []
+    for _ in range(REPLAYS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / CALLS_A_GRAPH)
+    return median(times)
+
+
+def eager_us(call: Callable[[], object], calls: int = 10) -> float:
+    """Median whole time of one call, waited for, in microseconds: what is left to calls that cannot be captured."""
+    for _ in range(2):
+        call()
+    times: list[float] = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return median(times)
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Host time of one call, in microseconds: many in a row, the device left to itself."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed * 1e6 / HOST_CALLS
