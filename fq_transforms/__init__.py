@@ -1,6 +1,8 @@
 """Per-expert fake quantization of Mixture-of-Experts weights, as pure functions on torch.func."""
 
 from fq_transforms import formats, presets, state
+from fq_transforms.calibrate import calibrate
+from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import (
     FP8,
     FP8_BLOCK,
@@ -42,6 +44,8 @@ __all__ = [
     "Spec",
     "State",
     "Transform",
+    "calibrate",
+    "fakequant",
     "formats",
     "merge",
     "presets",

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.formats import FP8
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.select import Group, Spec, weights_of
 from fq_transforms.state import State, group_state, is_concrete
@@ -30,8 +29,8 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
     Raises:
         KeyError: A parameter is missing.
         ValueError: A shape or dtype is not the spec's; a weight is NaN or infinite; the parameter and expert are named.
-            The values are read once, at the end, for all groups; under torch.compile and vmap they cannot be read,
-            and a NaN or infinity stays in the amax, where `state.check` finds it.
+            The values are read once, at the end, for all groups; under torch.compile and vmap, and on meta, they cannot
+            be read, and a NaN or infinity stays in the amax, where `state.check` finds it.
 
     Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`.
 
@@ -47,21 +46,19 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
     largest: list[Tensor] = []
     for group in spec.groups:
         weights = [weight.detach() for weight in weights_of(params, group)]
-        # A stateless format has no amax to keep, but its weights are held to the same rule: finite.
-        probe = FP8 if group.format.is_stateless else group.format
-        amax, global_amax = expert_amax(weights, format=probe, transposed=group.transposed)
+        # A stateless format keeps no amax, but its weights are held to the same rule: finite.
+        amax, global_amax = expert_amax(weights, format=group.format, transposed=group.transposed)
         largest.append(amax.reshape(group.experts, -1).amax(1) if global_amax is None else global_amax)
         leaves = (amax,) if global_amax is None else (amax, global_amax)
         state[group.key] = group_state(group.format, *leaves)
-    if all(is_concrete(leaf) for leaf in largest):
-        _check_finite(largest, spec.groups)
+    _check_finite([(leaf, group) for leaf, group in zip(largest, spec.groups, strict=True) if is_concrete(leaf)])
     return state
 
 
-def _check_finite(largest: Sequence[Tensor], groups: Sequence[Group]) -> None:
+def _check_finite(largest: Sequence[tuple[Tensor, Group]]) -> None:
     """Raise ValueError for the first expert whose largest magnitude, [E] a group, is not finite. One wait a device."""
-    for device in {leaf.device for leaf in largest}:
-        found = [(leaf, group) for leaf, group in zip(largest, groups, strict=True) if leaf.device == device]
+    for device in {leaf.device for leaf, _ in largest}:
+        found = [(leaf, group) for leaf, group in largest if leaf.device == device]
         if bool(torch.cat([leaf for leaf, _ in found]).isfinite().all()):
             continue
         for leaf, group in found:

@@ -29,13 +29,13 @@ def fakequant(
         state: From `calibrate`, or loaded.
         spec: What is quantized, and how. Formulas: `fq_transforms.ops.reference.fake_quantize_reference`.
         out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
-            bf16 is one pass.
-        backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; formats whose block
-            scales come from the weight never clip.
+            bf16 is one pass. The other parameters keep their dtype.
+        backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
+            every gradient, also where a stale NVFP4 amax saturates a weight.
 
     Returns:
         A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
-        input is changed.
+        input is changed. On a GPU the new tensors of a group are views of one allocation: clone what you keep alone.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
@@ -54,13 +54,8 @@ def fakequant(
         >>> fakequant(params, calibrate(params, spec=spec), spec=spec)["experts.0.weight"]
         tensor([[ 0.9971, -2.0100]])
     """
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
-    if backward not in ("pass_through", "clip"):
-        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through' or 'clip'")
-    check(state, spec, values=False)
-    if all(leaf.is_cpu and is_concrete(leaf) for group in state.values() for leaf in group):
-        check(state, spec)
+    check_options(out_dtype, backward)
+    check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
 
     quantized: dict[str, Tensor] = {}
     for group in spec.groups:
@@ -83,3 +78,11 @@ def fakequant(
         )
         quantized |= zip(group.names, outs, strict=True)
     return {**params, **quantized}
+
+
+def check_options(out_dtype: torch.dtype | None, backward: str) -> None:
+    """Raise ValueError unless both are what `fakequant` takes."""
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
+    if backward not in ("pass_through", "clip"):
+        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through' or 'clip'")

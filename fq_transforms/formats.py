@@ -8,10 +8,9 @@ The formulas that use these numbers are in `fq_transforms.ops.reference`. To mak
 """
 
 import json
+import struct
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
-
-__all__ = ["E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "FORMATS", "FloatElement", "Format", "IntElement"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,12 @@ class FloatElement:
     def min_exponent(self) -> int:
         """Exponent of the smallest normal value; subnormals share its spacing."""
         return 2 - 2 ** (self.exponent_bits - 1)
+
+    @property
+    def max_bits(self) -> int:
+        """The bits of `max` as fp32: exponent field from bit 23 on, significand below."""
+        (bits,) = struct.unpack("<i", struct.pack("<f", self.max))
+        return bits
 
 
 E4M3 = FloatElement(4, 3, 448.0)
@@ -93,19 +98,36 @@ class Format:
     _json: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.element, IntElement) and self.scale != "fp32":
-            raise ValueError(f"format {self.name}: integer elements have an fp32 scale, not {self.scale!r}")
-        if self.dynamic != (self.scale == "e8m0") and self.scale != "e4m3":
-            raise ValueError(f"format {self.name}: fp32 scales are static and e8m0 scales are dynamic")
-        if self.scale != "fp32" and not self.has_blocks_along_in:
-            raise ValueError(f"format {self.name}: {self.scale} scales want a block of (1, columns), not {self.block}")
-        if any(side is not None and (side < 1 or side & (side - 1)) for side in self.block):
-            raise ValueError(f"format {self.name}: the sides of a block are powers of two, not {self.block}")
-        numbers = {name: value for name, value in asdict(self).items() if name != "_json"}
-        object.__setattr__(self, "_json", json.dumps(numbers))
+        rows, columns = self.block
+        choices = {
+            f"scale {self.scale!r}, wanted fp32, e4m3 or e8m0": self.scale in ("fp32", "e4m3", "e8m0"),
+            f"exponent_rounding {self.exponent_rounding!r}, wanted up, floor or even": self.exponent_rounding
+            in ("up", "floor", "even"),
+            f"block {self.block}, wanted (None, None), (1, None) or powers of two (rows, columns), columns <= 2048": (
+                self.block in ((None, None), (1, None))
+                or (_is_power_of_two(rows) and _is_power_of_two(columns) and (columns or 0) <= 2048)
+            ),
+            f"block {self.block}, wanted (1, columns) under {self.scale} scales": self.scale == "fp32"
+            or self.has_blocks_along_in,
+            f"dynamic={self.dynamic}, wanted {self.scale == 'e8m0'} with {self.scale} scales": self.scale == "e4m3"
+            or self.dynamic == (self.scale == "e8m0"),
+            f"{self.element}, wanted an E2M1 element under e4m3 scales": self.scale != "e4m3" or self.element == E2M1,
+            f"{self.element}, wanted a float element under {self.scale} scales": self.scale == "fp32"
+            or isinstance(self.element, FloatElement),
+            f"{self.element}, wanted integers of at most 8 bits": not isinstance(self.element, IntElement)
+            or (-128 <= self.element.low <= 0 < self.element.high <= 127 and 0 < self.element.qmax <= 128),
+        }
+        for found, is_right in choices.items():
+            if not is_right:
+                raise ValueError(f"format {self.name!r}: found {found}")
+        object.__setattr__(self, "_json", json.dumps(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the format's numbers, ready for JSON; `from_dict` reads them."""
+        return {name: value for name, value in asdict(self).items() if name != "_json"}
 
     def to_json(self) -> str:
-        """All of the format's numbers, as one line of JSON."""
+        """`to_dict` as one line of JSON."""
         return self._json
 
     @staticmethod
@@ -135,8 +157,16 @@ class Format:
         return self.scale == "e8m0"
 
     @property
+    def has_global_amax(self) -> bool:
+        """True if the state keeps an expert's global amax beside its blocks'."""
+        return self.scale == "e4m3" and not self.dynamic
+
+    @property
     def clips(self) -> bool:
-        """True if a weight can exceed its amax, so that the clip gradient differs from the pass-through one."""
+        """True if every scale is calibrated, so that weights beyond their amax have a clip gradient of zero.
+
+        Dynamic formats pass every gradient, also where a stale global amax or OCP's exponent saturates a weight.
+        """
         return not self.dynamic
 
     def granules(self, out_features: int, in_features: int) -> tuple[int, int]:
@@ -151,6 +181,10 @@ class Format:
         return self.granules(out_features, in_features)
 
 
+def _is_power_of_two(side: int | None) -> bool:
+    return side is not None and side > 0 and side & (side - 1) == 0
+
+
 # ModelOpt's full range: -128 and -8 are used.
 _INT8, _INT4 = IntElement(127, -128, 127), IntElement(7, -8, 7)
 
@@ -162,6 +196,7 @@ FP8 = Format("FP8", E4M3, (None, None))
 FP8_PER_CHANNEL = Format("FP8_PER_CHANNEL", E4M3, (1, None))
 FP8_BLOCK = Format("FP8_BLOCK", E4M3, (128, 128))
 NVFP4 = Format("NVFP4", E2M1, (1, 16), scale="e4m3", dynamic=True)
+# Equal to NVFP4 while the state is fresh from the same weights; it differs once the weights have moved on.
 NVFP4_STATIC = Format("NVFP4_STATIC", E2M1, (1, 16), scale="e4m3")
 MXFP8 = Format("MXFP8", E4M3, (1, 32), scale="e8m0", dynamic=True)
 MXFP6_E3M2 = Format("MXFP6_E3M2", E3M2, (1, 32), scale="e8m0", dynamic=True)
@@ -199,4 +234,5 @@ MXFP6_E3M2_TORCHAO_EVEN = replace(MXFP6_E3M2, name="MXFP6_E3M2_TORCHAO_EVEN", ex
 MXFP6_E2M3_TORCHAO_EVEN = replace(MXFP6_E2M3, name="MXFP6_E2M3_TORCHAO_EVEN", exponent_rounding="even")
 MXFP4_TORCHAO_EVEN = replace(MXFP4, name="MXFP4_TORCHAO_EVEN", exponent_rounding="even")
 
+# All of the above, by name.
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}

@@ -12,34 +12,41 @@ from fq_transforms import formats
 from fq_transforms.formats import Format
 from fq_transforms.select import Rule
 
-# ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers, on parameter names; it excludes embeddings by class.
-# Norms and biases are never weights (`select`). A model need not have any of these, so none is required.
-EXCLUDED = tuple(
-    Rule(pattern, None, required=False)
-    for pattern in (
-        "*lm_head*",
-        "*output_layer*",
-        "output.*",
-        "*proj_out.*",
-        "*router*",
-        "*mlp.gate.*",
-        "*feed_forward.gate.*",
-        "*block_sparse_moe.gate*",
-        "*shared_expert_gate*",
-        "*shared_experts.gate_weight",
-        "*embed*",
-        "*wte.*",
-        "*wpe.*",
-        "*conv1d*",
-        "*linear_attn.in_proj_a*",
-        "*linear_attn.in_proj_b*",
-        "mtp.*",
-        "*vision_tower*",
-        "*vision_model*",
-        "*visual*",
-        "*multi_modal_projector*",
-    )
+# ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers.
+_MODELOPT = (
+    "*lm_head*",
+    "*output_layer*",
+    "output.*",
+    "*proj_out.*",
+    "*router*",
+    "*mlp.gate.*",
+    "*block_sparse_moe.gate*",
+    "*mlp.shared_expert_gate.*",
+    "*mixer.conv1d*",
+    "*linear_attn.conv1d*",
+    "*self_attention.conv1d*",
+    "*linear_attn.in_proj_a*",
+    "*linear_attn.in_proj_b*",
+    "mtp.*",
+    "*embed_vision*",
+    "*vision_tower*",
+    "*vision_model*",
+    "*visual*",
+    "*multi_modal_projector*",
 )
+# What ModelOpt leaves out by the class of the module, which a name has to tell here: embeddings, and gates and
+# convolutions that are parameters of their own. Norms and biases are never weights (`select`).
+_BY_CLASS = (
+    "*embed*",
+    "*wte.*",
+    "*wpe.*",
+    "*conv1d*",
+    "*feed_forward.gate.*",
+    "*shared_expert_gate*",
+    "*shared_experts.gate_weight",
+)
+# A model need not have any of these, so none is required.
+EXCLUDED = tuple(Rule(pattern, None, required=False) for pattern in (*_MODELOPT, *_BY_CLASS))
 
 
 def whole_model(format: Format) -> tuple[Rule, ...]:

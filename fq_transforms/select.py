@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Spec:
         experts.*.w1.weight    NVFP4         4  8 x 32    separate
         not quantized          why              shape
         norm.weight            1-D              32
-        1 group, 4 expert weights: 97.0 % of 1,056 parameters
+        1 group, 4 weights: 97.0 % of 1,056 parameters
         >>> Spec.from_json(spec.to_json()) == spec
         True
     """
@@ -123,7 +123,8 @@ class Spec:
 
     def to_json(self) -> str:
         """The spec as one line of JSON, formats with all of their numbers."""
-        return json.dumps(asdict(self, dict_factory=lambda items: {k: v for k, v in items if not k.startswith("_")}))
+        groups = [asdict(group) | {"format": group.format.to_dict()} for group in self.groups]
+        return json.dumps({"groups": groups, "skipped": [asdict(skipped) for skipped in self.skipped]})
 
     @staticmethod
     def from_json(text: str) -> "Spec":
@@ -159,7 +160,7 @@ class Spec:
         total = inside + sum(prod(s.shape) for s in self.skipped)
         n, experts = len(self.groups), sum(group.experts for group in self.groups)
         lines += [
-            f"{n} group{'s' * (n != 1)}, {experts:,} expert weight{'s' * (experts != 1)}: "
+            f"{n} group{'s' * (n != 1)}, {experts:,} weight{'s' * (experts != 1)}: "
             f"{100 * inside / max(total, 1):.1f} % of {total:,} parameters"
         ]
         return "\n".join(line.rstrip() for line in lines)
@@ -201,8 +202,10 @@ def select(
         >>> [(group.key, group.format.name, group.experts) for group in spec.groups]
         [('mlp.experts.down_proj', 'NVFP4', 4), ('attn.q.weight', 'FP8', 1)]
     """
-    if not isinstance(rules, Sequence):
+    if isinstance(rules, Mapping):
         rules = [Rule(pattern, format) for pattern, format in rules.items()]
+    for rule in rules:
+        _check_rule(rule)
     patterns = (experts,) if isinstance(experts, str) else tuple(experts)
     transposed = (transposed,) if isinstance(transposed, str) else tuple(transposed)
     _check_patterns(params, rules, patterns, transposed)
@@ -237,7 +240,8 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, or dtypes or devices are mixed.
+        ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, dtypes or devices are mixed, or a
+            parameter is a DTensor.
     """
     try:
         weights = [params[name] for name in group.names]
@@ -249,12 +253,14 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
     n = len(weights)  # counted in C: a group may have hundreds of parameters, and this is on the path of every call
     if (
         dtype in DTYPES
+        and all(kind in (Tensor, torch.nn.Parameter) for kind in {type(w) for w in weights})
         and [w.shape for w in weights].count(shape) == n  # pyright: ignore[reportArgumentType] (a Size is a tuple)
         and [w.dtype for w in weights].count(dtype) == n
         and [w.device for w in weights].count(device) == n
     ):
         return weights
     for name, weight in zip(group.names, weights, strict=True):
+        _check_local(name, weight)
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {shape}; "
@@ -266,7 +272,15 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
                 f"parameter {name!r}: found {weight.dtype} on {weight.device}, wanted {dtype} on {device} as "
                 f"{group.names[0]!r} in the same group"
             )
-    raise AssertionError("a group that is wrong in no parameter")
+    return weights
+
+
+def _check_rule(rule: Any) -> None:
+    if not isinstance(rule, Rule) or not (rule.format is None or isinstance(cast("Any", rule.format), Format)):
+        raise ValueError(
+            f"rules: found {rule!r}, wanted a mapping from patterns to formats such as fqt.NVFP4, or "
+            "Rule(pattern, format)"
+        )
 
 
 def _check_patterns(
@@ -379,6 +393,14 @@ def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
         return False
     return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def _check_local(name: str, weight: Tensor) -> None:
+    if hasattr(weight, "to_local"):
+        raise ValueError(
+            f"parameter {name!r}: found a {type(weight).__name__}, wanted a plain tensor; sharded parameters are not "
+            "supported yet, so pass each rank's own part, parameter.to_local()"
+        )
 
 
 def _check_dtype(name: str, weight: Tensor) -> None:

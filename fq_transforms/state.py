@@ -6,7 +6,7 @@ A state is a plain pytree: optree and torch.utils._pytree map over it, torch.fun
 checkpoint stores its tensors. Formats, names and shapes are static and live in the `Spec`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,9 +16,9 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.select import Group, Spec
+from fq_transforms.select import Group, Spec, weights_of
 
-functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
+_functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
 
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
 
@@ -47,26 +47,28 @@ State: TypeAlias = dict[str, GroupState]
 UNCALIBRATED = -torch.inf
 
 
-def init(params: Mapping[str, Tensor], spec: Spec) -> State:
+def init(params: Mapping[str, Tensor], *, spec: Spec) -> State:
     """The state before calibration: every amax -inf, the identity of `merge`. Meta parameters give a meta state.
+
+    Raises:
+        KeyError: A parameter is missing.
+        ValueError: A shape, dtype or device is not the spec's.
 
     Example:
         >>> from fq_transforms.formats import FP8
         >>> from fq_transforms.select import select
         >>> params = {f"experts.{i}.weight": torch.ones(8, 4) for i in range(2)}
-        >>> init(params, select(params, {"*": FP8}))
+        >>> init(params, spec=select(params, {"*": FP8}))
         {'experts.*.weight': ExpertAmax(amax=tensor([-inf, -inf]))}
     """
-    return {
-        group.key: group_state(
-            group.format,
-            *(
-                torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=params[group.names[0]].device)
-                for shape in leaf_shapes(group).values()
-            ),
-        )
-        for group in spec.groups
-    }
+    state: State = {}
+    for group in spec.groups:
+        device = weights_of(params, group)[0].device
+        leaves = [
+            torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=device) for shape in leaf_shapes(group).values()
+        ]
+        state[group.key] = group_state(group.format, *leaves)
+    return state
 
 
 def merge(a: State, b: State) -> State:
@@ -76,7 +78,7 @@ def merge(a: State, b: State) -> State:
     fold in the same way.
 
     Raises:
-        ValueError: The states differ in a key, a type, or the shape of a leaf; the message names the leaf.
+        ValueError: The states differ in a key, a type, or the shape or device of a leaf; the message names the leaf.
 
     Example:
         >>> a = {"w": ExpertAmax(torch.tensor([1.0, 5.0]))}
@@ -87,6 +89,10 @@ def merge(a: State, b: State) -> State:
     wanted = {name: tuple(leaf.shape) for name, leaf in flatten(a).items()}
     for which, state in (("first", a), ("second", b)):
         check_same_leaves(f"merge: {which} state", flatten(state), wanted)
+    others = flatten(b)
+    for name, leaf in flatten(a).items():
+        if leaf.device != others[name].device:
+            raise ValueError(f"merge: state {name!r} is on {leaf.device} and {others[name].device}, wanted one device")
     for key in a.keys() | b.keys():
         if type(a.get(key)) is not type(b.get(key)):
             raise ValueError(
@@ -127,8 +133,10 @@ def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
     }
 
 
-def check(state: State, spec: Spec, *, values: bool = True) -> None:
+def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] = True) -> None:
     """Raise unless the state fits the spec and, with `values`, every amax is finite and not negative.
+
+    `values` may be a function that says of which leaves the values are read.
 
     Reading values waits for the device. `fakequant` reads them on the CPU only; elsewhere an invalid amax makes the
     weights that it scales NaN, and this function says which it was.
@@ -161,7 +169,7 @@ def check(state: State, spec: Spec, *, values: bool = True) -> None:
             )
         for (field, shape), leaf in zip(wanted.items(), found, strict=True):
             _check_leaf(f"{group.key}.{field}", leaf, shape)
-            if values:
+            if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{field}", leaf, group)
 
 
@@ -178,7 +186,7 @@ def leaf_shapes(group: Group) -> dict[str, tuple[int, ...]]:
     if format.is_stateless:
         return {}
     shapes = {"amax": (group.experts, *format.amax_shape(*group.shape))}
-    return shapes | ({"global_amax": (group.experts,)} if format.scale == "e4m3" and not format.dynamic else {})
+    return shapes | ({"global_amax": (group.experts,)} if format.has_global_amax else {})
 
 
 def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -194,10 +202,10 @@ def is_concrete(tensor: Tensor) -> bool:
     """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         return False
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
             return False
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     return True
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import calibrate
-from fq_transforms.fakequant import fakequant
+from fq_transforms.fakequant import check_options, fakequant
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.select import Spec
 from fq_transforms.state import State, init
@@ -56,6 +56,9 @@ def transform(spec: Spec, *, out_dtype: torch.dtype | None = None, backward: Bac
         out_dtype: dtype of the fake-quantized weights; their own if None.
         backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
 
+    Raises:
+        ValueError: `spec` is no Spec, or an option is not one of its choices.
+
     Example:
         >>> import fq_transforms as fqt
         >>> from torch.func import functional_call
@@ -66,6 +69,9 @@ def transform(spec: Spec, *, out_dtype: torch.dtype | None = None, backward: Bac
         >>> functional_call(model, fq.fakequant(params, state), (torch.ones(2, 32),)).shape
         torch.Size([2, 4])
     """
+    if not isinstance(spec, Spec):  # pyright: ignore[reportUnnecessaryIsInstance] (rules are passed by mistake)
+        raise ValueError(f"spec: found {type(spec).__name__}, wanted a Spec; call transform(select(params, rules))")
+    check_options(out_dtype, backward)
     return Transform(
         init=partial(init, spec=spec),
         calibrate=partial(calibrate, spec=spec),

@@ -702,7 +702,7 @@ model.layers.{0-1}.self_attn.q_proj.bias     bias                          32
 model.layers.{0-1}.mlp.gate.weight           excluded by *gate.*           4 x 32
 model.layers.{0-1}.norm.weight               1-D                           32
 lm_head.weight                               no rule                       64 x 32
-8 groups, 24 expert weights: 86.9 % of 34,176 parameters"""
+8 groups, 24 weights: 86.9 % of 34,176 parameters"""
 
 
 def test_the_table_of_a_small_model():
@@ -764,7 +764,7 @@ def test_the_table_lists_everything_not_quantized():
 def test_the_table_of_a_spec_that_quantizes_everything():
     """Without skipped parameters there is no lower half, and the share is all of it; one is not "1 groups"."""
     spec = select({"a.weight": meta(8, 8)}, {"*": FP8})
-    assert str(spec).splitlines()[-1] == "1 group, 1 expert weight: 100.0 % of 64 parameters"
+    assert str(spec).splitlines()[-1] == "1 group, 1 weight: 100.0 % of 64 parameters"
     assert "not quantized" not in str(spec)
 
 
@@ -787,7 +787,7 @@ decoder.layers.{0-45}.mlp.router.weight               no rule           128 x 32
 
 
 def test_forty_six_layers_of_128_experts_are_selected_at_once():
-    """Kills a quadratic search: 11,776 expert weights of Transformer Engine names in far less than five seconds."""
+    """Kills a quadratic search: 11,776 weights of Transformer Engine names in far less than five seconds."""
     params = {
         f"decoder.layers.{layer}.mlp.experts.{role}.weight{i}": meta(*shape)
         for layer in range(46)

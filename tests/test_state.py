@@ -112,7 +112,7 @@ LEAVES = {
 def test_init_has_the_leaves_of_the_format(format, layout, device):
     """Each format's leaves have its shapes, whatever the layout; fp32 for bf16 weights; on the weights' device."""
     params, spec = layout(format, [torch.ones(130, 256, dtype=torch.bfloat16, device=device)] * 3)
-    ((key, group),) = init(params, spec).items()
+    ((key, group),) = init(params, spec=spec).items()
     assert key == spec.groups[0].key
     base = max((name for name in LEAVES if format.name.startswith(name)), key=len)
     assert {field: tuple(leaf.shape) for field, leaf in group._asdict().items()} == LEAVES[base]
@@ -130,7 +130,7 @@ def test_init_has_the_leaves_of_the_format(format, layout, device):
 def test_square_blocks_count_their_ragged_edges(shape, granules):
     """Kills floor where ceil is meant: a ragged 128 x 128 edge has a scale of its own, in init as in calibrate."""
     params, spec = separate(FP8_BLOCK, experts(2, shape))
-    for state in (init(params, spec), calibrate(params, spec=spec)):
+    for state in (init(params, spec=spec), calibrate(params, spec=spec)):
         assert state["experts.*.weight"].amax.shape == (2, *granules)
 
 
@@ -139,7 +139,7 @@ def test_square_blocks_count_their_ragged_edges(shape, granules):
 def test_calibrate_fills_what_init_announces(format, layout):
     """What init makes is the structure of what calibrate makes: keys, types, shapes, dtypes; so it is a template."""
     params, spec = layout(format, drawn(format, dtype=torch.bfloat16))
-    announced, state = init(params, spec), calibrate(params, spec=spec)
+    announced, state = init(params, spec=spec), calibrate(params, spec=spec)
     assert optree.tree_structure(announced) == optree.tree_structure(state)
     for name, leaf in flatten(state).items():
         assert (leaf.shape, leaf.dtype) == (flatten(announced)[name].shape, torch.float32)
@@ -149,7 +149,7 @@ def test_calibrate_fills_what_init_announces(format, layout):
 def test_init_wants_every_group():
     """Kills a state that lacks a group in silence: a parameter that is missing is a KeyError by its name."""
     _, spec = separate(FP8, drawn(FP8))
-    assert_names(message_of(KeyError, init, {}, spec), "experts.0.weight")
+    assert_names(message_of(KeyError, init, {}, spec=spec), "experts.0.weight")
 
 
 def three_states(format):
@@ -157,7 +157,7 @@ def three_states(format):
     params, spec = separate(format, drawn(format))
     names = spec.groups[0].names
     draws = [dict(zip(names, drawn(format, seed=seed), strict=True)) for seed in range(3)]
-    return init(params, spec), [calibrate(draw, spec=spec) for draw in draws]
+    return init(params, spec=spec), [calibrate(draw, spec=spec) for draw in draws]
 
 
 @every_format
@@ -224,7 +224,7 @@ def test_merge_changes_no_input(format):
 def test_merge_works_on_meta():
     """A plan of a merge needs no memory."""
     params, spec = every_kind()
-    ghost = init({name: param.to("meta") for name, param in params.items()}, spec)
+    ghost = init({name: param.to("meta") for name, param in params.items()}, spec=spec)
     merged = merge(ghost, ghost)
     assert optree.tree_structure(merged) == optree.tree_structure(ghost)
     assert all(leaf.is_meta for leaf in flatten(merged).values())
@@ -236,7 +236,7 @@ def test_merge_maps():
     other = {name: 3 * param.flip(-1) for name, param in params.items()}
     pairs = [
         (calibrate(params, spec=spec), calibrate(other, spec=spec)),
-        (calibrate(other, spec=spec), init(params, spec)),
+        (calibrate(other, spec=spec), init(params, spec=spec)),
     ]
     a, b = (optree.tree_map(lambda *leaves: torch.stack(leaves), *side) for side in zip(*pairs, strict=True))
     merged = torch.func.vmap(merge)(a, b)
@@ -282,8 +282,8 @@ def test_unflatten_is_the_inverse_of_flatten():
     """unflatten(flatten(s), like) is s: keys in order, types, and the very tensors; `like` may be on meta."""
     params, spec = every_kind()
     state = calibrate(params, spec=spec)
-    like = init({name: param.to("meta") for name, param in params.items()}, spec)
-    for template in (like, init(params, spec), state):
+    like = init({name: param.to("meta") for name, param in params.items()}, spec=spec)
+    for template in (like, init(params, spec=spec), state):
         again = unflatten(dict(reversed(flatten(state).items())), template)
         assert list(again) == list(state)
         assert same_states(again, state)
@@ -296,7 +296,7 @@ def test_flat_leaves_go_through_a_file():
     params, spec = every_kind()
     state = calibrate(params, spec=spec)
     loaded = safetensors.load(safetensors.save(flatten(state)))
-    assert same_states(unflatten(loaded, init(params, spec)), state)
+    assert same_states(unflatten(loaded, init(params, spec=spec)), state)
 
 
 def flat_and_like():
@@ -496,7 +496,7 @@ def test_values_are_read_only_on_request(value):
 def test_an_uncalibrated_state_is_refused(format):
     """A state from init is no calibration: fakequant says so and what to call, in place of a model of zeros."""
     params, spec = separate(format, drawn(format))
-    message = message_of(ValueError, fakequant, params, init(params, spec), spec=spec)
+    message = message_of(ValueError, fakequant, params, init(params, spec=spec), spec=spec)
     assert_names(message, "'experts.*.weight.amax'", "'experts.0.weight'", "-inf", "never calibrated", "call calibrate")
 
 

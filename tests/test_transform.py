@@ -197,3 +197,55 @@ def test_meta_parameters_go_through(params):
         state = fq.calibrate(meta)
         assert all(leaf.is_meta for leaf in fqt.state.flatten(state).values())
         assert fq.fakequant(meta, state)["experts.0.weight"].shape == (128, 128)
+
+
+def test_mistakes_are_refused_at_the_door(params):
+    """Before the first training step: rules for a spec, a misspelt option, a format by its name, a list of pairs."""
+    with pytest.raises(ValueError, match="spec: found dict, wanted a Spec"):
+        fqt.transform({"*": fqt.FP8})
+    spec = fqt.select(params, {"experts.*": fqt.FP8})
+    with pytest.raises(ValueError, match="backward: found 'clp', wanted 'pass_through' or 'clip'"):
+        fqt.transform(spec, backward="clp")
+    with pytest.raises(ValueError, match="out_dtype: found torch.float64"):
+        fqt.transform(spec, out_dtype=torch.float64)
+    for rules in ({"experts.*": "NVFP4"}, [("experts.*", fqt.FP8)], "experts.*"):
+        with pytest.raises(ValueError, match="rules: found .* wanted a mapping from patterns to formats"):
+            fqt.select(params, rules)
+
+
+def test_sharded_parameters_are_refused(params):
+    """A DTensor has no address of its own: it is named, with the way out, and never reaches a kernel."""
+
+    class DTensor(torch.Tensor):
+        def to_local(self):
+            return self
+
+    fq = transform_of(params, fqt.FP8)
+    state = fq.calibrate(params)
+    sharded = params | {"experts.1.weight": params["experts.1.weight"].detach().as_subclass(DTensor)}
+    for call in (lambda: fq.calibrate(sharded), lambda: fq.fakequant(sharded, state), lambda: fq.init(sharded)):
+        with pytest.raises(ValueError, match="'experts.1.weight': found a DTensor, wanted a plain tensor"):
+            call()
+
+
+def test_one_unreadable_leaf_does_not_hide_another(params):
+    """A bad amax on the CPU is found beside a group on meta, and a NaN weight beside a meta weight."""
+    both = {"a.weight": torch.ones(4, 128), "b.weight": torch.ones(4, 128, device="meta")}
+    fq = fqt.transform(fqt.select(both, {"*": fqt.FP8}))
+    state = fq.calibrate(both)
+    state["a.weight"] = fqt.state.ExpertAmax(torch.tensor([-1.0]))
+    with pytest.raises(ValueError, match="found -1.0 for 'a.weight'"):
+        fq.fakequant(both, state)
+    with pytest.raises(ValueError, match="'a.weight'.*found the largest magnitude nan"):
+        fq.calibrate(both | {"a.weight": torch.full((4, 128), torch.nan)})
+
+
+def test_amax_never_gets_a_gradient(params):
+    """Not even where it asks for one and the weights do not."""
+    frozen = {name: p.detach() for name, p in params.items()}
+    fq = transform_of(frozen, fqt.INT8)
+    state = optree.tree_map(lambda amax: amax.clone().requires_grad_(), fq.calibrate(frozen))
+    out = fq.fakequant(frozen, state)["experts.0.weight"]
+    if out.requires_grad:
+        out.sum().backward()
+    assert all(leaf.grad is None for leaf in fqt.state.flatten(state).values())

@@ -41,7 +41,7 @@ def fake_quantize(
     """Fake-quantize each expert of a group by its own amax: `fake_quantize_reference`, differentiable in the weights.
 
     The gradient is that of the identity ("pass_through": no kernel, nothing saved), or with "clip" that of
-    clamp(w, -amax, amax). Formats that cannot clip pass it through either way. The amax gets no gradient.
+    clamp(w, -amax, amax). Dynamic formats pass it through either way. The amax gets no gradient.
 
     Args:
         weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if
@@ -54,7 +54,7 @@ def fake_quantize(
         backward: "pass_through" or "clip".
 
     Returns:
-        N new contiguous tensors, each with memory of its own.
+        N new contiguous tensors; on a GPU, views of one allocation (`fq_transforms.ops.launch` says why).
 
     Example:
         >>> from fq_transforms.formats import FORMATS
@@ -65,7 +65,7 @@ def fake_quantize(
         tensor([[1., 1., 0., 0.]])
     """
     statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips)
-    if not _is_differentiated(weights):
+    if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
     return function.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
@@ -78,7 +78,7 @@ def expert_amax(
 
     Args:
         weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
-        format: Not an MX format, which has no state.
+        format: The numbers; for dynamic formats, MX too, the granule is the whole expert.
         transposed: True if a matrix is stored [in, out].
 
     Returns:
@@ -93,7 +93,7 @@ def expert_amax(
     if torch.compiler.is_compiling():
         return _run_expert_amax(statics, *(weight.detach() for weight in weights))
     amax, global_amax = _ExpertAmax.apply(statics, *weights)
-    return amax, global_amax if format.scale == "e4m3" and not format.dynamic else None
+    return amax, global_amax if format.has_global_amax else None
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -104,12 +104,12 @@ class _Statics:
     clip: bool
 
 
-def _is_differentiated(weights: Sequence[Tensor]) -> bool:
+def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
     """False if no transform and no gradient looks on: then the rules, and their 60 us a call, can be left out."""
     return (
         torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (as autograd.Function asks)
         or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] (it has no public name)
-        or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *scales)))
     )
 
 

@@ -44,8 +44,9 @@ FORWARD = Tile(2048, 2)
 BACKWARD = Tile(2048, 4)
 AMAX = Tile(2048, 4)
 # Tiles that a program of the amax kernel sweeps: many where they end in one atomic, few where each block is stored.
+# Swept with the above over 1 to 32.
 STEPS_AN_EXPERT, STEPS_A_BLOCK = 16, 2
-# Weights of a row that the amax kernel takes at a time, per channel.
+# Weights of a row that the amax kernel takes at a time, per channel: four rows of 16-byte loads. Not swept yet.
 ROW_CHUNK = 512
 
 
@@ -132,9 +133,8 @@ def _(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Ten
     a, b = weights[0].shape[-2:]
     numbers, experts = _parse(format), _experts(weights)
     shape = numbers.amax_shape(*_shape((a, b), transposed))
-    has_global = numbers.scale == "e4m3" and not numbers.dynamic
-    new_empty = weights[0].new_empty
-    return new_empty((experts, *shape), dtype=torch.float32), new_empty(experts * has_global, dtype=torch.float32)
+    new_empty, globals_ = weights[0].new_empty, experts * numbers.has_global_amax
+    return new_empty((experts, *shape), dtype=torch.float32), new_empty(globals_, dtype=torch.float32)
 
 
 @torch.library.custom_op("fq_transforms::clip_backward", mutates_args=())
@@ -227,7 +227,7 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> 
         "MIN_SCALE": format.min_scale,
         "UNIT_SCALE_BELOW": format.unit_scale_below,
         "EXPONENT_ROUNDING": format.exponent_rounding,
-        "MAX_BITS": 0 if is_int else _float_bits(element.max),
+        "MAX_BITS": 0 if is_int else element.max_bits,
     }
     return _visit(format, _shape(matrix, transposed), transposed, FORWARD, constants)
 
@@ -240,8 +240,7 @@ def _backward_plan(format: Format, matrix: tuple[int, int], transposed: bool) ->
 @cache
 def _amax_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
     out_features, in_features = _shape(matrix, transposed)
-    is_static_two_level = format.scale == "e4m3" and not format.dynamic
-    constants: dict[str, Any] = {"SWEEP": "memory", "GLOBAL": is_static_two_level, "STEPS": 1}
+    constants: dict[str, Any] = {"SWEEP": "memory", "GLOBAL": format.has_global_amax, "STEPS": 1}
     if format.dynamic:  # what is calibrated is the whole expert
         format = replace(format, scale="fp32", dynamic=False, block=(None, None))
     plan = _visit(format, (out_features, in_features), transposed, AMAX, constants)
@@ -267,8 +266,8 @@ def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile,
     rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
     if format.has_blocks_along_in:
         chunk = format.block[1] or 1
-    else:  # a divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge instead
-        chunk = 16 if transposed else min(16, in_features & -in_features)
+    else:  # within a granule, and a divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge
+        chunk = min(16, format.block[1] or 16, 16 if transposed else in_features & -in_features)
     chunks = max(1, tile.weights // chunk)
     if transposed:
         blocks = -(-out_features // chunks) * -(-in_features // chunk)
@@ -284,6 +283,11 @@ def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile,
     return _Plan(blocks, (out_features, in_features, rows, columns), constants | tiling, tile.warps)
 
 
+def _kind(number: int) -> tuple[bool, bool, bool]:
+    """What Triton specializes an integer argument on."""
+    return number == 1, number % 16 == 0, abs(number) >= 2**31
+
+
 # CUDA's limit on the second dimension of a grid.
 MOST_EXPERTS = 65535
 
@@ -295,7 +299,10 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
     """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
     first = groups[0]
     if first.experts > MOST_EXPERTS:
-        raise ValueError(f"found {first.experts} experts in one group, wanted at most {MOST_EXPERTS}")
+        raise ValueError(
+            f"a group of {first.experts} experts of {list(first.matrix)}: found more than {MOST_EXPERTS}, the limit of "
+            "one launch; split it, or map over less with vmap"
+        )
     scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
     arguments = [
         *(argument for group in groups for argument in group[:3]),
@@ -308,7 +315,7 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
         kernel,
         id(plan),  # plans are cached for good
         first.base.device.index,
-        *((g.base.dtype, g.base.data_ptr() % 16, g.table is None, g.stride, g.is_aligned) for g in groups),
+        *((g.base.dtype, g.base.data_ptr() % 16, g.table is None, *_kind(g.stride), g.is_aligned) for g in groups),
         *(None if scale is None else scale.data_ptr() % 16 for scale in scales),
     )
     grid = (plan.blocks, first.experts, 1)
@@ -336,13 +343,16 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bo
     key = (device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0, addresses)
     is_capturing = is_cuda and torch.cuda.is_current_stream_capturing()
     entry = _TABLES.get(key) or _CAPTURED.get(key)
-    if entry is None:
+    if entry is not None:
+        if key in _TABLES:
+            _TABLES.move_to_end(key)
+    else:
         if is_capturing:
             raise RuntimeError(
                 "a group of weights was first seen while a CUDA graph was captured; call the function once before, as "
                 "torch.cuda.graph's warm-up does, on the stream that captures"
             )
-        host = torch.tensor(addresses, dtype=torch.int64)
+        host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         host = host.pin_memory() if is_cuda else host
         entry = (host.to(device, non_blocking=True), all(address % 16 == 0 for address in addresses), host)
         _TABLES[key] = entry
@@ -381,7 +391,3 @@ def _addresses(tensor: Tensor) -> list[int]:
     for size, stride in zip(tensor.shape[:-2], tensor.stride()[:-2], strict=True):
         addresses = [a + i * stride * tensor.element_size() for a in addresses for i in range(size)]
     return addresses
-
-
-def _float_bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32).item())

@@ -81,7 +81,7 @@ def expert_amax_reference(
 
     Args:
         weight: bf16, fp16 or fp32; any number of leading expert dimensions.
-        format: Not an MX format, which has no state.
+        format: The numbers; for dynamic formats the granule is the whole expert.
 
     Returns:
         `amax`, fp32 `[*experts, *format.amax_shape(out, in)]`, and `global_amax`, fp32 `[*experts]` or None. Exact. A
@@ -101,7 +101,7 @@ def expert_amax_reference(
     r, c = format.block[0] or weight.shape[-2], format.block[1] or weight.shape[-1]
     ragged = (0, columns * c - weight.shape[-1], 0, rows * r - weight.shape[-2])
     tiles = torch.nn.functional.pad(magnitude, ragged).unflatten(-1, (columns, c)).unflatten(-3, (rows, r))
-    return tiles.amax((-3, -1)), per_expert if format.scale == "e4m3" else None
+    return tiles.amax((-3, -1)), per_expert if format.has_global_amax else None
 
 
 def clip_backward_reference(
@@ -181,8 +181,7 @@ def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, 
     """Exponent e of a block's scale 2**e, from the bits of its amax (finite), clamped to what E8M0 holds."""
     assert isinstance(format.element, FloatElement)
     bits = amax.view(torch.int32)
-    largest = int(torch.tensor(format.element.max, dtype=torch.float32).view(torch.int32))
-    largest_exponent, largest_mantissa = largest >> 23, largest & 0x7FFFFF
+    largest_exponent, largest_mantissa = format.element.max_bits >> 23, format.element.max_bits & 0x7FFFFF
     if format.exponent_rounding == "up":
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) > largest_mantissa).int()
     elif format.exponent_rounding == "floor":

@@ -1,0 +1,91 @@
+"""Formats are numbers: what a format may be, and that every format that may be is right in the kernels."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, Format, IntElement
+from fq_transforms.ops import launch
+from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from tests.cases import experts, name_of, same_bits
+from tests.conftest import HAS_GPU
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+MX = {"element": E4M3, "block": (1, 32), "scale": "e8m0", "dynamic": True}
+
+REFUSED = {
+    "columns without rows": {"element": E4M3, "block": (None, 128)},
+    "rows without columns": {"element": E4M3, "block": (64, None)},
+    "no power of two": {"element": E4M3, "block": (1, 24)},
+    "too wide": {"element": E4M3, "block": (1, 4096)},
+    "empty": {"element": E4M3, "block": (1, 0)},
+    "integers under a power of two": {
+        "element": IntElement(7, -8, 7),
+        "block": (1, 32),
+        "scale": "e8m0",
+        "dynamic": True,
+    },
+    "E3M2 under two levels": {"element": E3M2, "block": (1, 16), "scale": "e4m3"},
+    "two levels per channel": {"element": E2M1, "block": (1, None), "scale": "e4m3"},
+    "a static power of two": {"element": E4M3, "block": (1, 32), "scale": "e8m0"},
+    "a dynamic fp32 scale": {"element": E4M3, "block": (1, 32), "dynamic": True},
+    "sixteen bits": {"element": IntElement(32767, -32768, 32767), "block": (None, None)},
+    "an unknown scale": {"element": E4M3, "block": (None, None), "scale": "fp16"},
+    "an unknown rounding": {
+        "element": E4M3,
+        "block": (1, 32),
+        "scale": "e8m0",
+        "dynamic": True,
+        "exponent_rounding": "near",
+    },
+}
+
+
+@pytest.mark.parametrize("numbers", REFUSED.values(), ids=REFUSED)
+def test_what_no_kernel_is_right_for_is_refused(numbers):
+    """A format that would read or write out of bounds, or whose rounding is unproven, cannot be made."""
+    with pytest.raises(ValueError, match="format 'X': found .*, wanted "):
+        Format("X", **numbers)
+
+
+ADMITTED = [
+    replace(FORMATS["FP8"], name="FP8_E5M2", element=E5M2),
+    replace(FORMATS["FP8_BLOCK"], name="FP8_BLOCK_64x32", block=(64, 32)),
+    replace(FORMATS["FP8_BLOCK"], name="FP8_BLOCK_2x256", block=(2, 256)),
+    replace(FORMATS["FP8_BLOCK"], name="FP8_BLOCK_2x1", block=(2, 1)),
+    replace(FORMATS["INT4_BLOCK32"], name="INT4_BLOCK256", block=(1, 256)),
+    replace(FORMATS["INT4_BLOCK32"], name="INT4_BLOCK1", block=(1, 1)),
+    replace(FORMATS["INT4_BLOCK32"], name="INT3_BLOCK64", element=IntElement(3, -4, 3), block=(1, 64)),
+    replace(FORMATS["MXFP8"], name="MXFP8_E5M2_BLOCK16", element=E5M2, block=(1, 16)),
+    replace(NVFP4, name="NVFP4_BLOCK32", block=(1, 32)),
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter, in lanes that are selected away
+@pytest.mark.parametrize("format", ADMITTED, ids=name_of)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("_", [pytest.param("", marks=[pytest.mark.gpu] if HAS_GPU else [])])
+def test_a_new_constant_is_all_that_a_new_format_needs(format, transposed, _):
+    """Blocks and elements that no constant has are right in amax and forward, without a line of code."""
+    weights = experts(2, (18, 512), device=DEVICE)
+    stored = [w.mT.contiguous() if transposed else w for w in weights]
+    amax = global_amax = None
+    if not format.is_stateless:
+        amax, global_amax = launch.expert_amax_triton(stored, format=format, transposed=transposed)
+        wanted = torch.stack([expert_amax_reference(w, format=format)[0] for w in weights])
+        assert same_bits(amax, wanted)
+    options = {"format": format, "out_dtype": torch.float32}
+    found = launch.fake_quantize_triton(stored, amax, global_amax, transposed=transposed, **options)
+    for expert, weight in enumerate(weights):
+        leaf = None if amax is None else amax[expert]
+        result = found[expert].mT if transposed else found[expert]
+        assert same_bits(result, fake_quantize_reference(weight, leaf, None, **options))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=name_of)
+def test_json_round_trip(format):
+    """All of a format's numbers survive JSON, and equal numbers are equal formats."""
+    assert Format.from_dict(format.to_dict()) == format
+    assert hash(replace(format)) == hash(format)
