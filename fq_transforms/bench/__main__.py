@@ -1,6 +1,6 @@
 """Measure, check, print, and write JSON, a plot and a page. Needs one CUDA GPU, matplotlib and tqdm.
 
-python -m fq_transforms.bench --out results --quick
+python -m fq_transforms.bench --out results
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench import peers, report
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
-from fq_transforms.bench.timing import device_us, eager_us, host_us
+from fq_transforms.bench.timing import device_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
 from fq_transforms.ops.launch import clip_backward_triton
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
     parser.add_argument("--commit", default=_commit(), help="what to call the measured code")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -56,7 +57,7 @@ def main() -> None:
         for shape in tqdm(SHAPES[:1] if options.quick else SHAPES, desc="shapes"):
             rows += measure(shape)
             report.write(options.out, environment, rows)  # after each shape, so that nothing measured is lost
-        for shape in tqdm([] if options.quick else PEER_SHAPES, desc="peers"):
+        for shape in tqdm([] if options.quick or options.no_peers else PEER_SHAPES, desc="peers"):
             measure_peers(shape, rows)
             report.write(options.out, environment, rows)
     print(report.table(rows))
@@ -107,9 +108,9 @@ def _floors(master: Tensor, grads: list[Tensor]) -> dict[str, float]:
     stacked, grad = master.bfloat16(), torch.stack(grads)
     out = torch.empty_like(stacked)
     return {
-        "bf16": device_us(lambda: out.copy_(stacked)),
-        "fp32 to bf16": device_us(lambda: out.copy_(master)),
-        "three streams": device_us(lambda: torch.add(stacked, grad, out=out)),
+        "bf16": floor_us(lambda: out.copy_(stacked)),
+        "fp32 to bf16": floor_us(lambda: out.copy_(master)),
+        "three streams": floor_us(lambda: torch.add(stacked, grad, out=out)),
     }
 
 

@@ -44,7 +44,7 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "",
         f"`python -m fq_transforms.bench`: {facts}. Each row equalled the reference bit for bit before it was timed.",
         "",
-        "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the same bytes; for clip "
+        "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the weights; for clip "
         "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Host: one whole "
         "`fakequant` call in a row of calls that nobody waits for. Call and peers: one call, waited for.",
         "",
