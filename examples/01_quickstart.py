@@ -3,7 +3,7 @@
 
 A byte-level Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
 are fake-quantized in every format: after training (PTQ), with one amax an expert and with one for all experts, and
-during some more steps of training (QAT). About two minutes on two cores; `pip install fq_transforms[examples]`.
+during some more steps of training (QAT). Two to three minutes on two cores, after `pip install -e '.[examples]'`.
 """
 
 # %%

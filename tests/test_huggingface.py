@@ -111,15 +111,6 @@ cases = pytest.mark.parametrize("case", CASES, ids=name_of)
 granularities = pytest.mark.parametrize("format", GRANULARITIES, ids=name_of)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than these sizes can win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(case, **options):
     """The tiny model, its weights drawn here (no two experts of one magnitude), and its parameters by name."""
     common = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}

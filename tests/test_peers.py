@@ -24,15 +24,6 @@ BELOW_TINY, ABOVE_TINY = (float(np.nextafter(np.float32(TINY), np.float32(to))) 
 AMAXES = [0.0, 2.0**-149, BELOW_TINY, ABOVE_TINY, 1e-3, 0.3, 1.0, 3.7, 127.0, 448.0, 65504.0, 3e38, FLOAT32_MAX]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors here are small: on a busy machine, waiting for a second thread takes twenty times as long as the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tensor_quant():
     return pytest.importorskip("modelopt.torch.quantization.tensor_quant")

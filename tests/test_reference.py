@@ -1,13 +1,4 @@
-"""The reference against an oracle of its own, exhaustively where the numbers are few, and the laws it promises.
-
-The oracle is NumPy in float64. It rounds by looking values up in a table of every number the element has, and finds
-E8M0 exponents with frexp. It shares no code with `fq_transforms.ops` and was written from NUMERICS.md.
-
-NOTE fp32 in float64: NUMERICS.md says which steps are fp32. A product or quotient of two float32s, computed in float64
-and then rounded to float32, is the correctly rounded fp32 result: float64 has 53 >= 2 * 24 + 2 bits, so the double
-rounding is innocuous (Figueroa 1995), for subnormal results too, which keep fewer bits. So `_times` and `_over` are
-exact IEEE fp32 arithmetic.
-"""
+"""The reference against an oracle of its own, exhaustively where the numbers are few, and the laws it promises."""
 
 from dataclasses import replace
 from functools import cache
@@ -19,6 +10,7 @@ import torch
 
 from fq_transforms.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, IntElement
 from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
+from tests import oracle
 from tests.cases import ALL_FORMATS, DTYPES, STATIC_FORMATS, experts, name_of, same_bits, shapes_of
 
 FP32_SCALES = [format for format in ALL_FORMATS if format.scale == "fp32"]
@@ -41,16 +33,15 @@ ELEMENTS = FLOAT_ELEMENTS | {
 }
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-TINY = 2.0**-24
 # Zeros, the smallest numbers, both sides of the fp16 threshold, ordinary ones, the elements' own maxima, the largest.
 AMAXES = [
     0.0,
     2.0**-149,
     2.0**-126,
     2.0**-25,
-    float(np.nextafter(np.float32(TINY), np.float32(0))),
-    TINY,
-    float(np.nextafter(np.float32(TINY), np.float32(1))),
+    float(np.nextafter(np.float32(oracle.TINY), np.float32(0))),
+    oracle.TINY,
+    float(np.nextafter(np.float32(oracle.TINY), np.float32(1))),
     1e-3,
     1.0,
     3.7,
@@ -62,134 +53,6 @@ AMAXES = [
     FLOAT32_MAX,
 ]
 INVALID = [float("nan"), float("inf"), float("-inf"), -1.0, -(2.0**-149)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors here are small: on a busy machine, waiting for a second thread takes twenty times as long as the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def _float32(value):
-    return np.asarray(value, np.float64).astype(np.float32)
-
-
-def _times(a, b):
-    return _float32(np.asarray(a, np.float64) * np.asarray(b, np.float64))
-
-
-def _over(a, b):
-    return _float32(np.asarray(a, np.float64) / np.asarray(b, np.float64))
-
-
-@cache
-def _magnitudes(element):
-    """Every magnitude of the element, ascending in float64. The parity of an index is that of the last bit."""
-    if isinstance(element, IntElement):
-        return np.arange(max(-element.low, element.high) + 1, dtype=np.float64)
-    bits, bias = element.mantissa_bits, 2 ** (element.exponent_bits - 1) - 1
-    values = []
-    for exponent in range(2**element.exponent_bits):
-        for mantissa in range(2**bits):
-            leading, power = (1.0, exponent - bias) if exponent else (0.0, 1 - bias)
-            values.append((leading + mantissa / 2**bits) * 2.0**power)
-    return np.array([value for value in values if value <= element.max])
-
-
-def _nearest(element, x):
-    """The element's value nearest to x; of two equally near, the one whose last bit is 0. NaN stays."""
-    values = _magnitudes(element)
-    magnitude = np.abs(np.asarray(x, np.float64))
-    between = (values[1:] + values[:-1]) / 2
-    below, above = np.searchsorted(between, magnitude, "left"), np.searchsorted(between, magnitude, "right")
-    value = values[np.where(below % 2 == 0, below, above)]  # the two differ on a tie only
-    if isinstance(element, IntElement):
-        value = np.where(np.signbit(x), np.minimum(value, -element.low), np.minimum(value, element.high))
-    return np.where(np.isnan(magnitude), np.nan, np.copysign(value, x))
-
-
-def _spread(amax, shape, format):
-    """The amax of each weight's own granule."""
-    if np.ndim(amax) == 0:
-        return np.broadcast_to(np.asarray(amax, np.float32), shape)
-    rows, columns = (side or extent for side, extent in zip(format.block, shape, strict=True))
-    return np.asarray(amax, np.float32)[np.arange(shape[0]) // rows][:, np.arange(shape[1]) // columns]
-
-
-def _granule_amax(x, format):
-    """Largest magnitude of each granule of one expert [out, in], as [granules of out, granules of in]."""
-    rows, columns = (side or extent for side, extent in zip(format.block, x.shape, strict=True))
-    along_in = np.maximum.reduceat(np.abs(x), np.arange(0, x.shape[1], columns), axis=1)
-    return np.maximum.reduceat(along_in, np.arange(0, x.shape[0], rows), axis=0)
-
-
-def _exponent(amax, element, rounding):
-    """E8M0 exponent of the blocks' amax, by frexp: amax = fraction * 2**power with fraction in [1/2, 1)."""
-    fraction, power = np.frexp(np.asarray(amax, np.float64))
-    max_fraction, max_power = np.frexp(element.max)
-    if rounding == "up":
-        e = power - max_power + (fraction > max_fraction)
-    else:
-        if rounding == "even":  # 1 + mantissa_bits significant bits; 1.0 here is a carry into the next power
-            fraction = np.rint(fraction * 2.0 ** (element.mantissa_bits + 1)) / 2.0 ** (element.mantissa_bits + 1)
-        e = (power - 1 + (fraction == 1.0)) - (max_power - 1)
-    return np.clip(e, -127, 127)
-
-
-def _is_invalid(amax):
-    return np.isnan(amax) | np.isinf(amax) | (amax < 0)
-
-
-@np.errstate(all="ignore")  # infinities and NaN are meant
-def _oracle(x, amax, global_amax, format):
-    """What NUMERICS.md says of one expert: x [out, in] in float32 to y [out, in] in float32."""
-    element = format.element
-    block = _spread(_granule_amax(x, format) if format.dynamic else amax, x.shape, format)
-    invalid = _is_invalid(block)
-    if isinstance(element, IntElement):
-        s = _over(element.qmax, block)
-        y = np.where(block < TINY, 0.0, _over(_nearest(element, _times(x, s)), s))
-    elif format.scale == "fp32":
-        s = _over(element.max, np.where(block <= TINY, 1.0, block))
-        y = _times(_nearest(element, _times(x, s)), _over(1.0, s))
-    elif format.scale == "e4m3":
-        expert = np.float32(amax if format.dynamic else global_amax)
-        invalid = invalid | _is_invalid(expert)
-        g = _over(expert, 6 * 448)
-        s = _times(_nearest(E4M3, np.clip(_over(block, _times(6, g)), format.min_scale, 448.0)), g)
-        s = np.where(s < np.float32(format.unit_scale_below), np.float32(1), s)
-        y = _times(_nearest(element, _over(x, s)), s)
-        y = np.where((block == 0) | (g == 0) | (s == 0), 0.0, y)
-    else:
-        power = np.ldexp(1.0, _exponent(block, element, format.exponent_rounding))
-        y = np.where(block == 0, 0.0, _times(_nearest(element, _over(x, power)), power))
-    y = np.copysign(np.abs(y), x)  # a result has the sign of its weight
-    return np.where(invalid | np.isnan(x), np.nan, y).astype(np.float32)
-
-
-def _oracle_of(weight, amax, global_amax, format):
-    """The oracle over any leading expert dimensions, torch in and torch out, in float32."""
-    shape = weight.shape
-    count = prod(shape[:-2])
-    x = weight.float().numpy().reshape(count, *shape[-2:])
-    a = [None] * count if amax is None else amax.numpy().reshape(count, *format.amax_shape(*shape[-2:]))
-    g = [None] * count if global_amax is None else global_amax.numpy().reshape(count)
-    return torch.from_numpy(np.stack([_oracle(x[i], a[i], g[i], format) for i in range(count)]).reshape(shape))
-
-
-def _round_once(y, dtype):
-    """float32 rounded to nearest even in the output dtype, not by PyTorch: bf16 in integers, fp16 by NumPy."""
-    if dtype == torch.float32:
-        return y
-    if dtype == torch.float16:
-        with np.errstate(all="ignore"):
-            return torch.from_numpy(y.numpy().astype(np.float16))
-    bits = y.numpy().view(np.uint32).astype(np.uint64)
-    rounded = np.where(np.isnan(y.numpy()), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return torch.from_numpy(rounded.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
 
 
 def _fake_quantize(weight, amax=None, global_amax=None, *, format, out_dtype=torch.float32):
@@ -231,20 +94,20 @@ def _finite_layouts():
 
 def _wrong(weight, amax, global_amax, format):
     y = _fake_quantize(weight, amax, global_amax, format=format)
-    return not same_bits(y, _oracle_of(weight, amax, global_amax, format))
+    return not same_bits(y, oracle.fake_quantize_experts(weight, amax, global_amax, format))
 
 
 def test_tables_hold_the_elements():
     """The oracle's tables are the OCP elements: a wrong table would make every test below agree on a wrong number."""
     for element, dtype in ((E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)):
         values = torch.arange(128, dtype=torch.uint8).view(dtype).double()
-        assert _magnitudes(element).tolist() == values[values.isfinite()].tolist()
-    assert _magnitudes(E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+        assert oracle.magnitudes(element).tolist() == values[values.isfinite()].tolist()
+    assert oracle.magnitudes(E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     e2m3 = [i / 8 for i in range(16)] + [i / 4 for i in range(8, 16)] + [i / 2 for i in range(8, 16)]
-    assert _magnitudes(E2M3).tolist() == e2m3
+    assert oracle.magnitudes(E2M3).tolist() == e2m3
     e3m2 = [i / 16 for i in range(4)] + [i / 16 * 2**e for e in range(7) for i in range(4, 8)]
-    assert _magnitudes(E3M2).tolist() == e3m2
-    assert _magnitudes(IntElement(7, -8, 7)).tolist() == list(range(9))
+    assert oracle.magnitudes(E3M2).tolist() == e3m2
+    assert oracle.magnitudes(IntElement(7, -8, 7)).tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("format", [*FP32_SCALES, FP8_E5M2], ids=name_of)
@@ -298,11 +161,11 @@ def test_mx_exponent_turns_over_at_one_amax(format):
     """
     powers = np.exp2(np.arange(-149, 128, dtype=np.float64))
     rounds_up = 2.0 - 2.0 ** -(format.element.mantissa_bits + 1)
-    thresholds = _float32(np.outer([1.0, 2 * np.frexp(format.element.max)[0], rounds_up], powers))
+    thresholds = oracle.float32(np.outer([1.0, 2 * np.frexp(format.element.max)[0], rounds_up], powers))
     bits = thresholds.reshape(-1, 1).view(np.int32) + np.arange(-3, 4, dtype=np.int32)
     amax = np.maximum(bits, 1).view(np.float32).reshape(-1, 1)
     amax = amax[np.isfinite(amax[:, 0])]
-    weight = _times(amax, np.linspace(1, -1, 32))
+    weight = oracle.times(amax, np.linspace(1, -1, 32))
     assert weight.shape == (len(amax), 32)
     assert len(amax) > 5800
     assert not _wrong(torch.from_numpy(weight), None, None, format)
@@ -315,12 +178,14 @@ def test_quotients_are_exact_at_any_amax(format):
     Every granule has an amax of a random mantissa, and weights at the values and midpoints of the element.
     """
     generator = np.random.default_rng(2)
-    values = _magnitudes(format.element)
+    values = oracle.magnitudes(format.element)
     steps = np.concatenate([values, (values[1:] + values[:-1]) / 2])
     shape = (256, 4, 128)
     amax = np.exp2(generator.uniform(-20, 20, (256, *format.amax_shape(4, 128)))).astype(np.float32)
-    step = np.stack([_spread(expert, shape[1:], format) for expert in amax]).astype(np.float64) / _top(format.element)
-    weight = _float32(generator.choice(steps, shape) * generator.choice([-1, 1], shape) * step)
+    step = np.stack([oracle.spread(expert, shape[1:], format) for expert in amax]).astype(np.float64) / _top(
+        format.element
+    )
+    weight = oracle.float32(generator.choice(steps, shape) * generator.choice([-1, 1], shape) * step)
     assert not _wrong(torch.from_numpy(weight), torch.from_numpy(amax), None, format)
 
 
@@ -331,12 +196,12 @@ def test_nvfp4_scale_next_to_its_ties(format):
     For 64 global amaxes of random mantissas: block amaxes within four fp32 numbers of each midpoint of E4M3 scales.
     """
     generator = np.random.default_rng(15)
-    global_amax = _float32(np.exp2(generator.uniform(-8, 8, (64, 1))))
-    values = _magnitudes(E4M3)
+    global_amax = oracle.float32(np.exp2(generator.uniform(-8, 8, (64, 1))))
+    values = oracle.magnitudes(E4M3)
     midpoints = np.repeat((values[1:] + values[:-1]) / 2, 9)
-    near = _float32(midpoints * 6 * (global_amax.astype(np.float64) / 2688))
+    near = oracle.float32(midpoints * 6 * (global_amax.astype(np.float64) / 2688))
     near = (near.view(np.int32) + np.tile(np.arange(-4, 5, dtype=np.int32), len(midpoints) // 9)).view(np.float32)
-    weight = torch.from_numpy(_times(near[..., None], np.linspace(1, -1, 16)))
+    weight = torch.from_numpy(oracle.times(near[..., None], np.linspace(1, -1, 16)))
     amax, expert = torch.from_numpy(near[..., None]), torch.from_numpy(global_amax[:, 0])
     state = (expert, None) if format.dynamic else (amax, expert)
     assert not _wrong(weight, *state, format)
@@ -346,7 +211,9 @@ def test_nvfp4_scale_next_to_its_ties(format):
 def test_fp32_weights_of_any_bits(format):
     """Law: fp32 weights, whose low bits bf16 never sets, calibrated: 65536 mantissas over forty binades."""
     generator = np.random.default_rng(3)
-    weight = torch.from_numpy(_float32(generator.standard_normal((4, 128, 128)) * np.exp2(generator.uniform(-40, 0))))
+    weight = torch.from_numpy(
+        oracle.float32(generator.standard_normal((4, 128, 128)) * np.exp2(generator.uniform(-40, 0)))
+    )
     weight *= torch.tensor([1.0, 2.0**-20, 2.0**20, 3.0]).view(4, 1, 1)
     weight[0] *= torch.from_numpy(np.exp2(generator.integers(-40, 1, (128, 128)))).float()
     assert not _wrong(weight, *_calibrated(weight, format), format)
@@ -386,11 +253,11 @@ E8M0_ELEMENTS = [pytest.param(element, "e8m0", id=f"{name}-e8m0") for name, elem
 
 def _values(element):
     """Every value of the element in float32, ascending, and the index parity of each from zero."""
-    magnitudes = _magnitudes(element)
+    magnitudes = oracle.magnitudes(element)
     low, high = (-element.low, element.high) if isinstance(element, IntElement) else (element.max, element.max)
     negative = -magnitudes[(magnitudes <= low) & (magnitudes > 0)][::-1]
     values = np.concatenate([negative, magnitudes[magnitudes <= high]])
-    return torch.from_numpy(_float32(values)), torch.arange(len(values)) - len(negative)
+    return torch.from_numpy(oracle.float32(values)), torch.arange(len(values)) - len(negative)
 
 
 @pytest.mark.parametrize(("element", "scale"), FP32_ELEMENTS + E8M0_ELEMENTS)
@@ -662,7 +529,7 @@ def test_dtypes_round_once_at_each_end(format):
             y = _fake_quantize(weight.float(), amax, global_amax, format=format)
             for out_dtype in DTYPES:
                 result = _fake_quantize(weight, amax, global_amax, format=format, out_dtype=out_dtype)
-                assert same_bits(result, _round_once(y, out_dtype))
+                assert same_bits(result, oracle.round_once(y, out_dtype))
 
 
 @pytest.mark.parametrize("format", [*STATIC_FORMATS, *(f for f in TWO_LEVEL if f.dynamic)], ids=name_of)
@@ -727,11 +594,11 @@ def test_static_granules_of_amax_zero(format):
 
 def test_the_zero_threshold_differs_between_int_and_fp8():
     """Law: INT is zero under 2**-24, FP8 takes amax = 1 up to 2**-24 itself: strict in one, not in the other."""
-    weight = torch.tensor([[TINY]])
-    assert _fake_quantize(weight, torch.tensor(TINY), format=FORMATS["INT8"])[0, 0] == TINY
-    below, above = (torch.tensor(TINY).nextafter(torch.tensor(to)) for to in (0.0, 1.0))
+    weight = torch.tensor([[oracle.TINY]])
+    assert _fake_quantize(weight, torch.tensor(oracle.TINY), format=FORMATS["INT8"])[0, 0] == oracle.TINY
+    below, above = (torch.tensor(oracle.TINY).nextafter(torch.tensor(to)) for to in (0.0, 1.0))
     assert _fake_quantize(weight, below, format=FORMATS["INT8"])[0, 0] == 0
-    assert _fake_quantize(weight, torch.tensor(TINY), format=FORMATS["FP8"])[0, 0] == 0
+    assert _fake_quantize(weight, torch.tensor(oracle.TINY), format=FORMATS["FP8"])[0, 0] == 0
     assert _fake_quantize(weight, above, format=FORMATS["FP8"])[0, 0] != 0
 
 
@@ -780,7 +647,7 @@ def test_clip_backward_masks_each_granule(format, dtype, grad_dtype):
             3, *[1] * len(format.amax_shape(*shape))
         )
         grad = torch.randn(weight.shape).to(grad_dtype)
-        limit = np.stack([_spread(expert, shape, format) for expert in amax.numpy()]).astype(np.float64)
+        limit = np.stack([oracle.spread(expert, shape, format) for expert in amax.numpy()]).astype(np.float64)
         kept = torch.from_numpy(np.abs(weight.double().numpy()) <= limit)
         assert kept[0].all()  # the largest weight of each granule equals its amax
         assert not kept[1:].all() or weight[1:].count_nonzero() == 0

@@ -24,15 +24,6 @@ every_format = pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
 every_stateful_format = pytest.mark.parametrize("format", STATEFUL, ids=name_of)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than these sizes can win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def message_of(error, call, *args, **kwargs):
     """What an error says; for a KeyError without its quotes."""
     with pytest.raises(error) as caught:

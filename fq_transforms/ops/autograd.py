@@ -105,7 +105,7 @@ class _Statics:
 
 
 def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
-    """False if no transform and no gradient looks on: then the rules, and their 60 us a call, can be left out."""
+    """False if no transform and no gradient looks on: then the rules, and their cost to the host, can be left out."""
     return (
         torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (as autograd.Function asks)
         or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] (it has no public name)
