@@ -1,6 +1,7 @@
 """The contract of the whole: pure functions on parameter dicts that compose with functional_call and torch.func."""
 
 import copy
+import inspect
 
 import optree
 import pytest
@@ -210,7 +211,7 @@ def test_mistakes_are_refused_at_the_door(params):
         fqt.transform(spec, out_dtype=torch.float64)
     for rules in ({"experts.*": "NVFP4"}, [("experts.*", fqt.FP8)], "experts.*"):
         with pytest.raises(ValueError, match="rules: found .* wanted a mapping from patterns to formats"):
-            fqt.select(params, rules)
+            inspect.unwrap(fqt.select)(params, rules)  # a type checker may stand before it (--shape-checks)
 
 
 def test_sharded_parameters_are_refused(params):
