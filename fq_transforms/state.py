@@ -98,7 +98,8 @@ def merge(a: State, b: State) -> State:
             raise ValueError(
                 f"merge: group {key!r} is {_type_name(a.get(key))} and {_type_name(b.get(key))}, wanted one type"
             )
-    return optree.tree_map(torch.maximum, a, b)  # type: ignore[arg-type, return-value]
+    # A dict of NamedTuples is a PyTree, which optree's own types do not say.
+    return optree.tree_map(torch.maximum, a, b)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def flatten(state: State) -> dict[str, Tensor]:
@@ -127,10 +128,7 @@ def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
         {'w': ExpertAmax(amax=tensor([1., 2.]))}
     """
     check_same_leaves("unflatten", leaves, {name: tuple(leaf.shape) for name, leaf in flatten(like).items()})
-    return {
-        key: type(group)(*(leaves[f"{key}.{field}"] for field in group._fields))  # type: ignore[call-arg]
-        for key, group in like.items()
-    }
+    return {key: type(group)(*(leaves[f"{key}.{field}"] for field in group._fields)) for key, group in like.items()}
 
 
 def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] = True) -> None:

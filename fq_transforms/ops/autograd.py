@@ -68,7 +68,7 @@ def fake_quantize(
     if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
-    return function.apply(statics, amax, global_amax, *weights)  # type: ignore[no-any-return]
+    return function.apply(statics, amax, global_amax, *weights)
 
 
 def expert_amax(
