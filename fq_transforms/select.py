@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from math import prod
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from torch import Tensor
 from fq_transforms.formats import Format
 
 __all__ = ["Group", "Rule", "Skipped", "Spec", "select", "weights_of"]
+
+functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -250,17 +253,19 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
             f"parameter {error.args[0]!r} of group {group.key!r} is not in params ({len(params)} entries)"
         ) from error
     shape, dtype, device = group.parameter_shape, weights[0].dtype, weights[0].device
+    is_transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (no public name)
+    inner = [unwrapped(w) for w in weights] if is_transformed and not torch.compiler.is_compiling() else weights
     n = len(weights)  # counted in C: a group may have hundreds of parameters, and this is on the path of every call
     if (
         dtype in DTYPES
-        and all(kind in (Tensor, torch.nn.Parameter) for kind in {type(w) for w in weights})
+        and all(kind in (Tensor, torch.nn.Parameter) for kind in {type(w) for w in inner})
         and [w.shape for w in weights].count(shape) == n  # pyright: ignore[reportArgumentType] (a Size is a tuple)
         and [w.dtype for w in weights].count(dtype) == n
         and [w.device for w in weights].count(device) == n
     ):
         return weights
-    for name, weight in zip(group.names, weights, strict=True):
-        _check_local(name, weight)
+    for name, weight, tensor in zip(group.names, weights, inner, strict=True):
+        _check_local(name, tensor)
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {shape}; "
@@ -393,6 +398,13 @@ def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
         return False
     return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor under the wrappers of torch.func: under vjp a DTensor does not look like one."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _check_local(name: str, weight: Tensor) -> None:

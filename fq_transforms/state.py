@@ -7,7 +7,6 @@ checkpoint stores its tensors. Formats, names and shapes are static and live in 
 """
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -16,9 +15,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.select import Group, Spec, weights_of
-
-_functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
+from fq_transforms.select import Group, Spec, functorch, weights_of
 
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
 
@@ -200,10 +197,10 @@ def is_concrete(tensor: Tensor) -> bool:
     """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         return False
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
             return False
-        tensor = _functorch.get_unwrapped(tensor)
+        tensor = functorch.get_unwrapped(tensor)
     return True
 
 

@@ -1,5 +1,6 @@
 """Shapes, formats, dtypes and inputs that tests run over, as tables. No tolerances: what is compared here is exact."""
 
+import pytest
 import torch
 
 import fq_transforms
@@ -51,3 +52,15 @@ def same_bits(a, b):
 def name_of(value):
     """Test ids: formats and dtypes by name."""
     return getattr(value, "name", None) or str(value).removeprefix("torch.")
+
+
+def message_of(error, call, *args, **kwargs):
+    """What an error says; for a KeyError without its quotes."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value.args[0])
+
+
+def assert_names(message, *fragments):
+    """A message says what was found, what was wanted, and of which leaf or weight."""
+    assert not [fragment for fragment in fragments if str(fragment) not in message], message

@@ -546,8 +546,8 @@ def test_an_invalid_amax_makes_exactly_its_granule_nan(format, invalid):
         bad, expected = amax.clone(), clean.clone()
         if granules:
             bad[expert, i, j] = invalid
-            i, j = i % granules[0], j % granules[1]  # noqa: PLW2901
-            expected[expert, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = torch.nan
+            top, left = i % granules[0] * rows, j % granules[1] * columns
+            expected[expert, top : top + rows, left : left + columns] = torch.nan
         else:
             bad[expert] = invalid
             expected[expert] = torch.nan

@@ -10,24 +10,12 @@ import torch
 
 from fq_transforms.formats import FORMATS, FP8, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4
 from fq_transforms.select import Group, Rule, Spec, select, weights_of
-from tests.cases import ALL_FORMATS, name_of
+from tests.cases import ALL_FORMATS, assert_names, message_of, name_of
 
 
 def meta(*shape, dtype=torch.bfloat16):
     """A parameter without storage: selection reads names, shapes and dtypes only."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def message_of(error, call, *args, **kwargs):
-    """What an error says; for a KeyError without its quotes."""
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value.args[0])
-
-
-def assert_names(message, *fragments):
-    """A message says what was found, what was wanted, and of which parameter."""
-    assert not [fragment for fragment in fragments if str(fragment) not in message], message
 
 
 def expert_list(pattern, experts=4, shape=(48, 64)):

@@ -17,23 +17,11 @@ from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
 from fq_transforms.select import select
 from fq_transforms.state import BlockAmax, ExpertAmax, Stateless, check, flatten, init, merge, unflatten
-from tests.cases import ALL_FORMATS, DTYPES, experts, name_of, same_bits, shapes_of
+from tests.cases import ALL_FORMATS, DTYPES, assert_names, experts, message_of, name_of, same_bits, shapes_of
 
 STATEFUL = [format for format in ALL_FORMATS if format.scale != "e8m0"]
 every_format = pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
 every_stateful_format = pytest.mark.parametrize("format", STATEFUL, ids=name_of)
-
-
-def message_of(error, call, *args, **kwargs):
-    """What an error says; for a KeyError without its quotes."""
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value.args[0])
-
-
-def assert_names(message, *fragments):
-    """A message says what was found, what was wanted, and of which leaf or weight."""
-    assert not [fragment for fragment in fragments if str(fragment) not in message], message
 
 
 def separate(format, weights):

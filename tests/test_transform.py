@@ -5,6 +5,8 @@ import copy
 import optree
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call, grad, vjp, vmap
 
 import fq_transforms as fqt
@@ -218,17 +220,31 @@ def test_rules_of_a_wrong_type_are_refused(params, rules, pytestconfig):
         fqt.select(params, rules)
 
 
-def test_sharded_parameters_are_refused(params):
-    """A DTensor has no address of its own: it is named, with the way out, and never reaches a kernel."""
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
-    class DTensor(torch.Tensor):
-        def to_local(self):
-            return self
 
-    fq = transform_of(params, fqt.FP8)
-    state = fq.calibrate(params)
-    sharded = params | {"experts.1.weight": params["experts.1.weight"].detach().as_subclass(DTensor)}
-    for call in (lambda: fq.calibrate(sharded), lambda: fq.fakequant(sharded, state), lambda: fq.init(sharded)):
+def test_sharded_parameters_are_refused(params, mesh):
+    """A DTensor has no address of its own: it is named, with the way out, and never reaches a kernel.
+
+    Under vjp it is wrapped, and no instance of DTensor any more; it is refused there too.
+    """
+    primals = {name: p.detach() for name, p in params.items()}
+    fq = transform_of(primals, fqt.FP8)
+    state = fq.calibrate(primals)
+    sharded = primals | {"experts.1.weight": distribute_tensor(primals["experts.1.weight"], mesh, [Shard(0)])}
+    calls = {
+        "init": lambda: fq.init(sharded),
+        "calibrate": lambda: fq.calibrate(sharded),
+        "fakequant": lambda: fq.fakequant(sharded, state),
+        "vjp": lambda: vjp(lambda p: fq.fakequant(p, state), sharded),
+        "grad": lambda: grad(lambda p: fq.fakequant(p, state)["experts.1.weight"].sum())(sharded),
+    }
+    for call in calls.values():
         with pytest.raises(ValueError, match="'experts.1.weight': found a DTensor, wanted a plain tensor"):
             call()
 

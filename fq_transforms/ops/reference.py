@@ -51,7 +51,8 @@ def fake_quantize_reference(
     Returns:
         A new contiguous tensor of the weight's shape in `out_dtype`. Zero granules: INT with amax < 2**-24, and NVFP4
         with a zero scale or block amax, give zeros; FP8 with amax <= 2**-24 uses amax = 1. NaN in a weight stays NaN,
-        and in a dynamic block makes that block NaN. Infinite weights saturate where amax is static.
+        and in a dynamic block makes that block NaN. Infinite weights saturate where amax is static, and make a dynamic
+        block NaN.
 
     Source: ModelOpt 0.47 `fake_tensor_quant_device`, `fake_e4m3fy`, `NVFP4QTensor`; OCP Microscaling Formats 1.0, 6.3.
 
