@@ -19,6 +19,7 @@ def fakequant(
     spec: Spec,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
+    separate: bool = False,
 ) -> dict[str, Tensor]:
     """The parameters with each selected weight quantized and dequantized by its own expert's scales.
 
@@ -32,10 +33,12 @@ def fakequant(
             bf16 is one pass. The other parameters keep their dtype.
         backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
             every gradient, also where a stale NVFP4 amax saturates a weight.
+        separate: On a GPU the new tensors of a group are views of one allocation, the fastest to make, of which one
+            that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
 
     Returns:
         A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
-        input is changed. On a GPU the new tensors of a group are views of one allocation: clone what you keep alone.
+        input is changed.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
@@ -57,7 +60,7 @@ def fakequant(
     check_options(out_dtype, backward)
     check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
 
-    quantized: dict[str, Tensor] = {}
+    quantized = dict(params)
     for group in spec.groups:
         weights = weights_of(params, group)
         group_state = state[group.key]
@@ -75,9 +78,10 @@ def fakequant(
             transposed=group.transposed,
             out_dtype=out_dtype,
             backward=backward,
+            separate=separate,
         )
-        quantized |= zip(group.names, outs, strict=True)
-    return {**params, **quantized}
+        quantized.update(zip(group.names, outs, strict=True))
+    return quantized
 
 
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:

@@ -48,13 +48,20 @@ class Transform(NamedTuple):
     fakequant: Fakequant
 
 
-def transform(spec: Spec, *, out_dtype: torch.dtype | None = None, backward: Backward = "pass_through") -> Transform:
+def transform(
+    spec: Spec,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+    separate: bool = False,
+) -> Transform:
     """The functions that quantize by a spec.
 
     Args:
         spec: From `select`.
         out_dtype: dtype of the fake-quantized weights; their own if None.
         backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
+        separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
 
     Raises:
         ValueError: `spec` is no Spec, or an option is not one of its choices.
@@ -75,5 +82,5 @@ def transform(spec: Spec, *, out_dtype: torch.dtype | None = None, backward: Bac
     return Transform(
         init=partial(init, spec=spec),
         calibrate=partial(calibrate, spec=spec),
-        fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward),
+        fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate),
     )

@@ -1,5 +1,6 @@
 """Shapes, formats, dtypes and inputs that tests run over, as tables. No tolerances: what is compared here is exact."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,13 @@ CORE_FORMATS = [getattr(fq_transforms, name) for name in fq_transforms.__all__ i
 ANY_SHAPES = [(1, 1), (3, 7), (17, 130)]
 BLOCK_SHAPES = [(1, 128), (11, 384)]
 SQUARE_BLOCK_SHAPES = [(3, 7), (130, 257)]
+
+
+# amax at and beside every threshold of a formula.
+TINY = 2.0**-24
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+BELOW_TINY, ABOVE_TINY = (float(np.nextafter(np.float32(TINY), np.float32(to))) for to in (0, 1))
+AMAXES = [0.0, 2.0**-149, BELOW_TINY, ABOVE_TINY, 1e-3, 0.3, 1.0, 3.7, 127.0, 448.0, 65504.0, 3e38, FLOAT32_MAX]
 
 
 def shapes_of(format):
@@ -37,6 +45,35 @@ def experts(count, shape, dtype=torch.float32, *, seed=0, device="cpu"):
             weight[0] = 0.0
         weights.append(weight.to(dtype).to(device))
     return weights
+
+
+def finite_bf16(stride=1):
+    """Every finite bf16 pattern, [255, 256], each magnitude beside its negative; `stride` apart, around the circle."""
+    magnitude = torch.arange(32640, dtype=torch.int32)
+    patterns = torch.stack([magnitude, magnitude - 32768], dim=1).flatten().to(torch.int16).view(torch.bfloat16)
+    order = torch.arange(65280) * stride % 65280
+    assert order.unique().numel() == 65280
+    return patterns[order].view(255, 256)
+
+
+def adversarial(amax, steps, dtype, columns):
+    """Weights for granules [..., columns] of this amax: each half step of it with both neighbours, amax, and random.
+
+    Args:
+        amax: float32 [granules].
+        steps: Largest value of the element, to which amax is scaled.
+        dtype: Of the result; what overflows it is left out.
+        columns: Weights in a granule.
+    """
+    generator = torch.Generator().manual_seed(6)
+    count = columns // 4
+    halves = torch.randint(-2 * round(steps) - 3, 2 * round(steps) + 4, (len(amax), count), generator=generator) / 2
+    tie = (halves.double() * amax.double()[:, None] / steps).float()
+    up, down = tie.nextafter(torch.tensor(torch.inf)), tie.nextafter(torch.tensor(-torch.inf))
+    random = torch.randn(len(amax), columns - 3 * count, generator=generator) * amax[:, None]
+    random[:, 0], random[:, 1] = amax, -amax.nextafter(torch.tensor(torch.inf))
+    weight = torch.cat([tie, up, down, random], dim=1).to(dtype)
+    return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
 
 
 def same_bits(a, b):

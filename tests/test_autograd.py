@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
+from fq_transforms.formats import FORMATS
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
-from tests.cases import ALL_FORMATS, experts, name_of
+from tests.cases import ALL_FORMATS, assert_names, experts, message_of, name_of
 
 OUT, IN = 3, 128
 
@@ -282,3 +283,13 @@ def test_backward_outside_functional_call_with_checkpointing():
     torch.testing.assert_close(gradients(step=True), [wanted["w1"], wanted["w2"]])
     wrong = gradients(step=False)
     assert not torch.allclose(wrong[0], wanted["w1"]), "PyTorch has mended this: drop the warning from the README"
+
+
+@pytest.mark.parametrize("weights", [[], [torch.empty(0, 4, 8)]], ids=["no list", "no experts"])
+def test_no_expert_at_all_is_refused(weights):
+    """An empty list of experts, or a stacked weight of none, is a mistake that is named, not an index error."""
+    for call in (
+        lambda: fake_quantize(weights, torch.ones(0), None, format=FORMATS["FP8"]),
+        lambda: expert_amax(weights, format=FORMATS["FP8"]),
+    ):
+        assert_names(message_of(ValueError, call), "weights", "at least one expert")

@@ -90,15 +90,39 @@ def test_cuda_graph_replays_with_weights_updated_in_place(format):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # as it is here, on purpose
-def test_a_graph_of_weights_never_seen_before_is_refused():
-    """A table of addresses cannot be made during capture: the error says to warm up."""
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_graph_of_weights_never_seen_before(separate):
+    """Tables of addresses that were first needed during capture are filled at each replay, not by the host once."""
     weights = [torch.randn(8, 32, device="cuda") for _ in range(7)]
     params = {f"experts.{i}.weight": w for i, w in enumerate(weights[i] for i in (0, 4, 1, 6, 2))}
-    fq = transform_of(params, fqt.INT8)
-    state = fq.calibrate(params)
-    with pytest.raises(RuntimeError, match="call the function once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fq.fakequant(params, state)
+    fq = transform_of(params, fqt.INT8, separate=separate)
+    state = fq.calibrate({name: p.clone() for name, p in params.items()})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = fq.fakequant(params, state)
+    for _ in range(2):
+        for weight in params.values():
+            weight.mul_(0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(captured, fq.fakequant(params, state))
+
+
+@pytest.mark.gpu
+@every_format
+def test_separate_results_keep_no_other_alive(format):
+    """`separate` changes no bit and gives each result a storage of its own size; by default a group shares one."""
+    params = parameters("cuda", torch.bfloat16)
+    state = transform_of(params, format).calibrate(params)
+    shared, separate = (transform_of(params, format, separate=s).fakequant(params, state) for s in (False, True))
+    assert_same(separate, shared)
+    for name, weight in params.items():
+        if name.startswith("experts"):
+            assert separate[name].untyped_storage().nbytes() == weight.untyped_storage().nbytes()
+            assert shared[name].untyped_storage().nbytes() == 4 * weight.untyped_storage().nbytes()
+    compiled = torch.compile(transform_of(params, format, separate=True).fakequant, fullgraph=True)
+    torch.compiler.reset()
+    assert_same(compiled(params, state), shared)
 
 
 @pytest.mark.gpu

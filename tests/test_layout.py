@@ -22,6 +22,7 @@ LAYERS = [
     ["transform"],
     ["__init__", "ops.__init__"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers"],
+    ["bench.sweep"],
     ["bench.__init__", "bench.__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

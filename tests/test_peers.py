@@ -16,12 +16,7 @@ import torch
 
 from fq_transforms.formats import E2M1, E2M3, E3M2, E4M3, FORMATS
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
-from tests.cases import DTYPES, experts, name_of, same_bits
-
-TINY = 2.0**-24
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-BELOW_TINY, ABOVE_TINY = (float(np.nextafter(np.float32(TINY), np.float32(to))) for to in (0, 1))
-AMAXES = [0.0, 2.0**-149, BELOW_TINY, ABOVE_TINY, 1e-3, 0.3, 1.0, 3.7, 127.0, 448.0, 65504.0, 3e38, FLOAT32_MAX]
+from tests.cases import AMAXES, DTYPES, TINY, adversarial, experts, finite_bf16, name_of, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -53,35 +48,6 @@ def _fake_quantize(weight, amax=None, global_amax=None, *, format, out_dtype=tor
     return fake_quantize_reference(weight, amax, global_amax, format=format, out_dtype=out_dtype)
 
 
-def _finite_bf16(stride=1):
-    """Every finite bf16 pattern, [255, 256], each magnitude beside its negative; `stride` apart, around the circle."""
-    magnitude = torch.arange(32640, dtype=torch.int32)
-    patterns = torch.stack([magnitude, magnitude - 32768], dim=1).flatten().to(torch.int16).view(torch.bfloat16)
-    order = torch.arange(65280) * stride % 65280
-    assert order.unique().numel() == 65280
-    return patterns[order].view(255, 256)
-
-
-def _adversarial(amax, steps, dtype, columns):
-    """Weights for granules [..., columns] of this amax: each half step of it with both neighbours, amax, and random.
-
-    Args:
-        amax: float32 [granules].
-        steps: Largest value of the element, to which amax is scaled.
-        dtype: Of the result; what overflows it is left out.
-        columns: Weights in a granule.
-    """
-    generator = torch.Generator().manual_seed(6)
-    count = columns // 4
-    halves = torch.randint(-2 * round(steps) - 3, 2 * round(steps) + 4, (len(amax), count), generator=generator) / 2
-    tie = (halves.double() * amax.double()[:, None] / steps).float()
-    up, down = tie.nextafter(torch.tensor(torch.inf)), tie.nextafter(torch.tensor(-torch.inf))
-    random = torch.randn(len(amax), columns - 3 * count, generator=generator) * amax[:, None]
-    random[:, 0], random[:, 1] = amax, -amax.nextafter(torch.tensor(torch.inf))
-    weight = torch.cat([tie, up, down, random], dim=1).to(dtype)
-    return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
-
-
 INTEGERS = ["INT8", "INT8_PER_CHANNEL", "INT4_BLOCK32", "INT4_BLOCK128"]
 
 
@@ -109,7 +75,7 @@ def test_integers_equal_modelopt(tensor_quant, name, dtype):
     columns = format.block[1] or 256
     generator = torch.Generator().manual_seed(7)
     amax = torch.cat([torch.tensor(AMAXES), torch.exp2(40 * torch.rand(1011, generator=generator) - 20)])
-    weight = _adversarial(amax, format.element.qmax, dtype, columns)
+    weight = adversarial(amax, format.element.qmax, dtype, columns)
     if format.block == (None, None):
         weight = weight.view(1024, 1, columns)
     elif format.block == (1, None):
@@ -124,7 +90,7 @@ def test_integers_equal_modelopt(tensor_quant, name, dtype):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_every_finite_bf16_integer_equals_modelopt(tensor_quant, name):
     """Law: the same for every finite bf16 weight, clipped by any amount, at each edge value of amax."""
-    format, weight = FORMATS[name], _finite_bf16()
+    format, weight = FORMATS[name], finite_bf16()
     for value in AMAXES:
         amax = torch.full(format.amax_shape(*weight.shape), value)
         for dtype in (torch.bfloat16, torch.float32):
@@ -139,7 +105,7 @@ def test_integers_differ_from_modelopt_on_the_cpu_at_one_amax(tensor_quant, name
 
     `fake_tensor_quant_device` in tensor_quant_gpu.cu is written here in tensor operations.
     """
-    format, weight = FORMATS[name], _finite_bf16().float()
+    format, weight = FORMATS[name], finite_bf16().float()
     amax = torch.full(format.amax_shape(*weight.shape), TINY)
     scale = torch.tensor(float(format.element.qmax)) / torch.tensor(TINY)
     cuda = (weight * scale).round().clamp(format.element.low, format.element.high) / scale
@@ -168,7 +134,7 @@ def test_fp8_equals_modelopts_cuda_definition(name, dtype):
     """Law: FP8 is ModelOpt's CUDA kernel, bit for bit: true division, PyTorch's own E4M3 cast, the product last."""
     generator = torch.Generator().manual_seed(8)
     amax = torch.cat([torch.tensor([*AMAXES, TINY]), torch.exp2(40 * torch.rand(1010, generator=generator) - 20)])
-    weight = _adversarial(amax, 448.0, dtype, 256).view(1024, 1, 256)
+    weight = adversarial(amax, 448.0, dtype, 256).view(1024, 1, 256)
     expected = _cuda_fp8(weight, amax.view(1024, 1, 1))
     if name == "FP8_PER_CHANNEL":
         weight, amax, expected = weight.view(4, 256, 256), amax.view(4, 256, 1), expected.view(4, 256, 256)
@@ -177,7 +143,7 @@ def test_fp8_equals_modelopts_cuda_definition(name, dtype):
 
 def test_every_finite_bf16_fp8_equals_modelopts_cuda_definition():
     """Law: the same for every finite bf16 weight, at each edge value of amax and at ModelOpt's threshold itself."""
-    weight = _finite_bf16()
+    weight = finite_bf16()
     for value in (*AMAXES, TINY):
         amax = torch.tensor(value)
         expected = _cuda_fp8(weight, amax)
@@ -192,7 +158,7 @@ def test_fp8_differs_from_modelopt_on_the_cpu_by_one_quotient(tensor_quant):
     """
     generator = torch.Generator().manual_seed(9)
     amax = torch.exp2(40 * torch.rand(4096, generator=generator) - 20)
-    weight = _adversarial(amax, 448.0, torch.float32, 64).view(4096, 1, 64)
+    weight = adversarial(amax, 448.0, torch.float32, 64).view(4096, 1, 64)
     twin = tensor_quant.fp8_eager(weight, amax.view(4096, 1, 1))
     by_reciprocal = _cuda_fp8(weight, amax.view(4096, 1, 1), lambda safe: safe.reciprocal() * 448.0)
     assert same_bits(twin, by_reciprocal)
@@ -245,7 +211,7 @@ def test_nvfp4_equals_modelopts_packed_weights(nvfp4, std, dtype, spread):
 def test_every_bf16_weight_in_nvfp4_equals_modelopts_packed_weights(nvfp4):
     """Law: the same for every bf16 weight from 2**-100 to 2**100, in windows of 2**16, near and mixed in a block."""
     for stride in (1, 37, 211):
-        weight = _finite_bf16(stride).view(-1, 16)
+        weight = finite_bf16(stride).view(-1, 16)
         weight = weight[((weight.abs() >= 2.0**-100) & (weight.abs() <= 2.0**100)).all(1)]
         exponent = weight.float().abs().amax(1).frexp().exponent
         for window in range(-99, 101, 16):
@@ -343,7 +309,7 @@ def test_every_finite_bf16_weight_in_mx_equals_torchao(mx_tensor, name, mode, su
     """
     dtype, element = MX_ELEMENTS[name]
     for stride in (1, 37, 211):
-        weight = _finite_bf16(stride).view(-1, 32)
+        weight = finite_bf16(stride).view(-1, 32)
         weight = weight[weight.float().abs().amax(1) >= element.max * 2.0**-125]
         assert len(weight) > 1900
         weight = torch.cat(

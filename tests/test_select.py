@@ -792,3 +792,25 @@ def test_forty_six_layers_of_128_experts_are_selected_at_once():
     assert spec.groups[0].names[127] == "decoder.layers.0.mlp.experts.linear_fc1.weight127"
     assert table.splitlines()[:-1] == FORTY_SIX_LAYERS.splitlines()
     assert table.endswith(": 99.0 % of 18,276,352 parameters")
+
+
+CHANGED_IN_PLACE = {
+    "shape": lambda w: setattr(w, "data", torch.ones(16, 32)),
+    "transposed": lambda w: setattr(w, "data", w.data.T),
+    "dtype": lambda w: setattr(w, "data", w.data.double()),
+    "mixed": lambda w: setattr(w, "data", w.data.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_IN_PLACE.values(), ids=CHANGED_IN_PLACE)
+def test_a_parameter_that_changes_in_place_is_checked_again(change):
+    """A group that passed once is compared with what it was, and a parameter that became another tensor is refused."""
+    params = {f"experts.{i}.w1.weight": torch.nn.Parameter(torch.ones(8, 32)) for i in range(4)}
+    (group,) = select(params, {"*": FP8}).groups
+    for _ in range(2):
+        assert weights_of(params, group) == list(params.values())
+    change(params["experts.2.w1.weight"])
+    with pytest.raises(ValueError, match=r"experts\.2\.w1\.weight"):
+        weights_of(params, group)
+    params["experts.2.w1.weight"] = torch.nn.Parameter(torch.ones(8, 32))
+    assert weights_of(params, group) == list(params.values())

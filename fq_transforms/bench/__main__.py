@@ -8,6 +8,7 @@ import platform
 import subprocess
 import warnings
 from datetime import date
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 
 import fq_transforms as fqt
-from fq_transforms.bench import peers, report
+from fq_transforms.bench import peers, report, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
 from fq_transforms.bench.timing import device_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
+    parser.add_argument("--sweep", action="store_true", help="only sweep the launch settings, and write their page")
     parser.add_argument("--commit", default=_commit(), help="what to call the measured code")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -52,6 +54,13 @@ def main() -> None:
         "commit": options.commit,
     }
     rows: list[Row] = []
+    if options.sweep:
+        with torch.no_grad():
+            for shape in tqdm(sweep.SWEEP_SHAPES, desc="shapes"):
+                rows += sweep.sweep(shape)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{environment['date']}-sweep.md").write_text(sweep.page(environment, rows))
+        return
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for shape in tqdm(SHAPES[:1] if options.quick else SHAPES, desc="shapes"):
@@ -163,6 +172,10 @@ def _weights(shape: Shape) -> Tensor:
 
 
 def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Row:
+    """One measurement; `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule."""
+    weight_bytes = {"forward, bf16": 4, "forward, fp32 to bf16": 6, "clip backward": 6, "amax": 2}[kind]
+    amax_bytes = 4 * prod(format.amax_shape(shape.out_features, shape.in_features))
+    own = floor * (1 + amax_bytes / (weight_bytes * shape.out_features * shape.in_features))
     return {
         "kind": kind,
         "shape": str(shape),
@@ -171,6 +184,7 @@ def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Ro
         "us": us,
         "floor_us": floor,
         "ratio": us / floor if kind == "amax" else floor / us,
+        "own": own / 2 / us if kind == "amax" else own / us,
     }
 
 

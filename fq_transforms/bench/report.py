@@ -12,7 +12,7 @@ PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
     """One line a measurement. The ratio is floor over ours, for amax ours over the floor."""
-    header = ["kind", "shape", "format", "us", "floor us", "ratio", "host us", "call us", *PEERS.values()]
+    header = ["kind", "shape", "format", "us", "floor us", "ratio", "own", "host us", "call us", *PEERS.values()]
     lines = [header] + [
         [
             row["kind"],
@@ -21,6 +21,7 @@ def table(rows: list[Row], *, markdown: bool = False) -> str:
             f"{row['us']:.1f}",
             f"{row['floor_us']:.1f}",
             f"{row['ratio']:.3f}",
+            f"{row['own']:.3f}",
             *("" if row.get(key) is None else f"{row[key]:.0f}" for key in ("host_us", "call_us", *PEERS)),
         ]
         for row in rows
@@ -45,8 +46,9 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         f"`python -m fq_transforms.bench`: {facts}. Each row equalled the reference bit for bit before it was timed.",
         "",
         "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the weights; for clip "
-        "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Host: one whole "
-        "`fakequant` call in a row of calls that nobody waits for. Call and peers: one call, waited for.",
+        "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
+        "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
+        "call in a row of calls that nobody waits for. Call and peers: one call, waited for.",
         "",
         f"![device time against the floor]({environment['date']}.png)",
         "",

@@ -8,7 +8,7 @@ import torch
 
 CALLS_A_GRAPH = 5
 REPLAYS = 15
-HOST_CALLS = 40
+HOST_CALLS, HOST_ROUNDS = 20, 7
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -68,13 +68,15 @@ def eager_us(call: Callable[[], object], calls: int = 10) -> float:
 
 
 def host_us(call: Callable[[], object]) -> float:
-    """Host time of one call, in microseconds: many in a row, the device left to itself."""
+    """Host time of one call, in microseconds: the median of rounds of calls in a row, the device left to itself."""
     for _ in range(3):
         call()
+    times: list[float] = []
+    for _ in range(HOST_ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(HOST_CALLS):
-        call()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed * 1e6 / HOST_CALLS
+    return median(times)

@@ -37,6 +37,7 @@ def fake_quantize(
     transposed: bool = False,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
+    separate: bool = False,
 ) -> tuple[Float[Tensor, "..."], ...]:
     """Fake-quantize each expert of a group by its own amax: `fake_quantize_reference`, differentiable in the weights.
 
@@ -52,9 +53,13 @@ def fake_quantize(
         transposed: True if a matrix is stored [in, out]. Granules always lie in [out, in].
         out_dtype: bf16, fp16 or fp32; the dtype of the weights if None.
         backward: "pass_through" or "clip".
+        separate: On a GPU, one allocation a tensor, in place of one for the group.
 
     Returns:
-        N new contiguous tensors; on a GPU, views of one allocation (`fq_transforms.ops.launch` says why).
+        N new contiguous tensors; on a GPU, unless `separate`, views of one allocation.
+
+    Raises:
+        ValueError: There is no weight, or weights of no elements.
 
     Example:
         >>> from fq_transforms.formats import FORMATS
@@ -64,7 +69,8 @@ def fake_quantize(
         >>> w.grad
         tensor([[1., 1., 0., 0.]])
     """
-    statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips)
+    _check_not_empty(weights)
+    statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
     if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
@@ -84,16 +90,26 @@ def expert_amax(
     Returns:
         amax, fp32 [E, *format.amax_shape(out, in)], and global_amax, fp32 [E] for static two-level formats, else None.
 
+    Raises:
+        ValueError: There is no weight, or weights of no elements.
+
     Example:
         >>> from fq_transforms.formats import FORMATS
         >>> expert_amax([torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])], format=FORMATS["FP8"])
         (tensor([3.0000, 0.5000]), None)
     """
-    statics = _Statics(format, transposed, torch.float32, False)
+    _check_not_empty(weights)
+    statics = _Statics(format, transposed, torch.float32)
     if torch.compiler.is_compiling():
         return _run_expert_amax(statics, *(weight.detach() for weight in weights))
     amax, global_amax = _ExpertAmax.apply(statics, *weights)
     return amax, global_amax if format.has_global_amax else None
+
+
+def _check_not_empty(weights: Sequence[Tensor]) -> None:
+    if not weights or weights[0].numel() == 0:
+        found = f"shape {tuple(weights[0].shape)}" if weights else "an empty list"
+        raise ValueError(f"weights: found {found}, wanted the weights of at least one expert")
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -101,7 +117,8 @@ class _Statics:
     format: Format
     transposed: bool
     out_dtype: torch.dtype
-    clip: bool
+    clip: bool = False
+    separate: bool = False
 
 
 def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
@@ -118,16 +135,16 @@ def _run_fake_quantize(
 ) -> tuple[Tensor, ...]:
     format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import fake_quantize_operator, fake_quantize_triton
+        from fq_transforms.ops import launch
 
+        numbers: dict[str, Any] = {"transposed": transposed, "out_dtype": out_dtype}
         if torch.compiler.is_compiling():
-            key = format.to_json()
-            out = fake_quantize_operator(list(weights), amax, global_amax, key, transposed, out_dtype)
-            return _unstack(out, weights)
-        out = fake_quantize_triton(
-            weights, amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
-        )
-        return _unstack(out, weights)
+            run = launch.fake_quantize_separate_operator if statics.separate else launch.fake_quantize_operator
+            out = run(list(weights), amax, global_amax, format=format.to_json(), **numbers)
+        else:
+            run = launch.fake_quantize_separate_triton if statics.separate else launch.fake_quantize_triton
+            out = run(weights, amax, global_amax, format=format, **numbers)
+        return tuple(out) if isinstance(out, list) else _unstack(out, weights)
     outs: list[Tensor] = []
     for w, a, g in zip(weights, _split(amax, weights), _split(global_amax, weights), strict=True):
         y = fake_quantize_reference(_matrix(w, transposed), a, g, format=format, out_dtype=out_dtype)
@@ -295,9 +312,12 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
 
 
 def _unstack(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Results [E, ., .] as views, one a weight, in the weight's own shape."""
+    """Results [E, ., .] as one tensor a weight, in the weight's own shape, all in one storage."""
     if weights[0].dim() == 2:
-        return out.unbind()
+        if torch.compiler.is_compiling():
+            return out.unbind()
+        rows = out.shape[1]  # the cheapest way to N tensors (bench, host): autograd does not count them as views
+        return tuple(torch.unsafe_split_with_sizes(out.flatten(0, 1), [rows] * len(weights)))
     parts = out.split([_experts(w) for w in weights])
     return tuple(part.view(w.shape) for part, w in zip(parts, weights, strict=True))
 

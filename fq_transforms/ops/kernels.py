@@ -270,6 +270,12 @@ def _each(granule):
 
 
 @triton.jit
+def _raise_to(maximum, bits):
+    """Maximum = max(maximum, bits), by an atomic only where it may change something: one address takes them in turn."""
+    tl.atomic_max(maximum, bits, mask=bits > tl.load(maximum), sem="relaxed")
+
+
+@triton.jit
 def expert_amax_kernel(
     weight_base,
     weight_table,
@@ -290,36 +296,13 @@ def expert_amax_kernel(
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A program sweeps STEPS tiles: along memory, along a row, or down a square block; who owns a granule stores it."""
+    """A program sweeps tiles, STEPS of them along memory, or along rows, or down a square block."""
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
     expert = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, TILE)
     j = tl.arange(0, CHUNK)
     largest = tl.zeros([TILE, CHUNK], dtype=tl.int32)
-    if SWEEP == "memory":  # one granule an expert, or one a chunk
-        chunks = out_features * (in_features // CHUNK)
-        largest_chunk = tl.zeros([TILE], dtype=tl.int32)
-        for step in tl.static_range(STEPS):
-            first = (tl.program_id(0) * STEPS + step) * TILE
-            chunk = first + c
-            x = tl.load(
-                weight + first.to(tl.int64) * CHUNK + c[:, None] * CHUNK + j[None, :],
-                mask=(chunk < chunks)[:, None] & (j >= 0)[None, :],
-                other=0.0,
-            )
-            bits = _bits(tl.abs(x.to(tl.float32)))
-            if COLUMNS == 0:
-                largest = tl.maximum(largest, bits)
-            else:
-                chunk_amax = tl.max(bits, axis=1)
-                tl.store(amax_ptr + expert * chunks + chunk, chunk_amax, mask=chunk < chunks)
-                if GLOBAL:
-                    largest_chunk = tl.maximum(largest_chunk, chunk_amax)
-        if COLUMNS == 0:
-            tl.atomic_max(amax_ptr + expert, tl.max(largest))
-        elif GLOBAL:
-            tl.atomic_max(global_amax_ptr + expert, tl.max(largest_chunk))
-    elif SWEEP == "row":  # TILE whole rows
+    if SWEEP == "rows":  # TILE whole rows
         row = tl.program_id(0) * TILE + c
         start = weight + row.to(tl.int64)[:, None] * in_features + j[None, :]
         for column in range(0, in_features, CHUNK):
@@ -336,15 +319,38 @@ def expert_amax_kernel(
             x = tl.load(weight + row.to(tl.int64)[:, None] * in_features + column[None, :], mask=mask, other=0.0)
             largest = tl.maximum(largest, _bits(tl.abs(x.to(tl.float32))))
         tl.store(amax_ptr + expert * rows * columns + tl.program_id(0), tl.max(largest))
-    else:  # "scatter": matrices stored [in, out], where several programs share a granule
+    elif SWEEP == "scatter":  # matrices stored [in, out], where several programs share a granule
         base, offsets, mask, exists, granule = _chunks(
             out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
         )
         x = tl.load(weight + base + offsets, mask=mask, other=0.0)
         chunk_amax = tl.max(_bits(tl.abs(x.to(tl.float32))), axis=1)
-        tl.atomic_max(amax_ptr + granule, chunk_amax, mask=exists)
+        tl.atomic_max(amax_ptr + granule, chunk_amax, mask=exists, sem="relaxed")
         if GLOBAL:
-            tl.atomic_max(global_amax_ptr + expert, tl.max(chunk_amax))
+            _raise_to(global_amax_ptr + expert, tl.max(chunk_amax))
+    else:  # along memory: one granule an "expert", or the "blocks" of one chunk each
+        chunks = out_features * (in_features // CHUNK)
+        largest_chunk = tl.zeros([TILE], dtype=tl.int32)
+        for step in tl.static_range(STEPS):
+            first = (step * tl.num_programs(0) + tl.program_id(0)) * TILE
+            chunk = first + c
+            x = tl.load(
+                weight + first.to(tl.int64) * CHUNK + c[:, None] * CHUNK + j[None, :],
+                mask=(chunk < chunks)[:, None] & (j >= 0)[None, :],
+                other=0.0,
+            )
+            bits = _bits(tl.abs(x.to(tl.float32)))
+            if SWEEP == "expert":
+                largest = tl.maximum(largest, bits)
+            else:
+                chunk_amax = tl.max(bits, axis=1)
+                tl.store(amax_ptr + expert * chunks + chunk, chunk_amax, mask=chunk < chunks)
+                if GLOBAL:
+                    largest_chunk = tl.maximum(largest_chunk, chunk_amax)
+        if SWEEP == "expert":
+            _raise_to(amax_ptr + expert, tl.max(largest))
+        elif GLOBAL:
+            _raise_to(global_amax_ptr + expert, tl.max(largest_chunk))
 
 
 @triton.jit

@@ -4,12 +4,11 @@ NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts 
 one allocation), else through a table of addresses on the device. Tables are cached by their contents, so a cached table
 is never stale: a tensor that moves has another address, and so another table.
 
-NOTE memory of the results: the results of a group share one allocation, evenly spaced, so that they need no table,
-which would be made anew for each call's new addresses. The price: one result that is kept keeps all N.
+NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
+allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own.
 """
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -28,26 +27,31 @@ __all__ = [
     "expert_amax_operator",
     "expert_amax_triton",
     "fake_quantize_operator",
+    "fake_quantize_separate_operator",
+    "fake_quantize_separate_triton",
     "fake_quantize_triton",
 ]
 
 
 class Tile(NamedTuple):
-    """Weights a program works on at a time, and its warps."""
+    """Weights that a program works on at a time, its warps, and how many such tiles it takes one after the other."""
 
     weights: int
     warps: int
+    steps: int = 1
 
 
-# FORWARD and AMAX were swept on an H200, 2026-11-23, 32 x [1856, 2688] bf16, over 512 to 4096 weights and 1 to 8 warps.
-# BACKWARD was not: this tile reached the floor of three streams.
+# Chosen by `python -m fq_transforms.bench --sweep`; bench/results has what was swept and what came out.
 FORWARD = Tile(2048, 2)
-BACKWARD = Tile(2048, 4)
-AMAX = Tile(2048, 4)
-# Tiles that a program of the amax kernel sweeps: many where they end in one atomic, few where each block is stored.
-# Swept with the above over 1 to 32.
-STEPS_AN_EXPERT, STEPS_A_BLOCK = 16, 2
-# Weights of a row that the amax kernel takes at a time, per channel: four rows of 16-byte loads. Not swept yet.
+BACKWARD = Tile(2048, 8)
+AMAX = {
+    "expert": Tile(1024, 4, 8),
+    "blocks": Tile(4096, 8, 2),
+    "rows": Tile(1024, 4),
+    "square": Tile(4096, 8),
+    "scatter": Tile(2048, 4),
+}
+# Weights of a row that the amax kernel takes at a time, per channel: two warps of 16-byte loads.
 ROW_CHUNK = 512
 
 
@@ -59,19 +63,39 @@ def fake_quantize_triton(
     format: Format,
     transposed: bool,
     out_dtype: torch.dtype,
+    tile: Tile = FORWARD,
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
     inputs = _group(weights)
     out = _result(inputs, out_dtype)
-    plan = _forward_plan(format, inputs.matrix, transposed)
+    plan = _forward_plan(format, inputs.matrix, transposed, tile)
     _launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
     return out.base
 
 
-def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed: bool) -> tuple[Tensor, Tensor | None]:
+def fake_quantize_separate_triton(
+    weights: Sequence[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *,
+    format: Format,
+    transposed: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """`fake_quantize_triton` into one new tensor a weight, in its shape, none of which keeps another alive."""
+    inputs = _group(weights)
+    outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
+    plan = _forward_plan(format, inputs.matrix, transposed, FORWARD)
+    _launch(kernels.fake_quantize_kernel, plan, (inputs, _group(outs)), (amax, global_amax))
+    return outs
+
+
+def expert_amax_triton(
+    weights: Sequence[Tensor], *, format: Format, transposed: bool, tile: Tile | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`expert_amax_reference` of every expert of a group, in one launch: [E, *amax_shape], and [E] or None."""
     inputs = _group(weights)
-    plan = _amax_plan(format, inputs.matrix, transposed)
+    plan = _amax_plan(format, inputs.matrix, transposed, tile)
     shape = (inputs.experts, *format.amax_shape(*_shape(inputs.matrix, transposed)))
     is_shared = plan.constants["SWEEP"] == "scatter" or len(shape) == 1  # several programs meet in one granule
     amax = _maxima(shape, inputs.base.device, is_shared)
@@ -81,12 +105,18 @@ def expert_amax_triton(weights: Sequence[Tensor], *, format: Format, transposed:
 
 
 def clip_backward_triton(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], amax: Tensor, *, format: Format, transposed: bool
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    amax: Tensor,
+    *,
+    format: Format,
+    transposed: bool,
+    tile: Tile = BACKWARD,
 ) -> Tensor:
     """`clip_backward_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
     inputs = _group(weights)
     out = _result(inputs, inputs.base.dtype)
-    plan = _backward_plan(format, inputs.matrix, transposed)
+    plan = _backward_plan(format, inputs.matrix, transposed, tile)
     _launch(kernels.clip_backward_kernel, plan, (_group(grads), inputs, out), (amax,))
     return out.base
 
@@ -120,6 +150,33 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return weights[0].new_empty((_experts(weights), *weights[0].shape[-2:]), dtype=out_dtype)
+
+
+@torch.library.custom_op("fq_transforms::fake_quantize_separate", mutates_args=())
+def fake_quantize_separate_operator(
+    weights: list[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    format: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """`fake_quantize_separate_triton`, for torch.compile."""
+    return fake_quantize_separate_triton(
+        weights, amax, global_amax, format=_parse(format), transposed=transposed, out_dtype=out_dtype
+    )
+
+
+@fake_quantize_separate_operator.register_fake
+def _(
+    weights: list[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    format: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    return [weight.new_empty(weight.shape, dtype=out_dtype) for weight in weights]
 
 
 @torch.library.custom_op("fq_transforms::expert_amax", mutates_args=())
@@ -184,13 +241,11 @@ def _group(tensors: Sequence[Tensor]) -> _Group:
     a, b = first.shape[-2:]
     experts, size = len(addresses), first.element_size()
     start, gap = addresses[0], addresses[1] - addresses[0] if experts > 1 else 0
-    is_even = experts == 1 or (
-        gap != 0 and gap % size == 0 and addresses == list(range(start, start + experts * gap, gap))
-    )
-    if is_even:
+    is_even = gap % size == 0 and addresses[-1] == start + (experts - 1) * gap  # most that are not end here
+    if is_even and (experts == 1 or (gap != 0 and addresses == list(range(start, start + experts * gap, gap)))):
         return _Group(first, None, gap // size, experts, (a, b), True, tensors)
-    table, is_aligned = _table(tuple(addresses), first.device)
-    return _Group(first, table, 0, experts, (a, b), is_aligned, tensors)
+    table = _table(tuple(addresses), first.device)
+    return _Group(first, table.addresses, 0, experts, (a, b), table.is_aligned, tensors)
 
 
 def _result(group: _Group, dtype: torch.dtype) -> _Group:
@@ -213,7 +268,7 @@ class _Plan(NamedTuple):
 
 
 @cache
-def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> _Plan:
     element = format.element
     is_int = isinstance(element, IntElement)
     constants = {
@@ -230,33 +285,39 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> 
         "EXPONENT_ROUNDING": format.exponent_rounding,
         "MAX_BITS": 0 if is_int else element.max_bits,
     }
-    return _visit(format, _shape(matrix, transposed), transposed, FORWARD, constants)
+    return _visit(format, _shape(matrix, transposed), transposed, tile, constants)
 
 
 @cache
-def _backward_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
-    return _visit(format, _shape(matrix, transposed), transposed, BACKWARD, {})
+def _backward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> _Plan:
+    return _visit(format, _shape(matrix, transposed), transposed, tile, {})
 
 
 @cache
-def _amax_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+def _amax_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None) -> _Plan:
     out_features, in_features = _shape(matrix, transposed)
-    constants: dict[str, Any] = {"SWEEP": "memory", "GLOBAL": format.has_global_amax, "STEPS": 1}
     if format.dynamic:  # what is calibrated is the whole expert
         format = replace(format, scale="fp32", dynamic=False, block=(None, None))
-    plan = _visit(format, (out_features, in_features), transposed, AMAX, constants)
     rows, columns = format.block
-    if plan.constants["TRANSPOSED"]:
-        return plan._replace(constants=plan.constants | {"SWEEP": "scatter"})
-    if format.block == (None, None) or format.has_blocks_along_in:
-        steps = STEPS_AN_EXPERT if columns is None else STEPS_A_BLOCK
-        return plan._replace(blocks=-(-plan.blocks // steps), constants=plan.constants | {"STEPS": steps})
-    if columns is None:
-        tile = AMAX.weights // ROW_CHUNK
-        changes = {"SWEEP": "row", "CHUNK": ROW_CHUNK, "TILE": tile}
-        return plan._replace(blocks=-(-out_features // tile), constants=plan.constants | changes)
-    changes = {"SWEEP": "square", "CHUNK": columns, "TILE": min(rows or 1, AMAX.weights // columns)}
-    return plan._replace(blocks=plan.numbers[2] * plan.numbers[3], constants=plan.constants | changes)
+    if format.block == (None, None):
+        sweep = "expert"
+    elif transposed:
+        sweep = "scatter"
+    else:
+        sweep = "rows" if columns is None else "blocks" if rows == 1 else "square"
+    tile = tile or AMAX[sweep]
+    constants = {"SWEEP": sweep, "GLOBAL": format.has_global_amax, "STEPS": tile.steps}
+    plan = _visit(format, (out_features, in_features), transposed, tile, constants)
+    if sweep in ("expert", "blocks"):
+        return plan._replace(blocks=-(-plan.blocks // tile.steps))
+    if sweep == "rows":
+        rows = max(1, tile.weights // ROW_CHUNK)
+        tiling = {"CHUNK": ROW_CHUNK, "TILE": rows}
+        return plan._replace(blocks=-(-out_features // rows), constants=plan.constants | tiling)
+    if sweep == "square":
+        tiling = {"CHUNK": columns, "TILE": max(1, min(rows or 1, tile.weights // (columns or 1)))}
+        return plan._replace(blocks=plan.numbers[2] * plan.numbers[3], constants=plan.constants | tiling)
+    return plan
 
 
 def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile, constants: dict[str, Any]) -> _Plan:
@@ -332,36 +393,49 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
                 _COMPILED[key] = compiled
 
 
-# Small: 8 bytes an expert. A table that a CUDA graph was captured with stays for good, as the graph may be replayed.
-_TABLES: OrderedDict[tuple[object, ...], tuple[Tensor, bool, Tensor]] = OrderedDict()
-_CAPTURED: dict[tuple[object, ...], tuple[Tensor, bool, Tensor]] = {}
+class _Table(NamedTuple):
+    """Addresses on the device, whether all are multiples of 16, and the pinned memory that they were copied from."""
+
+    addresses: Tensor
+    is_aligned: bool
+    host: Tensor
+
+
+# Small: 8 bytes an expert. First in, first out.
+_TABLES: dict[tuple[object, ...], _Table] = {}
 MOST_TABLES = 4096
+# What a CUDA graph reads stays for good, as the graph may be replayed.
+_CAPTURED: list[object] = []
 
 
-def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """The addresses as int64 on the device, made without waiting, and whether all are multiples of 16 bytes."""
-    is_cuda = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0, addresses)
-    is_capturing = is_cuda and torch.cuda.is_current_stream_capturing()
-    entry = _TABLES.get(key) or _CAPTURED.get(key)
-    if entry is not None:
-        if key in _TABLES:
-            _TABLES.move_to_end(key)
-    else:
+def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
+    """The table of some addresses, made without waiting, for the current stream.
+
+    A table that is first needed while a CUDA graph is captured is filled by a copy within the graph, at each replay.
+    """
+    if device.type != "cuda":
+        return _uploaded(addresses, device)
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)  # pyright: ignore[reportPrivateUsage] (no wrapper)
+    is_capturing = torch.cuda.is_current_stream_capturing()
+    key = (device.index, stream, addresses)
+    table = _TABLES.get(key)
+    if table is None:
+        table = _uploaded(addresses, device)
         if is_capturing:
-            raise RuntimeError(
-                "a group of weights was first seen while a CUDA graph was captured; call the function once before, as "
-                "torch.cuda.graph's warm-up does, on the stream that captures"
-            )
-        host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        host = host.pin_memory() if is_cuda else host
-        entry = (host.to(device, non_blocking=True), all(address % 16 == 0 for address in addresses), host)
-        _TABLES[key] = entry
+            _CAPTURED.append(table.host)
+            return table
+        _TABLES[key] = table
         if len(_TABLES) > MOST_TABLES:
-            _TABLES.popitem(last=False)
+            del _TABLES[next(iter(_TABLES))]
     if is_capturing:
-        _CAPTURED[key] = entry
-    return entry[0], entry[1]
+        _CAPTURED.append(table)
+    return table
+
+
+def _uploaded(addresses: tuple[int, ...], device: torch.device) -> _Table:
+    host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    is_aligned = all(address % 16 == 0 for address in addresses)
+    return _Table(host.to(device, non_blocking=True), is_aligned, host)
 
 
 def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Tensor:
