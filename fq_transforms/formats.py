@@ -122,6 +122,10 @@ class Format:
                 raise ValueError(f"format {self.name!r}: found {found}")
         object.__setattr__(self, "_json", json.dumps(self.to_dict()))
 
+    def __hash__(self) -> int:
+        """Of the name alone: formats are looked up at each call, and equal ones have equal names."""
+        return hash(self.name)
+
     def to_dict(self) -> dict[str, Any]:
         """All of the format's numbers, ready for JSON; `from_dict` reads them."""
         return {name: value for name, value in asdict(self).items() if name != "_json"}

@@ -33,10 +33,19 @@ def tiles(weights: Sequence[int], warps: Sequence[int], steps: Sequence[int] = (
 
 
 VISIT = tiles((1024, 2048, 4096), (1, 2, 4, 8))
-FORWARD_FORMATS = ["FP8", "INT8_PER_CHANNEL", "FP8_BLOCK", "INT4_BLOCK32", "INT4_BLOCK128"]
-FORWARD_FORMATS += ["NVFP4", "NVFP4_STATIC", "MXFP8", "MXFP4"]
+VISITED = (
+    "FP8",
+    "INT8_PER_CHANNEL",
+    "FP8_BLOCK",
+    "INT4_BLOCK32",
+    "INT4_BLOCK128",
+    "NVFP4",
+    "NVFP4_STATIC",
+    "MXFP8",
+    "MXFP4",
+)
 SWEEPS = [
-    *(Sweep("forward", FORMATS[name], VISIT) for name in FORWARD_FORMATS),
+    *(Sweep("forward", FORMATS[name], VISIT) for name in VISITED),
     *(Sweep("clip backward", FORMATS[name], VISIT) for name in ("FP8", "NVFP4_STATIC")),
     Sweep("amax", FORMATS["FP8"], tiles((1024, 2048, 4096), (4, 8, 16), (8, 16))),
     Sweep("amax", FORMATS["NVFP4_STATIC"], tiles((2048, 4096), (4, 8), (1, 2, 4, 8))),

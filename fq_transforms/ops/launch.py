@@ -43,6 +43,7 @@ class Tile(NamedTuple):
 
 # Chosen by `python -m fq_transforms.bench --sweep`; bench/results has what was swept and what came out.
 FORWARD = Tile(2048, 2)
+FORWARD_BLOCKS = Tile(1024, 1)  # blocks along `in`, but for dynamic NVFP4
 BACKWARD = Tile(2048, 8)
 AMAX = {
     "expert": Tile(1024, 4, 8),
@@ -63,7 +64,7 @@ def fake_quantize_triton(
     format: Format,
     transposed: bool,
     out_dtype: torch.dtype,
-    tile: Tile = FORWARD,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
     inputs = _group(weights)
@@ -85,7 +86,7 @@ def fake_quantize_separate_triton(
     """`fake_quantize_triton` into one new tensor a weight, in its shape, none of which keeps another alive."""
     inputs = _group(weights)
     outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
-    plan = _forward_plan(format, inputs.matrix, transposed, FORWARD)
+    plan = _forward_plan(format, inputs.matrix, transposed, None)
     _launch(kernels.fake_quantize_kernel, plan, (inputs, _group(outs)), (amax, global_amax))
     return outs
 
@@ -268,7 +269,9 @@ class _Plan(NamedTuple):
 
 
 @cache
-def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> _Plan:
+def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None) -> _Plan:
+    is_nvfp4 = format.scale == "e4m3" and format.dynamic
+    tile = tile or (FORWARD_BLOCKS if format.has_blocks_along_in and not is_nvfp4 else FORWARD)
     element = format.element
     is_int = isinstance(element, IntElement)
     constants = {
@@ -365,21 +368,21 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
             f"a group of {first.experts} experts of {list(first.matrix)}: found more than {MOST_EXPERTS}, the limit of "
             "one launch; split it, or map over less with vmap"
         )
-    scales = tuple(None if scale is None else scale.contiguous() for scale in scales)
-    arguments = [
-        *(argument for group in groups for argument in group[:3]),
-        *scales,
-        *plan.numbers,
-        *plan.constants.values(),
-        all(group.is_aligned for group in groups),
-    ]
-    key = (
-        kernel,
-        id(plan),  # plans are cached for good
-        first.base.device.index,
-        *((g.base.dtype, g.base.data_ptr() % 16, g.table is None, *_kind(g.stride), g.is_aligned) for g in groups),
-        *(None if scale is None else scale.data_ptr() % 16 for scale in scales),
-    )
+    arguments: list[Any] = []
+    kinds: list[object] = [kernel, id(plan), first.base.device.index]  # plans are cached for good
+    is_aligned = True
+    for base, table, stride, _, _, group_is_aligned, _ in groups:
+        arguments += (base, table, stride)
+        kinds += (base.dtype, base.data_ptr() % 16, table is None, *_kind(stride))
+        is_aligned &= group_is_aligned
+    for scale in scales:
+        dense = None if scale is None else scale.contiguous()
+        arguments.append(dense)
+        kinds.append(None if dense is None else dense.data_ptr() % 16)
+    arguments += plan.numbers
+    arguments += plan.constants.values()
+    arguments.append(is_aligned)
+    key = (*kinds, is_aligned)
     grid = (plan.blocks, first.experts, 1)
     with torch.cuda.device_of(first.base):
         compiled = _COMPILED.get(key)
