@@ -12,7 +12,20 @@ PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
     """One line a measurement. The ratio is floor over ours, for amax ours over the floor."""
-    header = ["kind", "shape", "format", "us", "floor us", "ratio", "own", "host us", "call us", *PEERS.values()]
+    header = [
+        "kind",
+        "shape",
+        "format",
+        "us",
+        "floor us",
+        "ratio",
+        "own",
+        "host us",
+        "unbind us",
+        "call us",
+        *PEERS.values(),
+        "gain",
+    ]
     lines = [header] + [
         [
             row["kind"],
@@ -22,7 +35,8 @@ def table(rows: list[Row], *, markdown: bool = False) -> str:
             f"{row['floor_us']:.1f}",
             f"{row['ratio']:.3f}",
             f"{row['own']:.3f}",
-            *("" if row.get(key) is None else f"{row[key]:.0f}" for key in ("host_us", "call_us", *PEERS)),
+            *("" if row.get(key) is None else f"{row[key]:.0f}" for key in ("host_us", "unbind_us", "call_us", *PEERS)),
+            _gain(row),
         ]
         for row in rows
     ]
@@ -31,6 +45,12 @@ def table(rows: list[Row], *, markdown: bool = False) -> str:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _gain(row: Row) -> str:
+    """The best peer's whole call over ours."""
+    peers = [row[key] for key in PEERS if row.get(key) is not None]
+    return f"{min(peers) / row['call_us']:.2f}" if peers else ""
 
 
 def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
@@ -48,7 +68,8 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the weights; for clip "
         "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
         "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
-        "call in a row of calls that nobody waits for. Call and peers: one call, waited for.",
+        "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself. Call and "
+        "peers: one call, waited for. Gain: the best peer's call over ours.",
         "",
         f"![device time against the floor]({environment['date']}.png)",
         "",
