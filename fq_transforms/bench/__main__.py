@@ -191,13 +191,15 @@ def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Ro
 def _host(weights: list[Tensor], format: Format) -> Row:
     """Whole calls of the public function, as a user makes them, and torch's own cost of making as many views."""
     params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
-    fq = fqt.transform(fqt.select(params, {"*": format}))
+    spec = fqt.select(params, {"*": format})
+    fq, apart = fqt.transform(spec), fqt.transform(spec, separate=True)
     state = fq.calibrate(params)
     stacked = weights[0].new_empty((len(weights), *weights[0].shape))
     return {
         "host_us": host_us(lambda: fq.fakequant(params, state)),
         "call_us": eager_us(lambda: fq.fakequant(params, state)),
-        "unbind_us": host_us(lambda: stacked.unbind()),
+        "unbind_us": host_us(stacked.unbind),
+        "separate_us": host_us(lambda: apart.fakequant(params, state)),
     }
 
 

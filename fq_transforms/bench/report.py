@@ -8,6 +8,8 @@ from typing import Any
 Row = dict[str, Any]
 
 PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_us": "ModelOpt loop"}
+HOST = {"host_us": "host us", "unbind_us": "unbind us", "separate_us": "separate us", "call_us": "call us"}
+WHOLE_CALLS = HOST | PEERS
 
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
@@ -35,7 +37,7 @@ def table(rows: list[Row], *, markdown: bool = False) -> str:
             f"{row['floor_us']:.1f}",
             f"{row['ratio']:.3f}",
             f"{row['own']:.3f}",
-            *("" if row.get(key) is None else f"{row[key]:.0f}" for key in ("host_us", "unbind_us", "call_us", *PEERS)),
+            *("" if row.get(key) is None else f"{row[key]:.0f}" for key in WHOLE_CALLS),
             _gain(row),
         ]
         for row in rows
@@ -68,8 +70,8 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "Device time is the median of graph replays, in microseconds. The floor is `copy_` of the weights; for clip "
         "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
         "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
-        "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself. Call and "
-        "peers: one call, waited for. Gain: the best peer's call over ours.",
+        "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; separate: "
+        "the host's time with an allocation a weight. Call and peers: one call, waited for. Gain: the best peer's call over ours.",
         "",
         f"![device time against the floor]({environment['date']}.png)",
         "",
