@@ -71,7 +71,8 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
         "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
         "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; separate: "
-        "the host's time with an allocation a weight. Call and peers: one call, waited for. Gain: the best peer's call over ours.",
+        "the host's time with an allocation a weight. Call and peers: one call, waited for. Gain: the best peer's call "
+        "over ours.",
         "",
         f"![device time against the floor]({environment['date']}.png)",
         "",
