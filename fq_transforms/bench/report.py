@@ -14,20 +14,7 @@ WHOLE_CALLS = HOST | PEERS
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
     """One line a measurement. The ratio is floor over ours, for amax ours over the floor."""
-    header = [
-        "kind",
-        "shape",
-        "format",
-        "us",
-        "floor us",
-        "ratio",
-        "own",
-        "host us",
-        "unbind us",
-        "call us",
-        *PEERS.values(),
-        "gain",
-    ]
+    header = ["kind", "shape", "format", "us", "floor us", "ratio", "own", *WHOLE_CALLS.values(), "gain"]
     lines = [header] + [
         [
             row["kind"],
