@@ -102,7 +102,7 @@ def measure_peers(shape: Shape, rows: list[Row]) -> None:
         )
         for name, call in calls.items():
             try:
-                row[name] = None if call is None else eager_us(call, calls=5)
+                row[name] = None if call is None else eager_us(call, calls=7)
             except (
                 RuntimeError,
                 ValueError,

@@ -8,6 +8,7 @@ import torch
 
 CALLS_A_GRAPH = 5
 REPLAYS = 15
+WARM_UP_S = 0.02  # of replays before the first that is timed: after a pause the first ones are slower
 HOST_CALLS, HOST_ROUNDS = 20, 7
 
 
@@ -23,6 +24,10 @@ def device_us(call: Callable[[], object]) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(CALLS_A_GRAPH):
             call()
+    until = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(REPLAYS):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -53,7 +58,7 @@ def floor_us(call: Callable[[], object]) -> float:
     return min(median(times), device_us(call))
 
 
-def eager_us(call: Callable[[], object], calls: int = 10) -> float:
+def eager_us(call: Callable[[], object], calls: int = 30) -> float:
     """Median whole time of one call, waited for, in microseconds: what is left to calls that cannot be captured."""
     for _ in range(2):
         call()
@@ -72,8 +77,8 @@ def host_us(call: Callable[[], object]) -> float:
     for _ in range(3):
         call()
     times: list[float] = []
-    for _ in range(HOST_ROUNDS):
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    for _ in range(HOST_ROUNDS):  # with no wait between them, as a host that waits slows down
         start = time.perf_counter()
         for _ in range(HOST_CALLS):
             call()
