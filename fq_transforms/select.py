@@ -14,7 +14,7 @@ The group key is the parameter's name with the expert number as `*`.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import import_module
 from math import prod
@@ -68,6 +68,7 @@ class Group:
         shape: (out, in) of one expert.
         stacked: One parameter holds all experts along dimension 0.
         transposed: Matrices are stored [in, out].
+        leaf_shapes: Shape of each leaf of the group's state, by field.
     """
 
     key: str
@@ -77,6 +78,16 @@ class Group:
     shape: tuple[int, int]
     stacked: bool = False
     transposed: bool = False
+    # Made once, as a field: each call of `fakequant` compares the state with it.
+    leaf_shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not self.format.is_stateless:
+            shapes["amax"] = (self.experts, *self.format.amax_shape(*self.shape))
+        if self.format.has_global_amax:
+            shapes["global_amax"] = (self.experts,)
+        object.__setattr__(self, "leaf_shapes", shapes)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -127,7 +138,7 @@ class Spec:
 
     def to_json(self) -> str:
         """The spec as one line of JSON, formats with all of their numbers."""
-        groups = [asdict(group) | {"format": group.format.to_dict()} for group in self.groups]
+        groups = [_group_to_dict(group) for group in self.groups]
         return json.dumps({"groups": groups, "skipped": [asdict(skipped) for skipped in self.skipped]})
 
     @staticmethod
@@ -445,6 +456,10 @@ def _check_local(name: str, weight: Tensor) -> None:
 def _check_dtype(name: str, weight: Tensor) -> None:
     if weight.dtype not in DTYPES:
         raise ValueError(f"parameter {name!r}: found {weight.dtype}, wanted bfloat16, float16 or float32")
+
+
+def _group_to_dict(group: Group) -> dict[str, Any]:
+    return {f.name: getattr(group, f.name) for f in fields(group) if f.init} | {"format": group.format.to_dict()}
 
 
 def _group_from_json(format: dict[str, Any], names: list[str], shape: list[int], **others: Any) -> Group:

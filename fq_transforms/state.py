@@ -62,7 +62,7 @@ def init(params: Mapping[str, Tensor], *, spec: Spec) -> State:
     for group in spec.groups:
         device = weights_of(params, group)[0].device
         leaves = [
-            torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=device) for shape in leaf_shapes(group).values()
+            torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=device) for shape in group.leaf_shapes.values()
         ]
         state[group.key] = group_state(group.format, *leaves)
     return state
@@ -155,7 +155,7 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
         if group.key not in state:
             raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
         found: Any = state[group.key]
-        wanted = leaf_shapes(group)
+        wanted = group.leaf_shapes
         _check_group(group.key, found, f"those of {group.format.name}")
         if found._fields != tuple(wanted):
             raise ValueError(
@@ -173,15 +173,6 @@ def group_state(format: Format, *leaves: Tensor) -> GroupState:
     if format.is_stateless:
         return Stateless()
     return BlockAmax(*leaves) if len(leaves) == 2 else ExpertAmax(*leaves)
-
-
-def leaf_shapes(group: Group) -> dict[str, tuple[int, ...]]:
-    """Shape of each leaf of a group, by field."""
-    format = group.format
-    if format.is_stateless:
-        return {}
-    shapes = {"amax": (group.experts, *format.amax_shape(*group.shape))}
-    return shapes | ({"global_amax": (group.experts,)} if format.has_global_amax else {})
 
 
 def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ a Function of its own, whose forward sees plain tensors again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ def fake_quantize(
         tensor([[1., 1., 0., 0.]])
     """
     _check_not_empty(weights)
-    statics = _Statics(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
+    make = _Statics if torch.compiler.is_compiling() else _known_statics
+    statics = make(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
     if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     function = _TracedFakeQuantize if torch.compiler.is_compiling() else _FakeQuantize
@@ -121,6 +123,17 @@ class _Statics:
     separate: bool = False
 
 
+_known_statics = cache(_Statics)
+
+
+@cache
+def _launchers() -> Any:
+    """`ops.launch`, imported once a GPU asks for it: it needs Triton."""
+    from fq_transforms.ops import launch
+
+    return launch
+
+
 def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
     """False if no transform and no gradient looks on: then the rules, and their cost to the host, can be left out."""
     return (
@@ -135,13 +148,14 @@ def _run_fake_quantize(
 ) -> tuple[Tensor, ...]:
     format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
     if weights[0].is_cuda:
-        from fq_transforms.ops import launch
-
         numbers: dict[str, Any] = {"transposed": transposed, "out_dtype": out_dtype}
         if torch.compiler.is_compiling():
+            from fq_transforms.ops import launch
+
             run = launch.fake_quantize_separate_operator if statics.separate else launch.fake_quantize_operator
             out = run(list(weights), amax, global_amax, format=format.to_json(), **numbers)
         else:
+            launch = _launchers()
             run = launch.fake_quantize_separate_triton if statics.separate else launch.fake_quantize_triton
             out = run(weights, amax, global_amax, format=format, **numbers)
         return tuple(out) if isinstance(out, list) else _unstack(out, weights)

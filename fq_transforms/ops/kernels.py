@@ -54,6 +54,15 @@ def _max(x, y):
 
 
 @triton.jit
+def _largest(a):
+    """Maximum of magnitudes along a chunk, NaN if there is one."""
+    if INTERPRETED:  # which would call _max once an element
+        return _float(tl.max(_bits(a), axis=1))
+    else:
+        return tl.reduce(a, 1, _max)
+
+
+@triton.jit
 def _with_sign_of(magnitude, x):
     return _float(_bits(magnitude) | (_bits(x) & -2147483648))
 
@@ -61,9 +70,8 @@ def _with_sign_of(magnitude, x):
 @triton.jit
 def _round_magnitude(a, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """Nearest value of a small float to a, 0 <= a <= its largest value and half a step, ties to even."""
-    exponent = tl.maximum(_bits(a) & 0x7F800000, (MIN_EXPONENT + 127) << 23)
-    magic = _float(exponent + ((23 - MANTISSA) << 23))
-    return (a + magic) - magic
+    power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
+    return tl.fma(power, -(2.0 ** (23 - MANTISSA)), tl.fma(power, 2.0 ** (23 - MANTISSA), a))
 
 
 @triton.jit
@@ -94,7 +102,7 @@ def _reciprocal(x):
 def _quotient(a, b, reciprocal):
     """The quotient a / b, rounded as a division is; see NOTE exact quotients."""
     q = a * reciprocal
-    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+    return tl.fma(tl.fma(q, -b, a), reciprocal, q)
 
 
 @triton.jit
@@ -102,6 +110,43 @@ def _scale(QMAX: tl.constexpr, amax):
     """QMAX / amax, correctly rounded, for amax >= 2**-24; a quarter of both keeps the reciprocal normal."""
     quarter = amax * 0.25
     return _quotient(QMAX * 0.25, quarter, _reciprocal(quarter))
+
+
+@triton.jit
+def _each(granule):
+    """A chunk's number, shaped to meet its weights; one number for the whole expert stays a scalar."""
+    return granule[:, None] if len(granule.shape) == 1 else granule
+
+
+@triton.jit
+def _two_level(
+    x,
+    block_amax,
+    g,
+    LIFT: tl.constexpr,
+    QMAX: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):
+    """Weights quantized and dequantized under E4M3 scales and an expert's scale g.
+
+    Dividends are saturated first, so no quotient overflows; with LIFT = 2**64 for a tiny g, none underflows either.
+    """
+    d = QMAX * g
+    lifted = _max(d * LIFT, SMALLEST_DIVISOR)
+    s8 = _max(_quotient(_min(block_amax, 448.0 * d) * LIFT, lifted, _reciprocal(lifted)), MIN_SCALE)
+    s = _round_magnitude(s8, -6, 3) * g
+    if UNIT_SCALE_BELOW != 0:
+        s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
+    if not DYNAMIC or UNIT_SCALE_BELOW != 0:
+        s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, block_amax * 0.0, s))
+    lifted = _max(s * LIFT, SMALLEST_DIVISOR)
+    dividend = _min(tl.abs(x), _each(QMAX * s)) * LIFT
+    v = _quotient(dividend, _each(lifted), _each(_reciprocal(lifted)))
+    return _with_sign_of(_round_magnitude(v, MIN_EXPONENT, MANTISSA) * _each(s), x)
 
 
 @triton.jit
@@ -205,13 +250,14 @@ def fake_quantize_kernel(
     base, offsets, mask, exists, granule = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
-    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base
-    x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
+    out = _address(out_base, out_table, out_stride, ALIGNED) + base + offsets
+    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
     a = tl.abs(x)
 
     if DYNAMIC:
-        block_amax = _float(tl.max(_bits(a), axis=1))
-        block_amax = tl.where(block_amax < float("inf"), block_amax, float("nan"))
+        block_amax = _largest(a)
+        block_amax = tl.fma(block_amax, 0.0, block_amax)  # infinity to NaN
     elif SCALE == "e4m3" or ROWS != 0 or COLUMNS != 0:
         block_amax = _valid(tl.load(amax_ptr + granule, mask=exists, other=0.0))
     else:
@@ -232,22 +278,13 @@ def fake_quantize_kernel(
     elif SCALE == "e4m3":
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
-        # Dividends are saturated first, so no quotient overflows; tiny divisors are lifted, so none underflows.
-        lift = tl.where(g < 2.0**-62, 2.0**64, 1.0)
-        d = QMAX * g
-        lifted = _max(d * lift, SMALLEST_DIVISOR)
-        s8 = _max(_quotient(_min(block_amax, 448.0 * d) * lift, lifted, _reciprocal(lifted)), MIN_SCALE)
-        s = _round_magnitude(s8, -6, 3) * g
-        if UNIT_SCALE_BELOW != 0:
-            s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
-        if not DYNAMIC or UNIT_SCALE_BELOW != 0:
-            s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, block_amax * 0.0, s))
-        lifted = _max(s * lift, SMALLEST_DIVISOR)
-        dividend = _min(a, _each(QMAX * s))
-        if lift != 1.0:
-            dividend *= lift
-        v = _quotient(dividend, _each(lifted), _each(_reciprocal(lifted)))
-        y = _with_sign_of(_round_magnitude(v, MIN_EXPONENT, MANTISSA) * _each(s), x)
+        if g < 2.0**-62:  # leaves at once: joined with the usual case, it would cost each weight an instruction
+            y = _two_level(
+                x, block_amax, g, 2.0**64, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+            )
+            tl.store(out, y.to(out_base.dtype.element_ty), mask=mask)
+            return
+        y = _two_level(x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
         s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
@@ -259,14 +296,7 @@ def fake_quantize_kernel(
         q = _round_magnitude(_min(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * _each(tl.div_rn(1.0, s)), x)
 
-    out = _address(out_base, out_table, out_stride, ALIGNED) + base
-    tl.store(out + offsets, y.to(out_base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _each(granule):
-    """A chunk's number, shaped to meet its weights; one number for the whole expert stays a scalar."""
-    return granule[:, None] if len(granule.shape) == 1 else granule
+    tl.store(out, y.to(out_base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

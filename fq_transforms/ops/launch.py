@@ -43,8 +43,8 @@ class Tile(NamedTuple):
 
 
 # Chosen by `python -m fq_transforms.bench --sweep`; bench/results has what was swept and what came out.
-FORWARD = Tile(2048, 2)
-FORWARD_BLOCKS = Tile(1024, 1)  # blocks along `in`, but for dynamic NVFP4
+FORWARD = Tile(1024, 1)
+FORWARD_WIDE = Tile(2048, 2)  # per channel, and NVFP4
 BACKWARD = Tile(2048, 8)
 AMAX = {
     "expert": Tile(1024, 4, 8),
@@ -218,11 +218,12 @@ def _parse(format: str) -> Format:
 class _Group(NamedTuple):
     """The matrices of a group: their number, their common shape as stored, and how a kernel gets to each.
 
-    Expert e begins `stride` elements after e - 1, the first at `base`; or, with a table, at the e-th address.
-    `tensors` holds on to copies of what was not dense.
+    Expert e begins `stride` elements after e - 1, the first at `base`, whose address is `start`; or, with a table, at
+    the e-th address. `tensors` holds on to copies of what was not dense.
     """
 
     base: Tensor
+    start: int
     table: Tensor | None
     stride: int
     experts: int
@@ -245,16 +246,16 @@ def _group(tensors: Sequence[Tensor]) -> _Group:
     start, gap = addresses[0], addresses[1] - addresses[0] if experts > 1 else 0
     is_even = gap % size == 0 and addresses[-1] == start + (experts - 1) * gap  # most that are not end here
     if is_even and (experts == 1 or (gap != 0 and addresses == list(range(start, start + experts * gap, gap)))):
-        return _Group(first, None, gap // size, experts, (a, b), True, tensors)
+        return _Group(first, start, None, gap // size, experts, (a, b), True, tensors)
     table = _table(tuple(addresses), first.device)
-    return _Group(first, table.addresses, 0, experts, (a, b), table.is_aligned, tensors)
+    return _Group(first, start, table.addresses, 0, experts, (a, b), table.is_aligned, tensors)
 
 
 def _result(group: _Group, dtype: torch.dtype) -> _Group:
     """Memory for the results of a group: one allocation [E, ., .]."""
     a, b = group.matrix
     out = torch.empty((group.experts, a, b), dtype=dtype, device=group.base.device)
-    return _Group(out, None, a * b, group.experts, group.matrix, True, [out])
+    return _Group(out, out.data_ptr(), None, a * b, group.experts, group.matrix, True, [out])
 
 
 class _Plan(NamedTuple):
@@ -271,8 +272,7 @@ class _Plan(NamedTuple):
 
 @cache
 def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None) -> _Plan:
-    is_nvfp4 = format.scale == "e4m3" and format.dynamic
-    tile = tile or (FORWARD_BLOCKS if format.has_blocks_along_in and not is_nvfp4 else FORWARD)
+    tile = tile or (FORWARD_WIDE if format.block == (1, None) or format.scale == "e4m3" else FORWARD)
     element = format.element
     is_int = isinstance(element, IntElement)
     constants = {
@@ -357,8 +357,8 @@ def _kind(number: int) -> tuple[bool, bool, bool]:
 # CUDA's limit on the second dimension of a grid.
 MOST_EXPERTS = 65535
 
-# Kernels by all that Triton specializes them on: Triton's own look-up binds and compares every constant of a call.
-_COMPILED: dict[tuple[object, ...], Any] = {}
+# Kernels and their constants, by all that Triton specializes on: its own look-up compares every constant of a call.
+_COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 
 
 def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]) -> None:
@@ -369,32 +369,34 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
             f"a group of {first.experts} experts of {list(first.matrix)}: found more than {MOST_EXPERTS}, the limit of "
             "one launch; split it, or map over less with vmap"
         )
-    arguments: list[Any] = []
-    kinds: list[object] = [kernel, id(plan), first.base.device.index]  # plans are cached for good
+    dense = [None if scale is None else scale.contiguous() for scale in scales]
+    addresses: list[int | None] = []  # in the order of the kernel's arguments, as are kinds and tensors
+    index = first.base.device.index
+    kinds: list[object] = [kernel, id(plan), index]  # plans are cached for good
     is_aligned = True
-    for base, table, stride, _, _, group_is_aligned, _ in groups:
-        arguments += (base, table, stride)
-        kinds += (base.dtype, base.data_ptr() % 16, table is None, *_kind(stride))
+    for base, start, table, stride, _, _, group_is_aligned, _ in groups:
+        addresses += (start, None if table is None else table.data_ptr(), stride)
+        kinds += (base.dtype, start % 16 == 0, table is None, *_kind(stride))
         is_aligned &= group_is_aligned
-    for scale in scales:
-        dense = None if scale is None else scale.contiguous()
-        arguments.append(dense)
-        kinds.append(None if dense is None else dense.data_ptr() % 16)
-    arguments += plan.numbers
-    arguments += plan.constants.values()
-    arguments.append(is_aligned)
+    for scale in dense:
+        addresses.append(address := None if scale is None else scale.data_ptr())
+        kinds.append(None if address is None else address % 16 == 0)
     key = (*kinds, is_aligned)
     grid = (plan.blocks, first.experts, 1)
     with torch.cuda.device_of(first.base):
-        compiled = _COMPILED.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-        else:
-            names = kernel.arg_names[-len(plan.constants) - 1 :]
-            assert names == [*plan.constants, "ALIGNED"], names
-            compiled = kernel[grid](*arguments, num_warps=plan.warps, enable_fp_fusion=False)
-            if compiled is not None:  # the interpreter compiles nothing
-                _COMPILED[key] = compiled
+        known = _COMPILED.get(key)
+        if known is not None:  # a launcher that is given addresses asks no tensor for its own
+            compiled, rest = known
+            stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
+            compiled[grid](*addresses, *rest, stream=stream)
+            return
+        names = kernel.arg_names[-len(plan.constants) - 1 :]
+        assert names == [*plan.constants, "ALIGNED"], names
+        tensors = [argument for group in groups for argument in (group.base, group.table, group.stride)] + dense
+        rest = (*plan.numbers, *plan.constants.values(), is_aligned)
+        compiled = kernel[grid](*tensors, *rest, num_warps=plan.warps, enable_fp_fusion=False)
+        if compiled is not None:  # the interpreter compiles nothing
+            _COMPILED[key] = (compiled, rest)
 
 
 class _Table(NamedTuple):
