@@ -7,9 +7,11 @@ import argparse
 import platform
 import subprocess
 import warnings
+from collections.abc import Callable
 from datetime import date
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from fq_transforms.ops.reference import (
 )
 
 Row = dict[str, Any]
+
+HOST_PASSES = 3
 
 
 def main() -> None:
@@ -66,6 +70,9 @@ def main() -> None:
         for shape in tqdm(SHAPES[:1] if options.quick else SHAPES, desc="shapes"):
             rows += measure(shape)
             report.write(options.out, environment, rows)  # after each shape, so that nothing measured is lost
+        for shape in tqdm(HOST_PASSES * (SHAPES[:1] if options.quick else SHAPES), desc="host"):
+            measure_host(shape, rows)
+        report.write(options.out, environment, rows)
         for shape in tqdm([] if options.quick or options.no_peers else PEER_SHAPES, desc="peers"):
             measure_peers(shape, rows)
             report.write(options.out, environment, rows)
@@ -85,21 +92,32 @@ def measure(shape: Shape) -> list[Row]:
     return rows
 
 
-def measure_peers(shape: Shape, rows: list[Row]) -> None:
-    """Add the peers' times to the forward rows of a shape."""
+def measure_host(shape: Shape, rows: list[Row]) -> None:
+    """Add the times of whole calls to the forward rows of a shape; the median of all passes so far is shown.
+
+    What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them.
+    """
     weights = [w.bfloat16() for w in _weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
+        row = _forward_row(rows, shape, format)
+        passes: list[Row] = row.setdefault("passes", [])
+        passes.append(_host(weights, format))
+        row |= {key: median(one[key] for one in passes) for key in passes[0]}
+
+
+def measure_peers(shape: Shape, rows: list[Row]) -> None:
+    """Add the peers' times to the forward rows of a shape, and ours beside them."""
+    weights = [w.bfloat16() for w in _weights(shape)]
+    for format in (f for f in ALL if fits(f, shape)):
+        params, fq, state = _user(weights, format)
         amax, global_amax = (None, None) if format.is_stateless else expert_amax(weights, format=format)
-        calls = {
+        calls: dict[str, Callable[[], object] | None] = {
             "torch_us": peers.stacked_torch(weights, amax, global_amax, format),
             "compile_us": peers.compiled_torch(weights, amax, global_amax, format),
             "modelopt_us": peers.modelopt_loop(weights, amax, format),
         }
-        (row,) = (
-            row
-            for row in rows
-            if (row["kind"], row["shape"], row["format"]) == ("forward, bf16", str(shape), format.name)
-        )
+        row = _forward_row(rows, shape, format)
+        row["beside_us"] = eager_us(lambda params=params, fq=fq, state=state: fq.fakequant(params, state))
         for name, call in calls.items():
             try:
                 row[name] = None if call is None else eager_us(call, calls=7)
@@ -148,8 +166,6 @@ def _measure_format(
             wanted = fake_quantize_reference(tensors[e], a, g, format=format, out_dtype=torch.bfloat16)
             _same(y, wanted, f"forward, {kind}, {where}")
         rows.append(_row(f"forward, {kind}", shape, format, device_us(forward), floors[kind]))
-        if kind == "bf16":
-            rows[-1] |= _host(weights, format)
     if format.clips and amax is not None:
         half = amax * 0.5
 
@@ -188,12 +204,25 @@ def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Ro
     }
 
 
+def _forward_row(rows: list[Row], shape: Shape, format: Format) -> Row:
+    wanted = ("forward, bf16", str(shape), format.name)
+    (row,) = (row for row in rows if (row["kind"], row["shape"], row["format"]) == wanted)
+    return row
+
+
+def _user(
+    weights: list[Tensor], format: Format, *, separate: bool = False
+) -> tuple[dict[str, Tensor], fqt.Transform, fqt.State]:
+    """What a user has in hand before a call."""
+    params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
+    fq = fqt.transform(fqt.select(params, {"*": format}), separate=separate)
+    return params, fq, fq.calibrate(params)
+
+
 def _host(weights: list[Tensor], format: Format) -> Row:
     """Whole calls of the public function, as a user makes them, and torch's own cost of making as many views."""
-    params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
-    spec = fqt.select(params, {"*": format})
-    fq, apart = fqt.transform(spec), fqt.transform(spec, separate=True)
-    state = fq.calibrate(params)
+    params, fq, state = _user(weights, format)
+    _, apart, _ = _user(weights, format, separate=True)
     stacked = weights[0].new_empty((len(weights), *weights[0].shape))
     return {
         "host_us": host_us(lambda: fq.fakequant(params, state)),

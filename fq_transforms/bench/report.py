@@ -3,13 +3,14 @@
 import json
 from math import isnan
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
 
 PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_us": "ModelOpt loop"}
 HOST = {"host_us": "host us", "unbind_us": "unbind us", "separate_us": "separate us", "call_us": "call us"}
-WHOLE_CALLS = HOST | PEERS
+WHOLE_CALLS = HOST | {"beside_us": "beside us"} | PEERS
 
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
@@ -39,7 +40,21 @@ def table(rows: list[Row], *, markdown: bool = False) -> str:
 def _gain(row: Row) -> str:
     """The best peer's whole call over ours."""
     peers = [row[key] for key in PEERS if row.get(key) is not None]
-    return f"{min(peers) / row['call_us']:.2f}" if peers else ""
+    return f"{min(peers) / row['beside_us']:.2f}" if peers else ""
+
+
+def _host_summary(rows: list[Row]) -> str:
+    """Host time by the number of experts: the median of all formats and shapes."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if "host_us" in row:
+            found.setdefault(int(row["shape"].split()[0]), []).append(row)
+    parts = [
+        f"{experts} experts {median(r['host_us'] for r in some):.0f} us "
+        f"(unbind {median(r['unbind_us'] for r in some):.0f} us, {len(some)} rows)"
+        for experts, some in sorted(found.items())
+    ]
+    return f"Host, median: {', '.join(parts)}." if parts else ""
 
 
 def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
@@ -58,8 +73,10 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "backward `torch.add`, three streams. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
         "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
         "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; separate: "
-        "the host's time with an allocation a weight. Call and peers: one call, waited for. Gain: the best peer's call "
-        "over ours.",
+        "the host's time with an allocation a weight; each the median of three passes. Call: one call, waited for; "
+        "beside: the same, timed just before the peers. Gain: the best peer's call over ours beside it.",
+        "",
+        _host_summary(rows),
         "",
         f"![device time against the floor]({environment['date']}.png)",
         "",
