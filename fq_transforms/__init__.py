@@ -1,6 +1,6 @@
 """Per-expert fake quantization of Mixture-of-Experts weights, as pure functions on torch.func."""
 
-from fq_transforms import formats, presets, state
+from fq_transforms import checkpoint, formats, presets, state
 from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import (
@@ -21,6 +21,7 @@ from fq_transforms.formats import (
 )
 from fq_transforms.select import Rule, Spec, select
 from fq_transforms.state import State, merge
+from fq_transforms.sync import sync
 from fq_transforms.transform import Transform, transform
 
 __version__ = "0.1.0"
@@ -45,11 +46,13 @@ __all__ = [
     "State",
     "Transform",
     "calibrate",
+    "checkpoint",
     "fakequant",
     "formats",
     "merge",
     "presets",
     "select",
     "state",
+    "sync",
     "transform",
 ]

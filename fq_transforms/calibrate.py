@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.ops.autograd import expert_amax
+from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.select import Group, Spec, weights_of
-from fq_transforms.state import State, group_state, is_concrete
+from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
 
 __all__ = ["calibrate"]
 
@@ -24,13 +25,15 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
 
     Returns:
         A new state, detached from autograd, on the device of the weights. An expert of zeros has amax 0, which
-        `fakequant` maps to zeros.
+        `fakequant` maps to zeros. The leaves of DTensors are DTensors, see `fq_transforms.state`; a leaf that collapses
+        a sharded axis takes one all-reduce(max), together with all others over the same dimension of the mesh.
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape or dtype is not the spec's; a weight is NaN or infinite; the parameter and expert are named.
-            The values are read once, at the end, for all groups; under torch.compile and vmap, and on meta, they cannot
-            be read, and a NaN or infinity stays in the amax, where `state.check` finds it.
+        ValueError: A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
+            the parameter and expert are named. The values are read once, at the end, for all groups; under
+            torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
+            `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
 
     Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`.
 
@@ -42,27 +45,69 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
         {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
     """
     del batch
-    state: State = {}
-    largest: list[Tensor] = []
+    layouts: list[Layout | None] = []
+    found: list[dict[str, Tensor]] = []
     for group in spec.groups:
         weights = [weight.detach() for weight in weights_of(params, group)]
+        layouts.append(layout_of(group, weights))
+        found.append(_local_leaves(group, weights, layouts[-1]))
+    _reduce(found, layouts)
+
+    state: State = {}
+    largest: list[tuple[Tensor, Group, Sequence[int]]] = []
+    for group, leaves, layout in zip(spec.groups, found, layouts, strict=True):
+        experts = range(group.experts) if layout is None else layout.experts
         # A stateless format keeps no amax, but its weights are held to the same rule: finite.
-        amax, global_amax = expert_amax(weights, format=group.format, transposed=group.transposed)
-        largest.append(amax.reshape(group.experts, -1).amax(1) if global_amax is None else global_amax)
-        leaves = (amax,) if global_amax is None else (amax, global_amax)
-        state[group.key] = group_state(group.format, *leaves)
-    _check_finite([(leaf, group) for leaf, group in zip(largest, spec.groups, strict=True) if is_concrete(leaf)])
+        most = leaves.get("global_amax", leaves.get("amax"))
+        if most is not None and is_concrete(most) and most.numel():
+            largest.append((most if most.dim() == 1 else most.flatten(1).amax(1), group, experts))
+        placed = (
+            leaf if layout is None else sharded_tensors(layout, [leaf], field)[0]
+            for field, leaf in leaves.items()
+            if field in group.leaf_shapes
+        )
+        state[group.key] = group_state(group.format, *placed)
+    # Last: ranks may differ in what they find, and none may wait for one that has raised.
+    _check_finite(largest)
     return state
 
 
-def _check_finite(largest: Sequence[tuple[Tensor, Group]]) -> None:
-    """Raise ValueError for the first expert whose largest magnitude, [E] a group, is not finite. One wait a device."""
-    for device in {leaf.device for leaf, _ in largest}:
-        found = [(leaf, group) for leaf, group in largest if leaf.device == device]
-        if bool(torch.cat([leaf for leaf, _ in found]).isfinite().all()):
+def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None) -> dict[str, Tensor]:
+    """The amax leaves of the weights that this rank holds, by field; of MX formats, too, an amax an expert."""
+    if layout is not None:
+        if layout.is_empty:
+            numbers: dict[str, Any] = {"dtype": torch.float32, "device": weights[0].device}
+            shapes = {field: leaf.local_shape for field, leaf in layout.leaves.items()}
+            return {field: torch.full(shape, UNCALIBRATED, **numbers) for field, shape in shapes.items()}
+        weights = local_tensors(layout, weights)
+    amax, global_amax = expert_amax(weights, format=group.format, transposed=group.transposed)
+    return {"amax": amax} if global_amax is None else {"amax": amax, "global_amax": global_amax}
+
+
+def _reduce(found: Sequence[dict[str, Tensor]], layouts: Sequence[Layout | None]) -> None:
+    """Replace the leaves of sharded groups by their maxima over the ranks, all together."""
+    leaves = [
+        (where, field, layout)
+        for where, layout in zip(found, layouts, strict=True)
+        if layout is not None
+        for field in layout.leaves
+    ]
+    reduced = reduce_leaves([(where[field], layout, field) for where, field, layout in leaves])
+    for (where, field, _), leaf in zip(leaves, reduced, strict=True):
+        where[field] = leaf
+
+
+def _check_finite(largest: Sequence[tuple[Tensor, Group, Sequence[int]]]) -> None:
+    """Raise ValueError for the first expert whose largest magnitude, [experts] a group, is not finite.
+
+    With each group the numbers of its experts. One wait a device.
+    """
+    for device in {leaf.device for leaf, _, _ in largest}:
+        found = [entry for entry in largest if entry[0].device == device]
+        if bool(torch.cat([leaf for leaf, _, _ in found]).isfinite().all()):
             continue
-        for leaf, group in found:
-            for expert, value in enumerate(leaf.tolist()):
+        for leaf, group, experts in found:
+            for expert, value in zip(experts, leaf.tolist(), strict=True):
                 if not abs(value) < torch.inf:
                     raise ValueError(
                         f"calibrate: weight {group.expert_name(expert)!r} (expert {expert} of {group.key!r}): found "

@@ -1,13 +1,14 @@
 """Fake quantization: parameters and state to parameters, as a pure function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.select import DTYPES, Spec, weights_of
-from fq_transforms.state import BlockAmax, State, Stateless, check, is_concrete
+from fq_transforms.ops.shards import Layout, check_leaf, layout_of, local_tensors, sharded_tensors
+from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
+from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, group_state, is_concrete
 
 __all__ = ["fakequant"]
 
@@ -38,11 +39,13 @@ def fakequant(
 
     Returns:
         A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
-        input is changed.
+        input is changed. A DTensor gives a DTensor placed alike, of which each rank quantizes its own shard, with no
+        collective; its gradient is placed alike too, and only a cotangent that is not is redistributed.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
-        ValueError: A shape, dtype or device is not the spec's; on the CPU, an amax is NaN, infinite or negative. On a
+        ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block, its state is not placed
+            as it is, or it is mapped by vmap or compiled; on the CPU, an amax is NaN, infinite or negative. On a
             GPU the values are not read, since that would wait for the device: there such an amax makes the weights
             that it scales NaN, and `state.check` says which it was.
 
@@ -62,26 +65,44 @@ def fakequant(
 
     quantized = dict(params)
     for group in spec.groups:
-        weights = weights_of(params, group)
-        group_state = state[group.key]
-        for leaf in group_state:
+        weights, scales = weights_of(params, group), state[group.key]
+        for leaf in scales:
             if leaf.device != weights[0].device:
                 raise ValueError(
                     f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
                     "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
                 )
-        outs = fake_quantize(
-            weights,
-            None if isinstance(group_state, Stateless) else group_state.amax,
-            group_state.global_amax if isinstance(group_state, BlockAmax) else None,
-            format=group.format,
-            transposed=group.transposed,
-            out_dtype=out_dtype,
-            backward=backward,
-            separate=separate,
-        )
+        layout = layout_of(group, weights)
+        if layout is not None or any(map(is_sharded, scales)):
+            weights, scales = _local(group, layout, weights, scales)
+        if layout is not None and layout.is_empty:
+            outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
+        else:
+            outs = fake_quantize(
+                weights,
+                None if isinstance(scales, Stateless) else scales.amax,
+                scales.global_amax if isinstance(scales, BlockAmax) else None,
+                format=group.format,
+                transposed=group.transposed,
+                out_dtype=out_dtype,
+                backward=backward,
+                separate=separate,
+            )
+        if layout is not None:
+            outs = sharded_tensors(layout, outs)
         quantized.update(zip(group.names, outs, strict=True))
     return quantized
+
+
+def _local(
+    group: Group, layout: Layout | None, weights: Sequence[Tensor], scales: GroupState
+) -> tuple[Sequence[Tensor], GroupState]:
+    """This rank's shards of a group's weights and of its state, once that is placed as they are."""
+    for field, leaf in zip(scales._fields, scales, strict=True):
+        check_leaf(f"{group.key}.{field}", leaf, layout, field)
+    assert layout is not None
+    leaves = (local_tensors(layout, [leaf], field)[0] for field, leaf in zip(scales._fields, scales, strict=True))
+    return local_tensors(layout, weights), group_state(group.format, *leaves)
 
 
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:

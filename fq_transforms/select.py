@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 
-__all__ = ["Group", "Rule", "Skipped", "Spec", "select", "weights_of"]
+__all__ = ["Group", "Rule", "Skipped", "Spec", "is_sharded", "select", "weights_of"]
 
 functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
 guards: Any = import_module("torch._C._dynamo.guards")  # torch.compile's own check of many tensors in one call
@@ -195,7 +195,7 @@ def select(
     r"""Which parameters are quantized and how: each takes the format of the last rule whose glob matches its name.
 
     Only matrices (2-D) and stacked experts (3-D) can be quantized; biases and vectors never are. Values are not read,
-    so meta tensors will do.
+    so meta tensors will do. A DTensor counts by its global shape, so that every rank and every mesh has the same spec.
 
     Args:
         params: `dict(model.named_parameters())`, names to tensors.
@@ -255,8 +255,8 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, dtypes or devices are mixed, or a
-            parameter is a DTensor.
+        ValueError: A shape is not the spec's, a dtype is not bf16, fp16 or fp32, or dtypes, devices, plain tensors and
+            DTensors, or the placements of DTensors are mixed; a DTensor under torch.compile.
     """
     try:
         weights = [params[name] for name in group.names]
@@ -272,7 +272,8 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         found = _CHECKED.get(id(group))
         if found is None or found[0] is not group or not found[1].check(*weights):
             _check_weights(group, weights, weights)
-            _remember(group, weights)
+            if not is_sharded(weights[0]):  # placements are not among what a guard compares
+                _remember(group, weights)
     return weights
 
 
@@ -304,7 +305,7 @@ def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tens
     ):
         return
     for name, weight, tensor in zip(group.names, weights, inner, strict=True):
-        _check_local(name, tensor)
+        _check_spread(name, tensor, group.names[0], inner[0])
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"parameter {name!r}: found shape {tuple(weight.shape)}, the spec wants {shape}; "
@@ -445,11 +446,37 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _check_local(name: str, weight: Tensor) -> None:
-    if hasattr(weight, "to_local"):
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, under torch.func too. torch.compile is given none: `weights_of` refuses them there."""
+    if hasattr(tensor, "to_local"):
+        return not torch.compiler.is_compiling()
+    if not torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+        return False
+    return not torch.compiler.is_compiling() and hasattr(unwrapped(tensor), "to_local")
+
+
+def spread_of(tensor: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Mesh and placements of a DTensor, None for a plain tensor."""
+    inner: Any = tensor if torch.compiler.is_compiling() else unwrapped(tensor)
+    return (inner.device_mesh, tuple(inner.placements)) if hasattr(type(inner), "to_local") else None
+
+
+def spread_in_words(spread: tuple[Any, tuple[Any, ...]] | None) -> str:
+    """What `spread_of` found, for a message."""
+    return "a plain tensor" if spread is None else f"a DTensor {spread[1]} on {spread[0]}"
+
+
+def _check_spread(name: str, weight: Tensor, first_name: str, first: Tensor) -> None:
+    # Asked of the type: while torch.compile traces, a DTensor itself says that it has no such method.
+    if torch.compiler.is_compiling():
+        if hasattr(type(weight), "to_local"):
+            raise ValueError(f"parameter {name!r}: found a DTensor under torch.compile, wanted a plain tensor")
+        return
+    found, wanted = spread_of(weight), spread_of(first)
+    if found != wanted:
         raise ValueError(
-            f"parameter {name!r}: found a {type(weight).__name__}, wanted a plain tensor; sharded parameters are not "
-            "supported yet, so pass each rank's own part, parameter.to_local()"
+            f"parameter {name!r}: found {spread_in_words(found)}, wanted {spread_in_words(wanted)} as "
+            f"{first_name!r} in the same group"
         )
 
 

@@ -4,6 +4,10 @@
 
 A state is a plain pytree: optree and torch.utils._pytree map over it, torch.func closes over it or maps along it, and a
 checkpoint stores its tensors. Formats, names and shapes are static and live in the `Spec`.
+
+The leaves of DTensor weights are DTensors on the same mesh: an axis that the leaf has is sharded as it is in the
+weights, and one that it collapses is replicated. A check of values reads each rank's own shard, so an error may be one
+rank's alone; checks of shapes and placements are alike on all.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +19,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.select import Group, Spec, functorch, weights_of
+from fq_transforms.ops.shards import layout_of, local_values, position, sharded_tensors
+from fq_transforms.select import Group, Spec, functorch, spread_in_words, spread_of, weights_of
 
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
 
@@ -49,7 +54,7 @@ def init(params: Mapping[str, Tensor], *, spec: Spec) -> State:
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape, dtype or device is not the spec's.
+        ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block.
 
     Example:
         >>> from fq_transforms.formats import FP8
@@ -60,10 +65,13 @@ def init(params: Mapping[str, Tensor], *, spec: Spec) -> State:
     """
     state: State = {}
     for group in spec.groups:
-        device = weights_of(params, group)[0].device
-        leaves = [
-            torch.full(shape, UNCALIBRATED, dtype=torch.float32, device=device) for shape in group.leaf_shapes.values()
-        ]
+        weights = weights_of(params, group)
+        layout, device = layout_of(group, weights), weights[0].device
+        leaves: list[Tensor] = []
+        for field, shape in group.leaf_shapes.items():
+            here = shape if layout is None else layout.leaves[field].local_shape
+            leaf = torch.full(here, UNCALIBRATED, dtype=torch.float32, device=device)
+            leaves += [leaf] if layout is None else sharded_tensors(layout, [leaf], field)
         state[group.key] = group_state(group.format, *leaves)
     return state
 
@@ -75,7 +83,8 @@ def merge(a: State, b: State) -> State:
     fold in the same way.
 
     Raises:
-        ValueError: The states differ in a key, a type, or the shape or device of a leaf; the message names the leaf.
+        ValueError: The states differ in a key, a type, or the shape, device or placements of a leaf; the message names
+            the leaf.
 
     Example:
         >>> a = {"w": ExpertAmax(torch.tensor([1.0, 5.0]))}
@@ -90,6 +99,7 @@ def merge(a: State, b: State) -> State:
     for name, leaf in flatten(a).items():
         if leaf.device != others[name].device:
             raise ValueError(f"merge: state {name!r} is on {leaf.device} and {others[name].device}, wanted one device")
+        _check_same_spread(f"merge: state {name!r}", others[name], leaf)
     for key in a.keys() | b.keys():
         if type(a.get(key)) is not type(b.get(key)):
             raise ValueError(
@@ -117,14 +127,17 @@ def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
     """The state whose flat leaves are `leaves` and whose structure is that of `like` (`init(params)`, meta will do).
 
     Raises:
-        ValueError: A leaf is missing, unknown, or of another shape or dtype; the message names it.
+        ValueError: A leaf is missing, unknown, or of another shape, dtype or placements; the message names it.
 
     Example:
         >>> like = {"w": ExpertAmax(torch.empty(2, device="meta"))}
         >>> unflatten({"w.amax": torch.tensor([1.0, 2.0])}, like)
         {'w': ExpertAmax(amax=tensor([1., 2.]))}
     """
-    check_same_leaves("unflatten", leaves, {name: tuple(leaf.shape) for name, leaf in flatten(like).items()})
+    wanted = flatten(like)
+    check_same_leaves("unflatten", leaves, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
+    for name, leaf in wanted.items():
+        _check_same_spread(f"unflatten: state {name!r}", leaves[name], leaf)
     return {key: type(group)(*(leaves[f"{key}.{field}"] for field in group._fields)) for key, group in like.items()}
 
 
@@ -202,14 +215,21 @@ def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...], where: str = "") -
         raise ValueError(f"{where}state {name!r}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} torch.float32")
 
 
+def _check_same_spread(what: str, leaf: Tensor, like: Tensor) -> None:
+    found, wanted = spread_of(leaf), spread_of(like)
+    if found != wanted:
+        raise ValueError(f"{what}: found {spread_in_words(found)}, wanted {spread_in_words(wanted)}")
+
+
 def _check_values(name: str, leaf: Tensor, group: Group) -> None:
     if leaf.is_meta:
         raise ValueError(f"state {name!r}: found a meta tensor, which has no values to check; pass values=False")
-    invalid = ~((leaf >= 0) & (leaf < torch.inf))
+    here = local_values(leaf)
+    invalid = ~((here >= 0) & (here < torch.inf))
     if not bool(invalid.any()):
         return
-    index: list[int] = invalid.nonzero()[0].tolist()
-    value = leaf[tuple(index)].item()
+    first: list[int] = invalid.nonzero()[0].tolist()
+    value, index = here[tuple(first)].item(), position(leaf, first)
     advice = "it was never calibrated; call calibrate" if value == UNCALIBRATED else "calibrate again"
     at = f" at {index[1:]}" if len(index) > 1 else ""
     raise ValueError(

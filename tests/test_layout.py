@@ -12,21 +12,33 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
     ["formats"],
+    ["sharding"],
     ["select"],
+    ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
     ["ops.kernels"],
     ["ops.launch"],
     ["ops.autograd"],
-    ["calibrate", "fakequant"],
+    ["calibrate", "fakequant", "sync"],
     ["transform"],
+    ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards"],
+    ["checkpoint.storage"],
+    ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron"],
+    ["checkpoint.__init__"],
     ["__init__", "ops.__init__"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers"],
     ["bench.sweep"],
     ["bench.__init__", "bench.__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-ONLY_IMPORTER = {"triton": {"ops.kernels", "bench.__main__"}, "optree": {"state"}, "modelopt": {"bench.peers"}}
+ONLY_IMPORTER = {
+    "triton": {"ops.kernels", "bench.__main__"},
+    "optree": {"state"},
+    "modelopt": {"bench.peers"},
+    "megatron": {"checkpoint.megatron"},
+    "safetensors": {"checkpoint.file"},
+}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
@@ -55,7 +67,9 @@ def test_imports_run_downward(module):
     for name in imports(MODULES[module]):
         if name.startswith("fq_transforms."):
             inside = name.removeprefix("fq_transforms.")
-            target = max((m for m in LEVEL if inside == m or inside.startswith(f"{m}.")), key=len, default="__init__")
+            packages = {m: m.removesuffix(".__init__") for m in LEVEL}
+            fits = [m for m, name in packages.items() if inside == name or inside.startswith(f"{name}.")]
+            target = max(fits, key=lambda m: len(packages[m]), default="__init__")
             assert LEVEL[target] < LEVEL[module], f"{module} imports {name}"
 
 

@@ -25,8 +25,9 @@ class Model(torch.nn.Module):
         return x
 
 
-def test_readme_examples_run(capsys):
-    """A block that raises, or a name that no block has made, fails here."""
+def test_readme_examples_run(capsys, tmp_path, monkeypatch):
+    """A block that raises, or a name that no block has made, fails here. Files are written to an empty folder."""
+    monkeypatch.chdir(tmp_path)
     tokens = torch.randn(2, 128)
     names = {
         "model": Model(),

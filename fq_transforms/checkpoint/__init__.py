@@ -1,0 +1,61 @@
+"""Checkpoints of the state.
+
+    save, load              a directory: torch.distributed.checkpoint, any number of ranks, any sharding to any other
+    save_file, load_file    one file to share: safetensors, one process
+    read_spec               the Spec that either holds
+    megatron, modelopt      modules: Megatron's distributed checkpoints, ModelOpt's keys
+
+Each is imported when it is first used: torch.distributed.checkpoint alone takes about a second.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    from fq_transforms.checkpoint import megatron, modelopt
+    from fq_transforms.checkpoint.dcp import load, save
+    from fq_transforms.checkpoint.file import load_file, save_file
+    from fq_transforms.select import Spec
+
+__all__ = ["load", "load_file", "megatron", "modelopt", "read_spec", "save", "save_file"]
+
+_HOME = {"load": "dcp", "save": "dcp", "load_file": "file", "save_file": "file"}
+
+
+def read_spec(path: "str | os.PathLike[str]") -> "Spec":
+    """The Spec stored at `path`, a directory of `save` or a file of `save_file`. No leaf is needed for it.
+
+    Raises:
+        ValueError: It is neither, or is damaged; the message names the path.
+        OSError: There is nothing at the path, or it cannot be read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fq_transforms.checkpoint import read_spec, save_file
+        >>> import fq_transforms as fqt
+        >>> params = {f"experts.{i}.weight": torch.full((8, 4), i + 1.0) for i in range(2)}
+        >>> spec = fqt.select(params, {"*": fqt.FP8})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file(fqt.calibrate(params, spec=spec), f"{folder}/amax.safetensors", spec=spec)
+        ...     read_spec(f"{folder}/amax.safetensors") == spec
+        True
+    """
+    from pathlib import Path
+
+    from fq_transforms.checkpoint import dcp, file
+
+    return file.read_spec(path) if Path(path).is_file() else dcp.read_spec(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in ("megatron", "modelopt"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,352 @@
+"""Sharded checkpoints of the state, on torch.distributed.checkpoint (DCP): from any sharding to any other.
+
+    checkpoint.save(state, path, spec=spec)
+    state = checkpoint.load(path, like=fq.init(params), spec=spec)
+
+DCP moves the bytes, and its own collectives are the only ones. What ranks must agree on travels with the plans that DCP
+gathers and scatters anyway, and each check is made inside one of DCP's steps, which raise on every rank what any found.
+"""
+
+import os
+import warnings
+import zlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from fq_transforms.checkpoint.contents import check_groups, check_no_others, joined, leaf_shapes, named
+from fq_transforms.checkpoint.storage import Reader, Writer, read_metadata
+from fq_transforms.ops.shards import local_values, position
+from fq_transforms.select import Spec, spread_of
+from fq_transforms.state import UNCALIBRATED, State, check, flatten, unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["load", "read_spec", "save"]
+
+# Where in DCP's metadata the spec is: zlib of its JSON, beside what DCP's planner keeps there for each leaf.
+SPEC = "fq_transforms.spec"
+
+
+def save(
+    state: State, path: str | os.PathLike[str], *, spec: Spec, process_group: "ProcessGroup | None" = None
+) -> None:
+    """Store a state: after it, `load(path, like=state, spec=spec)` is the state, whoever holds which part of it.
+
+    Each leaf is stored under its flat name, `{group key}.{field}`, in fp32 [E, ...], once: of parts that several ranks
+    hold, one writes. Leaves are DTensors, or plain tensors that are the same on all ranks; the spec may be each rank's
+    own, as with pipeline stages, and is stored too. Every rank of the process group calls it, with the same path on a
+    file system that all of them see; one save at a time to a path. Paths in a cloud (`s3://`) are out of scope.
+
+    The checkpoint appears whole or not at all: after an error, a full disk or a killed rank there is nothing at a new
+    path, and the previous checkpoint at the path of one, which is replaced. Other files in its directory are kept.
+
+    Args:
+        state: From `calibrate`; an amax of 0 is stored like any other, an uncalibrated one is refused.
+        path: A new name, an empty directory, or a checkpoint of a state.
+        spec: From `select`.
+        process_group: The ranks that save; all if None. Without torch.distributed, this process.
+
+    Raises:
+        KeyError: A group is missing.
+        ValueError: The state does not fit the spec; an amax is NaN, infinite or negative; a DTensor is Partial; copies
+            of one part differ between ranks, so that one would be lost; the path holds something else. It is raised on
+            every rank, and names the leaf and expert, and the rank that found it.
+        OSError: The path cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import fq_transforms as fqt
+        >>> params = {f"experts.{i}.weight": torch.full((8, 4), i + 1.0) for i in range(2)}
+        >>> spec = fqt.select(params, {"*": fqt.FP8})
+        >>> fq = fqt.transform(spec)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(fq.calibrate(params), f"{folder}/step1", spec=spec)
+        ...     load(f"{folder}/step1", like=fq.init(params), spec=spec)
+        {'experts.*.weight': ExpertAmax(amax=tensor([1., 2.]))}
+    """
+    target = _resolved(path)
+    no_dist = not _is_distributed()
+    writer, planner = Writer(target, is_ours=_has_spec), _SavePlanner(state, spec, alone=no_dist)
+    try:
+        with _errors_of(target):
+            dcp_save({}, storage_writer=writer, planner=planner, process_group=process_group, no_dist=no_dist)
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: State,
+    spec: Spec,
+    device: torch.device | str | None = None,
+    process_group: "ProcessGroup | None" = None,
+) -> State:
+    """The state that `save` stored at `path`, with the structure and sharding of `like`: any to any.
+
+    Every rank of the process group calls it; each reads the parts it needs, and their checksums are verified.
+
+    Args:
+        path: A directory that `save` wrote.
+        like: `fq.init(params)`. Its structure, shapes, devices, and for DTensors mesh and placements are wanted; its
+            values are not read, and it may be meta.
+        spec: From `select`; formats, experts and shapes must be those stored. Together the ranks must want every group.
+        device: Where the leaves go; that of `like` if None, and for a meta `like` the CPU or the device of the mesh.
+        process_group: The ranks that load; all if None. Without torch.distributed, this process.
+
+    Returns:
+        A new state, fp32; never a part of one.
+
+    Raises:
+        KeyError: A group of the spec is missing in `like`.
+        ValueError: The path is no checkpoint of a state; a group or leaf is missing, unknown, or of another format,
+            number of experts or shape; a file is truncated or damaged; an amax is NaN, infinite or negative. It is
+            raised on every rank, and names the leaf, group or file, what was found and what was wanted.
+        OSError: There is nothing at the path, or it cannot be read.
+
+    Example:
+        See `save`.
+    """
+    target = _resolved(path)
+    planner = _LoadPlanner(like, spec, device)
+    with _errors_of(target):
+        dcp_load(
+            {},
+            storage_reader=Reader(target),
+            planner=planner,
+            process_group=process_group,
+            no_dist=not _is_distributed(),
+        )
+    return unflatten(planner.leaves, like)
+
+
+def read_spec(path: str | os.PathLike[str]) -> Spec:
+    """The spec stored in the checkpoint at `path`; of several ranks, all of their groups. Reads only the metadata.
+
+    Raises:
+        ValueError: The path is no checkpoint of a state, or is damaged.
+        OSError: There is nothing at the path, or it cannot be read.
+    """
+    target = _resolved(path)
+    with _errors_of(target):
+        return _spec_in(read_metadata(target))
+
+
+class _Told(NamedTuple):
+    """What each rank tells the coordinator, beside its plan."""
+
+    spec: bytes
+    # crc32 of each part that it holds
+    parts: dict[MetadataIndex, int]
+    mappings: Any
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, state: State, spec: Spec, *, alone: bool) -> None:
+        super().__init__()
+        self._state, self._spec, self._alone = state, spec, alone
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        check(self._state, self._spec)
+        leaves = flatten(self._state)
+        for name, leaf in leaves.items():
+            _check_is_box(name, leaf)
+        super().set_up_planner(leaves, storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        parts = {} if self._alone else {item.index: _crc32(self.resolve_data(item)) for item in plan.items}
+        return replace(plan, planner_data=_Told(_packed(self._spec), parts, plan.planner_data))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        told: list[_Told] = [plan.planner_data for plan in all_plans]
+        _check_copies([rank.parts for rank in told])
+        first: dict[bytes, int] = {}
+        for number, rank in enumerate(told):
+            first.setdefault(rank.spec, number)
+        spec = joined({number: _unpacked(packed) for packed, number in first.items()})
+        plans = [replace(plan, planner_data=rank.mappings) for plan, rank in zip(all_plans, told, strict=True)]
+        plans, metadata = super().create_global_plan(plans)
+        metadata.planner_data = {**metadata.planner_data, SPEC: _packed(spec)}
+        return plans, metadata
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self, like: State, spec: Spec, device: torch.device | str | None) -> None:
+        super().__init__()
+        self._like, self._spec, self._device = like, spec, device
+        self.leaves: dict[str, Tensor] = {}
+        self._unread = 0
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        check(self._like, self._spec, values=False)
+        for name, leaf in flatten(self._like).items():
+            _check_is_box(name, leaf)
+        # An amax that nothing was read into is found below, as one that was never calibrated.
+        self.leaves = {
+            name: torch.full_like(leaf, UNCALIBRATED, device=_device(leaf, self._device), requires_grad=False)
+            for name, leaf in flatten(self._like).items()
+        }
+        super().set_up_planner(self.leaves, metadata, is_coordinator)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = _spec_in(self.metadata)
+        check_groups(stored, self._spec)
+        _check_stored_leaves(self.metadata, leaf_shapes(stored))
+        plan = super().create_local_plan()
+        plan.planner_data = tuple(group.key for group in self._spec.groups)
+        return plan
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        assert self.metadata is not None
+        check_no_others(_spec_in(self.metadata), {key for plan in global_plan for key in plan.planner_data})
+        return super().create_global_plan(global_plan)
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        self._unread = len(new_plan.items)
+        return super().finish_plan(new_plan)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Called for each part that is read. After the last the values are checked, while DCP still tells all ranks."""
+        self._unread -= 1
+        if not self._unread:
+            check(unflatten(self.leaves, self._like), self._spec)
+
+
+def _check_is_box(name: str, leaf: Tensor) -> None:
+    """Raise ValueError unless this rank's part of a leaf is a box of final numbers: others DCP would store wrongly."""
+    spread = spread_of(leaf)
+    if spread is None:
+        return
+    placements = spread[1]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"state {name!r}: found a DTensor with placements {placements}, wanted Shard or Replicate; redistribute it"
+        )
+    shape = local_values(leaf).shape
+    if shape.numel() and any(type(placement).__name__ == "_StridedShard" for placement in placements):
+        first, last = position(leaf, [0] * len(shape)), position(leaf, [size - 1 for size in shape])
+        if any(b - a + 1 != size for a, b, size in zip(first, last, shape, strict=True)):
+            raise ValueError(
+                f"state {name!r}: found a DTensor with placements {placements}, whose shards have gaps, wanted shards "
+                "in one piece; redistribute it"
+            )
+
+
+def _check_copies(ranks: list[dict[MetadataIndex, int]]) -> None:
+    """Raise ValueError if ranks hold different numbers for one part of a leaf: DCP would store one of them."""
+    first: dict[MetadataIndex, tuple[int, int]] = {}
+    for rank, parts in enumerate(ranks):
+        for index, found in parts.items():
+            owner, wanted = first.setdefault(index, (rank, found))
+            if found != wanted:
+                raise ValueError(
+                    f"state {index.fqn!r}: found different values on ranks {owner} and {rank}, wanted the same or "
+                    "DTensors that say which part each rank holds; for the experts of Megatron and Transformer Engine "
+                    "use checkpoint.megatron, for a part of a maximum sync first"
+                )
+
+
+def _check_stored_leaves(metadata: Metadata, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    found = metadata.state_dict_metadata
+    for kind, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{kind} {len(names)} of {len(wanted)} leaves: {sorted(names)[:4]}")
+    for name, shape in wanted.items():
+        leaf = found[name]
+        if not isinstance(leaf, TensorStorageMetadata):
+            raise ValueError(f"leaf {name!r}: found bytes, wanted a tensor")
+        if tuple(leaf.size) != shape or leaf.properties.dtype != torch.float32:
+            raise ValueError(
+                f"leaf {name!r}: found {tuple(leaf.size)} {leaf.properties.dtype}, wanted {shape} torch.float32"
+            )
+
+
+def _packed(spec: Spec) -> bytes:
+    return zlib.compress(spec.to_json().encode(), 9)
+
+
+def _unpacked(packed: bytes) -> Spec:
+    try:
+        return Spec.from_json(zlib.decompress(packed).decode())
+    except (zlib.error, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"not a stored Spec: {error}") from error
+
+
+def _has_spec(metadata: Metadata) -> bool:
+    return isinstance(metadata.planner_data, dict) and SPEC in metadata.planner_data
+
+
+def _spec_in(metadata: Metadata) -> Spec:
+    if not _has_spec(metadata):
+        raise ValueError("found a checkpoint without a Spec, wanted one that fq_transforms.checkpoint.save wrote")
+    return _unpacked(metadata.planner_data[SPEC])
+
+
+def _crc32(data: Any) -> int:
+    """crc32 of a tensor's numbers."""
+    return zlib.crc32(data.detach().cpu().contiguous().numpy())
+
+
+def _device(leaf: Tensor, device: torch.device | str | None) -> torch.device | str:
+    if device is not None or not leaf.is_meta:
+        return device or leaf.device
+    spread = spread_of(leaf)
+    return "cpu" if spread is None else spread[0].device_type
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Absolute, links followed: what is renamed must lie beside the directory itself."""
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def _errors_of(path: Path) -> Generator[None, None, None]:
+    """Raise what DCP has gathered from the ranks as the error that the first of them met, with the path in front."""
+    what = f"checkpoint {str(path)!r}"
+    with warnings.catch_warnings():
+        # One process without a process group is a case like any other.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except CheckpointException as failed:
+            rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
+            where = f", rank {rank}" if _is_distributed() else ""
+            raise _error(error, what + where, path) from failed
+        except (ValueError, OSError) as error:
+            raise _error(error, what, path) from error
+
+
+def _error(error: BaseException, what: str, path: Path) -> BaseException:
+    if isinstance(error, OSError):
+        return named(error, path, f"{what}: {error.strerror or error}")
+    if isinstance(error, KeyError):
+        return KeyError(f"{what}: {error.args[0]}")
+    if isinstance(error, ValueError):
+        return ValueError(f"{what}: {error}")
+    if isinstance(error, Exception):
+        return ValueError(f"{what}: {type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,174 @@
+"""Where the leaves of a state lie, given where their weights lie, in the terms of Megatron's `ShardedTensor`.
+
+Arithmetic on plain data: it needs neither Megatron nor a model, so that what all ranks of a large job would declare can
+be made in one process.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fq_transforms.select import Group
+from fq_transforms.sharding import Part, collapsed_axes, leaf_part
+
+__all__ = ["FORMAT", "FORMAT_BYTES", "SUFFIXES", "Shard", "leaf_shards"]
+
+FORMAT = "format"
+FORMAT_BYTES = 512
+SUFFIXES = {"amax": "_quantizer._amax", "global_amax": "_quantizer._global_amax", FORMAT: "_quantizer._format"}
+
+
+class Shard(NamedTuple):
+    """What a ShardedTensor says about a tensor, as plain data.
+
+    Attributes:
+        key: Of the whole tensor.
+        part: Where the local tensor lies in the whole one, prepended axes included.
+        prepended: Number of axes that the whole tensor has and the local one has not.
+        replica: Megatron's replica id; all zeros on the one rank that writes.
+        flexible: The whole may have another shape in a file, as padded vocabularies may.
+    """
+
+    key: str
+    part: Part
+    prepended: int
+    replica: tuple[int, ...]
+    flexible: bool = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the local tensor."""
+        return self.part.shape[self.prepended :]
+
+
+def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, list[Shard]]:
+    """Where the leaves of a group lie, by field, and where its format is kept: arithmetic on plain data.
+
+    Args:
+        group: Its format, layout and names.
+        weights: For each of `group.names` the pieces of the weight, one or several along `out`, in order.
+
+    Returns:
+        For each field the shards of the local leaf, in order along `out`. Exactly one of the ranks that hold the same
+        part of a leaf has a replica id of zeros, if that is so for the weights.
+
+    Raises:
+        ValueError: As `sharded_state_dict`.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> group = Group("*.weight", ("0.weight", "1.weight"), FP8, 2, (8, 4))
+        >>> half = [[Shard("weight", Part((6, 8, 8), (e, 0, 4), (1, 8, 4)), 1, (0, 0, 0))] for e in (4, 5)]
+        >>> leaf_shards(group, half)["amax"]
+        [Shard(key='weight_quantizer._amax', part=Part(whole=(6,), offset=(4,), shape=(2,)), prepended=0,
+        replica=(0, 1, 0), flexible=False)]
+    """
+    pieces = _matrices(group, weights)
+    shards: dict[str, list[Shard]] = {}
+    for field in group.leaf_shapes:
+        # A leaf that collapses `out` is one for all pieces.
+        several = pieces[:1] if 1 in collapsed_axes(group.format, field) else pieces
+        shards[field] = [_leaf_shard(group, field, piece) for piece in several]
+    layers = len(pieces[0].part.whole) - 3
+    whole, offset, shape = (axes[:layers] for axes in pieces[0].part)
+    shards[FORMAT] = [
+        Shard(
+            pieces[0].key + SUFFIXES[FORMAT],
+            Part((*whole, FORMAT_BYTES), (*offset, 0), (*shape, FORMAT_BYTES)),
+            layers,
+            _replica(pieces[0], (0, 1, 2)),
+        )
+    ]
+    return shards
+
+
+def _leaf_shard(group: Group, field: str, piece: Shard) -> Shard:
+    """The shard of a leaf that belongs to a piece [*layers, E, out, in] of the weights."""
+    whole, offset, shape = piece.part
+    leaf = leaf_part(Part(whole[-3:], offset[-3:], shape[-3:]), group.format, field, group.names[0])
+    collapsed = collapsed_axes(group.format, field)
+    return Shard(
+        piece.key + SUFFIXES[field],
+        Part(whole[:-3] + leaf.whole, offset[:-3] + leaf.offset, shape[:-3] + leaf.shape),
+        len(whole) - 3,
+        _replica(piece, collapsed),
+        piece.flexible and 1 not in collapsed,
+    )
+
+
+def _replica(piece: Shard, collapsed: Iterable[int]) -> tuple[int, ...]:
+    """The replica id with the positions along collapsed axes of [E, out, in] folded into its middle number.
+
+    Megatron's ids are (pipeline, tensor, data): the middle is where its own tensor-parallel copies count.
+    """
+    replica = list(piece.replica)
+    for axis in collapsed:
+        whole, offset, extent = (axes[axis - 3] for axes in piece.part)
+        replica[len(replica) // 2] = replica[len(replica) // 2] * (whole // extent) + offset // extent
+    return tuple(replica)
+
+
+def _matrices(group: Group, weights: Sequence[Sequence[Shard]]) -> list[Shard]:
+    """The pieces of all experts together, [*layers, E, out, in]; a single one where they make up all of `out`."""
+    first = [_with_expert_axis(group, shard) for shard in weights[0]]
+    for number, (name, shards) in enumerate(zip(group.names, weights, strict=True)):
+        wanted = [_moved(shard, number) for shard in first]
+        found = [_with_expert_axis(group, shard) for shard in shards]
+        if found != wanted:
+            raise ValueError(
+                f"parameter {name!r}: found {_in_words(found)} in the model's sharded state dict, wanted "
+                f"{_in_words(wanted)}, as expert {number} of group {group.key!r}"
+            )
+    count = 1 if group.stacked else len(weights)
+    whole, offset, shape = first[0].part
+    rows = sum(shard.part.shape[-2] for shard in first)
+    if (rows, shape[-1]) != group.shape or count * shape[-3] != group.experts:
+        raise ValueError(
+            f"parameter {group.names[0]!r}: found {rows} x {shape[-1]} in the model's sharded state dict, the spec "
+            f"wants {group.shape[0]} x {group.shape[1]}; select from the parameters of the same model"
+        )
+    starts = [shard.part.offset[-2] for shard in first]
+    ends = [shard.part.offset[-2] + shard.part.shape[-2] for shard in first]
+    if [0, *ends] == [*starts, whole[-2]]:
+        part = Part(whole, (*offset[:-2], 0, offset[-1]), (*shape[:-2], rows, shape[-1]))
+        first = [first[0]._replace(part=part)]
+    together = [
+        shard._replace(part=shard.part._replace(shape=(*shard.part.shape[:-3], group.experts, *shard.part.shape[-2:])))
+        for shard in first
+    ]
+    for shard in together:
+        if any(whole % extent or offset % extent for whole, offset, extent in zip(*shard.part, strict=True)):
+            raise ValueError(
+                f"parameter {group.names[0]!r}: found {shard.part} of all experts together, wanted a whole that is "
+                "split evenly"
+            )
+    return together
+
+
+def _with_expert_axis(group: Group, shard: Shard) -> Shard:
+    """A weight's shard as [*layers, E, out, in], whatever its layout is."""
+    name, part, local = group.names[0], shard.part, len(group.parameter_shape)
+    if len(part.whole) - shard.prepended != local:
+        raise ValueError(
+            f"parameter {name!r}: found {len(part.whole) - shard.prepended} axes in the model's sharded state dict, "
+            f"wanted the {local} of {group.parameter_shape}"
+        )
+    if group.names == (group.key,) and not group.stacked:
+        part = Part(*((*axes[:-2], number, *axes[-2:]) for axes, number in zip(part, (1, 0, 1), strict=True)))
+    elif not group.stacked and shard.prepended == 0:
+        raise ValueError(
+            f"parameter {name!r}: found the key {shard.key!r} of one expert's own tensor, wanted one tensor of all "
+            "experts; call model.sharded_state_dict(metadata={'singleton_local_shards': False})"
+        )
+    if group.transposed:
+        part = Part(*((*axes[:-2], axes[-1], axes[-2]) for axes in part))
+    return shard._replace(part=part)
+
+
+def _moved(shard: Shard, experts: int) -> Shard:
+    offset = shard.part.offset
+    return shard._replace(part=shard.part._replace(offset=(*offset[:-3], offset[-3] + experts, *offset[-2:])))
+
+
+def _in_words(shards: Sequence[Shard]) -> str:
+    parts = ", ".join(f"{shard.part.shape} at {shard.part.offset}" for shard in shards)
+    return f"{shards[0].key!r} {shards[0].part.whole}: {parts}, replica {shards[0].replica}"

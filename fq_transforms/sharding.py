@@ -1,0 +1,90 @@
+"""Where a part of a state leaf lies in the whole leaf, derived from where its weights' part lies in the whole weights.
+
+Arithmetic on offsets only: what a DTensor, Megatron's ShardedTensor and a slice of a file have in common. A weight is
+the experts of a group, [E, out, in]. An axis that the leaf has keeps the offset and size, divided by the block;
+an axis that the leaf collapses leaves copies, each the maximum over one part only, until they are synchronized.
+"""
+
+from typing import NamedTuple
+
+from fq_transforms.formats import Format
+
+__all__ = ["Part", "collapsed_axes", "leaf_part"]
+
+AXES = ("expert", "out", "in")
+
+
+class Part(NamedTuple):
+    """A box in a tensor: the shape of the whole, where the box begins, and its own shape.
+
+    Example:
+        >>> Part((8, 4), (2, 0), (2, 4)).is_whole
+        False
+    """
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the box is the tensor."""
+        return self.shape == self.whole
+
+
+def collapsed_axes(format: Format, field: str) -> tuple[int, ...]:
+    """Axes of [E, out, in] over which a leaf is a maximum: a part of such an axis gives a part of the maximum only.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, INT8_PER_CHANNEL, NVFP4_STATIC
+        >>> collapsed_axes(FP8, "amax"), collapsed_axes(INT8_PER_CHANNEL, "amax"), collapsed_axes(NVFP4_STATIC, "amax")
+        ((1, 2), (2,), ())
+    """
+    rows, columns = _granule(format, field)
+    return tuple(axis for axis, size in ((1, rows), (2, columns)) if size is None)
+
+
+def leaf_part(weight: Part, format: Format, field: str, name: str) -> Part:
+    """The part of a leaf that belongs to a part of the weights.
+
+    Args:
+        weight: Part of [E, out, in].
+        format: The group's.
+        field: "amax" or "global_amax".
+        name: The parameter's, for the message.
+
+    Raises:
+        ValueError: The part begins or ends within a block.
+
+    Example:
+        >>> from fq_transforms.formats import INT4_BLOCK32
+        >>> leaf_part(Part((8, 64, 128), (4, 0, 64), (4, 64, 64)), INT4_BLOCK32, "amax", "experts.*.weight")
+        Part(whole=(8, 64, 4), offset=(4, 0, 2), shape=(4, 64, 2))
+    """
+    granule = _granule(format, field)
+    _check_uncut(weight, format, name)
+    parts = [(weight.whole[0], weight.offset[0], weight.shape[0])]
+    if granule != (None, None):
+        for axis, size in zip((1, 2), granule, strict=True):
+            whole, offset, extent = weight.whole[axis], weight.offset[axis], weight.shape[axis]
+            parts.append((1, 0, 1) if size is None else (-(-whole // size), offset // size, -(-extent // size)))
+    whole, offset, shape = zip(*parts, strict=True)
+    return Part(whole, offset, shape)
+
+
+def _granule(format: Format, field: str) -> tuple[int | None, int | None]:
+    """(rows, columns) of one number of a leaf; None is the whole extent."""
+    return (None, None) if field == "global_amax" or format.dynamic else format.block
+
+
+def _check_uncut(weight: Part, format: Format, name: str) -> None:
+    """Raise ValueError unless the part begins and ends between blocks, those of dynamic formats too."""
+    for axis, size in zip((1, 2), format.block, strict=True):
+        whole, start = weight.whole[axis], weight.offset[axis]
+        end = start + weight.shape[axis]
+        if size is not None and (start % size or (end % size and end != whole)):
+            raise ValueError(
+                f"parameter {name!r}: found a shard of `{AXES[axis]}` (dimension {axis} of [E, out, in]) that holds "
+                f"{start}..{end} of {whole} and cuts a block of {size} of {format.name}, wanted multiples of {size}; "
+                "split it elsewhere, or choose another format"
+            )
