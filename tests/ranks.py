@@ -19,13 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_operator_cache
 
 SIZE = 4
 TIMEOUT_S = 120
 
 
 def _work(connection):
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_operator_cache
+
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"
     warnings.simplefilter("ignore")
