@@ -24,7 +24,7 @@ LAYERS = [
     ["transform"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards"],
     ["checkpoint.storage"],
-    ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron"],
+    ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
     ["__init__", "ops.__init__"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers"],

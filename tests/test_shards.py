@@ -103,6 +103,7 @@ def assert_placed_alike(found, whole, mesh, placements):
     assert tuple(found.placements) == tuple(placements), (found.placements, placements)
     assert found.shape == whole.shape
     assert found.stride() == whole.contiguous().stride()
+    assert local(found).is_contiguous()  # as the strides of the whole say
     assert same_bits(local(found), local(placed(whole, mesh, placements)))
 
 
@@ -177,7 +178,7 @@ def test_each_rank_holds_its_slice(ranks, layout):
 def counts(rank, size):
     stacked = {f"{layer}.experts.w": torch.stack(cases.experts(4, (32, 128), seed=layer)) for layer in range(3)}
     found = {}
-    for shape, axes in [*MESHES, ((2, 2), (1, 0)), ((2, 2), (2, 1))]:
+    for shape, axes in [*MESHES, ((2, 2), (1, 0)), ((2, 2), (2, 1)), ((1, 4), (2, 0)), ((4, 1), (0, 1))]:
         mesh = mesh_of(shape)
         params = {name: placed(w, mesh, placements_of(axes, [0, 1, 2])) for name, w in stacked.items()}
         for format in (fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.MXFP4):
@@ -257,6 +258,7 @@ def mixtures(rank, size):
     }
     found = {}
     for what, params in groups.items():
+        fq.calibrate(sharded)  # that it was checked must not let pass what follows
         found[what] = message_of(ValueError, fq.calibrate, params)
         if what != "odd":
             assert message_of(ValueError, fq.init, params) == found[what]
@@ -632,6 +634,8 @@ def check_transforms(params, whole, fq, rank):
     partial = DTensor.from_local(cotangent * (rank // 2 + 1), mesh, [Partial(), Replicate()])
     (pulled,) = pullback({"experts.w": partial})
     (wanted_pulled,) = whole_pullback({"experts.w": cotangent * 3})
+    assert_placed_alike(pulled["experts.w"], wanted_pulled["experts.w"], mesh, at)
+    (pulled,) = pullback({"experts.w": placed(3 * cotangent.mT.contiguous(), mesh, [Shard(0), Shard(2)]).mT})
     assert_placed_alike(pulled["experts.w"], wanted_pulled["experts.w"], mesh, at)
 
     # A gradient of a gradient, and the state as an argument. PyTorch's own DTensor has no forward mode.

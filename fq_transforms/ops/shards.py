@@ -43,7 +43,7 @@ __all__ = [
     "sharded_tensors",
 ]
 
-# Largest to smallest, as integers of the same order: NaN, inf, ..., 0, ..., -inf.
+# Bits of the one NaN that stands for all, above those of infinity; and a mask.
 NAN_BITS = 0x7FC00000
 ALL_BUT_SIGN = 0x7FFFFFFF
 
@@ -201,10 +201,9 @@ class _LargestOver(Function):
         keys = torch.cat([_ordered(tensor).flatten() for tensor in tensors])
         torch.distributed.all_reduce(keys, torch.distributed.ReduceOp.MAX, ranks.group)
         parts = keys.split([tensor.numel() for tensor in tensors])
-        # Cloned: a leaf that is a view would keep, and a saver would write, the leaves of all groups.
+        # Flipped part by part: a leaf that is a view of all would keep, and a saver would write, those of all groups.
         return tuple(
-            _flipped(part).view(torch.float32).view(tensor.shape).clone()
-            for part, tensor in zip(parts, tensors, strict=True)
+            _flipped(part).view(torch.float32).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
         )
 
     @staticmethod
@@ -280,7 +279,7 @@ def _local(tensor: Any, crossing: _Crossing, name: str) -> Tensor:
     shards = crossing.shards
     if not is_sharded(tensor):
         raise ValueError(f"{name!r}: found a plain tensor as its cotangent, wanted a DTensor as its weight is")
-    if tensor.placements != shards.placements:
+    if spread_of(tensor) != (crossing.mesh, shards.placements):
         tensor = tensor.redistribute(crossing.mesh, shards.placements)
     local = tensor.to_local()
     if tuple(local.shape) != shards.local_shape:
@@ -377,13 +376,8 @@ def _check_uncut(
                 offset[axis], shape[axis] = start, length
                 leaf_part(Part(whole, tuple(offset), tuple(shape)), group.format, "amax", group.names[0])
             blocks = _indices(-(-whole[axis] // block), axis, placed, mesh, coordinate)
-            # A leaf of blocks is split by the same rule, and must come out with the blocks of the weights.
-            if not torch.equal((index // block).unique(), blocks):
-                raise ValueError(
-                    f"parameter {group.names[0]!r}: found {placements} on a mesh of {tuple(mesh)}, which splits axis "
-                    f"{axis} of [E, out, in] and its blocks of {block} of {group.format.name} differently, wanted "
-                    "shards that follow each other"
-                )
+            # A leaf of blocks is split by the same rule, so where no block is cut it comes out with the weights' own.
+            assert torch.equal((index // block).unique(), blocks)
 
 
 def _replicate() -> "Placement":
