@@ -67,7 +67,7 @@ def leaf_part(weight: Part, format: Format, field: str, name: str) -> Part:
     if granule != (None, None):
         for axis, size in zip((1, 2), granule, strict=True):
             whole, offset, extent = weight.whole[axis], weight.offset[axis], weight.shape[axis]
-            parts.append((1, 0, 1) if size is None else (-(-whole // size), offset // size, -(-extent // size)))
+            parts.append((1, 0, 1) if size is None else (-(-whole // size), -(-offset // size), -(-extent // size)))
     whole, offset, shape = zip(*parts, strict=True)
     return Part(whole, offset, shape)
 
@@ -78,7 +78,9 @@ def _granule(format: Format, field: str) -> tuple[int | None, int | None]:
 
 
 def _check_uncut(weight: Part, format: Format, name: str) -> None:
-    """Raise ValueError unless the part begins and ends between blocks, those of dynamic formats too."""
+    """Raise ValueError unless the part begins and ends between blocks, those of dynamic formats too, or is empty."""
+    if 0 in weight.shape:
+        return
     for axis, size in zip((1, 2), format.block, strict=True):
         whole, start = weight.whole[axis], weight.offset[axis]
         end = start + weight.shape[axis]

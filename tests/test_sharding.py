@@ -339,3 +339,9 @@ def test_a_ragged_last_block_is_no_cut():
     """A square block may be ragged where the weight ends."""
     part = leaf_part(Part((8, 300, 128), (0, 256, 0), (8, 44, 128)), FP8_BLOCK, "amax", "w")
     assert part == Part((8, 3, 1), (0, 2, 0), (8, 1, 1))
+
+
+def test_an_empty_part_cuts_nothing():
+    """Ranks beyond the last row hold nothing, from the ragged end of the weight on."""
+    part = leaf_part(Part((8, 300, 128), (0, 300, 0), (8, 0, 128)), FP8_BLOCK, "amax", "w")
+    assert part == Part((8, 3, 1), (0, 3, 0), (8, 0, 1))
