@@ -22,7 +22,7 @@ LAYERS = [
     ["ops.autograd"],
     ["calibrate", "fakequant", "sync"],
     ["transform"],
-    ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards"],
+    ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards", "checkpoint.modelopt_names"],
     ["checkpoint.storage"],
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],

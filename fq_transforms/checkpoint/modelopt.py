@@ -1,40 +1,70 @@
-"""ModelOpt's names for an amax, to read all and to write two. Plain dicts of tensors; ModelOpt itself is not needed.
+"""The state under ModelOpt's names: plain dicts of names to tensors, read and written. Weight quantizers only.
 
-    entry, for the weights `...linear_fc1.weight{i}`, `...{i}.w1.weight` or stacked `...gate_up_proj`        holds
-    ...linear_fc1.weight_quantizer.{i}._amax                         ModelOpt main, Transformer Engine       an expert
-    ...linear_fc1.weight_quantizer_{i}._amax                         its first per-expert commits            an expert
-    ...experts.{i}.linear_fc1.weight_quantizer._amax                 its torch_dist keys, i global           an expert
-    ...local_experts.{i}.linear_fc1.weight_quantizer._amax           Megatron SequentialMLP                  an expert
-    ...experts.{i}.w1.weight_quantizer._amax                         lists of modules                        an expert
-    ...gate_up_proj_weight_quantizers.{i}._amax                      transformers, fused experts             an expert
-    ...linear_fc1.weight_quantizer._amax                             torch_dist with an expert axis          [E, ...]
-    the same                                                         pull request 1671                       flat [E]
-    the same, ...gate_up_proj_weight_quantizer._amax                 up to 0.46; gpt-oss, Llama 4            one for all
-    ...linear_fc1._modelopt_per_expert_weight_quantizer_amax         pull request 1717                       [E, ...]
+    state = modelopt.read(model.state_dict(), spec)                             # or the tensors of a file
+    model.load_state_dict(model.state_dict() | modelopt.write(state, spec))     # strict: an unknown name raises
 
-`_global_amax` stands beside `_amax` for static two-level formats. The shape of an entry does not tell its format (INT8
-per channel and INT4 in blocks of 128 look alike where `in` is 128): that is the spec's.
+`read` finds each group under whichever of these names its entries have; `write` writes those with a star. To each name
+belong the endings `._amax` and, for NVFP4_STATIC, `._global_amax`. `i` counts the experts of this rank, `g` all.
+
+    weights                      quantizers                                            one tensor holds
+    {p}.{m}.weight{i}            {p}.{m}.weight_quantizer.{i}                       *  an expert
+      (grouped, in               {p}.{m}.weight_quantizer_{i}                          an expert
+      Transformer Engine)        {p}[.experts].{g}.{m}.weight_quantizer                an expert
+                                 {p}[.experts].{m}.weight_quantizer                    all experts, [E, ...] or flat
+                                 {p}.{m}.weight_quantizer                              one value, shared
+                                 {p}.{m}._modelopt_per_expert_weight_quantizer      *  all experts; endings without dot
+    {p}.local_experts.{i}.{m}    {p}.local_experts.{i}.{m}.weight_quantizer         *  an expert
+      .weight                      and the names of grouped weights, as those have this one
+    {p}.experts.{i}.{m}.weight   {p}.experts.{i}.{m}.weight_quantizer               *  an expert
+    {p}.gate_up_proj [E, ., .]   {p}.gate_up_proj_weight_quantizers.{i}             *  an expert
+      transposed                 {p}.gate_up_proj_weight_quantizer                  *  all; of tensor formats, shared
+    {p}.weight (dense)           {p}.weight_quantizer                               *  the weight
+
+One expert's amax is [] in tensor formats, [out, 1] by channel, [out * in / block, 1] in blocks along `in`,
+[out / 128, 1, in / 128, 1] in square blocks, and [] wherever it is one number; in sharded checkpoints [1] and
+[out, in / block]. Each is one reshape away from the leaf. The shape does not tell the format: the spec does.
+
+NOTE dtypes: `write` gives fp32, but ModelOpt's quantizers keep the dtype of the model, so `load_state_dict` of a bf16
+model rounds to bf16, without a word. Only its NVFP4_STATIC quantizers keep fp32.
+NOTE a model that was converted and never calibrated has no `_amax`: `load_state_dict(strict=False)` drops them all.
 """
 
 import re
-from collections.abc import Mapping
-from math import prod
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fq_transforms.select import Group, Spec
+from fq_transforms.checkpoint.modelopt_names import (
+    PER_EXPERT,
+    Form,
+    Index,
+    fits,
+    fits_rows,
+    forms_of,
+    index_of,
+    is_grouped,
+    native_shape,
+    quantizer_name,
+)
+from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.state import State, check, flatten, group_state
 
 __all__ = ["read", "write"]
 
-_WEIGHT_AMAX = re.compile(
-    r".*(?:weight_quantizers?(?:[._]\d+)?\._(?:global_)?amax|_modelopt_per_expert_weight_quantizer_(?:global_)?amax)"
-)
-_PULL_REQUEST_1717 = "_modelopt_per_expert_weight_quantizer_"
-# Matrices that inference engines fuse, and that ModelOpt therefore gives one global amax.
-_FUSED = (("w1", "w3"), ("gate_proj", "up_proj"))
+# Modules whose weight quantizers share one `_global_amax` in ModelOpt 0.47, since an export fuses them.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+_IN_SEQUENCE = "two quantizers in sequence, as W4A8 has, are not read"
+
+
+class _Slice(NamedTuple):
+    """Which of all experts are this rank's: `size` of `whole`, from `first` on."""
+
+    first: int
+    size: int
+    whole: int
 
 
 def read(
@@ -46,229 +76,333 @@ def read(
     shared: Literal["refuse", "expand"] = "refuse",
     strict: bool = True,
 ) -> State:
-    """The state in ModelOpt's entries: each expert's `_amax`, reshaped to [*format.amax_shape(out, in)], in fp32.
+    """The state whose amax lie in `entries` under ModelOpt's names: each leaf has the amax of its experts in order.
 
     Args:
-        entries: Names to tensors, a model's `state_dict()` or a checkpoint's; those of inputs and weights are not read.
-        spec: The local spec, whose names are the entries' but for the quantizer's part.
-        expert_offset: This rank's first expert, where entries hold the experts of all ranks.
-        experts: Number of experts of all ranks; those of the spec if None.
-        shared: What to do with one value for all experts (ModelOpt up to 0.46): "refuse" it, or "expand" it.
-        strict: False leaves alone the amax of weights that the spec has not.
+        entries: A model's `state_dict()`, or the tensors of a checkpoint. Whatever is no amax of a weight quantizer is
+            left alone; so are those of activations. bf16 and fp16 are widened to fp32.
+        spec: Of this rank's weights.
+        expert_offset: The number of this rank's first expert among all.
+        experts: The number of all experts; None if this rank has them all. Whether a group's entries are those of all
+            experts or of this rank's is told by how many there are.
+        shared: Where one amax stands for all experts, as ModelOpt up to 0.46 kept it for grouped linears and 0.47 does
+            for gpt-oss and Llama 4: "refuse", since it is coarser than what `calibrate` gives, or "expand" it to each,
+            which is what it means.
+        strict: False leaves alone the amax of weights that the spec has not, such as another pipeline stage's.
 
     Returns:
-        A new state on the device of the entries.
+        A new state of plain fp32 tensors, on the device of the entries and without shared memory. MX formats have no
+        leaf; the number that ModelOpt keeps for them is not read.
 
     Raises:
-        KeyError: A group has no entry, or an expert none.
-        ValueError: A group has entries of two kinds; an expert too many; a shape that is not the format's; one value
-            for all experts, unless expanded; an amax that is NaN, infinite or negative; an entry of another weight.
+        KeyError: A group has no entry.
+        ValueError: Experts are missing or unknown; a shape is not the format's; an amax is NaN, infinite or negative;
+            one amax is shared; a group is found under two names, with layers as its first axis, with two quantizers in
+            sequence, or with a global amax that its format has not; a weight is quantized that the spec has not.
 
-    Source: ModelOpt 0.47 `TensorQuantizer`, its pull requests 1671 and 1717.
+    Source: ModelOpt 0.47 `nn.modules.tensor_quantizer`, `plugins.transformer_engine`, `plugins.megatron` and
+        `plugins.huggingface`; its pull requests 1550, 1671 and 1717.
 
     Example:
         >>> from fq_transforms.formats import FP8
         >>> from fq_transforms.select import select
-        >>> params = {f"mlp.experts.linear_fc1.weight{i}": torch.ones(8, 4) for i in range(2)}
-        >>> stored = {f"mlp.experts.linear_fc1.weight_quantizer.{i}._amax": torch.tensor(i + 1.0) for i in range(2)}
-        >>> read(stored, select(params, {"*": FP8}))
-        {'mlp.experts.linear_fc1.weight*': ExpertAmax(amax=tensor([1., 2.]))}
+        >>> params = {f"experts.fc1.weight{i}": torch.ones(8, 4) for i in range(2)}
+        >>> stored = {f"experts.fc1.weight_quantizer.{i}._amax": torch.tensor(i + 1.0) for i in range(4)}
+        >>> read(stored, select(params, {"*": FP8}), expert_offset=2, experts=4)
+        {'experts.fc1.weight*': ExpertAmax(amax=tensor([3., 4.]))}
     """
-    if shared not in ("refuse", "expand"):
-        raise ValueError(f"shared: found {shared!r}, wanted 'refuse' or 'expand'")
-    left = {name: value for name, value in entries.items() if _WEIGHT_AMAX.fullmatch(name)}
+    _check_choice("shared", shared, ("refuse", "expand"))
+    index = index_of(entries)
+    read_keys: set[str] = set()
     state: State = {}
     for group in spec.groups:
-        total = group.experts if experts is None or not _has_experts(group) else experts
-        first = expert_offset if _has_experts(group) and total != group.experts else 0
-        if not 0 <= first <= total - group.experts:
+        forms = forms_of(group.key, stacked=group.stacked)
+        part = _part_of(group, expert_offset, experts)
+        unread = [form for form in forms if form.stem in index["global_amax"]]
+        if unread and not group.format.has_global_amax:
+            key = next(iter(index["global_amax"][unread[0].stem].values()))
             raise ValueError(
-                f"group {group.key!r}: found expert_offset {expert_offset} and experts {experts}, wanted room for the "
-                f"{group.experts} experts of the spec"
+                f"entry {key!r}: found a global amax, wanted none for {group.format.name} in group {group.key!r}; "
+                "select the static two-level format that it was made in"
             )
-        leaves = [_leaf(left, group, field, first, total, shared) for field in group.leaf_shapes]
+        leaves = [_read_leaf(entries, index, group, field, forms, part, shared) for field in group.leaf_shapes]
         state[group.key] = group_state(group.format, *leaves)
+        read_keys |= {key for stems in index.values() for form in forms for key in stems.get(form.stem, {}).values()}
+    left = {key for stems in index.values() for keys in stems.values() for key in keys.values()} - read_keys
     if left and strict:
         raise ValueError(
             f"entries: found {len(left)} of weights that the spec has not, such as {sorted(left)[:3]}; select them, or "
             "pass strict=False"
         )
-    check(state, spec)
     return state
 
 
-def write(state: State, spec: Spec, *, layout: Literal["modules", "pr1717"] = "modules") -> dict[str, Tensor]:
-    """A state under ModelOpt's names, in ModelOpt's shapes: `read(write(state, spec), spec)` is the state.
+def write(
+    state: State,
+    spec: Spec,
+    *,
+    layout: Literal["modules", "pr1717"] = "modules",
+    untied: Literal["refuse", "maximum"] = "refuse",
+) -> dict[str, Tensor]:
+    """The state as entries of a state dict, for ModelOpt to load: `read(write(state, spec), spec)` is the state.
 
     Args:
-        state: What is written; plain local tensors.
-        spec: Its spec. Experts are numbered as in it.
-        layout: "modules": one entry an expert, where ModelOpt 0.47 and its main branch keep it in such a model.
-            "pr1717": one entry a group, [E, *format.amax_shape(out, in)], for Transformer Engine's names.
+        state: From `calibrate`, or loaded; plain tensors.
+        spec: Of the same weights; its names are those of the model's parameters.
+        layout: "modules": under the names of ModelOpt 0.47's own quantizers, chosen by how the weights are held.
+            "pr1717": grouped weights in one tensor a group, [E, ...], for which the state has all experts;
+            dense weights as in "modules".
+        untied: Where ModelOpt keeps one number and the state has different ones: the `_global_amax` of q, k and v, of
+            gate and up, of w1 and w3; a tensor's amax in transposed stacked weights (gpt-oss, Llama 4), one for all
+            experts. "refuse", since ModelOpt would keep the last that it loads, or write the "maximum".
 
     Returns:
-        Names to fp32 tensors. A model in bf16 rounds what it loads to bf16: keep its quantizers in fp32.
+        Names to new fp32 tensors, each with memory of its own, in ModelOpt's own shapes. MX formats give none.
 
     Raises:
         KeyError: A group is missing.
-        ValueError: The state does not fit the spec, or an amax is invalid; with "pr1717", a group that is not
-            Transformer Engine's; with "modules", two matrices that ModelOpt gives one global amax have two.
+        ValueError: The state does not fit the spec; an amax is NaN, infinite or negative; a leaf is a DTensor; numbers
+            that ModelOpt keeps once differ; ModelOpt or the layout has no place for a group.
 
-    Source: as `read`.
+    Source: as `read`; which numbers are kept once: ModelOpt 0.47 `utils.shared_input.SHARED_PATTERNS`.
 
     Example:
-        >>> from fq_transforms.formats import INT8_PER_CHANNEL
+        >>> from fq_transforms.formats import INT8
         >>> from fq_transforms.select import select
-        >>> from fq_transforms.calibrate import calibrate
-        >>> params = {f"experts.{i}.w1.weight": torch.ones(8, 4) for i in range(2)}
-        >>> spec = select(params, {"*": INT8_PER_CHANNEL})
-        >>> {name: tuple(amax.shape) for name, amax in write(calibrate(params, spec=spec), spec).items()}
-        {'experts.0.w1.weight_quantizer._amax': (8, 1), 'experts.1.w1.weight_quantizer._amax': (8, 1)}
+        >>> from fq_transforms.state import ExpertAmax
+        >>> spec = select({f"experts.{i}.w1.weight": torch.ones(8, 4) for i in range(2)}, {"*": INT8})
+        >>> write({"experts.*.w1.weight": ExpertAmax(torch.tensor([1.0, 2.0]))}, spec)
+        {'experts.0.w1.weight_quantizer._amax': tensor(1.), 'experts.1.w1.weight_quantizer._amax': tensor(2.)}
     """
-    if layout not in ("modules", "pr1717"):
-        raise ValueError(f"layout: found {layout!r}, wanted 'modules' or 'pr1717'")
-    check(state, spec)
+    _check_choice("layout", layout, ("modules", "pr1717"))
+    _check_choice("untied", untied, ("refuse", "maximum"))
     leaves = flatten(state)
-    written: dict[str, Tensor] = {}
+    for name, leaf in leaves.items():
+        if is_sharded(leaf):
+            raise ValueError(f"state {name!r}: found a DTensor, wanted a plain tensor; take its full_tensor()")
+    check(state, spec)
+    leaves |= _tied(leaves, spec, untied)
+
+    entries: dict[str, Tensor] = {}
     for group in spec.groups:
         for field in group.leaf_shapes:
-            leaf = leaves[f"{group.key}.{field}"]
-            if layout == "pr1717":
-                if not _is_transformer_engine(group):
+            leaf = leaves[f"{group.key}.{field}"].detach()
+            if layout == "pr1717" and not _is_dense(group):
+                if not is_grouped(group.key):
                     raise ValueError(
-                        f"group {group.key!r}: found {group.layout} weights, wanted Transformer Engine's "
-                        "`weight0..N-1`, which pull request 1717 is for; layout='modules' writes any"
+                        f"group {group.key!r}: found {group.layout} weights, wanted those of Transformer Engine's "
+                        "grouped linears, weight0, weight1, ..., in layout 'pr1717'; write 'modules'"
                     )
-                written[f"{group.key.removesuffix('weight*')}{_PULL_REQUEST_1717}{field}"] = leaf.clone()
-                continue
-            _check_tied(group, leaves, field)
-            for expert, value in enumerate(leaf):
-                name = _own_name(group).format(i=expert)
-                written[f"{name}._{field}"] = value.reshape(_modelopt_shape(group, field)).clone()
-    return written
+                name = f"{group.key.removesuffix('weight*')}{PER_EXPERT}_{field}"
+                entries[name] = leaf.reshape(-1, *native_shape(group, field)).clone()
+            elif group.stacked and group.transposed:
+                name = f"{quantizer_name(group.key)}._{field}"
+                entries[name] = _of_one_quantizer(group, field, leaf, untied)
+            else:
+                for stem, amax in zip(_module_stems(group), leaf, strict=True):
+                    # safetensors refuses tensors that share memory.
+                    entries[f"{stem}._{field}"] = amax.reshape(native_shape(group, field)).clone()
+    return entries
 
 
-def _leaf(left: dict[str, Tensor], group: Group, field: str, first: int, total: int, shared: str) -> Tensor:
-    """One leaf [E, ...], whose entries are taken out of `left`."""
-    shape = group.leaf_shapes[field]
-    found: dict[str, dict[int, str]] = {}
-    for pattern in _patterns(group, field):
-        regex = re.compile(re.escape(pattern).replace(re.escape("{i}"), r"(?P<i>\d+)"))
-        names = {int(m.groupdict().get("i") or 0): m.string for m in map(regex.fullmatch, left) if m}
-        if names:
-            found[pattern] = names
-    if len(found) != 1:
-        error = KeyError if not found else ValueError
-        raise error(
-            f"group {group.key!r}: found {sorted(found) or 'no entry'} for its {field}, wanted one kind of "
-            f"{_patterns(group, field)}"
+def _part_of(group: Group, first: int, experts: int | None) -> _Slice:
+    if _is_dense(group):
+        return _Slice(0, 1, 1)
+    whole = group.experts if experts is None else experts
+    if not 0 <= first <= whole - group.experts:
+        raise ValueError(
+            f"group {group.key!r}: found expert_offset {first} and experts {whole}, wanted room for the "
+            f"{group.experts} experts of the spec"
         )
-    ((pattern, names),) = found.items()
-    values = {number: left.pop(name).detach() for number, name in names.items()}
-    if "{i}" in pattern:
-        return _from_list(group, names, values, shape, first, total)
-    return _from_one(group, names[0], values[0], shape, first, total, shared)
+    return _Slice(first, group.experts, whole)
 
 
-def _from_list(
-    group: Group, names: Mapping[int, str], values: Mapping[int, Tensor], shape: tuple[int, ...], first: int, total: int
+def _read_leaf(
+    entries: Mapping[str, Tensor],
+    index: Index,
+    group: Group,
+    field: str,
+    forms: Sequence[Form],
+    part: _Slice,
+    shared: str,
 ) -> Tensor:
-    """An entry an expert: all ranks' experts, or this rank's, numbered from 0 or as all are."""
-    numbers, here = sorted(values), range(first, first + group.experts)
-    if numbers == list(range(total)):
-        numbers = list(here)
-    elif numbers not in (list(here), list(range(group.experts))):
-        missing, unknown = set(here) - set(numbers), set(numbers) - set(range(total))
-        raise (ValueError if unknown else KeyError)(
-            f"group {group.key!r}: found {len(numbers)} experts such as {names[numbers[0]]!r}, wanted the "
-            f"{group.experts} of this rank or all {total}; missing {sorted(missing)[:4]}, unknown {sorted(unknown)[:4]}"
+    stems = index[field]
+    found = [form for form in forms if form.stem in stems]
+    if not found:
+        raise _missing(index, group, field, forms)
+    if len(found) > 1:
+        raise ValueError(
+            f"group {group.key!r}: found its {field} under {len(found)} names, {_names(found, field)}, wanted one"
         )
-    for number in numbers:
-        if values[number].numel() != prod(shape[1:]):
+    (form,) = found
+    if "*" in form.stem:
+        keys = _keys_of(stems[form.stem], form, group, part)
+        leaf = _stacked([_tensor(entries, key) for key in keys], keys, group, field)
+    else:
+        keys = [stems[form.stem][0]] * part.size
+        leaf = _rows(_tensor(entries, keys[0]), keys[0], group, field, part, shared)
+    # A clone: rows of an entry, or one that is expanded, are views of it.
+    leaf = leaf.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    valid = (leaf >= 0) & (leaf < torch.inf)
+    if not bool(valid.all()):
+        expert, *at = (~valid).nonzero()[0].tolist()
+        raise ValueError(
+            f"entry {keys[expert]!r}: found {leaf[(expert, *at)].item()} for {group.expert_name(expert)!r}"
+            f"{f' at {tuple(at)}' if at else ''}, wanted a finite amax >= 0"
+        )
+    return leaf
+
+
+def _keys_of(keys: Mapping[int, str], form: Form, group: Group, part: _Slice) -> list[str]:
+    """The keys of this rank's experts, whether `keys` are all experts' or this rank's only."""
+    found, whole = set(keys), set(range(part.whole))
+    mine = range(part.first, part.first + part.size)
+    if found in (whole, set(mine)):
+        return [keys[expert] for expert in mine]
+    if form.is_local and found == set(range(part.size)):
+        return [keys[expert] for expert in range(part.size)]
+    missing, unknown = sorted(whole - found), sorted(found - whole)
+    advice = ""
+    if unknown and not missing:
+        advice = "; if the spec is of one rank, pass expert_offset= and experts="
+    elif form.stem.endswith("weight_quantizer.*") and found == {0, 1}:
+        advice = f"; {_IN_SEQUENCE}"
+    raise (ValueError if unknown else KeyError)(
+        f"group {group.key!r}: found {len(found)} experts, such as {keys[min(found)]!r}, wanted {part.whole}, from 0 on"
+        f"; missing {missing[:4]}, unknown {unknown[:4]}{advice}"
+    )
+
+
+def _stacked(amaxes: Sequence[Tensor], keys: Sequence[str], group: Group, field: str) -> Tensor:
+    """The amax of an expert each, as rows."""
+    one = group.leaf_shapes[field][1:]
+    for key, amax in zip(keys, amaxes, strict=True):
+        if not fits(amax.shape, one):
+            may_be_two = is_grouped(group.key) and len(amaxes) == 2 and amaxes[0].shape != amaxes[1].shape
             raise ValueError(
-                f"entry {names[number]!r}: found shape {tuple(values[number].shape)}, wanted the {prod(shape[1:])} "
-                f"numbers of {shape[1:]}, an expert's amax in {group.format.name}"
+                f"entry {key!r}: found shape {tuple(amax.shape)}, wanted {native_shape(group, field)}, the {field} of "
+                f"one expert in {group.format.name}, group {group.key!r}" + (f"; {_IN_SEQUENCE}" if may_be_two else "")
             )
-    return torch.stack([values[number].float().reshape(shape[1:]) for number in numbers])
+    return torch.stack([amax.to(amaxes[0].device, torch.float32).reshape(one) for amax in amaxes])
 
 
-def _from_one(
-    group: Group, name: str, value: Tensor, shape: tuple[int, ...], first: int, total: int, shared: str
-) -> Tensor:
-    """One entry a group: with an expert axis, or one value for all experts. Its length tells."""
-    each = prod(shape[1:])
-    if total > 1 and value.numel() == each:
+def _rows(amax: Tensor, key: str, group: Group, field: str, part: _Slice, shared: str) -> Tensor:
+    """This rank's rows of a tensor that holds all experts, or this rank's, or one amax for all."""
+    one, native = group.leaf_shapes[field][1:], native_shape(group, field)
+    if fits_rows(amax.shape, part.whole, one):
+        return amax.reshape(part.whole, *one)[part.first : part.first + part.size]
+    if fits(amax.shape, one):
         if shared == "refuse":
             raise ValueError(
-                f"entry {name!r}: found one amax {tuple(value.shape)} for all of {total} experts, wanted one an "
-                "expert; calibrate anew, or pass shared='expand' to give each expert the same"
+                f"entry {key!r}: found one {field}, shape {tuple(amax.shape)}, for the {part.whole} experts of group "
+                f"{group.key!r}, wanted one an expert; pass shared='expand' to give it to each"
             )
-        return value.float().reshape(1, *shape[1:]).repeat(group.experts, *[1] * (len(shape) - 1))
-    if value.numel() != total * each or (value.dim() > 0 and total > 1 and value.shape[0] != total):
+        return amax.reshape(1, *one).expand(part.size, *one)
+    if fits_rows(amax.shape, part.size, one):
+        return amax.reshape(part.size, *one)
+    shapes = [native] if _is_dense(group) else [(n, *native) for n in dict.fromkeys((part.whole, part.size))]
+    raise ValueError(
+        f"entry {key!r}: found shape {tuple(amax.shape)}, wanted {' or '.join(map(str, shapes))}, the {field} of "
+        f"{group.format.name} in group {group.key!r}; slice a layer's part out first, and pass experts= for those of "
+        "all ranks"
+    )
+
+
+def _tensor(entries: Mapping[str, Tensor], key: str) -> Tensor:
+    found: Any = entries[key]
+    if not isinstance(found, Tensor) or found.is_meta or is_sharded(found):
+        what = "a meta tensor" if isinstance(found, Tensor) and found.is_meta else type(found).__name__
+        raise ValueError(f"entry {key!r}: found {what}, wanted a plain tensor with values")
+    if found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"entry {key!r}: found {found.dtype}, wanted an amax in float32, bfloat16 or float16")
+    return found.detach()
+
+
+def _missing(index: Index, group: Group, field: str, forms: Sequence[Form]) -> Exception:
+    """What to raise where a group has no entry of a field."""
+    stems = index[field]
+    for form in forms:
+        if f"{form.stem}.0" in stems:
+            key = next(iter(stems[f"{form.stem}.0"].values()))
+            return ValueError(
+                f"entry {key!r}: wanted one quantizer for a weight of group {group.key!r}; {_IN_SEQUENCE}"
+            )
+        without_layer = re.sub(r"(?<=\.)\d+\.", "", form.stem, count=1)
+        if without_layer != form.stem and without_layer in stems:
+            key = next(iter(stems[without_layer].values()))
+            return ValueError(
+                f"entry {key!r}: found an axis of layers, wanted the {field} of one layer; take the layer of group "
+                f"{group.key!r} from it and name it {_names([form], field)[0]!r}"
+            )
+    keys = sorted({key for found in stems.values() for key in found.values()})
+    return KeyError(
+        f"group {group.key!r}: found no entry for its {field}, among {len(keys)} of weights such as {keys[:2]}, wanted "
+        f"one kind of {_names(forms, field)}"
+    )
+
+
+def _names(forms: Sequence[Form], field: str) -> list[str]:
+    """The forms as keys, `{i}` for an expert's number."""
+    return [form.stem.replace("*", "{i}") + ("_" if form.stem.endswith(PER_EXPERT) else "._") + field for form in forms]
+
+
+def _module_stems(group: Group) -> list[str]:
+    """The quantizers of ModelOpt 0.47's own modules, in the order of the experts."""
+    if group.stacked:
+        return [f"{group.key}_weight_quantizers.{expert}" for expert in range(group.experts)]
+    if is_grouped(group.key):
+        return [f"{group.key.removesuffix('*')}_quantizer.{expert}" for expert in range(group.experts)]
+    return [quantizer_name(name) for name in group.names]
+
+
+def _of_one_quantizer(group: Group, field: str, leaf: Tensor, untied: str) -> Tensor:
+    """What ModelOpt's one quantizer of a transposed stacked parameter holds for all experts."""
+    if leaf.dim() == 1:
+        return _one_number(leaf, [group.expert_name(e) for e in range(group.experts)], group.key, field, untied)
+    if group.format.block[1] is None:
         raise ValueError(
-            f"entry {name!r}: found shape {tuple(value.shape)}, wanted {(total, *shape[1:])}, the amax of {total} "
-            f"experts in {group.format.name}; slice a layer's part out first, and pass experts= for those of all ranks"
+            f"group {group.key!r}: found {group.format.name} for {group.layout} weights, wanted a format by tensor or "
+            "block; ModelOpt has one quantizer for all their experts, and what it calls channels are the experts"
         )
-    return value.float().reshape(total, *shape[1:])[first : first + group.experts].clone()
+    shape = (-1, 1) if group.format.has_blocks_along_in else (group.experts, *leaf.unsqueeze(2).unsqueeze(-1).shape[1:])
+    return leaf.reshape(shape if leaf.numel() > 1 else ()).clone()
 
 
-def _has_experts(group: Group) -> bool:
-    """False for a dense weight."""
-    return group.stacked or group.names != (group.key,)
+def _tied(leaves: Mapping[str, Tensor], spec: Spec, untied: str) -> dict[str, Tensor]:
+    """By leaf, the global amax of weights for which ModelOpt keeps one."""
+    fused: dict[tuple[str, int], list[Group]] = {}
+    for group in spec.groups:
+        module, dot, role = group.key.removesuffix(".weight").rpartition(".")
+        family = next((n for n, roles in enumerate(_FUSED) if role in roles), None)
+        if family is not None and group.format.has_global_amax and not group.stacked:
+            fused.setdefault((module + dot, family), []).append(group)
+    tied: dict[str, Tensor] = {}
+    for groups in fused.values():
+        what = " and ".join(group.key for group in groups)
+        amaxes = torch.stack([leaves[f"{group.key}.global_amax"] for group in groups], dim=1)
+        numbers = [
+            _one_number(amax, [group.expert_name(expert) for group in groups], what, "global_amax", untied)
+            for expert, amax in enumerate(amaxes)
+        ]
+        tied |= {f"{group.key}.global_amax": torch.stack(numbers) for group in groups}
+    return tied
 
 
-def _is_transformer_engine(group: Group) -> bool:
-    return group.key.endswith("weight*") and not group.stacked
+def _one_number(values: Tensor, names: Sequence[str], what: str, field: str, untied: str) -> Tensor:
+    """The number that all `values` are, or by choice their maximum."""
+    low, high = int(values.argmin()), int(values.argmax())
+    if untied == "refuse" and values[low] != values[high]:
+        raise ValueError(
+            f"state of {what}, {field}: found {values[low].item()} for {names[low]!r} and {values[high].item()} for "
+            f"{names[high]!r}, wanted one number, as ModelOpt keeps; tie them, or pass untied='maximum'"
+        )
+    return values.max().clone()
 
 
-def _own_name(group: Group) -> str:
-    """The quantizer of expert {i} where ModelOpt keeps it in a model of this layout."""
-    if group.stacked:
-        return f"{group.key}_weight_quantizers.{{i}}"
-    if _is_transformer_engine(group):
-        return f"{group.key.removesuffix('*')}_quantizer.{{i}}"
-    return f"{group.key}_quantizer".replace("*", "{i}")
+def _is_dense(group: Group) -> bool:
+    return group.names == (group.key,) and not group.stacked
 
 
-def _patterns(group: Group, field: str) -> list[str]:
-    """Names under which a group's leaf may be stored; {i} is an expert's number."""
-    quantizers = [_own_name(group)]
-    if group.stacked:
-        quantizers += [f"{group.key}_weight_quantizer"]
-    elif _is_transformer_engine(group):
-        module = group.key.removesuffix("weight*")
-        quantizers += [f"{module}weight_quantizer_{{i}}", f"{module}weight_quantizer"]
-        quantizers += [_under_experts(module) + "weight_quantizer"] if ".experts." in f".{module}" else []
-    elif "local_experts.*." in group.key:
-        quantizers += [f"{group.key}_quantizer".replace("local_experts.*.", part) for part in ("{i}.", "")]
-    names = [f"{quantizer}._{field}" for quantizer in quantizers]
-    if _is_transformer_engine(group):
-        names += [f"{group.key.removesuffix('weight*')}{_PULL_REQUEST_1717}{field}"]
-    return names
-
-
-def _under_experts(module: str) -> str:
-    """`mlp.experts.linear_fc1.` with an expert's number behind `experts`."""
-    start = f".{module}".rindex(".experts.") + len("experts.")
-    return f"{module[:start]}{{i}}.{module[start:]}"
-
-
-def _modelopt_shape(group: Group, field: str) -> tuple[int, ...]:
-    """Shape of one expert's `_amax` or `_global_amax` in ModelOpt 0.47."""
-    shape = group.leaf_shapes[field][1:]
-    if not shape or group.format.block == (1, None):
-        return shape
-    if group.format.has_blocks_along_in:
-        return (prod(shape), 1)
-    return (shape[0], 1, shape[1], 1)
-
-
-def _check_tied(group: Group, leaves: Mapping[str, Tensor], field: str) -> None:
-    for one, other in _FUSED if field == "global_amax" else ():
-        key = re.sub(rf"\.{one}\.", f".{other}.", group.key)
-        partner = leaves.get(f"{key}.{field}")
-        if key != group.key and partner is not None and not torch.equal(leaves[f"{group.key}.{field}"], partner):
-            raise ValueError(
-                f"state {group.key!r} and {key!r}: found different global_amax, wanted the same, since ModelOpt "
-                "keeps one for both; take their maximum"
-            )
+def _check_choice(option: str, found: str, choices: Sequence[str]) -> None:
+    if found not in choices:
+        raise ValueError(f"{option}: found {found!r}, wanted {' or '.join(map(repr, choices))}")
