@@ -3,7 +3,7 @@
 
 A byte-level Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
 are fake-quantized in every format: after training (PTQ), with one amax an expert and with one for all experts, and
-during some more steps of training (QAT). Two to three minutes on two cores, after `pip install -e '.[examples]'`.
+during some more steps of training (QAT). A few minutes on two cores, after `pip install -e '.[examples]'`.
 """
 
 # %%
@@ -16,8 +16,6 @@ import matplotlib
 import optree
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 from tqdm.auto import tqdm, trange
@@ -292,20 +290,17 @@ for row in (("", *columns), *rows):
 
 # %% [markdown]
 # ## Save and load
-# A state has flat names, so any store of named tensors will do. The file also says what it holds: its metadata is the
-# spec.
+# One safetensors file, which also says what it holds: the spec is in its metadata. Whoever gets it needs nothing else.
 
 # %%
 path = OUT / "nvfp4_state.safetensors"
-save_file(fqt.state.flatten(state), path, metadata={"spec": spec.to_json()})
+fqt.checkpoint.save_file(state, path, spec=spec)
 
-with safe_open(path, framework="pt") as file:
-    stored = fqt.transform(fqt.Spec.from_json(file.metadata()["spec"]))
-    leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-reloaded = fqt.state.unflatten(leaves, like=stored.init(weights))
+reloaded, stored = fqt.checkpoint.load_file(path), fqt.transform(fqt.checkpoint.read_spec(path))
 before = heldout_logits(fq.fakequant(weights, state))
 after = heldout_logits(stored.fakequant(weights, reloaded))
 assert torch.equal(before, after)
+leaves = fqt.state.flatten(reloaded)
 print(f"{path.name}: {len(leaves)} leaves, {path.stat().st_size:,} bytes, the same logits after loading")
 
 # %% [markdown]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 
-__all__ = ["Group", "Rule", "Skipped", "Spec", "is_sharded", "select", "weights_of"]
+__all__ = ["Group", "Rule", "Skipped", "Spec", "is_mapped", "is_sharded", "select", "weights_of"]
 
 functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
 guards: Any = import_module("torch._C._dynamo.guards")  # torch.compile's own check of many tensors in one call
@@ -444,6 +444,15 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """True under torch.func.vmap, if the tensor has a dimension that it maps."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 from fq_transforms.ops.shards import layout_of, local_values, position, sharded_tensors
-from fq_transforms.select import Group, Spec, functorch, spread_in_words, spread_of, weights_of
+from fq_transforms.select import Group, Spec, is_mapped, spread_in_words, spread_of, weights_of
 
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
 
@@ -201,11 +201,7 @@ def is_concrete(tensor: Tensor) -> bool:
     """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         return False
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-    return True
+    return not is_mapped(tensor)
 
 
 def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...], where: str = "") -> None:

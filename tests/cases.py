@@ -14,6 +14,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The formats themselves; the others are conventions, which differ in one number.
 CORE_FORMATS = [getattr(fq_transforms, name) for name in fq_transforms.__all__ if name in FORMATS]
 
+# One format for each kind of leaf that a state can have, and one without.
+ONE_OF_EACH_LEAF = [
+    FORMATS[name] for name in ("FP8", "INT8_PER_CHANNEL", "INT4_BLOCK32", "NVFP4", "NVFP4_STATIC", "FP8_BLOCK", "MXFP4")
+]
+
 # (out, in): odd and prime where the format's block allows it; ragged on both sides of a square block.
 ANY_SHAPES = [(1, 1), (3, 7), (17, 130)]
 BLOCK_SHAPES = [(1, 128), (11, 384)]

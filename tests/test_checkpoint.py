@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,11 +45,6 @@ def whole_params(count=8, formats=RESHARDED):
 def sharded(params, placements, mesh):
     """The same parameters on a mesh, without a collective."""
     return {name: distribute_tensor(weight, mesh, placements, src_data_rank=None) for name, weight in params.items()}
-
-
-def forget_meshes():
-    """DTensor's cache of placements survives a process group, and hands out meshes of the one before that are equal."""
-    _clear_sharding_prop_cache()
 
 
 def placed(params, ep, tp, size):
@@ -207,7 +201,6 @@ def test_imports_are_lazy():
 
 
 def _save_at(rank, size, folder, parallelism):
-    forget_meshes()
     torch.manual_seed(rank)
     params = whole_params()
     spec = fqt.select(params, RESHARDED)
@@ -217,7 +210,6 @@ def _save_at(rank, size, folder, parallelism):
 
 
 def _load_at(rank, size, folder, parallelism):
-    forget_meshes()
     params = whole_params()
     spec = fqt.select(params, RESHARDED)
     whole = fqt.calibrate(params, spec=spec)
@@ -256,7 +248,6 @@ def test_any_parallelism_to_any_other(ranks, tmp_path):
 
 def _odd_shardings(rank, size, folder):
     """Shards of unequal size, empty ones, two axes on one dimension, a mesh of some ranks, and a stage's own spec."""
-    forget_meshes()
     mesh, square = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (2, size // 2))
     formats = {"x.experts.channel": fqt.INT8_PER_CHANNEL, "x.experts.fp8": fqt.FP8}
     for count in (1, 3, 5):
@@ -334,7 +325,6 @@ class _Collectives(TorchDispatchMode):
 
 
 def _count_collectives(rank, size, folder):
-    forget_meshes()
     params = whole_params()
     spec = fqt.select(params, RESHARDED)
     weights = placed(params, 2, 2, size)

@@ -24,13 +24,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.state import ExpertAmax
 from tests.cases import assert_names, experts, message_of
-from tests.test_checkpoint import assert_same, forget_meshes, small
+from tests.test_checkpoint import assert_same, small
 
 ROOT = Path(__file__).parents[1]
 KINDS = ["directory", "file"]
@@ -633,7 +634,6 @@ class _Scene:
     """What each rank is told of faults that one of them has."""
 
     def __init__(self, rank, size):
-        forget_meshes()
         self.rank, self.size, self.mesh = rank, size, init_device_mesh("cpu", (size,))
         params = {"x.experts.w": torch.stack(experts(8, (64, 32)))}
         self.spec, self.other = (fqt.select(params, {"*": format}) for format in (fqt.FP8, fqt.INT8))
@@ -743,7 +743,7 @@ def test_dtensor_in_a_file(tmp_path, monkeypatch):
         )
     finally:
         dist.destroy_process_group()
-        forget_meshes()
+        _clear_sharding_prop_cache()  # as tests/ranks.py does in its workers
     assert_names(message, "state 'experts.*.w.amax': found a DTensor", "save stores DTensors")
 
 

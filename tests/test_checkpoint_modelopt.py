@@ -207,15 +207,14 @@ ATTRIBUTES = {
 }
 
 
+def config_of(name, pattern):
+    rules = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": pattern, "cfg": ATTRIBUTES[name]}]
+    return {"quant_cfg": rules, "algorithm": "max"}
+
+
 def converted(format):
     """A model that ModelOpt has converted and calibrated, and its own weights."""
-    config = {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": ATTRIBUTES[format.name]},
-        ],
-        "algorithm": "max",
-    }
+    config = config_of(format.name, "*weight_quantizer")
     model = Experts()
     params = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     return mtq.quantize(model, config, lambda m: m(torch.ones(2, IN))), params
@@ -271,14 +270,7 @@ def test_fused_experts_of_transformers(name):
     """ModelOpt's state dict of a Mixtral is read, gives its logits, and three quarters of it are loaded back alike."""
     plain, tokens = mixtral(), torch.arange(128).reshape(2, 64) % 64
     params = {key: weight.detach() for key, weight in plain.named_parameters()}
-    config = {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*experts*weight_quantizer*", "cfg": ATTRIBUTES[name]},
-        ],
-        "algorithm": "max",
-    }
-    model = mtq.quantize(mixtral(), config, lambda m: m(tokens))
+    model = mtq.quantize(mixtral(), config_of(name, "*experts*weight_quantizer*"), lambda m: m(tokens))
     spec = fqt.select(params, {"*.experts.*": FORMATS[name]})
     fq = fqt.transform(spec)
     state = modelopt.read(model.state_dict(), spec)

@@ -22,16 +22,7 @@ import fq_transforms as fqt
 from tests import cases
 from tests.cases import message_of, same_bits
 
-FORMATS = [
-    fqt.FP8,
-    fqt.INT8_PER_CHANNEL,
-    fqt.INT4_BLOCK32,
-    fqt.NVFP4,
-    fqt.NVFP4_STATIC,
-    fqt.FP8_BLOCK,
-    fqt.MXFP4,
-    fqt.Format("INT8_SQUARE", fqt.INT8.element, (2, 2)),
-]
+FORMATS = [*cases.ONE_OF_EACH_LEAF, fqt.Format("INT8_SQUARE", fqt.INT8.element, (2, 2))]
 
 # Axes of [E, out, in] that a leaf has, written down by hand.
 AXES_OF = {
@@ -128,8 +119,7 @@ def check_slices(layout, format, mesh, axes, backward, out_dtype=None):
     assert [f for group in state.values() for f in group._fields] == list(AXES_OF[format.name])
 
     # Some weights lie beyond their amax, so that clipping is seen.
-    shrink = lambda leaf: leaf * 0.7  # noqa: E731
-    state, wanted = optree.tree_map(shrink, state), optree.tree_map(shrink, wanted)
+    state, wanted = (optree.tree_map(lambda leaf: leaf * 0.7, each) for each in (state, wanted))
     with CommDebugMode() as collectives:
         outs, pullback = vjp(lambda p: fq.fakequant(p, state), sharded)
     assert collectives.get_total_counts() == 0
@@ -611,7 +601,10 @@ def total(fq, state):
 
 def slope(fq, state):
     """Sum of the gradient of a cube, to be differentiated again."""
-    cube = lambda params: fq.fakequant(params, state)["experts.w"].pow(3).sum()  # noqa: E731
+
+    def cube(params):
+        return fq.fakequant(params, state)["experts.w"].pow(3).sum()
+
     return lambda params: grad(cube)(params)["experts.w"].sum()
 
 

@@ -13,15 +13,6 @@ from fq_transforms.select import Group
 from tests import cases
 from tests.cases import message_of
 
-FORMATS = [
-    fqt.FP8,
-    fqt.INT8_PER_CHANNEL,
-    fqt.INT4_BLOCK32,
-    fqt.NVFP4,
-    fqt.NVFP4_STATIC,
-    fqt.FP8_BLOCK,
-    fqt.MXFP4,
-]
 # Leaves that are a maximum over the split axis, written down by hand.
 REDUCED = {
     "out": {"FP8": ["amax"], "NVFP4": ["amax"], "NVFP4_STATIC": ["global_amax"]},
@@ -29,7 +20,7 @@ REDUCED = {
 }
 
 
-def WORLD():  # noqa: N802 (a constant, once there is a process group)
+def world():
     return torch.distributed.group.WORLD
 
 
@@ -52,13 +43,13 @@ def part_of(params, rank, size):
 def synced(rank, size):
     whole = layers()
     params = part_of(whole, rank, size)
-    for format in FORMATS:
+    for format in cases.ONE_OF_EACH_LEAF:
         spec = fqt.select(params, {"*": format})
         fq, whole_fq = fqt.transform(spec), fqt.transform(fqt.select(whole, {"*": format}))
         state, wanted = fq.calibrate(params), whole_fq.calibrate(whole)
         before = optree.tree_map(torch.clone, state)
         with CommDebugMode() as collectives:
-            result = fqt.sync(state, spec, WORLD(), split=SPLIT)
+            result = fqt.sync(state, spec, world(), split=SPLIT)
         touched = {
             f"mlp.linear_{role}.weight*.{field}"
             for role, side in (("fc1", "out"), ("fc2", "in"))
@@ -81,17 +72,17 @@ def synced(rank, size):
                 assert torch.equal(flat["out"][name], leaf)
 
     # Everything at once is one collective still; under torch.func too.
-    rules = {f"{i}.*": format for i, format in enumerate(FORMATS)}
-    many = {f"{i}.{name}": w for i in range(len(FORMATS)) for name, w in params.items()}
+    rules = {f"{i}.*": format for i, format in enumerate(cases.ONE_OF_EACH_LEAF)}
+    many = {f"{i}.{name}": w for i in range(len(cases.ONE_OF_EACH_LEAF)) for name, w in params.items()}
     spec = fqt.select(many, rules)
     fq = fqt.transform(spec)
     with CommDebugMode() as collectives:
-        result = fqt.sync(fq.calibrate(many), spec, WORLD(), split=SPLIT)
+        result = fqt.sync(fq.calibrate(many), spec, world(), split=SPLIT)
     assert collectives.get_total_counts() == 1
     inside = {}
 
     def quantize(p):
-        inside.update(fqt.sync(fq.calibrate(p), spec, WORLD(), split=SPLIT))
+        inside.update(fqt.sync(fq.calibrate(p), spec, world(), split=SPLIT))
         return fq.fakequant(p, inside)
 
     out, _ = vjp(quantize, many)
@@ -101,7 +92,7 @@ def synced(rank, size):
     # Experts' amax stay their own: no split, no collective, and later globs win.
     for split in ({}, {"*": "out", "0.*": "in", "*fc?.*": "out"}):
         with CommDebugMode() as collectives:
-            kept = fqt.sync(fq.calibrate(many), spec, WORLD(), split=split)
+            kept = fqt.sync(fq.calibrate(many), spec, world(), split=split)
         assert collectives.get_total_counts() == bool(split)
     channel = kept["1.mlp.linear_fc1.weight*"].amax
     assert torch.equal(channel, fq.calibrate(many)["1.mlp.linear_fc1.weight*"].amax)
@@ -121,9 +112,9 @@ def values(rank, size):
     params = {"experts.w": torch.ones(len(pairs), 2, 2)}
     spec = fqt.select(params, {"*": fqt.FP8})
     state = {"experts.w": fqt.state.ExpertAmax(pairs[:, rank].clone())}
-    result = fqt.sync(state, spec, WORLD(), split={"*": "in"})["experts.w"].amax
+    result = fqt.sync(state, spec, world(), split={"*": "in"})["experts.w"].amax
     assert cases.same_bits(result + 0.0, torch.maximum(pairs[:, 0], pairs[:, 1]) + 0.0)  # -0.0 and 0.0 are equal
-    assert fqt.sync({"experts.w": fqt.state.ExpertAmax(torch.empty(0))}, empty_spec(), WORLD(), split={"*": "in"})
+    assert fqt.sync({"experts.w": fqt.state.ExpertAmax(torch.empty(0))}, empty_spec(), world(), split={"*": "in"})
 
 
 def empty_spec():
@@ -166,7 +157,10 @@ def refused(rank, size):
     meta = state | {key: fqt.state.ExpertAmax(torch.empty(2, device="meta"))}
     short = state | {key: fqt.state.ExpertAmax(torch.ones(3))}
     missing = {key: state[key]}
-    call = lambda state, spec=spec: (fqt.sync, state, spec, WORLD())  # noqa: E731
+
+    def call(state, spec=spec):
+        return fqt.sync, state, spec, world()
+
     square = {"fc1.weight": torch.ones(192, 128)}
     square_spec = fqt.select(square, {"*": fqt.FP8_BLOCK})
     square_state = fqt.calibrate(square, spec=square_spec)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fq_transforms.select import Group, functorch, is_sharded, spread_in_words, spread_of, unwrapped
+from fq_transforms.select import Group, is_mapped, is_sharded, spread_in_words, spread_of, unwrapped
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
 
 if TYPE_CHECKING:
@@ -293,10 +293,8 @@ def _local(tensor: Any, crossing: _Crossing, name: str) -> Tensor:
 
 def _check_unmapped(what: str, tensor: Tensor) -> None:
     """Raise ValueError for a DTensor under vmap: its placements count the mapped dimension, its shape does not."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            raise ValueError(f"{what}: found a DTensor under torch.func.vmap, wanted a plain tensor")
-        tensor = functorch.get_unwrapped(tensor)
+    if is_mapped(tensor):
+        raise ValueError(f"{what}: found a DTensor under torch.func.vmap, wanted a plain tensor")
 
 
 @lru_cache(maxsize=16384)
