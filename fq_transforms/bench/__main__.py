@@ -21,7 +21,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench import peers, report, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
-from fq_transforms.bench.timing import device_us, eager_us, floor_us, host_us
+from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
 from fq_transforms.ops.launch import clip_backward_triton
@@ -106,7 +106,7 @@ def measure_host(shape: Shape, rows: list[Row]) -> None:
 
 
 def measure_peers(shape: Shape, rows: list[Row]) -> None:
-    """Add the peers' times to the forward rows of a shape, and ours beside them."""
+    """Add the peers' times to the forward rows of a shape, and ours in turn with them."""
     weights = [w.bfloat16() for w in _weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         params, fq, state = _user(weights, format)
@@ -117,17 +117,23 @@ def measure_peers(shape: Shape, rows: list[Row]) -> None:
             "modelopt_us": peers.modelopt_loop(weights, amax, format),
         }
         row = _forward_row(rows, shape, format)
-        row["beside_us"] = eager_us(lambda params=params, fq=fq, state=state: fq.fakequant(params, state))
+        ready: dict[str, Callable[[], object]] = {
+            "beside_us": lambda params=params, fq=fq, state=state: fq.fakequant(params, state)
+        }
         for name, call in calls.items():
+            row[name] = None
             try:
-                row[name] = None if call is None else eager_us(call, calls=7)
+                if call is not None:
+                    call()  # compiles
+                    ready[name] = call
             except (
                 RuntimeError,
                 ValueError,
                 AssertionError,
                 TypeError,
             ) as error:  # a gap in the table, with its reason
-                row[name], row[f"{name}_error"] = None, f"{type(error).__name__}: {error}"[:200]
+                row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
+        row |= eager_in_turn_us(ready)
 
 
 def _floors(master: Tensor, grads: list[Tensor]) -> dict[str, float]:

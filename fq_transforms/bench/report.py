@@ -74,7 +74,7 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
         "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; separate: "
         "the host's time with an allocation a weight; each the median of three passes. Call: one call, waited for; "
-        "beside: the same, timed just before the peers. Gain: the best peer's call over ours beside it.",
+        "beside: the same, in turns with the peers. Gain: the best peer's call over ours beside it.",
         "",
         _host_summary(rows),
         "",

@@ -10,6 +10,8 @@ CALLS_A_GRAPH = 5
 REPLAYS = 15
 WARM_UP_S = 0.02  # of replays before the first that is timed: after a pause the first ones are slower
 HOST_CALLS, HOST_ROUNDS = 20, 7
+EAGER_CALLS = 30
+TURNS, CALLS_A_TURN = 7, 3
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -58,18 +60,28 @@ def floor_us(call: Callable[[], object]) -> float:
     return min(median(times), device_us(call))
 
 
-def eager_us(call: Callable[[], object], calls: int = 30) -> float:
+def eager_us(call: Callable[[], object]) -> float:
     """Median whole time of one call, waited for, in microseconds: what is left to calls that cannot be captured."""
-    for _ in range(2):
-        call()
-    times: list[float] = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return median(times)
+    call()
+    return median(_waited_us(call) for _ in range(EAGER_CALLS))
+
+
+def eager_in_turn_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The same for several calls to be compared, in turns of a few, so that what disturbs the host meets them all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            call()
+            times[name] += [_waited_us(call) for _ in range(CALLS_A_TURN)]
+    return {name: median(found) for name, found in times.items()}
+
+
+def _waited_us(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6
 
 
 def host_us(call: Callable[[], object]) -> float:
