@@ -4,6 +4,7 @@ python -m fq_transforms.bench --out results
 """
 
 import argparse
+import os
 import platform
 import subprocess
 import warnings
@@ -55,6 +56,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
+        "cores": str(len(os.sched_getaffinity(0))),
         "commit": options.commit,
     }
     rows: list[Row] = []

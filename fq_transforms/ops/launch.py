@@ -372,6 +372,9 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
     dense = [None if scale is None else scale.contiguous() for scale in scales]
     addresses: list[int | None] = []  # in the order of the kernel's arguments, as are kinds and tensors
     index = first.base.device.index
+    if first.base.is_cuda and torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return _launch(kernel, plan, groups, scales)
     kinds: list[object] = [kernel, id(plan), index]  # plans are cached for good
     is_aligned = True
     for base, start, table, stride, _, _, group_is_aligned, _ in groups:
@@ -383,20 +386,19 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
         kinds.append(None if address is None else address % 16 == 0)
     key = (*kinds, is_aligned)
     grid = (plan.blocks, first.experts, 1)
-    with torch.cuda.device_of(first.base):
-        known = _COMPILED.get(key)
-        if known is not None:  # a launcher that is given addresses asks no tensor for its own
-            compiled, rest = known
-            stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
-            compiled[grid](*addresses, *rest, stream=stream)
-            return
-        names = kernel.arg_names[-len(plan.constants) - 1 :]
-        assert names == [*plan.constants, "ALIGNED"], names
-        tensors = [argument for group in groups for argument in (group.base, group.table, group.stride)] + dense
-        rest = (*plan.numbers, *plan.constants.values(), is_aligned)
-        compiled = kernel[grid](*tensors, *rest, num_warps=plan.warps, enable_fp_fusion=False)
-        if compiled is not None:  # the interpreter compiles nothing
-            _COMPILED[key] = (compiled, rest)
+    known = _COMPILED.get(key)
+    if known is not None:  # a launcher that is given addresses asks no tensor for its own
+        compiled, rest = known
+        stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
+        compiled[grid](*addresses, *rest, stream=stream)
+        return
+    names = kernel.arg_names[-len(plan.constants) - 1 :]
+    assert names == [*plan.constants, "ALIGNED"], names
+    tensors = [argument for group in groups for argument in (group.base, group.table, group.stride)] + dense
+    rest = (*plan.numbers, *plan.constants.values(), is_aligned)
+    compiled = kernel[grid](*tensors, *rest, num_warps=plan.warps, enable_fp_fusion=False)
+    if compiled is not None:  # the interpreter compiles nothing
+        _COMPILED[key] = (compiled, rest)
 
 
 class _Table(NamedTuple):
