@@ -190,3 +190,33 @@ def test_inputs_of_any_layout(device):
         wanted = fake_quantize_reference(weight, amax, None, format=format, out_dtype=torch.float32)
         assert same_bits(out.view(wanted.shape), wanted), layout
         assert weight._version == versions
+
+
+@pytest.mark.gpu
+def test_a_profilers_hooks_see_every_launch():
+    """The first launch, which compiles, and the later ones, which go round Triton's own look-up."""
+    from triton import knobs
+
+    weights = experts(3, (4, 256), device="cuda")
+    amax, _ = amax_of(weights, INT8)
+    seen = []
+
+    def hook(metadata):
+        seen.append(metadata)
+
+    def run():
+        return launch.fake_quantize_triton(weights, amax, None, format=INT8, transposed=False, out_dtype=torch.float32)
+
+    wanted = run()
+    hooks = [knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook]
+    for chain in hooks:
+        chain.add(hook)
+    try:
+        found = run()
+    finally:
+        for chain in hooks:
+            chain.remove(hook)
+    assert len(seen) == 2
+    assert same_bits(found, wanted)
+    run()
+    assert len(seen) == 2

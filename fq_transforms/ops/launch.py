@@ -390,7 +390,7 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
     if known is not None:  # a launcher that is given addresses asks no tensor for its own
         compiled, rest = known
         stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
-        compiled[grid](*addresses, *rest, stream=stream)
+        kernels.run_compiled(compiled, grid, stream, (*addresses, *rest))
         return
     names = kernel.arg_names[-len(plan.constants) - 1 :]
     assert names == [*plan.constants, "ALIGNED"], names
