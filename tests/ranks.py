@@ -1,4 +1,4 @@
-"""Real processes for tests: four workers, started once a session, that run a function as the ranks of a gloo group.
+"""Real processes for tests: workers, started once a session, that run a function as the ranks of a gloo group.
 
     def on_each_rank(rank, size, number): ...                     # at the top of a module; runs in the workers
 
@@ -58,15 +58,18 @@ class Ranks:
     """Workers; `ranks(function, *args, size=n)` runs function(rank, n, *args) on n of them."""
 
     def __init__(self):
-        context = mp.get_context("spawn")
         self.workers = []
-        for _ in range(SIZE):
+
+    def start(self, size):
+        context = mp.get_context("spawn")
+        while len(self.workers) < size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             self.workers.append((process, ours))
 
     def __call__(self, function, *args, size=SIZE):
+        self.start(max(size, SIZE))
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"
             used = self.workers[:size]

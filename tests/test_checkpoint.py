@@ -230,14 +230,14 @@ def _load_at(rank, size, folder, parallelism):
 
 @pytest.mark.dist
 def test_any_parallelism_to_any_other(ranks, tmp_path):
-    """EP and TP at save, by 1, 2 and 4 ranks, to EP and TP at load: each rank gets what it would have calibrated."""
-    for size in (1, 2, 4):
-        fitting = [(ep, tp) for ep, tp in PARALLELISM if size % (ep * tp) == 0]
-        ranks(_save_at, tmp_path, fitting, size=size)
-    for size in (1, 2, 4):
-        fitting = [(ep, tp) for ep, tp in PARALLELISM if size % (ep * tp) == 0]
-        saved = ranks(_load_at, tmp_path, fitting, size=size)
-        assert [len(names) for names in saved] == [1 + 3 + 5] * size
+    """EP and TP at save, by 1, 2, 4 and 8 ranks, to EP and TP at load: each rank gets what it would have calibrated."""
+    fitting = {size: [(ep, tp) for ep, tp in PARALLELISM if size % (ep * tp) == 0] for size in (1, 2, 4)}
+    fitting[8] = [(4, 2)]
+    for size, parallelism in fitting.items():
+        ranks(_save_at, tmp_path, parallelism, size=size)
+    for size, parallelism in fitting.items():
+        saved = ranks(_load_at, tmp_path, parallelism, size=size)
+        assert [len(names) for names in saved] == [1 + 3 + 5 + 1] * size
     # And one process without a process group.
     params = whole_params()
     spec = fqt.select(params, RESHARDED)

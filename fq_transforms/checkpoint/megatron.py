@@ -21,20 +21,29 @@ that collapses a tensor-parallel axis must be the same on all ranks of it: call 
     {weight's key}_quantizer._format         [layers, FORMAT_BYTES], the format as JSON         uint8
 
 `layers` is whatever axes Megatron puts before the experts, none where the layer is in the key; a dense weight is one
-expert. The keys are ModelOpt 0.47's: `...experts.linear_fc1.weight_quantizer._amax`. To quantize some layers only, have
-the layer in the key: `model.sharded_state_dict(metadata={"non_homogeneous_layers": True})`.
+expert. The keys are ModelOpt 0.47's: `...experts.linear_fc1.weight_quantizer._amax`. To quantize some layers only by
+channels or blocks, have the layer in the key: `model.sharded_state_dict(metadata={"non_homogeneous_layers": True})`.
 """
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.megatron_shards import FORMAT, FORMAT_BYTES, SUFFIXES, Shard, leaf_shards
+from fq_transforms.checkpoint.megatron_shards import (
+    BETWEEN,
+    FORMAT,
+    FORMAT_BYTES,
+    SUFFIXES,
+    Shard,
+    is_small,
+    join_layers,
+    leaf_shards,
+)
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
 from fq_transforms.formats import Format
 from fq_transforms.select import Group, Spec, is_sharded
@@ -55,13 +64,15 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
 
     Args:
         state: Of this rank's plain local weights. `fq.init(params)`, meta parameters too, gives entries without data: a
-            place to load into, which cannot be saved. Megatron loads into the memory of any other state.
+            place to load into, which cannot be saved. Megatron may load into the memory of any other state.
         spec: Of the same weights; its names are those of `model.named_parameters()`.
         model_sharded_state_dict: `model.sharded_state_dict()`.
 
     Returns:
         `{group key}.{field}` to a ShardedTensor, a view of the leaf; to two of them for a gated fc1 that is split along
-        `out`. `{group key}.format` to the format. Megatron changes the entries that it saves: make them anew each time.
+        `out`. `{group key}.format` to the format. Formats and leaves of one number an expert, of consecutive layers
+        that are in one tensor, are one entry, a copy, under all their names, a newline between them. Megatron changes
+        the entries that it saves: make them anew each time.
 
     Raises:
         KeyError: A weight is not in the model's sharded state dict; a group is not in the state.
@@ -87,7 +98,7 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
         >>> state = {"experts.fc1.weight*": ExpertAmax(torch.tensor([1.0, 2.0]))}
         >>> leaf = sharded_state_dict(state, select(params, {"*": FP8}), model_sd)["experts.fc1.weight*.amax"]
         >>> leaf.key, leaf.global_shape, leaf.global_offset, leaf.local_shape
-        ('experts.fc1.weight_quantizer._amax', (3, 8), (0, 2), (2,))
+        ('experts.fc1.weight_quantizer._amax', (3, 8), (0, 2), (1, 2))
     """
     leaves = flatten(state)
     for name, leaf in leaves.items():
@@ -99,19 +110,26 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
     check(state, spec, values=not empty)
 
     entries: dict[str, Sharded] = {}
+    small: dict[str, Shard] = {}
+    data: dict[str, Tensor] = {} if empty else leaves
     for group in spec.groups:
-        shards = leaf_shards(group, _weight_shards(group, model_sharded_state_dict))
-        for field, pieces in shards.items():
+        # A place is not the format that is looked for: of a layer that is in no file, Megatron says nothing.
+        data |= {
+            f"{group.key}.{FORMAT}": torch.zeros(FORMAT_BYTES, dtype=torch.uint8) if empty else _encode(group.format)
+        }
+        for field, pieces in leaf_shards(group, _weight_shards(group, model_sharded_state_dict)).items():
             name = f"{group.key}.{field}"
-            data: Sequence[Tensor | None] = [None] * len(pieces)
-            if field == FORMAT:
-                data = [_encode(group.format)]
-            elif not empty and len(pieces) == 1:
-                data = [leaves[name]]
-            elif not empty:
-                data = leaves[name].split([piece.local_shape[1] for piece in pieces], dim=1)
-            made = [_to_megatron(piece, tensor) for piece, tensor in zip(pieces, data, strict=True)]
-            entries[name] = made if made[1:] else made[0]
+            if is_small(group, field, pieces):
+                (small[name],) = pieces
+            elif pieces[1:]:
+                rows = [piece.local_shape[1] for piece in pieces]
+                parts = data[name].split(rows, dim=1) if name in data else [None] * len(pieces)
+                entries[name] = [_to_megatron(piece, part) for piece, part in zip(pieces, parts, strict=True)]
+            else:
+                entries[name] = _to_megatron(pieces[0], data.get(name))
+    for names, shard in join_layers(small).items():
+        layers = [data[name] for name in names.split(BETWEEN) if name in data]
+        entries[names] = _to_megatron(shard, torch.stack(layers) if layers else None)
     return entries
 
 
@@ -148,6 +166,7 @@ def load_state(loaded: Mapping[str, Any], spec: Spec, like: State) -> State:
     """
     check(like, spec, values=False)
     places = flatten(like)
+    loaded = _split(loaded)
     wanted = {f"{group.key}.{FORMAT}" for group in spec.groups} | places.keys()
     if missing := wanted - loaded.keys():
         raise KeyError(
@@ -161,7 +180,7 @@ def load_state(loaded: Mapping[str, Any], spec: Spec, like: State) -> State:
 
     for group in spec.groups:
         _check_format(group, loaded[f"{group.key}.{FORMAT}"])
-    found = {name: _joined(loaded[name]) for name in places}
+    found = {name: _joined(loaded[name], places[name]) for name in places}
     state = unflatten(found, like)
     check(state, spec)
     moved = {name: leaf if places[name].is_meta else leaf.to(places[name].device) for name, leaf in found.items()}
@@ -202,8 +221,9 @@ def verify(path: str | Path, spec: Spec, model_sharded_state_dict: Mapping[str, 
     for group, shards in needed:
         (shard,) = shards[FORMAT]
         _check_stored(folder, f"{group.key}.{FORMAT}", shard, stored)
-        for data in read_records(folder, shard.key, stored[shard.key], shard.part):
-            _check_format(group, torch.load(io.BytesIO(data), weights_only=True).flatten())
+        for record, data in read_records(folder, shard.key, stored[shard.key], shard.part):
+            layers = torch.load(io.BytesIO(data), weights_only=True).view(-1, FORMAT_BYTES)
+            _check_format(group, layers[shard.part.offset[0] - record.offset[0] if len(record.shape) > 1 else 0])
     for group, shards in needed:
         for field in group.leaf_shapes:
             for shard in shards[field]:
@@ -265,7 +285,7 @@ def _to_megatron(shard: Shard, data: Tensor | None) -> "ShardedTensor":
         shard.local_shape,
         whole,
         offset,
-        tuple(size // length for size, length in zip(whole, extent, strict=True)),
+        tuple(size // length for size, length in zip(whole, extent, strict=True)) if shard.regular else None,
         replica_id=shard.replica,
         prepend_axis_num=shard.prepended,
         allow_shape_mismatch=shard.flexible,
@@ -285,7 +305,9 @@ def _encode(format: Format) -> Tensor:
 def _check_format(group: Group, stored: Any) -> None:
     """Raise ValueError unless the stored bytes are the group's format."""
     text = (
-        bytes(stored.tolist()) if isinstance(stored, Tensor) and stored.dtype == torch.uint8 else repr(stored).encode()
+        bytes(stored.flatten().tolist())
+        if isinstance(stored, Tensor) and stored.dtype == torch.uint8
+        else repr(stored).encode()
     )
     try:
         found = Format.from_dict(json.loads(text))
@@ -302,9 +324,23 @@ def _check_format(group: Group, stored: Any) -> None:
         )
 
 
-def _joined(loaded: Any) -> Any:
-    """The leaf of one or several pieces along `out`."""
-    return torch.cat(loaded, dim=1) if isinstance(loaded, list) else loaded
+def _split(loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of several layers as one for each of them."""
+    entries: dict[str, Any] = {}
+    for name, value in loaded.items():
+        names = name.split(BETWEEN)
+        if names[1:] and (not isinstance(value, Tensor) or value.shape[:1] != (len(names),)):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"load_state: found {found} for {len(names)} leaves, wanted [{len(names)}, ...]: {names}")
+        entries |= zip(names, value, strict=True) if names[1:] else {name: value}
+    return entries
+
+
+def _joined(loaded: Any, like: Tensor) -> Any:
+    """The leaf of one or several pieces along `out`, or of one layer that may have kept its axis."""
+    if isinstance(loaded, list):
+        return torch.cat(loaded, dim=1)
+    return loaded[0] if isinstance(loaded, Tensor) and loaded.shape == (1, *like.shape) else loaded
 
 
 def _check_stored(folder: Path, name: str, shard: Shard, stored: Mapping[str, Stored]) -> None:

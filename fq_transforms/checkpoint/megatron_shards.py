@@ -4,16 +4,17 @@ Arithmetic on plain data: it needs neither Megatron nor a model, so that what al
 be made in one process.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fq_transforms.select import Group
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
 
-__all__ = ["FORMAT", "FORMAT_BYTES", "SUFFIXES", "Shard", "leaf_shards"]
+__all__ = ["BETWEEN", "FORMAT", "FORMAT_BYTES", "SUFFIXES", "Shard", "is_small", "join_layers", "leaf_shards"]
 
 FORMAT = "format"
 FORMAT_BYTES = 512
+BETWEEN = "\n"  # the names of leaves that are one entry
 SUFFIXES = {"amax": "_quantizer._amax", "global_amax": "_quantizer._global_amax", FORMAT: "_quantizer._format"}
 
 
@@ -26,6 +27,7 @@ class Shard(NamedTuple):
         prepended: Number of axes that the whole tensor has and the local one has not.
         replica: Megatron's replica id; all zeros on the one rank that writes.
         flexible: The whole may have another shape in a file, as padded vocabularies may.
+        regular: All ranks hold parts of one size, as far as Megatron looks.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Shard(NamedTuple):
     prepended: int
     replica: tuple[int, ...]
     flexible: bool = False
+    regular: bool = True
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -60,7 +63,7 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, l
         >>> half = [[Shard("weight", Part((6, 8, 8), (e, 0, 4), (1, 8, 4)), 1, (0, 0, 0))] for e in (4, 5)]
         >>> leaf_shards(group, half)["amax"]
         [Shard(key='weight_quantizer._amax', part=Part(whole=(6,), offset=(4,), shape=(2,)), prepended=0,
-        replica=(0, 1, 0), flexible=False)]
+        replica=(0, 1, 0), flexible=False, regular=True)]
     """
     pieces = _matrices(group, weights)
     shards: dict[str, list[Shard]] = {}
@@ -79,6 +82,50 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, l
         )
     ]
     return shards
+
+
+def is_small(group: Group, field: str, shards: Sequence[Shard]) -> bool:
+    """True for a format and for one number an expert, of one of the layers that are in one tensor.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> group, shard = Group("w", ("w",), FP8, 1, (8, 4)), Shard("k", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))
+        >>> is_small(group, "amax", [shard]), is_small(group, "amax", [shard._replace(prepended=0)])
+        (True, False)
+    """
+    return shards[0].prepended == 1 and (field == FORMAT or len(group.leaf_shapes[field]) == 1)
+
+
+def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """Each run of consecutive layers of one tensor as a single shard: an entry costs Megatron 1.5 KiB, however small.
+
+    Args:
+        shards: By name, each of one layer, which is the first axis.
+
+    Returns:
+        By the names of a run, in the order of the layers and with `BETWEEN` between them.
+
+    Example:
+        >>> layers = {f"{i}.amax": Shard("key", Part((6, 8), (i, 4), (1, 4)), 1, (0, 0, 0)) for i in (3, 4)}
+        >>> ((name, shard),) = join_layers(layers).items()
+        >>> name.split(BETWEEN), shard.part
+        (['3.amax', '4.amax'], Part(whole=(6, 8), offset=(3, 4), shape=(2, 4)))
+    """
+    runs: list[list[str]] = []
+    following: Shard | None = None
+    for name, shard in sorted(shards.items(), key=lambda item: (item[1].key, item[1].part.offset)):
+        if shard == following:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+        offset = shard.part.offset
+        following = shard._replace(part=shard.part._replace(offset=(offset[0] + 1, *offset[1:])))
+    joined: dict[str, Shard] = {}
+    for run in runs:
+        first = shards[run[0]]
+        part = first.part._replace(shape=(len(run), *first.part.shape[1:]))
+        joined[BETWEEN.join(run)] = first._replace(part=part, prepended=0, regular=False)
+    return joined
 
 
 def _leaf_shard(group: Group, field: str, piece: Shard) -> Shard:

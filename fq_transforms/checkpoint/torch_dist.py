@@ -70,8 +70,10 @@ def read_index(folder: Path) -> dict[str, Stored]:
     return {key: Stored(shape, tuple(records[key])) for key, (shape, _) in index.items()}
 
 
-def read_records(folder: Path, key: str, stored: Stored, part: Part, *, partly: bool = False) -> list[bytes]:
-    """The records that overlap a part of a tensor, each found to be as it was written.
+def read_records(
+    folder: Path, key: str, stored: Stored, part: Part, *, partly: bool = False
+) -> list[tuple[Record, bytes]]:
+    """The records that overlap a part of a tensor, and their bytes, each found to be as it was written.
 
     Args:
         folder: The checkpoint.
@@ -83,13 +85,13 @@ def read_records(folder: Path, key: str, stored: Stored, part: Part, *, partly: 
     Raises:
         ValueError: A file is missing, truncated or damaged, or numbers are missing; the message names file and key.
     """
-    found: list[bytes] = []
+    found: list[tuple[Record, bytes]] = []
     covered = 0
     for record in stored.records:
         numbers = _overlap(record, part)
         covered += numbers
         if numbers:
-            found.append(_read(folder / record.file, key, record))
+            found.append((record, _read(folder / record.file, key, record)))
     if covered != prod(part.shape) and not partly:
         raise ValueError(
             f"{folder / '.metadata'}: found {covered} numbers of the part {part.shape} at {part.offset} of {key!r}, "
