@@ -19,10 +19,13 @@ from fq_transforms.formats import (
     NVFP4_STATIC,
     Format,
 )
+from fq_transforms.layerwise import layerwise
+from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.select import Rule, Spec, select
 from fq_transforms.state import State, merge
 from fq_transforms.sync import sync
 from fq_transforms.transform import Transform, transform
+from fq_transforms.value_and_grad import value_and_grad
 
 __version__ = "0.1.0"
 
@@ -46,13 +49,16 @@ __all__ = [
     "State",
     "Transform",
     "calibrate",
+    "carry_main_grad",
     "checkpoint",
     "fakequant",
     "formats",
+    "layerwise",
     "merge",
     "presets",
     "select",
     "state",
     "sync",
     "transform",
+    "value_and_grad",
 ]

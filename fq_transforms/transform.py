@@ -35,17 +35,21 @@ class Fakequant(Protocol):
 
 
 class Transform(NamedTuple):
-    """Pure functions closed over a spec.
+    """Pure functions closed over a spec, and what they are closed over.
 
     Attributes:
         init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
         calibrate: `calibrate(params, batch) -> state`; see `fq_transforms.calibrate.calibrate`.
         fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
+        spec: What is quantized, and how.
+        backward: The rule of the gradient, "pass_through" or "clip".
     """
 
     init: Init
     calibrate: Calibrate
     fakequant: Fakequant
+    spec: Spec
+    backward: Backward
 
 
 def transform(
@@ -83,4 +87,6 @@ def transform(
         init=partial(init, spec=spec),
         calibrate=partial(calibrate, spec=spec),
         fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate),
+        spec=spec,
+        backward=backward,
     )

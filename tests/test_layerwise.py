@@ -1,0 +1,433 @@
+"""`layerwise`: the numbers of the whole-model form, one layer's fake weights at a time, and nothing left behind."""
+
+import weakref
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import fq_transforms as fqt
+from fq_transforms.ops import autograd
+from tests.cases import ALL_FORMATS, assert_names, name_of
+
+HIDDEN, FFN, EXPERTS = 128, 256, 4
+
+
+class Lists(torch.nn.Module):
+    """Experts in a module list, each a module of two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        up, down = (
+            (lambda: torch.nn.Linear(HIDDEN, FFN, bias=False)),
+            (lambda: torch.nn.Linear(FFN, HIDDEN, bias=False)),
+        )
+        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict({"w1": up(), "w2": down()}) for _ in range(EXPERTS))
+
+    def forward(self, x):
+        parts = x.chunk(EXPERTS)
+        return torch.cat([e["w2"](torch.relu(e["w1"](part))) for e, part in zip(self.experts, parts, strict=True)])
+
+
+class Grouped(torch.nn.Module):
+    """Experts as weight0..N-1 of one module, as in Transformer Engine."""
+
+    def __init__(self, out_features, in_features):
+        super().__init__()
+        for i in range(EXPERTS):
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(torch.randn(out_features, in_features) / 8))
+
+    def forward(self, x):
+        weights = [getattr(self, f"weight{i}") for i in range(EXPERTS)]
+        return torch.cat([part @ w.mT for part, w in zip(x.chunk(EXPERTS), weights, strict=True)])
+
+
+class GroupedMLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = Grouped(FFN, HIDDEN), Grouped(HIDDEN, FFN)
+
+    def forward(self, x):
+        return self.linear_fc2(torch.relu(self.linear_fc1(x)))
+
+
+class Stacked(torch.nn.Module):
+    """Experts in one parameter [E, out, in]."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.forward = self.compute
+        self.experts.up = torch.nn.Parameter(torch.randn(EXPERTS, FFN, HIDDEN) / 8)
+        self.experts.down = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN, FFN) / 8)
+
+    def compute(self, x):
+        x = torch.relu(torch.bmm(x.view(EXPERTS, -1, HIDDEN), self.experts.up.mT))
+        return torch.bmm(x, self.experts.down.mT).flatten(0, 1)
+
+    def forward(self, x):
+        return self.experts(x)
+
+
+class Model(torch.nn.Module):
+    """Two layers of experts, each after a dense one."""
+
+    def __init__(self, kind, checkpointed=None):
+        super().__init__()
+        self.dense = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        self.mlp = torch.nn.ModuleList(kind() for _ in range(2))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for dense, mlp in zip(self.dense, self.mlp, strict=True):
+            x = dense(x)
+            x = x + (mlp(x) if self.checkpointed is None else checkpoint(mlp, x, use_reentrant=self.checkpointed))
+        return x.square().mean()
+
+
+KINDS = [Lists, GroupedMLP, Stacked]
+
+
+def setup(kind=GroupedMLP, format=fqt.NVFP4, dtype=torch.float32, backward="pass_through", **options):
+    model = Model(kind, **options).to(dtype)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"mlp.*": format}), backward=backward)
+    state = fq.calibrate(params)
+    if backward == "clip":
+        state = {key: type(group)(*(leaf * 0.5 for leaf in group)) for key, group in state.items()}
+    return model, fq, state, torch.randn(8 * EXPERTS, HIDDEN, dtype=dtype)
+
+
+def grads_of(model):
+    found = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def whole(model, fq, state, x):
+    """The whole-model form."""
+    loss = functional_call(model, fq.fakequant(dict(model.named_parameters()), state), (x,))
+    loss.backward()
+    return loss.detach(), grads_of(model)
+
+
+def by_layer(model, fq, state, x, **options):
+    with fqt.layerwise(model, state, spec=fq.spec, backward=fq.backward, **options):
+        loss = model(x)
+        loss.backward()
+    return loss.detach(), grads_of(model)
+
+
+def assert_equal(found, wanted):
+    assert torch.equal(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys()
+    assert all(grad is not None and grad.any() for grad in wanted[1].values())
+    assert not [name for name, grad in wanted[1].items() if not torch.equal(found[1][name], grad)]
+
+
+def assert_untouched(model, before):
+    assert {name: id(param) for name, param in model.named_parameters()} == before
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", ALL_FORMATS[:13], ids=name_of)
+def test_numbers_of_the_whole_model_form(format, kind, recompute):
+    """Loss and every gradient, bit for bit, for every kind of experts; and no hook or tensor stays on the model."""
+    model, fq, state, x = setup(kind, format)
+    before = {name: id(param) for name, param in model.named_parameters()}
+    assert_equal(by_layer(model, fq, state, x, recompute=recompute), whole(model, fq, state, x))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_clip_and_dtypes(kind, dtype):
+    model, fq, state, x = setup(kind, fqt.INT8_PER_CHANNEL, dtype, "clip")
+    wanted = whole(model, fq, state, x)
+    assert_equal(by_layer(model, fq, state, x), wanted)
+    passed = whole(model, fq._replace(fakequant=fqt.transform(fq.spec).fakequant), state, x)
+    assert any(not torch.equal(passed[1][name], grad) for name, grad in wanted[1].items())
+
+
+def test_master_weights():
+    """fp32 parameters, bf16 fake weights; made again in backward in bf16 too."""
+    model, fq, state, x = setup(GroupedMLP)
+    to_bf16 = fqt.transform(fq.spec, out_dtype=torch.bfloat16)
+    for layer in model.dense:
+        layer.to(torch.bfloat16)
+    x = x.bfloat16()
+    wanted = whole(model, to_bf16, state, x)
+    with fqt.layerwise(model, state, spec=fq.spec, out_dtype=torch.bfloat16):
+        loss = model(x)
+        loss.backward()
+    assert_equal((loss.detach(), grads_of(model)), wanted)
+    assert model.mlp[0].linear_fc1.weight0.dtype == torch.float32
+
+
+class Books:
+    """Bytes of fake weights: now, and at most since it was last set."""
+
+    def __init__(self):
+        self.now = self.most = self.calls = 0
+
+    def open(self, tensors):
+        self.calls += 1
+        for storage in {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}.values():
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.close, storage.nbytes())
+        self.most = max(self.most, self.now)
+
+    def close(self, size):
+        self.now -= size
+
+
+@pytest.fixture
+def books(monkeypatch):
+    found, original = Books(), autograd._run_fake_quantize
+
+    def counting(*args):
+        outs = original(*args)
+        found.open(outs)
+        return outs
+
+    monkeypatch.setattr(autograd, "_run_fake_quantize", counting)
+    return found
+
+
+GROUP = EXPERTS * FFN * HIDDEN * 4  # bytes of one group's fake weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_forward", "in_backward"),
+    [(Lists, 2 * GROUP, GROUP // EXPERTS), (GroupedMLP, GROUP, GROUP), (Stacked, 2 * GROUP, GROUP)],
+)
+def test_fake_weights_are_not_kept(books, kind, in_forward, in_backward):
+    """None outlives its layer's forward, nor its use in backward. Without recompute all of them wait for backward."""
+    model, fq, state, x = setup(kind)
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        assert (books.now, books.most, books.calls) == (0, in_forward, 4)
+        books.most = 0
+        loss.backward()
+    del loss
+    assert (books.now, books.most) == (0, in_backward)
+
+    books.most = 0
+    with fqt.layerwise(model, state, spec=fq.spec, recompute=False):
+        loss = model(x)
+        assert books.now == 4 * GROUP
+        loss.backward()
+    del loss
+    assert (books.now, books.most) == (0, 4 * GROUP)
+
+
+def test_no_gradient_no_hooks(books):
+    model, fq, state, x = setup()
+    with torch.no_grad(), fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+    assert (books.now, books.most, books.calls) == (0, GROUP, 4)
+    assert torch.equal(loss, whole(model, fq, state, x)[0])
+
+
+def test_frozen_weights(books):
+    """Weights without a gradient are saved by their layer too, for the gradient of its input."""
+    model, fq, state, x = setup()
+    for name, param in model.named_parameters():
+        param.requires_grad_("mlp" not in name)
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        assert books.now == 0
+        loss.backward()
+    found = grads_of(model)
+    wanted = whole(model, fq, state, x)[1]
+    assert all(torch.equal(found[name], wanted[name]) for name in found if "dense" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twice_through_one_graph(kind):
+    """retain_graph: the second backward makes the fake weights again, as the first did."""
+    model, fq, state, x = setup(kind)
+    wanted = whole(model, fq, state, x)[1]
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+            assert not [name for name, grad in grads_of(model).items() if not torch.equal(grad, wanted[name])]
+
+
+def test_two_launches_a_group_through_one_graph(books):
+    """Weights of one module are made again together, once a backward."""
+    model, fq, state, x = setup(GroupedMLP)
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        for backwards in (1, 2):
+            loss.backward(retain_graph=True)
+            assert books.calls == 4 + 4 * backwards
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations(books, kind, reentrant):
+    """A layer whose activations are made again is run again with fake weights, and keeps none in between."""
+    model, fq, state, x = setup(kind, checkpointed=reentrant)
+    x.requires_grad_()
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        assert books.now == 0
+        loss.backward()
+    found = loss.detach(), grads_of(model)
+    del loss
+    assert books.now == 0
+    model.checkpointed = None
+    assert_equal(found, whole(model, fq, state, x))
+
+
+def test_checkpoint_outside_is_another_gradient():
+    """Why backward belongs inside, as the docstring says: outside, the layer is run again with its own weights."""
+    model, fq, state, x = setup(format=fqt.INT4_BLOCK32, checkpointed=False)
+    x.requires_grad_()
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+    loss.backward()
+    outside = grads_of(model)
+    inside = by_layer(model, fq, state, x)[1]
+    assert any(not torch.equal(outside[name], inside[name]) for name in inside)
+
+
+def test_inside_functional_call():
+    """What is quantized is what the layer has when it runs."""
+    model, fq, state, x = setup()
+    params = {name: param.detach().mul(1.25).requires_grad_() for name, param in model.named_parameters()}
+    state = fq.calibrate(params)
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = functional_call(model, params, (x,))
+        loss.backward()
+    wanted_loss = functional_call(model, fq.fakequant(params, state), (x,))
+    wanted = torch.autograd.grad(wanted_loss, list(params.values()))
+    assert torch.equal(loss, wanted_loss)
+    assert all(torch.equal(param.grad, grad) for param, grad in zip(params.values(), wanted, strict=True))
+
+
+def test_under_torch_func():
+    """recompute=False composes with torch.func.grad; recompute says why it does not."""
+    model, fq, state, x = setup()
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params, recompute):
+        with fqt.layerwise(model, state, spec=fq.spec, recompute=recompute):
+            return functional_call(model, params, (x,))
+
+    found = torch.func.grad(loss)(params, False)
+    wanted = whole(model, fq, state, x)[1]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="recompute=False"):
+        torch.func.grad(loss)(params, True)
+
+
+def test_other_hooks_on_saved_tensors_decide():
+    """save_on_cpu and the like are not gone round: inside them nothing is made again, and the numbers are the same."""
+    model, fq, state, x = setup()
+    wanted = whole(model, fq, state, x)
+    packed = []
+    with (
+        fqt.layerwise(model, state, spec=fq.spec),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t),
+    ):
+        loss = model(x)
+        loss.backward()
+    assert_equal((loss.detach(), grads_of(model)), wanted)
+    assert torch.Size([HIDDEN, FFN]) in packed
+
+
+def test_dense_weights_within_a_site():
+    """A layer within another's site has hooks of its own, and each keeps none of its own fake weights."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Lists().experts
+            self.gate = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+        def forward(self, x):
+            return Lists.forward(self, torch.relu(self.gate(x)))
+
+    model, fq, state, x = setup(Both)
+    assert len(fq.spec.groups) == 6
+    assert_equal(by_layer(model, fq, state, x), whole(model, fq, state, x))
+
+
+def test_faults_name_the_parameter():
+    model, fq, state, x = setup()
+    before = {name: id(param) for name, param in model.named_parameters()}
+
+    # An exception within the layer.
+    with pytest.raises(RuntimeError, match="shape|size"), fqt.layerwise(model, state, spec=fq.spec):
+        model(x[:, :3])
+    assert_untouched(model, before)
+
+    # Weights changed between forward and backward.
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        with torch.no_grad():
+            model.mlp[0].linear_fc2.weight1.mul_(2)
+        with pytest.raises(RuntimeError) as error:
+            loss.backward()
+    assert_names(str(error.value), "mlp.0.linear_fc2.weight*", "changed in place")
+    assert_untouched(model, before)
+
+    # Amax changed likewise.
+    model.zero_grad()
+    with fqt.layerwise(model, state, spec=fq.spec):
+        loss = model(x)
+        state["mlp.1.linear_fc1.weight*"].amax.mul_(2)
+        with pytest.raises(RuntimeError) as error:
+            loss.backward()
+    assert_names(str(error.value), "mlp.1.linear_fc1.weight*")
+
+    # A spec of another model; a state of another spec.
+    other = Model(Lists)
+    with pytest.raises(KeyError) as error, fqt.layerwise(other, state, spec=fq.spec):
+        pass
+    assert_names(error.value.args[0], "mlp.0.linear_fc1.weight0", "Model")
+    with pytest.raises(KeyError, match="linear_fc1"), fqt.layerwise(model, {}, spec=fq.spec):
+        pass
+    with pytest.raises(ValueError, match="backward"), fqt.layerwise(model, state, spec=fq.spec, backward="ste"):
+        pass
+
+    # An invalid amax: the quantizer's own error, from within the layer's hook.
+    bad = {key: type(group)(*(leaf * torch.nan for leaf in group)) for key, group in state.items()}
+    with pytest.raises(ValueError, match="amax"), fqt.layerwise(model, bad, spec=fq.spec):
+        model(x)
+    assert_untouched(model, before)
+
+    # `inspect` sees each module before its weights are replaced, and may refuse.
+    seen = []
+    with fqt.layerwise(model, state, spec=fq.spec, inspect=seen.append):
+        model(x)
+    assert seen == [m for mlp in model.mlp for m in (mlp.linear_fc1, mlp.linear_fc2)]
+
+
+def test_a_layer_that_never_runs_is_named():
+    """Weights that another module reads would be used unquantized, without a word."""
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.read = (torch.nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(self.used(x), self.read.weight)
+
+    model = Reader()
+    fq = fqt.transform(fqt.select(dict(model.named_parameters()), {"*": fqt.INT8}))
+    state = fq.calibrate(dict(model.named_parameters()))
+    with pytest.raises(ValueError) as error, fqt.layerwise(model, state, spec=fq.spec):
+        model(torch.ones(2, HIDDEN))
+    assert_names(str(error.value), "read.weight", "Linear", "never ran")
+    with fqt.layerwise(model, state, spec=fq.spec):
+        pass

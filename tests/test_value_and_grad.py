@@ -1,0 +1,158 @@
+"""`value_and_grad`: the gradients of a step, as if every microbatch had been quantized and pulled back on its own."""
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import fq_transforms as fqt
+from fq_transforms.ops import autograd
+from tests.cases import assert_names, name_of
+
+FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.NVFP4_STATIC, fqt.MXFP4]
+
+
+class Model(torch.nn.Module):
+    """A dense layer, experts in a list of which the last gets no token, and a weight that no loss depends on."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.dense = torch.nn.Linear(32, 32)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.unused = torch.nn.Linear(4, 4)
+        self.checkpointed = checkpointed
+
+    def routed(self, x):
+        return torch.cat([torch.relu(expert(part)) for expert, part in zip(self.experts, x.chunk(2), strict=False)])
+
+    def forward(self, x):
+        x = self.dense(x)
+        return checkpoint(self.routed, x, use_reentrant=False) if self.checkpointed else self.routed(x)
+
+
+def loss_fn(model, batch):
+    return model(batch["x"]).square().mean()
+
+
+def setup(format=fqt.NVFP4, dtype=torch.float32, checkpointed=False, **options):
+    model = Model(checkpointed).to(dtype)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"experts.*": format}), **options)
+    state = fq.calibrate(params)
+    if options.get("backward") == "clip":
+        state = {key: type(group)(*(leaf * 0.5 for leaf in group)) for key, group in state.items()}
+    return model, params, fq, state, [{"x": torch.randn(8, 32, dtype=dtype)} for _ in range(4)]
+
+
+def one_by_one(model, params, fq, state, batches):
+    """What it must equal: each microbatch on its own, through autograd."""
+    losses = []
+    for batch in batches:
+        loss = functional_call(model, fq.fakequant(params, state), (batch["x"],)).square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
+    model.zero_grad()
+    return torch.stack(losses), grads
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_equals_one_by_one(format, backward):
+    """Losses and gradients, bit for bit; the unused have zeros; nothing of the model or the inputs is changed."""
+    model, params, fq, state, batches = setup(format, backward=backward)
+    wanted_losses, wanted = one_by_one(model, params, fq, state, batches)
+    versions = [param._version for param in params.values()]
+    losses, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert torch.equal(losses, wanted_losses)
+    assert not losses.requires_grad
+    assert list(grads) == list(params)
+    for name, grad in grads.items():
+        assert torch.equal(grad, wanted[name]), name
+        assert grad.dtype == params[name].dtype
+        assert bool(grad.any()) == (name not in ("experts.2.weight", "unused.weight", "unused.bias"))
+    assert all(param.grad is None for param in params.values())
+    assert [param._version for param in params.values()] == versions
+    assert all(param is params[name] for name, param in model.named_parameters())
+
+
+def test_as_torch_func_does():
+    """torch.func.grad of the sum of the losses gives the same, up to the order of additions."""
+    model, params, fq, state, batches = setup(backward="clip")
+
+    def total(params):
+        weights = fq.fakequant(params, state)
+        return sum(functional_call(model, weights, (batch["x"],)).square().mean() for batch in batches)
+
+    wanted = torch.func.grad(total)({name: param.detach() for name, param in params.items()})
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    for name in wanted:
+        torch.testing.assert_close(grads[name], wanted[name])
+
+
+def test_one_fakequant_and_one_pullback(monkeypatch):
+    calls = {"forward": 0, "backward": 0}
+    forward, pull = autograd._run_fake_quantize, autograd._run_clip_backward
+    monkeypatch.setattr(
+        autograd, "_run_fake_quantize", lambda *a: calls.update(forward=calls["forward"] + 1) or forward(*a)
+    )
+    monkeypatch.setattr(
+        autograd, "_run_clip_backward", lambda *a: calls.update(backward=calls["backward"] + 1) or pull(*a)
+    )
+    model, params, fq, state, batches = setup(fqt.INT8, backward="clip")
+    fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert calls == {"forward": 1, "backward": 1}
+
+
+def test_checkpointed_activations():
+    """Made again with the fake weights, since backward is called with them in place."""
+    model, params, fq, state, batches = setup(fqt.INT4_BLOCK32, checkpointed=True)
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    model.checkpointed = False
+    _, wanted = one_by_one(model, params, fq, state, batches)
+    assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
+
+
+def test_master_weights():
+    """Gradients of bf16 fake weights come back in fp32 to their fp32 parameters."""
+    model, params, fq, state, _ = setup(fqt.FP8, out_dtype=torch.bfloat16)
+    model.dense.bfloat16()
+    params = dict(model.named_parameters())
+    batches = [{"x": torch.randn(8, 32, dtype=torch.bfloat16)} for _ in range(2)]
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert grads["experts.0.weight"].dtype == torch.float32
+    assert grads["dense.weight"].dtype == torch.bfloat16
+
+
+def test_frozen_parameters_have_no_entry():
+    model, params, fq, state, batches = setup()
+    for name, param in params.items():
+        param.requires_grad_("experts.1" in name or name == "dense.bias")
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert list(grads) == ["dense.bias", "experts.1.weight"]
+    for param in params.values():
+        param.requires_grad_()
+    _, wanted = one_by_one(model, params, fq, state, batches)
+    assert all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+def test_under_no_grad_and_from_a_generator():
+    model, params, fq, state, batches = setup()
+    with torch.no_grad():
+        losses, _ = fqt.value_and_grad(loss_fn, model, fq)(params, state, (batch for batch in batches))
+    assert losses.shape == (4,)
+
+
+def test_faults():
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq)
+    with pytest.raises(ValueError, match="microbatches"):
+        step(params, state, [])
+    with pytest.raises(ValueError) as error:
+        fqt.value_and_grad(lambda model, batch: model(batch["x"]), model, fq)(params, state, batches)
+    assert_names(str(error.value), "loss_fn", (8, 32))
+    with pytest.raises(KeyError, match="experts"):
+        step({name: param for name, param in params.items() if "experts.1" not in name}, state, batches)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        step({name: param.detach() for name, param in params.items()}, state, batches)
+    assert all(param is params[name] for name, param in model.named_parameters())
