@@ -92,6 +92,8 @@ def build(layout, *, gated, experts=EXPERTS, hidden=HIDDEN):
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         use_cpu_initialization=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         perform_initialization=False,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -180,14 +182,20 @@ def own(prefix, entries):
     }
 
 
-def save(entries, folder):
-    from megatron.core import dist_checkpointing
+def allow_writers():
+    """Megatron's writer starts processes, which daemons, as these workers are, may not."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # Megatron's writer starts processes, which daemons, as these workers are, may not. What one of them writes comes
-    # back through a queue in a server process, which would outlive a worker that is killed: any queue will do here.
     multiprocessing.current_process()._config["daemon"] = False
+    # What a writer has to say comes back through a queue in a server process, which would outlive a worker that is
+    # killed: any queue will do here.
     filesystem_async._results_queue = queue.Queue()
+
+
+def save(entries, folder):
+    from megatron.core import dist_checkpointing
+
+    allow_writers()
     if dist.get_rank() == 0:
         Path(folder).mkdir()
     dist.barrier()

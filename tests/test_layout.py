@@ -28,6 +28,8 @@ LAYERS = [
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
     ["__init__", "ops.__init__"],
+    ["integrations.__init__", "integrations.te"],
+    ["integrations.megatron"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers"],
     ["bench.sweep"],
     ["bench.__init__", "bench.__main__"],
@@ -37,7 +39,8 @@ ONLY_IMPORTER = {
     "triton": {"ops.kernels", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
-    "megatron": {"checkpoint.megatron"},
+    "megatron": {"checkpoint.megatron", "integrations.megatron"},
+    "transformer_engine": {"integrations.te"},
     "safetensors": {"checkpoint.file"},
 }
 

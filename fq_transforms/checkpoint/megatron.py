@@ -29,7 +29,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from fq_transforms.checkpoint.megatron_shards import (
     is_small,
     join_layers,
     leaf_shards,
+    split_axis,
 )
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
 from fq_transforms.formats import Format
@@ -53,7 +54,7 @@ from fq_transforms.state import UNCALIBRATED, State, check, flatten, unflatten
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-__all__ = ["load_state", "sharded_state_dict", "verify"]
+__all__ = ["load_state", "sharded_state_dict", "split_axes", "verify"]
 
 # A leaf lies in two pieces where a gated fc1, [gate; up], is split along `out`.
 Sharded: TypeAlias = "ShardedTensor | list[ShardedTensor]"
@@ -231,6 +232,24 @@ def verify(path: str | Path, spec: Spec, model_sharded_state_dict: Mapping[str, 
                 read_records(folder, shard.key, stored[shard.key], shard.part, partly=shard.flexible)
     wanted = {shard.key for _, shards in needed for found in shards.values() for shard in found}
     _check_nothing_more(folder, spec, model_sharded_state_dict, wanted, stored)
+
+
+def split_axes(spec: Spec, model_sharded_state_dict: Mapping[str, Any]) -> dict[str, Literal["out", "in"]]:
+    """The axis of each group's weights that tensor parallelism splits, for `fqt.sync`; no entry for whole weights.
+
+    Args:
+        spec: Of this rank's weights.
+        model_sharded_state_dict: `model.sharded_state_dict()`.
+
+    Raises:
+        KeyError, ValueError: As `sharded_state_dict`.
+    """
+    axes: dict[str, Literal["out", "in"]] = {}
+    for group in spec.groups:
+        axis = split_axis(group, _weight_shards(group, model_sharded_state_dict))
+        if axis is not None:
+            axes[group.key] = axis
+    return axes
 
 
 def _weight_shards(group: Group, model_sharded_state_dict: Mapping[str, Any]) -> list[list[Shard]]:

@@ -5,12 +5,22 @@ be made in one process.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fq_transforms.select import Group
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
 
-__all__ = ["BETWEEN", "FORMAT", "FORMAT_BYTES", "SUFFIXES", "Shard", "is_small", "join_layers", "leaf_shards"]
+__all__ = [
+    "BETWEEN",
+    "FORMAT",
+    "FORMAT_BYTES",
+    "SUFFIXES",
+    "Shard",
+    "is_small",
+    "join_layers",
+    "leaf_shards",
+    "split_axis",
+]
 
 FORMAT = "format"
 FORMAT_BYTES = 512
@@ -82,6 +92,22 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, l
         )
     ]
     return shards
+
+
+def split_axis(group: Group, weights: Sequence[Sequence[Shard]]) -> Literal["out", "in"] | None:
+    """The axis of [E, out, in] that is split among ranks; None if each has whole matrices.
+
+    Raises:
+        ValueError: As `sharded_state_dict`.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> half = [[Shard("w", Part((6, 8, 8), (0, 0, 4), (1, 8, 4)), 1, (0, 0, 0))]]
+        >>> split_axis(Group("*.w", ("0.w",), FP8, 1, (8, 4)), half)
+        'in'
+    """
+    whole = _matrices(group, weights)[0].part.whole[-2:]
+    return "out" if whole[0] != group.shape[0] else "in" if whole[1] != group.shape[1] else None
 
 
 def is_small(group: Group, field: str, shards: Sequence[Shard]) -> bool:

@@ -1,0 +1,232 @@
+"""Megatron-Core: select, calibrate, fake-quantize, save and load a whole model with MoE layers, in one call each.
+
+    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4})
+    state = megatron.calibrate(model, spec)                                 # the same on all ranks that share a weight
+    with megatron.layerwise(model, state, spec=spec):                       # around forward_backward_func
+        losses = forward_backward_func(...)
+    megatron.save(path, model, state, spec=spec)                            # weights and amax, one checkpoint
+    state = megatron.load(path, model, spec=spec)                           # another model, another parallelism
+
+`model` is a GPTModel or another of Megatron's models, alone or wrapped by its DistributedDataParallel and
+Float16Module. Names are those of the innermost model, so that they do not depend on the wrappers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import fq_transforms as fqt
+from fq_transforms.checkpoint import megatron as leaves
+from fq_transforms.fakequant import fakequant as _fakequant
+from fq_transforms.main_grad import carry_main_grad
+from fq_transforms.ops.autograd import Backward
+from fq_transforms.select import Rule, Spec
+from fq_transforms.state import State
+
+__all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
+
+# Experts of an MoE layer; shared experts are parallel as dense layers are.
+_EXPERTS = re.compile(r"(?:^|\.)experts\.")
+
+
+def unwrap(model: Module) -> Module:
+    """The model within Megatron's wrappers."""
+    while isinstance(inner := getattr(model, "module", None), Module):
+        model = inner
+    return model
+
+
+def select(model: Module, rules: Mapping[str, fqt.Format | None] | Sequence[Rule]) -> Spec:
+    """`fq_transforms.select` over the parameters of a model.
+
+    Args:
+        model: As above.
+        rules: Globs over parameter names to formats, or a preset; see `fq_transforms.select`.
+
+    Raises:
+        ValueError: As `fq_transforms.select`.
+    """
+    return fqt.select(dict(unwrap(model).named_parameters()), rules)
+
+
+def calibrate(model: Module, spec: Spec) -> State:
+    """The amax of every selected weight, where tensor parallelism splits it over all ranks that hold a part.
+
+    At most two collectives, an all-reduce(max) of all leaves that need it: over the experts' tensor-parallel group and
+    over that of the dense layers. None over expert or data parallel ranks. What is split is read from
+    `model.sharded_state_dict()`.
+
+    Raises:
+        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.sync`.
+    """
+    from megatron.core import parallel_state
+
+    model = unwrap(model)
+    state = fqt.calibrate(dict(model.named_parameters()), spec=spec)
+    axes = leaves.split_axes(spec, _sharded_state_dict(model))
+    experts: dict[str, Any] = {key: axis for key, axis in axes.items() if _EXPERTS.search(key)}
+    dense: dict[str, Any] = {key: axis for key, axis in axes.items() if key not in experts}
+    groups: Any = parallel_state  # whose functions are annotated as giving None or a number too
+    if experts:
+        state = fqt.sync(state, spec, groups.get_expert_tensor_parallel_group(), split=experts)
+    if dense:
+        state = fqt.sync(state, spec, groups.get_tensor_model_parallel_group(), split=dense)
+    return state
+
+
+def fakequant(
+    model: Module,
+    state: State,
+    *,
+    spec: Spec,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+) -> dict[str, Tensor]:
+    """The model's parameters, fake-quantized, for `functional_call(unwrap(model), weights, ...)`.
+
+    Under pass-through they carry `main_grad`, and are good for all microbatches of a step: nothing of their graph is
+    used up by a backward pass.
+
+    Raises:
+        KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Megatron's DistributedDataParallel
+            gathers parameters while the model runs (`overlap_param_gather`), before which they are stale.
+    """
+    _check_gathered(model, "layerwise")
+    params = dict(unwrap(model).named_parameters())
+    weights = _fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward)
+    carry_main_grad(params, weights, backward=backward)
+    return weights
+
+
+def layerwise(
+    model: Module,
+    state: State,
+    *,
+    spec: Spec,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+    recompute: bool = True,
+) -> AbstractContextManager[None]:
+    """`fq_transforms.layerwise` on the model within the wrappers; Transformer Engine's autocast is refused.
+
+    Around a whole `forward_backward_func`: backward belongs inside.
+
+    Raises:
+        KeyError, ValueError: As `fq_transforms.layerwise`; with `overlap_param_gather`, a group's weights are not one
+            module's, as SequentialMLP's are not: they would be read before they are gathered.
+    """
+    inner, inspect = unwrap(model), None
+    if _has_te(inner):
+        from fq_transforms.integrations.te import refuse_autocast as inspect
+    for group in spec.groups:
+        if len({name.rpartition(".")[0] for name in group.names}) > 1:
+            _check_gathered(model, "Transformer Engine's grouped experts")
+    return fqt.layerwise(
+        inner,
+        state,
+        spec=spec,
+        out_dtype=out_dtype,
+        backward=backward,
+        recompute=recompute,
+        inspect=inspect,
+    )
+
+
+def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
+    """Save model and state in one distributed checkpoint of Megatron's.
+
+    Args:
+        path: An empty directory that all ranks see; made if it is not there.
+        model: As above.
+        state: From `calibrate`.
+        spec: Of `state`.
+
+    Raises:
+        KeyError, ValueError: As `fq_transforms.checkpoint.megatron.sharded_state_dict`; nothing is written then.
+        Whatever Megatron raises.
+    """
+    from megatron.core import dist_checkpointing
+
+    entries = _sharded_state_dict(unwrap(model))
+    entries |= leaves.sharded_state_dict(state, spec, entries)
+    if _rank() == 0:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    _barrier()
+    dist_checkpointing.save(entries, str(path))
+
+
+def load(path: str | Path, model: Module, *, spec: Spec) -> State:
+    """Load a model's weights, in place, and give the state; at any parallelism, whatever it was saved at.
+
+    Everything of the state is checked before the model is changed: see `fq_transforms.checkpoint.megatron.verify`.
+
+    Args:
+        path: From `save`.
+        model: As above; parameters on meta are given memory on the current device first.
+        spec: Selected from this model.
+
+    Raises:
+        KeyError, ValueError: As `verify` and `load_state`. Whatever Megatron raises.
+    """
+    from megatron.core import dist_checkpointing
+
+    model = unwrap(model)
+    leaves.verify(path, spec, _sharded_state_dict(model))
+    _materialize(model)
+    entries = _sharded_state_dict(model)
+    empty = fqt.state.init(dict(model.named_parameters()), spec=spec)
+    places = entries | leaves.sharded_state_dict(empty, spec, entries)
+    loaded: dict[str, Any] = dist_checkpointing.load(places, str(path))  # pyright: ignore[reportAssignmentType]
+    state = leaves.load_state(loaded, spec, empty)
+    model.load_state_dict({name: loaded[name] for name in entries})
+    return state
+
+
+def _sharded_state_dict(model: Module) -> dict[str, Any]:
+    return model.sharded_state_dict()  # pyright: ignore[reportCallIssue, reportReturnType] (every MegatronModule's)
+
+
+def _materialize(model: Module) -> None:
+    """Memory for parameters and buffers on meta, with the attributes that Megatron put on them."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                made = torch.empty_like(tensor, device=torch.cuda.current_device())
+                if isinstance(tensor, torch.nn.Parameter):
+                    made = torch.nn.Parameter(made, tensor.requires_grad)
+                vars(made).update(vars(tensor))
+                tensors[name] = made  # pyright: ignore[reportArgumentType]
+
+
+def _has_te(model: Module) -> bool:
+    """True if a module derives from one of Transformer Engine's."""
+    return any(
+        base.__module__.startswith("transformer_engine.") for module in model.modules() for base in type(module).__mro__
+    )
+
+
+def _check_gathered(model: Module, wanted: str) -> None:
+    while isinstance(inner := getattr(model, "module", None), Module):
+        if getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False):
+            raise ValueError(
+                f"model: found overlap_param_gather, under which parameters are gathered as their layer runs, wanted "
+                f"{wanted}, or overlap_param_gather=False"
+            )
+        model = inner
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

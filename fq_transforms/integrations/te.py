@@ -1,0 +1,85 @@
+"""Transformer Engine: its modules take fake-quantized weights as they are, but not under its own quantization.
+
+GroupedLinear and Megatron's wrappers of it read `weight0..N-1` when they run, so `functional_call` and `layerwise`
+work on them: forward, input and weight gradients, and gradient accumulation fused into `main_grad`. Under an active
+autocast Transformer Engine would quantize the fake-quantized weights once more: here that is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import fq_transforms as fqt
+from fq_transforms.ops.autograd import Backward
+from fq_transforms.select import Spec
+from fq_transforms.state import State
+
+__all__ = ["functional_call", "layerwise", "refuse_autocast"]
+
+
+def refuse_autocast(module: Module) -> None:
+    """Raise ValueError if Transformer Engine would quantize what this module computes.
+
+    Source: Transformer Engine 2.20.2 `FP8GlobalStateManager.is_fp8_enabled`, for all recipes, NVFP4 too.
+    """
+    from transformer_engine.pytorch.module.base import (  # pyright: ignore[reportMissingImports]
+        TransformerEngineBaseModule,
+    )
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyright: ignore[reportMissingImports]
+
+    if isinstance(module, TransformerEngineBaseModule) and FP8GlobalStateManager.is_fp8_enabled():
+        name = getattr(module, "name", None) or type(module).__name__
+        raise ValueError(
+            f"layer {name!r}: found Transformer Engine's autocast with the recipe "
+            f"{type(FP8GlobalStateManager.get_fp8_recipe()).__name__}, which quantizes weights itself, wanted none "
+            "around fake-quantized weights; leave the autocast, or the layer out of the spec"
+        )
+
+
+def functional_call(
+    model: Module, weights: Mapping[str, Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """`torch.func.functional_call`, which raises if a layer whose weights are replaced runs under an autocast.
+
+    Args:
+        model: Of Transformer Engine's modules, or with some below it.
+        weights: From `fakequant`. Entries that are the model's own parameters are not replaced.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ValueError: Transformer Engine's autocast is active in such a layer; the message names its type.
+    """
+    replaced = {
+        name.rpartition(".")[0] for name, param in model.named_parameters() if weights.get(name, param) is not param
+    }
+    with ExitStack() as hooks:
+        for name in replaced:
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda module, _: refuse_autocast(module))
+            hooks.callback(hook.remove)
+        return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
+
+
+def layerwise(
+    model: Module,
+    state: State,
+    *,
+    spec: Spec,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "pass_through",
+    recompute: bool = True,
+) -> AbstractContextManager[None]:
+    """`fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast."""
+    return fqt.layerwise(
+        model,
+        state,
+        spec=spec,
+        out_dtype=out_dtype,
+        backward=backward,
+        recompute=recompute,
+        inspect=refuse_autocast,
+    )
