@@ -30,8 +30,8 @@ LAYERS = [
     ["__init__", "ops.__init__"],
     ["integrations.__init__", "integrations.te"],
     ["integrations.megatron"],
-    ["bench.timing", "bench.cases", "bench.report", "bench.peers"],
-    ["bench.sweep"],
+    ["bench.timing", "bench.cases", "bench.report", "bench.peers", "bench.models"],
+    ["bench.full_size", "bench.step", "bench.sweep"],
     ["bench.__init__", "bench.__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -39,8 +39,8 @@ ONLY_IMPORTER = {
     "triton": {"ops.kernels", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
-    "megatron": {"checkpoint.megatron", "integrations.megatron"},
-    "transformer_engine": {"integrations.te"},
+    "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
+    "transformer_engine": {"integrations.te", "bench.models"},
     "safetensors": {"checkpoint.file"},
 }
 

@@ -4,6 +4,7 @@ python -m fq_transforms.bench --out results
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import triton
 from torch import Tensor
 
 import fq_transforms as fqt
-from fq_transforms.bench import peers, report, sweep
+from fq_transforms.bench import full_size, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -35,11 +36,13 @@ from fq_transforms.ops.reference import (
 Row = dict[str, Any]
 
 HOST_PASSES = 3
+WHAT = "kernels against their floors and peers; training steps (needs Transformer Engine); a whole model's experts"
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["kernels", "step", "full-size"], default="kernels", help=WHAT)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
@@ -60,6 +63,9 @@ def main() -> None:
         "commit": options.commit,
     }
     rows: list[Row] = []
+    if options.what != "kernels":
+        _write_page(options.what, options.out, environment, tqdm)
+        return
     if options.sweep:
         with torch.no_grad():
             for shape in tqdm(sweep.SWEEP_SHAPES, desc="shapes"):
@@ -79,6 +85,24 @@ def main() -> None:
             measure_peers(shape, rows)
             report.write(options.out, environment, rows)
     print(report.table(rows))
+
+
+def _write_page(what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any]) -> None:
+    """Measure steps or full size; print the page, and write it beside its JSON after each part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{environment['date']}-{what}"
+    rows: list[Row] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts, page = {
+            "step": ((step.layer_rows, step.model_rows), step.page),
+            "full-size": ((full_size.rows,), full_size.page),
+        }[what]
+        for part in parts:
+            rows += part(progress)
+            stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+            stem.with_suffix(".md").write_text(page(environment, rows))
+    print(page(environment, rows))
 
 
 def measure(shape: Shape) -> list[Row]:

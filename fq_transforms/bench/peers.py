@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.reference import fake_quantize_reference
@@ -64,3 +65,19 @@ def _modelopt_attributes(format: Format) -> dict[str, Any] | None:
     scale = (4, 3) if format.scale == "e4m3" else (8, 0)
     blocks = {-1: format.block[1], "type": "dynamic", "scale_bits": scale}
     return {"num_bits": element[format.name], "block_sizes": blocks}
+
+
+def modelopt_model(model: Module, format: Format, forward: Callable[[Module], None], pattern: str) -> Module | None:
+    """A model converted by ModelOpt in place, a calibrated quantizer a weight. None where it lacks the format."""
+    attributes = _modelopt_attributes(format)
+    if attributes is None:
+        return None
+    try:
+        import modelopt.torch.quantization as mtq  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    rules = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": f"{pattern}weight_quantizer*", "cfg": attributes},
+    ]
+    return mtq.quantize(model, {"quant_cfg": rules, "algorithm": "max"}, forward)

@@ -194,6 +194,12 @@ def _sharded_state_dict(model: Module) -> dict[str, Any]:
 
 def _materialize(model: Module) -> None:
     """Memory for parameters and buffers on meta, with the attributes that Megatron put on them."""
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage]
+            if (buffer := module._buffers[name]) is not None and buffer.is_meta:  # pyright: ignore[reportPrivateUsage]
+                raise ValueError(
+                    f"buffer '{path}.{name}': found it on meta, wanted values, which no checkpoint has; set it first"
+                )
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for name, tensor in tensors.items():

@@ -1,0 +1,202 @@
+"""What a training step costs under fake quantization: a layer of Transformer Engine's, and a model of Megatron's."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import Module
+
+import fq_transforms as fqt
+from fq_transforms.bench.cases import ALL, Shape, fits
+from fq_transforms.bench.models import GroupedMLP, gpt, single_rank
+from fq_transforms.bench.peers import modelopt_model
+from fq_transforms.formats import Format
+
+__all__ = ["layer_rows", "model_rows", "page"]
+
+Row = dict[str, Any]
+Call = Callable[[], None]
+
+EXPERTS, HIDDEN, FFN, TOKENS = 32, 2688, 1856, 512  # Nemotron-3-Nano at EP=4
+MICROBATCHES = 4
+ROUNDS = 9
+MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
+
+WAYS = {
+    "whole": "fakequant at every microbatch, for the whole model",
+    "kept": "layerwise, recompute=False",
+    "recompute": "layerwise",
+    "once": "one fakequant for four microbatches",
+    "ModelOpt": "ModelOpt's quantizers, one an expert",
+}
+
+
+def layer_rows(progress: Callable[..., Any]) -> list[Row]:
+    """Forward and backward of two GroupedLinears, 32 experts, 512 tokens each, four microbatches, by format and way."""
+    model = GroupedMLP(EXPERTS, HIDDEN, FFN, TOKENS)
+    xs = [torch.randn(EXPERTS * TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(MICROBATCHES)]
+    grad = torch.randn_like(xs[0])
+
+    def run(forward: Callable[[Tensor], Tensor]) -> None:
+        for x in xs:
+            forward(x.detach().requires_grad_()).backward(grad)
+
+    rows: list[Row] = []
+    shapes = [Shape(EXPERTS, FFN, HIDDEN, ""), Shape(EXPERTS, HIDDEN, FFN, "")]
+    for format in progress([f for f in ALL if all(fits(f, shape) for shape in shapes)], desc="layer step"):
+        params = dict(model.named_parameters())
+        fq = fqt.transform(fqt.select(params, {"*": format}))
+        state = fq.calibrate(params)
+        kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
+        peer = partial(_layer_peer, model, format, run)
+        rows.append(_measure(kind, format, model, _ways(model, fq, state, run), partial(run, model), peer))
+    return rows
+
+
+def model_rows(progress: Callable[..., Any]) -> list[Row]:
+    """Forward, backward and DDP's `main_grad` of Megatron's GPTModel, fused accumulation on, four microbatches."""
+    options: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HIDDEN // 128,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 4,
+        "moe_ffn_hidden_size": FFN,
+    }
+    rows: list[Row] = []
+    batches = [torch.randint(0, 1024, (4, 1024), device="cuda") for _ in range(MICROBATCHES)]
+    positions = torch.arange(1024, device="cuda").expand(4, -1)
+
+    def run(ddp: Any, forward: Callable[..., Tensor]) -> None:
+        ddp.zero_grad_buffer()
+        for ids in batches:
+            forward(ids, positions, None, labels=ids).mean().backward()
+
+    with tempfile.TemporaryDirectory() as folder, single_rank(folder):
+        for format in progress(MODEL_FORMATS, desc="model step"):
+            ddp = gpt(**options)
+            params = dict(ddp.module.named_parameters())
+            fq = fqt.transform(fqt.select(params, {"*.mlp.experts.*": format}))
+            ways = _ways(ddp.module, fq, fq.calibrate(params), partial(run, ddp))
+            peer = partial(_model_peer, options, format, run)
+            rows.append(_measure("model, 4 layers", format, ddp.module, ways, partial(run, ddp, ddp.module), peer))
+            del ddp, params, ways
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _layer_peer(model: Module, format: Format, run: Callable[..., None]) -> tuple[Module, Call] | None:
+    peer = modelopt_model(copy.deepcopy(model), format, run, "*")
+    return None if peer is None else (peer, partial(run, peer))
+
+
+def _model_peer(options: dict[str, Any], format: Format, run: Callable[..., None]) -> tuple[Module, Call] | None:
+    """Without fused accumulation, which ModelOpt switches off."""
+    found: list[Module | None] = []
+    ids = torch.zeros((1, 128), dtype=torch.int64, device="cuda")
+    positions = torch.arange(128, device="cuda")[None]
+
+    def convert(model: Module) -> None:
+        found.append(modelopt_model(model, format, lambda m: m(ids, positions, None, labels=ids), "*mlp.experts*"))
+
+    ddp = gpt(convert, fused=False, **options)
+    return None if found[0] is None else (ddp.module, partial(run, ddp, ddp.module))
+
+
+def _ways(model: Module, fq: fqt.Transform, state: fqt.State, run: Callable[..., None]) -> dict[str, Call]:
+    """The ways to train under fake quantization, each a run of all microbatches."""
+
+    def weights() -> dict[str, Tensor]:
+        params = dict(model.named_parameters())
+        made = fq.fakequant(params, state)
+        fqt.carry_main_grad(params, made)
+        return made
+
+    def forward(made: Callable[[], dict[str, Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        return functional_call(model, made(), args, kwargs)
+
+    def once() -> None:
+        made = weights()
+        run(partial(forward, lambda: made))
+
+    def by_layer(recompute: bool) -> None:
+        with fqt.layerwise(model, state, spec=fq.spec, recompute=recompute):
+            run(model)
+
+    return {
+        "whole": partial(run, partial(forward, weights)),
+        "kept": partial(by_layer, False),
+        "recompute": partial(by_layer, True),
+        "once": once,
+    }
+
+
+def _measure(
+    kind: str, format: Format, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any]
+) -> Row:
+    """Each way in turn with bf16, round after round, and the peak of memory of each."""
+    calls = {"bf16": plain, **ways}
+    models, row = [model], Row(kind=kind, format=format.name)
+    try:
+        if (theirs := peer()) is not None:
+            models.append(theirs[0])
+            calls["ModelOpt"] = theirs[1]
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:  # a gap, with its reason
+        row["reason"] = f"{type(error).__name__}: {error}"[:200]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, int] = {}
+    for measured in range(-1, ROUNDS):
+        for name, call in calls.items():
+            for param in (param for each in models for param in each.parameters()):
+                param.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            if measured >= 0:  # the first round compiles
+                times[name].append(start.elapsed_time(stop) / MICROBATCHES)
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+    row["bf16_ms"] = median(times["bf16"])
+    for name in calls:
+        row[name] = median(times[name]) / row["bf16_ms"]
+        row[f"{name}_mib"] = (peaks[name] - peaks["bf16"]) / 2**20
+    return row
+
+
+def page(environment: dict[str, str], rows: list[Row]) -> str:
+    """A page of results in Markdown."""
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    header = ["step", "format", "bf16 ms", *WAYS, *(f"{name}, MiB" for name in WAYS)]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        times = [f"{row[name]:.3f}" if name in row else "" for name in WAYS]
+        memory = [f"{row[f'{name}_mib']:.0f}" if name in row else "" for name in WAYS]
+        lines.append([row["kind"], row["format"], f"{row['bf16_ms']:.2f}", *times, *memory])
+    reasons = sorted({f"{row['format']}: {row['reason']}" for row in rows if "reason" in row})
+    group = EXPERTS * HIDDEN * FFN * 2 / 2**20
+    return "\n".join(
+        [
+            f"# Training steps, {environment['date']}",
+            "",
+            f"`python -m fq_transforms.bench step`: {facts}.",
+            "",
+            "Forward and backward, a microbatch, median, over bf16 in turn with it: 1 is bf16's time. MiB: the peak of "
+            f"memory above bf16's; one group's fake weights are {group:.0f} MiB.",
+            "",
+            *(f"- {name}: {what}." for name, what in WAYS.items()),
+            "",
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+            *reasons,
+        ]
+    )
