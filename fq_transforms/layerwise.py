@@ -207,12 +207,6 @@ class _Source:
 
     def make(self, number: int) -> Tensor:
         """The fake weight, bit for bit as it was in forward."""
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                f"group {self.group.key!r}: found that a parameter or its amax was changed in place after forward, "
-                "wanted the values of forward to make the fake weights again; call backward before the optimizer, or "
-                "pass recompute=False"
-            )
         if not self.together:
             return self._quantize(slice(number, number + 1))[0]
         self.to_come = (self.to_come or self.places) - 1  # a second backward starts over
@@ -221,6 +215,12 @@ class _Source:
         return made[number]
 
     def _quantize(self, experts: slice) -> Sequence[Tensor]:
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                f"group {self.group.key!r}: found that a parameter or its amax was changed in place after forward, "
+                "wanted the values of forward to make the fake weights again; call backward before the optimizer, or "
+                "pass recompute=False"
+            )
         amax = None if isinstance(self.scales, Stateless) else self.scales.amax
         global_amax = self.scales.global_amax if isinstance(self.scales, BlockAmax) else None
         if not self.group.stacked:
@@ -237,13 +237,11 @@ class _Source:
 
 
 class _Place(NamedTuple):
-    """A view of a fake weight, without its memory."""
+    """A fake weight, or a view of it (size, stride, and offset in it), without its memory."""
 
     source: _Source
     number: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
 
 class _Remake:
@@ -251,33 +249,48 @@ class _Remake:
 
     def __init__(self, outer: Any) -> None:
         self.outer = outer
-        self.weights: dict[int, list[tuple[Tensor, _Source, int]]] = {}  # by the address of their memory
+        self.weights: dict[int, tuple[Tensor, _Source, int]] = {}  # by address
+        self.storages: dict[int, list[tuple[Tensor, _Source, int]]] = {}
         self.is_complete = True
 
     def add(self, source: _Source, weights: Sequence[Tensor]) -> None:
         for number, weight in enumerate(weights):
             if weight.numel():
-                address = weight.untyped_storage().data_ptr()
-                self.weights.setdefault(address, []).append((weight, source, number))
+                entry = (weight, source, number)
+                self.weights[weight.data_ptr()] = entry
+                self.storages.setdefault(weight.untyped_storage().data_ptr(), []).append(entry)
 
     def pack(self, tensor: Tensor) -> Any:
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
-            sharing = self.weights.get(tensor.untyped_storage().data_ptr())
-            if sharing is not None:
-                first, offset = sharing[0][0], int(tensor.storage_offset())
-                weight, source, number = sharing[(offset - first.storage_offset()) // first.numel()]
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
+            entry, view = self.weights.get(tensor.data_ptr()), None  # the usual case: the weight itself, as it is
+            if entry is None or tensor.shape != entry[0].shape or tensor.stride() != entry[0].stride():
+                entry = self._around(tensor)
+                if entry is not None:
+                    start = int(tensor.storage_offset()) - int(entry[0].storage_offset())
+                    view = (tuple(tensor.shape), tensor.stride(), start)
+            if entry is not None:
+                weight, source, number = entry
                 if tensor.dtype == weight.dtype:
                     source.places += 1
-                    start = offset - int(weight.storage_offset())
-                    return _Place(source, number, tuple(tensor.shape), tensor.stride(), start)
+                    return _Place(source, number, view)
                 self.is_complete = False
         return tensor if self.outer is None else (self.outer[1], self.outer[0](tensor))
 
+    def _around(self, tensor: Tensor) -> tuple[Tensor, _Source, int] | None:
+        """The fake weight that a tensor is a view of."""
+        sharing = self.storages.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if sharing is None:
+            return None
+        first = sharing[0][0]
+        return sharing[(int(tensor.storage_offset()) - int(first.storage_offset())) // first.numel()]
+
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Place):
-            source, number, size, stride, offset = packed
-            weight = source.make(number)
-            return weight.as_strided(size, stride, weight.storage_offset() + offset)
+            weight = packed.source.make(packed.number)
+            if packed.view is None:
+                return weight
+            size, stride, start = packed.view
+            return weight.as_strided(size, stride, weight.storage_offset() + start)
         if isinstance(packed, tuple):
             unpack, inner = packed
             return unpack(inner)
@@ -285,10 +298,10 @@ class _Remake:
 
     def forward_is_done(self) -> None:
         """Let go of the fake weights. Those that carry `main_grad` are kept by the layer, as names: without memory."""
-        for sharing in self.weights.values():
+        for sharing in self.storages.values():
             if self.is_complete and has_main_grad(sharing[0][0]):
                 sharing[0][0].untyped_storage().resize_(0)
-        self.weights = {}
+        self.weights, self.storages = {}, {}
 
 
 def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]]]:

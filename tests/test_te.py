@@ -161,7 +161,7 @@ def test_fused_equals_unfused(te):
         layerwise(model, params, fq, state, xs, gs)
         grads.append({n: p.main_grad if fused else p.grad.float() for n, p in params.items() if "fc2" in n})
     for name, grad in grads[0].items():
-        exact = grads[1][name].abs() <= 256
+        exact = grad.abs() <= 256
         assert exact.any()
         assert torch.equal(grad[exact], grads[1][name][exact]), name
 
@@ -200,7 +200,7 @@ def test_memory(te, fused):
         way()  # workspaces of cuBLAS are made once
     own = peak(plain)
     assert peak(lambda: layerwise(model, params, fq, state, xs[:1], gs[:1])) <= own + group + 2**16
-    assert peak(lambda: whole(model, params, fq, state, xs[:1], gs[:1])) >= own + group + group // 2
+    assert peak(lambda: whole(model, params, fq, state, xs[:1], gs[:1])) > own + group + 2**16
 
 
 def test_autocast_is_refused(te):
@@ -313,7 +313,7 @@ def parallel(te, tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def gpt(meta=False, experts=4, **options):
+def gpt(meta=False, experts=4, fused=False, **options):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -341,7 +341,11 @@ def gpt(meta=False, experts=4, **options):
     with torch.device("meta" if meta else "cuda"):
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=True)
         model = GPTModel(config, spec, vocab_size=128, max_sequence_length=64)
-    return model if meta else model.cuda()
+    model = (model if meta else model.cuda()).bfloat16()
+    for module in model.modules():  # not by the config, under which Megatron's own output layer would ask for APEX
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = fused
+    return model
 
 
 def batch(seed):
@@ -388,7 +392,7 @@ def test_megatron_trains(parallel, distributed):
         from megatron.core import tensor_parallel
 
         tensor_parallel.model_parallel_cuda_manual_seed(7)
-        ddp, optimizer = trainer(gpt(gradient_accumulation_fusion=True), distributed)
+        ddp, optimizer = trainer(gpt(fused=True), distributed)
         assert all(module.fuse_wgrad_accumulation for module in ddp.modules() if hasattr(module, "num_gemms"))
         spec = megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4})
         found = losses.setdefault(way, [])

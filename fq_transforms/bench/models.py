@@ -64,10 +64,12 @@ def gpt(prepare: Callable[[Module], object] = lambda model: None, *, fused: bool
         hidden_dropout=0.0,
         bf16=True,
         params_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=fused,
         **options,
     )
     layers = get_gpt_layer_with_transformer_engine_spec(num_experts=options["num_moe_experts"], moe_grouped_gemm=True)
-    model = GPTModel(config, layers, vocab_size=1024, max_sequence_length=1024).cuda()
+    model = GPTModel(config, layers, vocab_size=1024, max_sequence_length=1024).cuda().bfloat16()
+    for module in model.modules():  # not by the config, under which Megatron's own output layer would ask for APEX
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            vars(module)["fuse_wgrad_accumulation"] = fused
     prepare(model)
     return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)

@@ -32,11 +32,11 @@ def refuse_autocast(module: Module) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyright: ignore[reportMissingImports]
 
     if isinstance(module, TransformerEngineBaseModule) and FP8GlobalStateManager.is_fp8_enabled():
-        name = getattr(module, "name", None) or type(module).__name__
+        recipe = type(FP8GlobalStateManager.get_fp8_recipe()).__name__
         raise ValueError(
-            f"layer {name!r}: found Transformer Engine's autocast with the recipe "
-            f"{type(FP8GlobalStateManager.get_fp8_recipe()).__name__}, which quantizes weights itself, wanted none "
-            "around fake-quantized weights; leave the autocast, or the layer out of the spec"
+            f"layer {type(module).__name__} {getattr(module, 'name', None)!r}: found Transformer Engine's autocast, "
+            f"{recipe}, which quantizes weights itself, wanted none around fake-quantized weights; leave the autocast, "
+            "or the layer out of the spec"
         )
 
 

@@ -314,7 +314,7 @@ class _ClipBackward(Function):
 def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """Cotangents to gradients, or tangents to output tangents: the derivative is symmetric."""
     if not ctx.statics.clip:
-        return [None if v is None else v.to(dtype) for v in vectors]
+        return [v if v is None or v.dtype == dtype else v.to(dtype) for v in vectors]
     amax, *weights = ctx.saved_tensors
     live = [i for i, v in enumerate(vectors) if v is not None]
     if not live:
