@@ -10,14 +10,39 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+def said(script, *options, ranks=None):
+    """The lines that an example prints, alone or under torchrun."""
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    command = [sys.executable, *launcher, EXAMPLES / script, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def test_qat_step_gives_equal_gradients_and_learns():
+    """The script itself compares the gradients of its three ways, and asserts that the loss went down."""
+    lines = said("02_qat_step.py")
+    assert [line.split()[0] for line in lines if "gradients equal: True" in line] == ["plain", "once", "layerwise"]
+    assert "loss" in lines[-1]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_megatron_moe_is_restored_and_goes_on(tmp_path):
+    """TP=2 and EP=2, then its checkpoints on one rank. The script compares states and logits, format by format."""
+    formats = ("FP8", "NVFP4", "INT8_PER_CHANNEL", "INT4_BLOCK32")
+    lines = said("03_megatron_moe.py", "--folder", tmp_path, ranks=2)
+    wanted = [f"{f}: restored at TP=2, EP=2 into a model on meta, the same state and logits" for f in formats]
+    assert [line for line in lines if "restored at" in line] == wanted
+    assert "restored half way" in lines[-1]
+    wanted = [f"{f}: 16 experts at EP=1, the amax of each is 0.9 of its own weights'" for f in formats]
+    assert said("03_megatron_moe.py", "--folder", tmp_path, "--load", ranks=1) == wanted
+
+
 @pytest.mark.dist
 def test_checkpoint_reshard_gives_the_same_logits_at_every_expert_parallelism():
     """The script itself compares them; it is run with four processes, and has to say so for 4, 2 and 1."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone"]
-    script = EXAMPLES / "04_checkpoint_reshard.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script], capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = [line for line in done.stdout.splitlines() if line.startswith("saved at EP=4")]
+    found = [line for line in said("04_checkpoint_reshard.py", ranks=4) if line.startswith("saved at EP=4")]
     wanted = [f"saved at EP=4, loaded at EP={ep}: {8 // ep} of 8 amax on rank 0, the same logits" for ep in (4, 2, 1)]
-    assert said == wanted
+    assert found == wanted

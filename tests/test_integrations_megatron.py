@@ -103,12 +103,13 @@ def _trains(rank, size, folder, layout):
         logits = functional_call(ddp.module, megatron.fakequant(ddp, state, spec=spec), (ids, positions, mask))
     allow_writers()
     megatron.save(f"{folder}/model", ddp, state, spec=spec)
-    fresh = build(layout, gated=True).eval()
-    with torch.no_grad():
-        for param in fresh.parameters():
-            param.fill_(7.0)
+    with torch.device("meta"):
+        fresh = build(layout, gated=True).eval()
+    assert all(param.is_meta for param in fresh.parameters())
+    marked = {name: vars(param).copy() for name, param in fresh.named_parameters()}
     restored = megatron.load(f"{folder}/model", fresh, spec=spec)
     assert same(restored, state)
+    assert all(vars(param) == marked[name] and not param.is_meta for name, param in fresh.named_parameters())
     with torch.no_grad():
         again = functional_call(fresh, megatron.fakequant(fresh, restored, spec=spec), (ids, positions, mask))
     assert torch.equal(again, logits)

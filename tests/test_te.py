@@ -438,7 +438,8 @@ def test_megatron_restores_on_meta(parallel, format, tmp_path):
 
     tensor_parallel.model_parallel_cuda_manual_seed(11)
     fresh = gpt(meta=True)
-    assert all(param.is_meta for param in fresh.parameters())
+    # Megatron gives its own embeddings memory at once; the experts are Transformer Engine's, and wait.
+    assert all(param.is_meta for name, param in fresh.named_parameters() if ".experts." in name)
     restored = megatron.load(tmp_path / "checkpoint", fresh, spec=megatron.select(fresh, {"*.mlp.experts.*": format}))
     assert not any(tensor.is_meta for tensor in (*fresh.parameters(), *fresh.buffers()))
     for key, group in state.items():

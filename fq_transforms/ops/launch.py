@@ -6,7 +6,7 @@ is never stale: a tensor that moves has another address, and so another table.
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
 allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own. That
-took 211 us of the host a call in place of 76 for 32 experts, 732 in place of 156 for 128 (bench/results/2026-11-24.md).
+took 213 us of the host a call in place of 77 for 32 experts, 724 in place of 153 for 128 (bench/results/2026-11-24.md).
 """
 
 import json

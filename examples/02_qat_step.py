@@ -1,0 +1,169 @@
+# %% [markdown]
+"""# Quantization-aware training: what a step looks like, and what it costs
+
+A small Mixture-of-Experts model learns under NVFP4 fake quantization, in three ways that give the same gradients:
+
+1. `functional_call` with new fake weights at every microbatch: the plain form.
+2. `fqt.value_and_grad`: fake weights and their pullback once an optimizer step, however many microbatches.
+3. `fqt.layerwise`: a layer's fake weights exist while it computes, and are made again in backward.
+
+Runs on a GPU if there is one, else on a CPU: `python examples/02_qat_step.py`. Some seconds on two cores.
+"""
+
+# %%
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from tqdm.auto import trange
+
+import fq_transforms as fqt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 2, 8, 2, 128, 256
+STEPS, MICROBATCHES, TOKENS = 60, 4, 64
+torch.manual_seed(0)
+
+
+# %% [markdown]
+# ## A model that knows nothing of quantization
+# Each token goes to two experts. The second layer's activations are checkpointed: made again in backward.
+
+
+# %%
+class MoE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(HIDDEN, INNER, bias=False), "down": nn.Linear(INNER, HIDDEN, bias=False)})
+            for _ in range(EXPERTS)
+        )
+
+    def forward(self, x_TC):
+        h_TC = self.norm(x_TC)
+        gate_Tk, chosen_Tk = self.router(h_TC).softmax(-1).topk(TOP_K)
+        out_TC = torch.zeros_like(x_TC)
+        for number, expert in enumerate(self.experts):
+            token, k = (chosen_Tk == number).nonzero(as_tuple=True)
+            y = expert["down"](F.silu(expert["up"](h_TC[token])))
+            out_TC = out_TC.index_add(0, token, y * gate_Tk[token, k, None])
+        return x_TC + out_TC
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(MoE() for _ in range(LAYERS))
+        self.head = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x_TC):
+        x_TC = self.layers[0](x_TC)
+        x_TC = torch.utils.checkpoint.checkpoint(self.layers[1], x_TC, use_reentrant=False)
+        return self.head(x_TC)
+
+
+teacher = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.Tanh(), nn.Linear(INNER, HIDDEN)).to(DEVICE).requires_grad_(False)
+
+
+def microbatches(step):
+    """What a fixed network makes of random tokens."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(MICROBATCHES, TOKENS, HIDDEN, generator=generator).to(DEVICE)
+    return list(zip(inputs, teacher(inputs), strict=True))
+
+
+def loss_fn(model, microbatch):
+    inputs, targets = microbatch
+    return F.mse_loss(model(inputs), targets) / MICROBATCHES
+
+
+model = Model().to(DEVICE)
+params = dict(model.named_parameters())
+fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4}))
+print(fq.spec)
+
+# %% [markdown]
+# ## Three ways to the same gradients
+# `.backward()` is called with the fake weights in place. With a checkpointed layer it must be: outside, that layer
+# would be run again with its own weights, and its gradients would be silently wrong.
+
+# %%
+
+
+class Step(nn.Module):
+    """Loss and backward as one call, for `functional_call` to surround."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, microbatch):
+        loss_fn(self.model, microbatch).backward()
+
+
+def taken():
+    """The gradients that autograd left on the parameters."""
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
+    model.zero_grad()
+    return grads
+
+
+def plain(state, batch):
+    for microbatch in batch:
+        weights = fq.fakequant(params, state)
+        functional_call(Step(model), {f"model.{name}": weight for name, weight in weights.items()}, (microbatch,))
+    return taken()
+
+
+def once(state, batch):
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batch)
+    return grads
+
+
+def layerwise(state, batch):
+    with fqt.layerwise(model, state, spec=fq.spec):
+        for microbatch in batch:
+            loss_fn(model, microbatch).backward()
+    return taken()
+
+
+state, batch = fq.calibrate(params), microbatches(0)
+wanted = plain(state, batch)
+for way in (plain, once, layerwise):
+    way(state, batch)  # compiles, on a GPU
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    grads = way(state, batch)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - started) * 1e3
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if DEVICE == "cuda" else ""
+    equal = all(torch.equal(grads[name], grad) for name, grad in wanted.items())
+    print(f"{way.__name__:10} {took:7.1f} ms a step{peak}; gradients equal: {equal}")
+    assert equal
+
+# %% [markdown]
+# ## Training
+# The amax follows the weights: it is calibrated anew at every step, which costs one read of them. The optimizer sees
+# the parameters and their gradients, and nothing of quantization.
+
+# %%
+optimizer = torch.optim.AdamW(params.values(), lr=3e-3)
+step = fqt.value_and_grad(loss_fn, model, fq)
+history = []
+for number in (bar := trange(STEPS, desc="QAT")):
+    losses, grads = step(params, fq.calibrate(params), microbatches(number))
+    for name, param in params.items():
+        param.grad = grads[name]
+    optimizer.step()
+    history.append(losses.sum().item())
+    bar.set_postfix(loss=f"{history[-1]:.4f}")
+
+first, last = sum(history[:5]) / 5, sum(history[-5:]) / 5
+print(f"loss {first:.4f} to {last:.4f} in {STEPS} steps of {MICROBATCHES} microbatches under NVFP4")
+assert last < 0.8 * first
