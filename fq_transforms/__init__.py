@@ -21,6 +21,7 @@ from fq_transforms.formats import (
 )
 from fq_transforms.layerwise import layerwise
 from fq_transforms.main_grad import carry_main_grad
+from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.select import Rule, Spec, select
 from fq_transforms.state import State, merge
 from fq_transforms.sync import sync
@@ -44,6 +45,9 @@ __all__ = [
     "NVFP4",
     "NVFP4_STATIC",
     "Format",
+    "Packed",
+    "PackedTree",
+    "PackedTwoLevel",
     "Rule",
     "Spec",
     "State",
@@ -55,10 +59,12 @@ __all__ = [
     "formats",
     "layerwise",
     "merge",
+    "pack",
     "presets",
     "select",
     "state",
     "sync",
     "transform",
+    "unpack",
     "value_and_grad",
 ]

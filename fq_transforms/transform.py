@@ -10,6 +10,7 @@ from torch import Tensor
 from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import check_options, fakequant
 from fq_transforms.ops.autograd import Backward
+from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.select import Spec
 from fq_transforms.state import State, init
 
@@ -34,6 +35,18 @@ class Fakequant(Protocol):
     def __call__(self, params: Mapping[str, Tensor], state: State) -> dict[str, Tensor]: ...
 
 
+class Pack(Protocol):
+    """`pack(params, state) -> packed`."""
+
+    def __call__(self, params: Mapping[str, Tensor], state: State) -> PackedTree: ...
+
+
+class Unpack(Protocol):
+    """`unpack(packed) -> params`."""
+
+    def __call__(self, packed: PackedTree, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]: ...
+
+
 class Transform(NamedTuple):
     """Pure functions closed over a spec, and what they are closed over.
 
@@ -41,6 +54,8 @@ class Transform(NamedTuple):
         init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
         calibrate: `calibrate(params, batch) -> state`; see `fq_transforms.calibrate.calibrate`.
         fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
+        pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
+        unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
         spec: What is quantized, and how.
         backward: The rule of the gradient, "pass_through" or "clip".
     """
@@ -48,6 +63,8 @@ class Transform(NamedTuple):
     init: Init
     calibrate: Calibrate
     fakequant: Fakequant
+    pack: Pack
+    unpack: Unpack
     spec: Spec
     backward: Backward
 
@@ -87,6 +104,8 @@ def transform(
         init=partial(init, spec=spec),
         calibrate=partial(calibrate, spec=spec),
         fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate),
+        pack=partial(pack, spec=spec),
+        unpack=partial(unpack, spec=spec),
         spec=spec,
         backward=backward,
     )

@@ -17,7 +17,21 @@ from torch import Tensor
 
 from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
 
-__all__ = ["clip_backward_reference", "expert_amax_reference", "fake_quantize_reference"]
+__all__ = [
+    "clip_backward_reference",
+    "dequantize_int",
+    "expert_amax_reference",
+    "fake_quantize_reference",
+    "fp8_scale",
+    "int_scale",
+    "power_of_two",
+    "quantize_fp8",
+    "quantize_int",
+    "quantize_mx",
+    "quantize_two_level",
+    "spread",
+    "valid",
+]
 
 # ModelOpt's threshold (tensor_quant_gpu.cu, 0.47): below the smallest fp16 subnormal a granule counts as zero.
 TINY_AMAX = 2.0**-24
@@ -65,13 +79,16 @@ def fake_quantize_reference(
     x = weight.float()
     element = format.element
     if format.scale == "e8m0":
-        y = _mx(x, format)
+        v, e, finite = quantize_mx(x, format)
+        y = torch.where(finite, v * power_of_two(e), torch.nan).flatten(-2)
     elif format.scale == "e4m3":
-        y = _two_level(x, amax, global_amax, format)
+        v, s, _, _ = quantize_two_level(x, amax, global_amax, format)
+        y = (v * s).flatten(-2)
     elif isinstance(element, IntElement):
-        y = _int(x, _spread(_valid(amax), x, format), element)
+        y = dequantize_int(*quantize_int(x, spread(valid(amax), x, format), element))
     else:
-        y = _fp8(x, _spread(_valid(amax), x, format), element)
+        v, r = quantize_fp8(x, spread(valid(amax), x, format), element)
+        y = v * r
     return y.to(out_dtype).contiguous()
 
 
@@ -130,52 +147,74 @@ def clip_backward_reference(
         tensor([[1., 0.]])
     """
     x = weight.float()
-    kept = x.abs() <= _spread(amax, x, format)
+    kept = x.abs() <= spread(amax, x, format)
     return torch.where(kept, grad, torch.zeros_like(grad)).to(weight.dtype).contiguous()
 
 
-def _int(x: Tensor, amax: Tensor, element: IntElement) -> Tensor:
+def quantize_int(x: Tensor, amax: Tensor, element: IntElement) -> tuple[Tensor, Tensor]:
+    """Integers q and their scale s, y = q / s; s = 0 marks a zero granule."""
+    s = int_scale(amax, element)
+    return (x * torch.where(s == 0, element.qmax, s)).round().clamp(element.low, element.high), s
+
+
+def int_scale(amax: Tensor, element: IntElement) -> Tensor:
+    """The scale of `quantize_int`."""
     zero = amax < TINY_AMAX
-    s = torch.full_like(amax, element.qmax) / torch.where(zero, 1.0, amax)
-    q = (x * s).round().clamp(element.low, element.high)
-    return q / s * torch.where(zero, 0.0, 1.0)
+    return torch.where(zero, 0.0, torch.full_like(amax, element.qmax) / torch.where(zero, 1.0, amax))
 
 
-def _fp8(x: Tensor, amax: Tensor, element: FloatElement) -> Tensor:
+def dequantize_int(q: Tensor, s: Tensor) -> Tensor:
+    """Integers and their scale to values."""
+    return q / torch.where(s == 0, 1.0, s) * torch.where(s == 0, 0.0, 1.0)
+
+
+def quantize_fp8(x: Tensor, amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
+    """Elements v and their scale r, y = v * r."""
+    s, r = fp8_scale(amax, element)
+    return _round_to(x * s, element), r
+
+
+def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
+    """The scale s of `quantize_fp8`, v = element(x * s), and its reciprocal."""
     amax = torch.where(amax <= TINY_AMAX, 1.0, amax)
     s = torch.full_like(amax, element.max) / amax
-    return _round_to(x * s, element) * (torch.ones_like(s) / s)
+    return s, torch.ones_like(s) / s
 
 
-def _two_level(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format) -> Tensor:
+def quantize_two_level(
+    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Elements v in blocks, their scale s, y = v * s; and what it is made of: E4M3 scales and g, s = s8 * g."""
     assert amax is not None
     assert isinstance(format.element, FloatElement)
     columns = format.block[1]
     assert columns is not None
     blocks = x.unflatten(-1, (-1, columns))
     if format.dynamic:
-        expert_amax, block_amax = _valid(amax), _valid(blocks.abs().amax(-1))
+        expert_amax, block_amax = valid(amax), valid(blocks.abs().amax(-1))
     else:
         assert global_amax is not None
-        expert_amax, block_amax = _valid(global_amax), _valid(amax)
+        expert_amax, block_amax = valid(global_amax), valid(amax)
     g = expert_amax / torch.full_like(expert_amax, format.element.max * E4M3.max)
     g = g[..., None, None]
-    s8 = (block_amax / (format.element.max * g)).clamp(format.min_scale, E4M3.max)
-    s = _round_to(s8, E4M3) * g
+    s8 = _round_to((block_amax / (format.element.max * g)).clamp(format.min_scale, E4M3.max), E4M3)
+    s = s8 * g
     s = torch.where(s < format.unit_scale_below, 1.0, s)
-    s = torch.where((block_amax == 0) | (g == 0), block_amax * 0.0 * g, s)[..., None]
-    return (_round_to(blocks / torch.where(s == 0, 1.0, s), format.element) * s).flatten(-2)
+    zero = (block_amax == 0) | (g == 0)
+    s = torch.where(zero, block_amax * 0.0 * g, s)[..., None]
+    v = _round_to(blocks / torch.where(s == 0, 1.0, s), format.element)
+    return v, s, torch.where(zero, block_amax * 0.0, s8), g[..., 0, 0]
 
 
-def _mx(x: Tensor, format: Format) -> Tensor:
+def quantize_mx(x: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """Elements v in blocks, the exponents e of their scales, y = v * 2**e, and which blocks are finite."""
     assert isinstance(format.element, FloatElement)
     columns = format.block[1]
     assert columns is not None
     blocks = x.unflatten(-1, (-1, columns))
     amax = blocks.abs().amax(-1, keepdim=True)
     e = _mx_exponent(amax, format)
-    y = _round_to(blocks * _power_of_two(-e), format.element) * _power_of_two(e)
-    return torch.where(amax < torch.inf, y, torch.nan).flatten(-2)
+    return _round_to(blocks * power_of_two(-e), format.element), e, amax < torch.inf
 
 
 def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, "..."]:
@@ -192,7 +231,7 @@ def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, 
     return (exponent - largest_exponent).clamp(-127, 127)
 
 
-def _power_of_two(e: Int32[Tensor, "..."]) -> Float32[Tensor, "..."]:
+def power_of_two(e: Int32[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """2.0**e for -127 <= e <= 127, exactly; 2**-127 is an fp32 subnormal."""
     return torch.where(e == -127, 1 << 22, (e + 127) << 23).to(torch.int32).view(torch.float32)
 
@@ -205,12 +244,13 @@ def _round_to(x: Float32[Tensor, "..."], element: FloatElement) -> Float32[Tenso
     return (x * ((254 - spacing) << 23).view(torch.float32)).round() * (spacing << 23).view(torch.float32)
 
 
-def _valid(amax: Tensor | None) -> Tensor:
+def valid(amax: Tensor | None) -> Tensor:
+    """The amax, with NaN where it is none."""
     assert amax is not None
     return torch.where((amax >= 0) & (amax < torch.inf), amax.abs(), torch.nan)  # abs: -0.0 is a zero
 
 
-def _spread(amax: Tensor, x: Tensor, format: Format) -> Tensor:
+def spread(amax: Tensor, x: Tensor, format: Format) -> Tensor:
     """The amax of each weight's own granule, broadcastable to the weight."""
     if format.block == (None, None):
         return amax[..., None, None]

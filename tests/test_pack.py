@@ -1,0 +1,232 @@
+"""Packing: what is unpacked is what `fakequant` gave, in the layouts that other libraries read."""
+
+from dataclasses import replace
+
+import optree
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fq_transforms as fqt
+from fq_transforms.formats import E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
+from fq_transforms.ops.packing import code_bits, pack_reference, unpack_reference
+from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.pack import packed_leaves
+from tests.cases import DTYPES, assert_names, experts, name_of
+
+PACKABLE = [format for format in FORMATS.values() if not format.unit_scale_below] + [
+    replace(fqt.FP8, name="FP8_E5M2", element=E5M2),
+    replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7)),
+]
+BYTES = {4: 0.5, 6: 0.75, 8: 1.0}
+
+
+def amax_of(weight, format, share=1.0):
+    if format.is_stateless:
+        return None, None
+    amax, global_amax = expert_amax_reference(weight, format=format)
+    return amax if format.dynamic else amax * share, global_amax
+
+
+def assert_law(weight, amax, global_amax, format):
+    wanted = fake_quantize_reference(weight, amax, global_amax, format=format, out_dtype=weight.dtype)
+    packed = pack_reference(weight, amax, global_amax, format=format)
+    found = unpack_reference(*packed, format=format, out_dtype=weight.dtype)
+    assert torch.equal(found.nan_to_num(7e4), wanted.nan_to_num(7e4))
+    assert torch.equal(found.isnan(), wanted.isnan())
+    if not isinstance(format.element, IntElement):
+        assert torch.equal(found.signbit(), wanted.signbit())
+    return packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("format", PACKABLE, ids=name_of)
+def test_the_law(format, dtype):
+    """unpack(pack(w)) is fakequant(w) to the last bit: magnitudes, zero blocks, zero experts, amax that clips."""
+    for scale in (2.0**-40, 1e-9, 1e-4, 1.0, 1e3):
+        for share in (1.0, 0.6, 0.0):
+            weight = torch.stack(experts(4, (128, 256), torch.float32)).mul(scale).to(dtype)
+            weight[0, 0, :80], weight[1], weight[2, :, 64:] = 0, 0, 0
+            assert_law(weight, *amax_of(weight, format, share), format)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    format=st.sampled_from(PACKABLE),
+    exponents=st.lists(st.integers(-140, 120), min_size=8, max_size=8),
+    out=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_the_law_on_any_magnitudes(format, exponents, out, seed):
+    """Weights from the smallest fp32 to the largest side by side, any number of rows; under any amax, NaN too."""
+    generator = torch.Generator().manual_seed(seed)
+    powers = torch.tensor(exponents, dtype=torch.float32).exp2().repeat_interleave(16).repeat(2)
+    weight = torch.randn(2, out, 256, generator=generator) * powers
+    amax, global_amax = amax_of(weight, format)
+    assert_law(weight, amax, global_amax, format)
+    if amax is not None:
+        drawn = amax.flatten()
+        drawn[torch.randint(len(drawn), (1,), generator=generator)] = torch.tensor([torch.nan, 0.0, -1.0, 2.0])[
+            seed % 4
+        ]
+        assert_law(weight, drawn.view(amax.shape), global_amax, format)
+
+
+@pytest.mark.parametrize("format", PACKABLE, ids=name_of)
+def test_size(format):
+    """4, 6 or 8 bits a weight, and one scale a granule; every code of the element is used by what needs it."""
+    weight = torch.randn(3, 128, 256)
+    codes, scale, global_scale = pack_reference(weight, *amax_of(weight, format), format=format)
+    bits = code_bits(format)
+    assert codes.nbytes == weight.numel() * BYTES[bits]
+    shape = () if format.block == (None, None) else format.granules(128, 256)
+    assert scale.shape == (3, *shape)
+    assert (global_scale is None) == (format.scale != "e4m3")
+
+
+def params_of(kind, format):
+    weights = experts(3, (128, 256), torch.bfloat16)
+    if kind == "separate":
+        return {f"mlp.experts.{i}.w": w for i, w in enumerate(weights)}, {"*": format}
+    return {"mlp.experts.w": torch.stack(weights)}, {"*": format}
+
+
+@pytest.mark.parametrize("kind", ["separate", "stacked", "transposed"])
+@pytest.mark.parametrize("format", [f for f in PACKABLE if f.name in fqt.__all__], ids=name_of)
+def test_trees(format, kind):
+    """Separate, stacked and transposed experts give the same codes, and come back in their own names and layout."""
+    params, rules = params_of(kind, format)
+    if kind == "transposed":
+        params = {name: weight.mT.contiguous() for name, weight in params.items()}
+    spec = fqt.select(params, rules, transposed=["*"] if kind == "transposed" else [])
+    fq = fqt.transform(spec)
+    state = fq.calibrate(params)
+    before = [weight._version for weight in params.values()]
+    packed = fq.pack(params, state)
+    (leaves,) = packed.values()
+    for field, (shape, dtype) in packed_leaves(spec.groups[0]).items():
+        assert (tuple(getattr(leaves, field).shape), getattr(leaves, field).dtype) == (shape, dtype)
+    found, wanted = fq.unpack(packed), fq.fakequant(params, state)
+    assert list(found) == list(params)
+    for name, weight in found.items():
+        assert torch.equal(weight, wanted[name])
+        assert weight.dtype == torch.bfloat16
+        assert weight.is_contiguous()
+    assert [weight._version for weight in params.values()] == before
+    # The same numbers in another layout are the same codes.
+    other, rules = params_of("separate", format)
+    theirs = fqt.transform(fqt.select(other, rules))
+    (reference,) = theirs.pack(other, theirs.calibrate(other)).values()
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(leaves, reference, strict=True))
+
+
+def test_a_pytree():
+    """`optree` maps over it, as over the state."""
+    params, rules = params_of("separate", fqt.NVFP4)
+    fq = fqt.transform(fqt.select(params, rules))
+    packed = fq.pack(params, fq.calibrate(params))
+    copied = optree.tree_map(torch.clone, packed)
+    assert isinstance(copied["mlp.experts.*.w"], fqt.PackedTwoLevel)
+    assert all(torch.equal(a, b) for a, b in zip(fq.unpack(copied).values(), fq.unpack(packed).values(), strict=True))
+
+
+def test_faults():
+    params, rules = params_of("separate", fqt.NVFP4)
+    spec = fqt.select(params, rules)
+    fq = fqt.transform(spec)
+    state = fq.calibrate(params)
+    packed = fq.pack(params, state)
+    leaves = packed["mlp.experts.*.w"]
+    bad = {name: weight.clone() for name, weight in params.items()}
+    bad["mlp.experts.1.w"][3, 4] = torch.nan
+    modelopt = fqt.select(params, {"*": NVFP4_MODELOPT})
+    odd = {"w": torch.ones(4, 5)}
+    int4 = fqt.select(odd, {"*": replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7))})
+    for error, call, *fragments in [
+        (ValueError, lambda: fq.pack(bad, state), "mlp.experts.1.w", "NaN"),
+        (KeyError, lambda: fq.pack({}, state), "mlp.experts.0.w"),
+        (KeyError, lambda: fq.pack(params, {}), "mlp.experts.*.w"),
+        (ValueError, lambda: fqt.pack(params, state, spec=modelopt), "NVFP4_MODELOPT", "1e-05"),
+        (ValueError, lambda: fqt.pack(odd, fqt.calibrate(odd, spec=int4), spec=int4), "'w'", (4, 5), "4 bits"),
+        (KeyError, lambda: fq.unpack({}), "mlp.experts.*.w"),
+        (ValueError, lambda: fq.unpack(packed | {"other": leaves}), "other"),
+        (ValueError, lambda: fq.unpack(packed, dtype=torch.float64), "float64"),
+        (
+            ValueError,
+            lambda: fq.unpack({"mlp.experts.*.w": leaves._replace(codes=leaves.codes[:2])}),
+            "codes",
+            (2, 128, 128),
+        ),
+        (ValueError, lambda: fq.unpack({"mlp.experts.*.w": leaves._replace(scale=leaves.scale.float())}), "scale"),
+        (ValueError, lambda: fq.unpack({"mlp.experts.*.w": fqt.Packed(*leaves[:2])}), "global_scale"),
+    ]:
+        with pytest.raises(error) as caught:
+            call()
+        assert_names(str(caught.value.args[0]), *fragments)
+
+
+# What other libraries read.
+
+
+def packed_weight(format, dtype=torch.bfloat16):
+    weight = experts(1, (128, 256), dtype)[0]
+    amax, global_amax = amax_of(weight, format)
+    wanted = fake_quantize_reference(weight, amax, global_amax, format=format, out_dtype=dtype)
+    return weight, wanted, pack_reference(weight, amax, global_amax, format=format)
+
+
+@pytest.mark.parametrize("name", ["MXFP8", "MXFP6_E2M3", "MXFP4"])
+def test_compressed_tensors_reads_mx(name):
+    """Its own decompressors give `fakequant`'s values, exactly."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    _, wanted, (codes, scale, _) = packed_weight(FORMATS[name])
+    bits, kind, key = {
+        "MXFP8": (8, "mxfp8-quantized", "weight"),
+        "MXFP6_E2M3": (6, "mxfp6-pack-quantized", "weight_packed"),
+        "MXFP4": (4, "mxfp4-pack-quantized", "weight_packed"),
+    }[name]
+    arguments = quantization.QuantizationArgs(num_bits=bits, type="float", strategy="group", group_size=32)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    reader = compressors.BaseCompressor.get_value_from_registry(kind)
+    found = reader.decompress({key: codes, "weight_scale": scale}, scheme)["weight"]
+    assert torch.equal(found.to(wanted.dtype), wanted)
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_PER_CHANNEL"])
+def test_compressed_tensors_reads_fp8(name):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    _, wanted, (codes, scale, _) = packed_weight(FORMATS[name])
+    strategy = "tensor" if name == "FP8" else "channel"
+    arguments = quantization.QuantizationArgs(num_bits=8, type="float", strategy=strategy)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    reader = compressors.BaseCompressor.get_value_from_registry("float-quantized")
+    stored = {"weight": codes, "weight_scale": scale.view(1) if name == "FP8" else scale}
+    found = reader.decompress(stored, scheme)["weight"]
+    assert torch.equal(found.to(wanted.dtype), wanted)
+
+
+@pytest.mark.parametrize("format", [INT4_BLOCK32, fqt.INT4_BLOCK128], ids=name_of)
+def test_compressed_tensors_reads_int4_codes(format):
+    """Eight codes to an int32, little end first: the same bytes, and the integers that it unpacks."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight, _, (codes, scale, _) = packed_weight(format)
+    words = codes.view(torch.int32)
+    integers = helpers.unpack_from_int32(words, 4, weight.shape)
+    assert torch.equal(helpers.pack_to_int32(integers, 4), words)
+    spread = scale.repeat_interleave(format.block[1], dim=1)
+    assert torch.equal(integers.float(), (weight.float() * spread).round().clamp(-8, 7))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_modelopt_reads_nvfp4(static):
+    """NVFP4QTensor dequantizes our codes and scales to `fakequant`'s values; signs of zero aside, which it has not."""
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor").NVFP4QTensor
+    _, wanted, (codes, scale, global_scale) = packed_weight(fqt.NVFP4_STATIC if static else fqt.NVFP4, torch.float32)
+    theirs = qtensor(wanted.shape, wanted.dtype, codes)
+    found = theirs.dequantize(
+        dtype=torch.float32, scale=scale, double_scale=global_scale, block_sizes={-1: 16, "scale_bits": (4, 3)}
+    )
+    assert torch.equal(found, wanted)
