@@ -19,11 +19,12 @@ from fq_transforms.formats import (
     NVFP4_STATIC,
     Format,
 )
+from fq_transforms.interleave import deinterleave, interleave
 from fq_transforms.layerwise import layerwise
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.select import Rule, Spec, select
-from fq_transforms.state import State, merge
+from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
 from fq_transforms.transform import Transform, transform
 from fq_transforms.value_and_grad import value_and_grad
@@ -55,8 +56,10 @@ __all__ = [
     "calibrate",
     "carry_main_grad",
     "checkpoint",
+    "deinterleave",
     "fakequant",
     "formats",
+    "interleave",
     "layerwise",
     "merge",
     "pack",
@@ -64,6 +67,7 @@ __all__ = [
     "select",
     "state",
     "sync",
+    "tie",
     "transform",
     "unpack",
     "value_and_grad",

@@ -10,7 +10,7 @@ weights, and one that it collapses is replicated. A check of values reads each r
 rank's alone; checks of shapes and placements are alike on all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -22,7 +22,7 @@ from fq_transforms.formats import Format
 from fq_transforms.ops.shards import layout_of, local_values, position, sharded_tensors
 from fq_transforms.select import Group, Spec, is_mapped, spread_in_words, spread_of, weights_of
 
-__all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "unflatten"]
+__all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "tie", "unflatten"]
 
 
 class ExpertAmax(NamedTuple):
@@ -107,6 +107,51 @@ def merge(a: State, b: State) -> State:
             )
     # A dict of NamedTuples is a PyTree, which optree's own types do not say.
     return optree.tree_map(torch.maximum, a, b)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
+    """The state with one scale an expert for two roles that an inference engine fuses: the larger amax of each expert.
+
+    Gate and up, w1 and w3, are one matrix to such engines, with one global scale. What is tied are the leaves of one
+    number an expert: `amax` [E] and `global_amax`. Scales of channels and blocks are the engine's own for each.
+
+    Args:
+        state: From `calibrate`, or loaded.
+        pairs: Two words each, parts of group keys between dots: ("gate_proj", "up_proj"), ("w1", "w3").
+
+    Returns:
+        A new state; leaves that are not tied are the same objects.
+
+    Raises:
+        ValueError: A pair matches no group; a group has no partner, or one of other leaves.
+
+    Source: the shared global scale of fused experts in ModelOpt 0.47's export and in vLLM.
+
+    Example:
+        >>> one, two = (ExpertAmax(torch.tensor([a, 1.0])) for a in (2.0, 3.0))
+        >>> tied = tie({"experts.*.w1.weight": one, "experts.*.w3.weight": two}, [("w1", "w3")])
+        >>> tied["experts.*.w1.weight"].amax, tied["experts.*.w3.weight"].amax
+        (tensor([3., 1.]), tensor([3., 1.]))
+    """
+    tied = dict(state)
+    for first, second in pairs:
+        keys = [key for key in state if first in key.split(".")]
+        if not keys:
+            raise ValueError(f"pair {(first, second)}: matches no group, among {len(state)} such as {list(state)[:2]}")
+        for key in keys:
+            other = ".".join(second if word == first else word for word in key.split("."))
+            a, b = tied[key], tied.get(other)
+            shapes = [None if group is None else [leaf.shape for leaf in group] for group in (a, b)]
+            if b is None or type(a) is not type(b) or shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"state {key!r}: found {_type_name(b)} {shapes[1]} for {other!r}, wanted {_type_name(a)} "
+                    f"{shapes[0]} to be tied to"
+                )
+            both = [torch.maximum(x, y) if x.dim() == 1 else None for x, y in zip(a, b, strict=True)]
+            for name, group in ((key, a), (other, b)):
+                leaves = (own if new is None else new for own, new in zip(group, both, strict=True))
+                tied[name] = type(group)(*leaves)
+    return tied
 
 
 def flatten(state: State) -> dict[str, Tensor]:

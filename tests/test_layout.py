@@ -24,6 +24,7 @@ LAYERS = [
     ["calibrate", "fakequant", "main_grad", "pack", "sync"],
     ["layerwise", "transform"],
     ["value_and_grad"],
+    ["interleave"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards", "checkpoint.modelopt_names"],
     ["checkpoint.storage"],
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],

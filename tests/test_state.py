@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
+from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, INT8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
 from fq_transforms.select import select
-from fq_transforms.state import BlockAmax, ExpertAmax, Stateless, check, flatten, init, merge, unflatten
+from fq_transforms.state import BlockAmax, ExpertAmax, Stateless, check, flatten, init, merge, tie, unflatten
 from tests.cases import ALL_FORMATS, DTYPES, assert_names, experts, message_of, name_of, same_bits, shapes_of
 
 STATEFUL = [format for format in ALL_FORMATS if format.scale != "e8m0"]
@@ -603,3 +603,46 @@ def test_every_format_is_in_the_tables():
     assert bases["NVFP4_STATIC"] == "NVFP4_STATIC"
     assert {base for name, base in bases.items() if FORMATS[name].is_stateless} == {"MX"}
     assert set(bases.values()) == set(LEAVES)
+
+
+def tied_params():
+    names = [
+        f"layers.{layer}.experts.{e}.{role}.weight" for layer in (0, 1) for e in (0, 1) for role in ("w1", "w2", "w3")
+    ]
+    return dict(zip(names, experts(12, (128, 128)), strict=True))
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
+def test_tie_takes_the_larger_of_each_expert(format):
+    """Leaves of one number an expert become equal in both roles; all else, and the input, stay as they are."""
+    params = tied_params()
+    spec = select(params, {"*": format})
+    state = calibrate(params, spec=spec)
+    before = optree.tree_map(torch.clone, state)
+    tied = tie(state, [("w1", "w3")])
+    assert optree.tree_all(optree.tree_map(torch.equal, state, before))
+    check(tied, spec)
+    for layer in (0, 1):
+        w1, w2, w3 = (f"layers.{layer}.experts.*.w{i}.weight" for i in (1, 2, 3))
+        assert tied[w2] is state[w2]
+        for field in state[w1]._fields:
+            old, other, new = (getattr(group, field) for group in (state[w1], state[w3], tied[w1]))
+            assert torch.equal(new, torch.maximum(old, other) if old.dim() == 1 else old)
+            if old.dim() == 1:
+                assert torch.equal(new, getattr(tied[w3], field))
+                assert not torch.equal(old, other)
+
+
+def test_tie_names_what_has_no_partner():
+    params = tied_params()
+    spec = select(params, {"*.w1.*": FP8, "*.w2.*": FP8, "*.w3.*": INT8_PER_CHANNEL})
+    state = calibrate(params, spec=spec)
+    with pytest.raises(ValueError) as error:
+        tie(state, [("gate_proj", "up_proj")])
+    assert_names(str(error.value), "gate_proj", "up_proj", "layers.0.experts.*.w1.weight")
+    with pytest.raises(ValueError) as error:
+        tie(state, [("w1", "w3")])
+    assert_names(str(error.value), "layers.0.experts.*.w1.weight", "layers.0.experts.*.w3.weight")
+    with pytest.raises(ValueError) as error:
+        tie({key: group for key, group in state.items() if "w3" not in key}, [("w1", "w3")])
+    assert_names(str(error.value), "layers.0.experts.*.w3.weight", "missing")
