@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleDict, ModuleList
+from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
+from torch.utils import _pytree as pytree
 
 from fq_transforms.fakequant import check_options, fakequant
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
@@ -22,6 +23,8 @@ from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check
 
 __all__ = ["layerwise"]
+
+CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)  # which have no forward
 
 
 @contextmanager
@@ -44,6 +47,10 @@ def layerwise(
     Call `.backward()` inside if anything in the model is checkpointed (activations made again in backward): outside,
     the layer would be run again with its own weights.
 
+    With `recompute`, PyTorch does not see what changes in place between forward and backward within a selected layer,
+    nor does this function if it is written through `.data`, as some optimizers do: gradients are right for models that
+    run without it, and if the optimizer comes after backward.
+
     Args:
         model: Whose `named_parameters()` the spec was selected from.
         state: From `calibrate`, or loaded.
@@ -54,12 +61,14 @@ def layerwise(
             keeping them: with it the peak of memory is one group's fake weights above the unquantized model's, and
             backward takes a launch more a group. Where hooks on saved tensors are active already, as in a checkpointed
             layer, these decide.
-        inspect: Called with each module before its weights are replaced; may raise.
+        inspect: Called with each selected layer, and with each module below it that holds weights, before they are
+            replaced; may raise.
 
     Raises:
         KeyError: A parameter is not in the model; a group is not in the state.
-        ValueError: As `fakequant`; with `recompute`, a parameter is a DTensor, or a torch.func transform looks on. On
-            leaving, a selected layer never ran while others did: something else read its weights, unquantized.
+        ValueError: As `fakequant`; with `recompute`, a parameter is a DTensor, a torch.func transform looks on, or
+            Megatron's own linear layer accumulates into `main_grad`. On leaving, a selected layer never ran while the
+            model or others did: something else read its weights, unquantized.
         RuntimeError: In backward, parameters or amax have changed since forward.
 
     Example:
@@ -78,19 +87,21 @@ def layerwise(
     check(state, spec, values=False)
     options = _Options(out_dtype, backward, recompute, inspect)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
+    ran: list[bool] = []
     with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(lambda module, args: ran.append(True)).remove)
         for site in sites:
             hooks.callback(site.leave_all)
             hooks.callback(site.module.register_forward_pre_hook(site.before).remove)
             hooks.callback(site.module.register_forward_hook(site.after, always_call=True).remove)
         yield
     idle = [site for site in sites if site.runs == 0]
-    if idle and len(idle) < len(sites):
+    if idle and (ran or len(idle) < len(sites)):
         group = idle[0].groups[0]
         raise ValueError(
-            f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran while "
-            f"{len(sites) - len(idle)} others did, wanted every selected layer to run; if another module reads its "
-            "weights, use functional_call(model, fakequant(params, state))"
+            f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran while the "
+            f"model did, or {len(sites) - len(idle)} other layers, wanted every selected layer to run; if another "
+            "module reads its weights, use functional_call(model, fakequant(params, state))"
         )
 
 
@@ -124,12 +135,14 @@ class _Site:
         self.spec = Spec(tuple(groups))
         self.state = {group.key: state[group.key] for group in groups}
         self.runs = 0
-        self.entered: list[tuple[ExitStack, dict[str, Tensor]]] = []
+        self.entered: list[_Entered | None] = []
 
     def before(self, module: Module, args: Any) -> None:
-        if self.options.inspect is not None:
-            self.options.inspect(module)
-        out_dtype, backward, recompute, _ = self.options
+        self.entered.append(None)  # `after` is called even if this raises
+        out_dtype, backward, recompute, inspect = self.options
+        for inner in dict.fromkeys([module, *(holder.module for holder in self.holders.values())]):
+            if inspect is not None:
+                inspect(inner)
         params: dict[str, Tensor] = {}
         for name, holder in self.holders.items():
             if (param := holder.get()) is None:
@@ -137,28 +150,41 @@ class _Site:
             params[name] = param
         weights = fakequant(params, self.state, spec=self.spec, out_dtype=out_dtype, backward=backward)
         carry_main_grad(params, weights, backward=backward)
-        leaving = ExitStack()
+        leaving, remake = ExitStack(), None
         if recompute and torch.is_grad_enabled():
-            leaving.enter_context(self._remade(params, weights))
+            self._check_flags_return(params)
+            remake = self._remake(params, weights)
+            if remake is not None:
+                leaving.enter_context(torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack))
         self.runs += 1
-        self.entered.append((leaving, params))
+        self.entered[-1] = _Entered(leaving, remake, params)
         for name, holder in self.holders.items():
             holder.put(weights[name])
 
     def after(self, module: Module, args: Any, output: Any) -> None:
-        if self.entered:  # not, where `before` raised
-            leaving, params = self.entered.pop()
+        entered = self.entered.pop() if self.entered else None
+        if entered is not None:
             for name, holder in self.holders.items():
-                holder.put(params[name])
-            leaving.close()
+                holder.put(entered.params[name])
+            entered.leaving.close()
+            if entered.remake is not None:
+                entered.remake.forward_is_done(output)
 
     def leave_all(self) -> None:
         while self.entered:
             self.after(self.module, (), None)
 
-    @contextmanager
-    def _remade(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Generator[None]:
-        """Saved tensors that are fake weights are kept as what they are made of."""
+    def _check_flags_return(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for layers that set `grad_added_to_main_grad` on the weight that they saved."""
+        for name, holder in self.holders.items():
+            if getattr(holder.module, "gradient_accumulation_fusion", False) and has_main_grad(params[name]):
+                raise ValueError(
+                    f"parameter {name!r}: found {type(holder.module).__name__} with gradient_accumulation_fusion, "
+                    "wanted recompute=False, or Transformer Engine's layers"
+                )
+
+    def _remake(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> "_Remake | None":
+        """Hooks that keep fake weights as what they are made of; None where other hooks decide."""
         if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
             raise ValueError(
                 f"layer {type(self.module).__name__}: found a torch.func transform, which forbids hooks on saved "
@@ -166,27 +192,22 @@ class _Site:
             )
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
         if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
-            yield
-            return
+            return None
         remake = _Remake(outer)
-        for group, holders in zip(self.groups, self._holders_of_groups(), strict=True):
-            together = len({id(holder.module) for holder in holders}) == 1
-            remake.add(
-                _Source(
-                    group,
-                    [params[name] for name in group.names],
-                    self.state[group.key],
-                    self.options,
-                    together,
-                ),
-                [weights[name] for name in group.names],
-            )
-        with torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack):
-            yield
-        remake.forward_is_done()
+        for group in self.groups:
+            together = len({id(self.holders[name].module) for name in group.names}) == 1
+            own = [params[name] for name in group.names]
+            source = _Source(group, own, self.state[group.key], self.options, together)
+            remake.add(source, [weights[name] for name in group.names])
+        return remake
 
-    def _holders_of_groups(self) -> list[list[_Holder]]:
-        return [[self.holders[name] for name in group.names] for group in self.groups]
+
+class _Entered(NamedTuple):
+    """What `after` undoes."""
+
+    leaving: ExitStack
+    remake: "_Remake | None"
+    params: dict[str, Tensor]
 
 
 class _Source:
@@ -203,7 +224,8 @@ class _Source:
         self.places = self.to_come = 0
 
     def _versions(self) -> list[int]:
-        return [tensor._version for tensor in (*self.params, *self.scales)]  # pyright: ignore[reportPrivateUsage]
+        tensors = (*self.params, *self.scales)
+        return [0 if t.is_inference() else t._version for t in tensors]  # pyright: ignore[reportPrivateUsage]
 
     def make(self, number: int) -> Tensor:
         """The fake weight, bit for bit as it was in forward."""
@@ -296,10 +318,11 @@ class _Remake:
             return unpack(inner)
         return packed
 
-    def forward_is_done(self) -> None:
+    def forward_is_done(self, output: Any) -> None:
         """Let go of the fake weights. Those that carry `main_grad` are kept by the layer, as names: without memory."""
-        for sharing in self.storages.values():
-            if self.is_complete and has_main_grad(sharing[0][0]):
+        given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(output) if type(t) is Tensor}
+        for address, sharing in self.storages.items():
+            if self.is_complete and address not in given and has_main_grad(sharing[0][0]):
                 sharing[0][0].untyped_storage().resize_(0)
         self.weights, self.storages = {}, {}
 
@@ -327,7 +350,7 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
             while shared < min(len(common), len(path)) and common[shared] == path[shared]:
                 shared += 1
             common = common[:shared]
-        while isinstance(modules[".".join(common)], ModuleList | ModuleDict):  # which have no forward
+        while isinstance(modules[".".join(common)], CONTAINERS):
             common = common[:-1]
         owners.setdefault(modules[".".join(common)], {})[group] = holders
     return owners

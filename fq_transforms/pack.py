@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops.packing import CODE_DTYPES, code_bits, pack_reference, unpack_reference
+from fq_transforms.formats import Format
+from fq_transforms.ops.packing import code_bits, code_dtype, pack_reference, unpack_reference
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete
 
@@ -136,15 +136,8 @@ def packed_leaves(group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]
         ((1, 64, 16), torch.uint8)
     """
     format, (out, columns) = group.format, group.shape
-    bits = code_bits(format)
-    element = format.element
-    if isinstance(element, IntElement):
-        dtype = torch.int8 if bits == 8 else torch.uint8
-    else:
-        dtype = CODE_DTYPES.get((element.exponent_bits, element.mantissa_bits), torch.uint8)
-    leaves: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((group.experts, out, columns * bits // 8), dtype)
-    }
+    codes = (group.experts, out, columns * code_bits(format) // 8)
+    leaves: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": (codes, code_dtype(format))}
     rows = () if format.block == (None, None) else format.granules(out, columns)
     scale = {"fp32": torch.float32, "e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[format.scale]
     leaves["scale"] = ((group.experts, *rows), scale)

@@ -188,6 +188,21 @@ def test_faults(ranks, tmp_path):
         assert_names(said[name], *fragments)
 
 
+def test_transformer_engines_op_fuser_is_refused():
+    """It computes with the parameters themselves, and calls hooks by hand."""
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.linear_fc1 = torch.nn.Linear(32, 32, bias=False)
+    spec = megatron.select(model, {"*": fqt.FP8})
+    state = fqt.calibrate(dict(model.named_parameters()), spec=spec)
+    megatron.fakequant(model, state, spec=spec)
+    model.experts._with_fused_impl = True
+    for call in (megatron.fakequant, megatron.layerwise):
+        with pytest.raises(ValueError) as error:
+            call(model, state, spec=spec)
+        assert_names(str(error.value), "experts.linear_fc1.weight", "op_fuser")
+
+
 def test_unwrap():
     """The innermost model, however many wrappers there are."""
     inner = torch.nn.Linear(2, 2)

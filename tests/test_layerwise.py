@@ -431,3 +431,118 @@ def test_a_layer_that_never_runs_is_named():
     assert_names(str(error.value), "read.weight", "Linear", "never ran")
     with fqt.layerwise(model, state, spec=fq.spec):
         pass
+
+
+def only_layer(module, rules="*"):
+    """A model of one layer, its transform and its state."""
+    model = torch.nn.Sequential(module)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {rules: fqt.INT8}))
+    return model, fq, fq.calibrate(params)
+
+
+def test_weights_in_a_parameter_list():
+    """A ParameterList never runs: the module above it is the layer."""
+
+    class Listed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.ParameterList(torch.randn(HIDDEN, HIDDEN) for _ in range(3))
+
+        def forward(self, x):
+            return sum(x @ weight for weight in self.weights)
+
+    model, fq, state = only_layer(Listed())
+    x = torch.ones(2, HIDDEN)
+    with torch.no_grad(), fqt.layerwise(model, state, spec=fq.spec):
+        found = model(x)
+    with torch.no_grad():
+        assert torch.equal(found, functional_call(model, fq.fakequant(dict(model.named_parameters()), state), (x,)))
+
+
+def test_the_only_layer_never_runs():
+    """Also where no other selected layer ran, but the model did."""
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+        def forward(self, x):
+            return x @ self.read.weight
+
+    model, fq, state = only_layer(Reader())
+    with pytest.raises(ValueError, match="0.read.weight"), fqt.layerwise(model, state, spec=fq.spec):
+        model(torch.ones(2, HIDDEN))
+
+
+def test_a_state_made_under_inference_mode():
+    model, fq, _, x = setup()
+    with torch.inference_mode():
+        state = fq.calibrate(dict(model.named_parameters()))
+    usual = {key: type(group)(*(leaf.clone() for leaf in group)) for key, group in state.items()}
+    assert_equal(by_layer(model, fq, state, x), whole(model, fq, usual, x))
+
+
+def test_a_layer_that_gives_its_weight():
+    """What is given to the outside keeps its memory, though the weight carries `main_grad`."""
+
+    class Giver(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), self.weight
+
+    model, fq, state = only_layer(Giver(HIDDEN, HIDDEN, bias=False))
+    model[0].weight.main_grad = torch.zeros(HIDDEN, HIDDEN)
+    with fqt.layerwise(model, state, spec=fq.spec):
+        _, weight = model(torch.ones(2, HIDDEN))
+    (wanted,) = fq.fakequant(dict(model.named_parameters()), state).values()
+    assert torch.equal(weight, wanted)
+
+
+def test_megatrons_own_fused_accumulation_is_refused():
+    """Its layer tells the weight that it saved of what it added, and one that is made again is another."""
+    model, fq, state = only_layer(torch.nn.Linear(HIDDEN, HIDDEN, bias=False))
+    model[0].weight.main_grad = torch.zeros(HIDDEN, HIDDEN)
+    model[0].gradient_accumulation_fusion = True
+    with pytest.raises(ValueError) as error, fqt.layerwise(model, state, spec=fq.spec):
+        model(torch.ones(2, HIDDEN))
+    assert_names(str(error.value), "0.weight", "gradient_accumulation_fusion", "recompute=False")
+    with fqt.layerwise(model, state, spec=fq.spec, recompute=False):
+        model(torch.ones(2, HIDDEN))
+
+
+def test_a_layer_within_itself():
+    """A refusal in an inner call leaves the outer one with its fake weights, and then everything as it was."""
+
+    class Nested(torch.nn.Linear):
+        def forward(self, x, deep=False):
+            if deep:
+                return super().forward(x)
+            first = super().forward(x)
+            with pytest.raises(ValueError, match="no deeper"):
+                self(x, deep=True)
+            return first, super().forward(x)
+
+    model, fq, state = only_layer(Nested(HIDDEN, HIDDEN, bias=False))
+    calls = []
+
+    def refuse(module):
+        calls.append(module)
+        if len(calls) > 1:
+            raise ValueError("no deeper")
+
+    with fqt.layerwise(model, state, spec=fq.spec, inspect=refuse):
+        first, second = model(torch.ones(2, HIDDEN))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.ones(2, HIDDEN) @ model[0].weight.mT)
+
+
+def test_inspect_sees_the_modules_below():
+    """Experts that are modules of their own are asked too."""
+    model, fq, state, x = setup(Lists)
+    seen = []
+    with fqt.layerwise(model, state, spec=fq.spec, inspect=seen.append):
+        model(x)
+    assert [module for module in seen if isinstance(module, torch.nn.Linear)] == [
+        expert[w] for mlp in model.mlp for w in ("w1", "w2") for expert in mlp.experts
+    ]

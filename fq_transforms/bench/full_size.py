@@ -25,6 +25,9 @@ FORMATS = [fqt.NVFP4, fqt.FP8, fqt.INT8_PER_CHANNEL]
 
 def rows(progress: Callable[..., Any]) -> list[Row]:
     """One row a format; each stage in seconds. Raises SystemExit where a number is not what it should be."""
+    wanted, found = 2 * 2 * LAYERS * EXPERTS * 2 * 1856 * 2688, torch.cuda.mem_get_info()[0]  # weights and fake ones
+    if found < wanted:
+        raise SystemExit(f"found {found / 1e9:.0f} GB free on the GPU, wanted {wanted / 1e9:.0f}: an H200 has them")
     params = _weights(progress)
     return [_stages(params, format) for format in progress(FORMATS, desc="formats")]
 

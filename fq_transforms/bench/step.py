@@ -1,6 +1,7 @@
 """What a training step costs under fake quantization: a layer of Transformer Engine's, and a model of Megatron's."""
 
 import copy
+import gc
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ WAYS = {
     "kept": "layerwise, recompute=False",
     "recompute": "layerwise",
     "once": "one fakequant for four microbatches",
-    "ModelOpt": "ModelOpt's quantizers, one an expert",
+    "ModelOpt": "ModelOpt's quantizers, one an expert; in the model without fused accumulation, which it switches off",
 }
 
 
@@ -86,8 +87,7 @@ def model_rows(progress: Callable[..., Any]) -> list[Row]:
             ways = _ways(ddp.module, fq, fq.calibrate(params), partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             rows.append(_measure("model, 4 layers", format, ddp.module, ways, partial(run, ddp, ddp.module), peer))
-            del ddp, params, ways
-            torch.cuda.empty_cache()
+            del ddp, params, ways, peer
     return rows
 
 
@@ -150,7 +150,10 @@ def _measure(
     except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
         row["reason"] = f"{type(error).__name__}: {error}"[:200]
     times: dict[str, list[float]] = {name: [] for name in calls}
-    peaks: dict[str, int] = {}
+    peaks = dict.fromkeys(calls, 0)
+    gc.collect()  # models in reference cycles, Megatron's among them, must not go while memory is measured
+    torch.cuda.empty_cache()
+    gc.disable()
     for measured in range(-1, ROUNDS):
         for name, call in calls.items():
             for param in (param for each in models for param in each.parameters()):
@@ -165,7 +168,8 @@ def _measure(
             stop.synchronize()
             if measured >= 0:  # the first round compiles
                 times[name].append(start.elapsed_time(stop) / MICROBATCHES)
-                peaks[name] = torch.cuda.max_memory_allocated() - before
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+    gc.enable()
     row["bf16_ms"] = median(times["bf16"])
     for name in calls:
         row[name] = median(times[name]) / row["bf16_ms"]

@@ -24,6 +24,7 @@ from torch.nn import Module
 import fq_transforms as fqt
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.fakequant import fakequant as _fakequant
+from fq_transforms.integrations.te import is_te, refuse_autocast
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.select import Rule, Spec
@@ -94,10 +95,12 @@ def fakequant(
     used up by a backward pass.
 
     Raises:
-        KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Megatron's DistributedDataParallel
+        KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Transformer Engine's op fuser computes
+            the experts; Megatron's DistributedDataParallel
             gathers parameters while the model runs (`overlap_param_gather`), before which they are stale.
     """
     _check_gathered(model, "layerwise")
+    _check_unfused(unwrap(model), spec)
     params = dict(unwrap(model).named_parameters())
     weights = _fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward)
     carry_main_grad(params, weights, backward=backward)
@@ -115,15 +118,18 @@ def layerwise(
 ) -> AbstractContextManager[None]:
     """`fq_transforms.layerwise` on the model within the wrappers; Transformer Engine's autocast is refused.
 
-    Around a whole `forward_backward_func`: backward belongs inside.
+    Around a whole `forward_backward_func`: backward belongs inside. Enter it anew at each step: hooks that Megatron
+    adds meanwhile would come after its own.
 
     Raises:
-        KeyError, ValueError: As `fq_transforms.layerwise`; with `overlap_param_gather`, a group's weights are not one
-            module's, as SequentialMLP's are not: they would be read before they are gathered.
+        KeyError, ValueError: As `fq_transforms.layerwise`; Transformer Engine's op fuser computes the experts; with
+            `overlap_param_gather`, a group's weights are not one module's, as SequentialMLP's are not: they would be
+            read before they are gathered.
     """
     inner, inspect = unwrap(model), None
-    if _has_te(inner):
-        from fq_transforms.integrations.te import refuse_autocast as inspect
+    _check_unfused(inner, spec)
+    if any(map(is_te, inner.modules())):
+        inspect = refuse_autocast
     for group in spec.groups:
         if len({name.rpartition(".")[0] for name in group.names}) > 1:
             _check_gathered(model, "Transformer Engine's grouped experts")
@@ -164,7 +170,8 @@ def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
 def load(path: str | Path, model: Module, *, spec: Spec) -> State:
     """Load a model's weights, in place, and give the state; at any parallelism, whatever it was saved at.
 
-    Everything of the state is checked before the model is changed: see `fq_transforms.checkpoint.megatron.verify`.
+    Everything of the state is checked before the model is changed: see `fq_transforms.checkpoint.megatron.verify`. An
+    optimizer that exists already has fp32 copies of the old weights: call its `reload_model_params()`.
 
     Args:
         path: From `save`.
@@ -200,23 +207,39 @@ def _materialize(model: Module) -> None:
                 raise ValueError(
                     f"buffer '{path}.{name}': found it on meta, wanted values, which no checkpoint has; set it first"
                 )
+    made_of: dict[int, Tensor] = {}  # a parameter that two modules share stays one
     for module in model.modules():
+        deferred = {name: p for name, p in module._parameters.items() if p is not None and p.is_meta}  # pyright: ignore[reportPrivateUsage]
+        if deferred and is_te(module):  # sets the attributes that it leaves out on meta
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+            for name, tensor in deferred.items():
+                vars(module._parameters[name]).update(vars(tensor))  # pyright: ignore[reportPrivateUsage]
         for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                made = torch.empty_like(tensor, device=torch.cuda.current_device())
-                if isinstance(tensor, torch.nn.Parameter):
-                    made = torch.nn.Parameter(made, tensor.requires_grad)
-                vars(made).update(vars(tensor))
-                tensors[name] = made  # pyright: ignore[reportArgumentType]
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = made_of.setdefault(id(tensor), _on_device(tensor))  # pyright: ignore[reportArgumentType]
 
 
-def _has_te(model: Module) -> bool:
-    """True if a module derives from one of Transformer Engine's."""
-    return any(
-        base.__module__.startswith("transformer_engine.") for module in model.modules() for base in type(module).__mro__
-    )
+def _on_device(tensor: Tensor) -> Tensor:
+    made = torch.empty_like(tensor, device=torch.cuda.current_device())
+    if isinstance(tensor, torch.nn.Parameter):
+        made = torch.nn.Parameter(made, tensor.requires_grad)
+    vars(made).update(vars(tensor))
+    return made
+
+
+def _check_unfused(model: Module, spec: Spec) -> None:
+    """Raise ValueError where Transformer Engine's op fuser computes with the experts' own parameters."""
+    modules = dict(model.named_modules())
+    for group in spec.groups:
+        words = group.names[0].split(".")
+        for depth in range(len(words)):
+            module = modules.get(".".join(words[:depth]))
+            if getattr(module, "_with_fused_impl", False) or hasattr(module, "_make_fused_impl"):
+                raise ValueError(
+                    f"parameter {group.names[0]!r}: found {type(module).__name__} with Transformer Engine's op fuser, "
+                    "which computes with the parameters themselves, wanted use_transformer_engine_op_fuser=False"
+                )
 
 
 def _check_gathered(model: Module, wanted: str) -> None:

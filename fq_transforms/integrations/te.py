@@ -18,7 +18,12 @@ from fq_transforms.ops.autograd import Backward
 from fq_transforms.select import Spec
 from fq_transforms.state import State
 
-__all__ = ["functional_call", "layerwise", "refuse_autocast"]
+__all__ = ["functional_call", "is_te", "layerwise", "refuse_autocast"]
+
+
+def is_te(module: Module) -> bool:
+    """True for Transformer Engine's modules and operations, and what derives from them."""
+    return any(base.__module__.startswith("transformer_engine.") for base in type(module).__mro__)
 
 
 def refuse_autocast(module: Module) -> None:
@@ -26,12 +31,14 @@ def refuse_autocast(module: Module) -> None:
 
     Source: Transformer Engine 2.20.2 `FP8GlobalStateManager.is_fp8_enabled`, for all recipes, NVFP4 too.
     """
-    from transformer_engine.pytorch.module.base import (  # pyright: ignore[reportMissingImports]
-        TransformerEngineBaseModule,
-    )
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyright: ignore[reportMissingImports]
 
-    if isinstance(module, TransformerEngineBaseModule) and FP8GlobalStateManager.is_fp8_enabled():
+    if not is_te(module):
+        return
+    is_quantized = FP8GlobalStateManager.is_fp8_enabled()
+    # Megatron's layers may have a recipe of their own, and enter its autocast, or leave it, within forward.
+    ask = getattr(module, "will_execute_quantized", None)
+    if ask(is_quantized) if ask else is_quantized:
         recipe = type(FP8GlobalStateManager.get_fp8_recipe()).__name__
         raise ValueError(
             f"layer {type(module).__name__} {getattr(module, 'name', None)!r}: found Transformer Engine's autocast, "

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops import kernels
+from fq_transforms.ops.packing import code_bits, code_dtype, pack_scales
 
 __all__ = [
     "clip_backward_operator",
@@ -31,6 +32,7 @@ __all__ = [
     "fake_quantize_separate_operator",
     "fake_quantize_separate_triton",
     "fake_quantize_triton",
+    "pack_triton",
 ]
 
 
@@ -121,6 +123,33 @@ def clip_backward_triton(
     plan = _backward_plan(format, inputs.matrix, transposed, tile)
     _launch(kernels.clip_backward_kernel, plan, (_group(grads), inputs, out), (amax,))
     return out.base
+
+
+def pack_triton(
+    weights: Sequence[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *,
+    format: Format,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`pack_reference` of every expert of a group, in one launch, and a few more for scales of which there are few."""
+    inputs = _group(weights)
+    out_features, in_features = _shape(inputs.matrix, transposed)
+    bits, experts, device = code_bits(format), inputs.experts, inputs.base.device
+    dtype = torch.int8 if isinstance(format.element, IntElement) and bits == 8 else torch.uint8
+    codes = torch.empty((experts, out_features, in_features * bits // 8), dtype=dtype, device=device)
+    out = _Group(codes, codes.data_ptr(), None, codes[0].numel(), experts, inputs.matrix, True, [codes])
+    scale, global_scale = pack_scales(amax, global_amax, format=format)
+    if scale is None:
+        shape = (experts, *format.granules(out_features, in_features))
+        scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
+    _launch(
+        kernels.pack_kernel, _pack_plan(format, inputs.matrix, transposed), (inputs, out), (amax, global_amax, scale)
+    )
+    if format.scale == "e4m3":
+        scale = scale.view(torch.float8_e4m3fn)
+    return codes.view(code_dtype(format)), scale, global_scale
 
 
 # What torch.compile sees in place of the launchers, whose addresses it cannot trace: opaque operators with shapes. A
@@ -293,6 +322,19 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, til
 
 
 @cache
+def _pack_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
+    plan = _forward_plan(format, matrix, transposed, FORWARD_WIDE)
+    if format.block == (None, None) and transposed:  # codes are in canonical order, so here the layout does matter
+        shape = _shape(matrix, transposed)
+        plan = _visit(format, shape, transposed, FORWARD_WIDE, plan.constants, keep_layout=True)
+    tiling = {name: plan.constants[name] for name in ("ROWS", "COLUMNS", "CHUNK", "TILE", "TRANSPOSED")}
+    others = {name: value for name, value in plan.constants.items() if name not in tiling}
+    out_features, in_features = shape = plan.numbers[:2]
+    numbers = (out_features, in_features, *format.granules(*shape))  # where the scales of dynamic formats go, too
+    return plan._replace(numbers=numbers, constants=others | {"BITS": code_bits(format)} | tiling)
+
+
+@cache
 def _backward_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> _Plan:
     return _visit(format, _shape(matrix, transposed), transposed, tile, {})
 
@@ -324,10 +366,18 @@ def _amax_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: 
     return plan
 
 
-def _visit(format: Format, shape: tuple[int, int], transposed: bool, tile: Tile, constants: dict[str, Any]) -> _Plan:
+def _visit(
+    format: Format,
+    shape: tuple[int, int],
+    transposed: bool,
+    tile: Tile,
+    constants: dict[str, Any],
+    *,
+    keep_layout: bool = False,
+) -> _Plan:
     """The plan of a kernel that visits each weight once: programs a matrix, and the tile of each."""
     out_features, in_features = shape
-    if format.block == (None, None) and transposed:  # one scale an expert: the layout does not matter
+    if format.block == (None, None) and transposed and not keep_layout:  # one scale: the layout does not matter
         out_features, in_features, transposed = in_features, out_features, False
     rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
     if format.has_blocks_along_in:

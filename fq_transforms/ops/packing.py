@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from fq_transforms.formats import FloatElement, Format, IntElement
+from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
 from fq_transforms.ops.reference import (
     dequantize_int,
     fp8_scale,
@@ -38,7 +38,7 @@ from fq_transforms.ops.reference import (
     valid,
 )
 
-__all__ = ["CODE_DTYPES", "code_bits", "pack_reference", "unpack_reference"]
+__all__ = ["code_bits", "code_dtype", "pack_reference", "pack_scales", "unpack_reference"]
 
 # Elements that PyTorch has a dtype for, one byte each.
 CODE_DTYPES = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
@@ -57,6 +57,42 @@ def code_bits(format: Format) -> int:
     if isinstance(element, IntElement):
         return 4 if element.low >= -8 and element.high <= 7 else 8
     return 1 + element.exponent_bits + element.mantissa_bits
+
+
+def code_dtype(format: Format) -> torch.dtype:
+    """The dtype of codes: a float8 where PyTorch has the element, int8, or uint8 for what is packed.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, NVFP4
+        >>> code_dtype(FP8), code_dtype(NVFP4)
+        (torch.float8_e4m3fn, torch.uint8)
+    """
+    element = format.element
+    if isinstance(element, IntElement):
+        return torch.int8 if code_bits(format) == 8 else torch.uint8
+    return CODE_DTYPES.get((element.exponent_bits, element.mantissa_bits), torch.uint8)
+
+
+def pack_scales(
+    amax: Float32[Tensor, "..."] | None, global_amax: Float32[Tensor, "*experts"] | None, *, format: Format
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scales that the state alone decides, and the global scale; None where a kernel makes them.
+
+    Example:
+        >>> from fq_transforms.formats import NVFP4
+        >>> pack_scales(torch.tensor([2688.0]), None, format=NVFP4)
+        (None, tensor([1.]))
+    """
+    element = format.element
+    if format.scale == "e8m0":
+        return None, None
+    if format.scale == "e4m3":
+        assert isinstance(element, FloatElement)
+        expert_amax = valid(amax if format.dynamic else global_amax)
+        return None, expert_amax / torch.full_like(expert_amax, element.max * E4M3.max)
+    if isinstance(element, IntElement):
+        return None if format.has_blocks_along_in else int_scale(valid(amax), element), None
+    return fp8_scale(valid(amax), element)[1], None
 
 
 def pack_reference(
