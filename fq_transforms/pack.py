@@ -36,7 +36,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     """The codes and scales of every selected weight: what deployment stores, and exactly what `fakequant` simulates.
 
     `unpack(pack(params, state, spec=spec), spec=spec, dtype=dtype)` has the values of `fakequant`, bit for bit; a zero
-    that `fakequant` gives a sign loses it in the integer formats. Runs in PyTorch's own operators, an expert at a time.
+    that `fakequant` gives a sign loses it in the integer formats. One kernel launch a group on a GPU.
 
     Args:
         params: Names to tensors; may hold more than the spec names.
@@ -149,16 +149,22 @@ def packed_leaves(group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]
 def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> Packed | PackedTwoLevel:
     amax = None if isinstance(scales, Stateless) else scales.amax
     global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
-    parts = [
-        pack_reference(
-            weight.mT if group.transposed else weight,
-            *(leaf if leaf is None or group.stacked else leaf[i] for leaf in (amax, global_amax)),
-            format=group.format,
-        )
-        for i, weight in enumerate(weights)
-    ]
-    columns: list[Any] = [column for column in zip(*parts, strict=True) if column[0] is not None]
-    leaves = [column[0] if group.stacked else torch.stack(column) for column in columns]
+    if weights[0].is_cuda:
+        from fq_transforms.ops.launch import pack_triton
+
+        parts = pack_triton(weights, amax, global_amax, format=group.format, transposed=group.transposed)
+        leaves = [leaf for leaf in parts if leaf is not None]
+    else:
+        of_each = [
+            pack_reference(
+                weight.mT if group.transposed else weight,
+                *(leaf if leaf is None or group.stacked else leaf[i] for leaf in (amax, global_amax)),
+                format=group.format,
+            )
+            for i, weight in enumerate(weights)
+        ]
+        columns: list[Any] = [column for column in zip(*of_each, strict=True) if column[0] is not None]
+        leaves = [column[0] if group.stacked else torch.stack(column) for column in columns]
     return PackedTwoLevel(*leaves) if len(leaves) == 3 else Packed(*leaves)
 
 

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 import fq_transforms as fqt
 from fq_transforms.formats import E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
+from fq_transforms.ops import launch
 from fq_transforms.ops.packing import code_bits, pack_reference, unpack_reference
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
 from fq_transforms.pack import packed_leaves
 from tests.cases import DTYPES, assert_names, experts, name_of
+from tests.conftest import HAS_GPU
 
+CPU = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")
 PACKABLE = [format for format in FORMATS.values() if not format.unit_scale_below] + [
     replace(fqt.FP8, name="FP8_E5M2", element=E5M2),
     replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7)),
@@ -164,6 +167,27 @@ def test_faults():
         with pytest.raises(error) as caught:
             call()
         assert_names(str(caught.value.args[0]), *fragments)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("format", PACKABLE, ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter: NaN in lanes that are not used
+def test_the_kernel_equals_the_reference(format, transposed, device):
+    """Codes, scales and global scales, bit for bit: odd rows, zero blocks and experts, tiny and clipped weights."""
+    for out, columns in ((5, 256), (130, 128)) if device == "cuda" else ((5, 256),):
+        weights = [w.float() * s for w, s in zip(experts(4, (out, columns)), (2.0**-100, 1e-4, 1.0, 0.0), strict=True)]
+        weights[2][0, :40] = 0.0
+        stacked = torch.stack(weights).to(device)
+        amax, global_amax = amax_of(stacked, format, 0.6)
+        wanted = pack_reference(stacked, amax, global_amax, format=format)
+        stored = [(w.mT if transposed else w).contiguous() for w in stacked]
+        found = launch.pack_triton(stored, amax, global_amax, format=format, transposed=transposed)
+        for name, a, b in zip(("codes", "scale", "global_scale"), found, wanted, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
 
 # What other libraries read.
