@@ -193,43 +193,68 @@ def test_the_kernel_equals_the_reference(format, transposed, device):
 # What other libraries read.
 
 
-def packed_weight(format, dtype=torch.bfloat16):
-    weight = experts(1, (128, 256), dtype)[0]
+def packed_weight(format, dtype=torch.bfloat16, scale=1.0):
+    weight = experts(1, (128, 256), torch.float32)[0].mul(scale).to(dtype)
     amax, global_amax = amax_of(weight, format)
     wanted = fake_quantize_reference(weight, amax, global_amax, format=format, out_dtype=dtype)
     return weight, wanted, pack_reference(weight, amax, global_amax, format=format)
 
 
-@pytest.mark.parametrize("name", ["MXFP8", "MXFP6_E2M3", "MXFP4"])
-def test_compressed_tensors_reads_mx(name):
-    """Its own decompressors give `fakequant`'s values, exactly."""
+# How compressed-tensors names a format, its arguments, and what it calls the codes.
+READERS = {
+    "MXFP8": ("mxfp8-quantized", {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}, "weight"),
+    "MXFP6_E2M3": (
+        "mxfp6-pack-quantized",
+        {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32},
+        "weight_packed",
+    ),
+    "MXFP4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        "weight_packed",
+    ),
+    "NVFP4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        "weight_packed",
+    ),
+    "FP8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}, "weight"),
+    "FP8_PER_CHANNEL": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, "weight"),
+    "INT8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "tensor"}, "weight"),
+    "INT8_PER_CHANNEL": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, "weight"),
+    "INT4_BLOCK32": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+        "weight_packed",
+    ),
+    "INT4_BLOCK128": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+        "weight_packed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_compressed_tensors_reads(name):
+    """Its own decompressors give `fakequant`'s bf16 values, exactly. Its scales multiply: they are our reciprocals."""
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    _, wanted, (codes, scale, _) = packed_weight(FORMATS[name])
-    bits, kind, key = {
-        "MXFP8": (8, "mxfp8-quantized", "weight"),
-        "MXFP6_E2M3": (6, "mxfp6-pack-quantized", "weight_packed"),
-        "MXFP4": (4, "mxfp4-pack-quantized", "weight_packed"),
-    }[name]
-    arguments = quantization.QuantizationArgs(num_bits=bits, type="float", strategy="group", group_size=32)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    kind, arguments, key = READERS[name]
+    weights = quantization.QuantizationArgs(**arguments)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     reader = compressors.BaseCompressor.get_value_from_registry(kind)
-    found = reader.decompress({key: codes, "weight_scale": scale}, scheme)["weight"]
-    assert torch.equal(found.to(wanted.dtype), wanted)
-
-
-@pytest.mark.parametrize("name", ["FP8", "FP8_PER_CHANNEL"])
-def test_compressed_tensors_reads_fp8(name):
-    compressors = pytest.importorskip("compressed_tensors.compressors")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    _, wanted, (codes, scale, _) = packed_weight(FORMATS[name])
-    strategy = "tensor" if name == "FP8" else "channel"
-    arguments = quantization.QuantizationArgs(num_bits=8, type="float", strategy=strategy)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
-    reader = compressors.BaseCompressor.get_value_from_registry("float-quantized")
-    stored = {"weight": codes, "weight_scale": scale.view(1) if name == "FP8" else scale}
-    found = reader.decompress(stored, scheme)["weight"]
-    assert torch.equal(found.to(wanted.dtype), wanted)
+    for scale_of_weights in (1.0, 1e-3, 37.0):
+        weight, wanted, (codes, scale, global_scale) = packed_weight(FORMATS[name], scale=scale_of_weights)
+        if name.startswith("INT"):
+            scale = 1 / scale
+        stored = {key: codes, "weight_scale": scale.view(1) if arguments["strategy"] == "tensor" else scale}
+        if name == "NVFP4":
+            stored["weight_global_scale"] = (1 / global_scale).view(1)
+        if kind == "pack-quantized":
+            stored |= {key: codes.view(torch.int32), "weight_shape": torch.tensor(weight.shape)}
+        found = reader.decompress(stored, scheme)["weight"]
+        assert torch.equal(found.to(wanted.dtype), wanted)
 
 
 @pytest.mark.parametrize("format", [INT4_BLOCK32, fqt.INT4_BLOCK128], ids=name_of)
