@@ -220,6 +220,11 @@ READERS = {
     ),
     "FP8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}, "weight"),
     "FP8_PER_CHANNEL": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, "weight"),
+    "FP8_BLOCK": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        "weight",
+    ),
     "INT8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "tensor"}, "weight"),
     "INT8_PER_CHANNEL": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, "weight"),
     "INT4_BLOCK32": (
