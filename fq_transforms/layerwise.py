@@ -7,7 +7,7 @@ NOTE who asks again: experts whose weights are one module's (Transformer Engine,
 one launch makes them; experts that are modules of their own need one at a time, and get it.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check
 
-__all__ = ["layerwise"]
+__all__ = ["check_not_fsdp", "layerwise"]
 
 CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)  # which have no forward
 
@@ -68,7 +68,7 @@ def layerwise(
         KeyError: A parameter is not in the model; a group is not in the state.
         ValueError: As `fakequant`; with `recompute`, a parameter is a DTensor, a torch.func transform looks on, or
             Megatron's own linear layer accumulates into `main_grad`. On leaving, a selected layer never ran while the
-            model or others did: something else read its weights, unquantized.
+            model or others did: something else read its weights, unquantized. A layer is FSDP2's.
         RuntimeError: In backward, parameters or amax have changed since forward.
 
     Example:
@@ -342,7 +342,9 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
                     f"parameter {name!r} of group {group.key!r} is not in the {type(model).__name__}; select from its "
                     "named_parameters()"
                 )
-            paths.append(path.split(".") if path else [])
+            words = path.split(".") if path else []
+            check_not_fsdp(f"parameter {name!r}", [modules[".".join(words[:depth])] for depth in range(len(words) + 1)])
+            paths.append(words)
             holders.append(holder)
         common = paths[0]
         for path in paths[1:]:
@@ -354,3 +356,13 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
             common = common[:-1]
         owners.setdefault(modules[".".join(common)], {})[group] = holders
     return owners
+
+
+def check_not_fsdp(name: str, modules: Iterable[Module]) -> None:
+    """Raise ValueError where FSDP2 puts a module's parameters in place itself, around its forward."""
+    for module in modules:
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise ValueError(
+                f"{name}: found {type(module).__name__}, whose parameters FSDP2 gathers and shards around forward, "
+                "wanted none; quantize the shards, and copy the results into the module's own"
+            )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
+from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
@@ -44,7 +45,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
 
     Raises:
         KeyError, ValueError: As `fakequant`; no parameter requires a gradient; there is no microbatch; a loss is no
-            scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients through.
+            scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients through. The model is
+            FSDP2's, which computes with parameters of its own.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -58,6 +60,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         >>> step(params, fq.calibrate(params), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
+    check_not_fsdp("model", model.modules())
     runner = _Runner(model, loss_fn)
 
     def step(
