@@ -3,6 +3,11 @@
 The interpreter truncates fp32 to bf16 (a GPU rounds), so bf16 results are compared on a GPU only.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -165,6 +170,19 @@ def test_nan_stays_in_its_granule(format, device):
     assert torch.equal(outs[1].isnan().cpu(), wanted)
     assert not outs[0].isnan().any()
     assert not outs[2].isnan().any()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here anyway")
+def test_every_kernel_compiles_for_an_h200():
+    """Without one: the interpreter takes Python that the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("ahead.py"))]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)}, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "86 kernels compiled for sm_90" in done.stdout
 
 
 @on_each_device

@@ -273,7 +273,7 @@ def fake_quantize_kernel(
     ALIGNED: tl.constexpr,
 ):
     """`fake_quantize_reference`, a tile at a time."""
-    base, offsets, mask, exists, granule, _, _ = _chunks(
+    base, offsets, mask, exists, granule, _row, _column = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
@@ -292,12 +292,14 @@ def fake_quantize_kernel(
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
         if g < 2.0**-62:  # leaves at once: joined with the usual case, it would cost each weight an instruction
-            q, s, _ = _two_level(
+            q, s, _s8 = _two_level(
                 x, block_amax, g, 2.0**64, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
             )
             tl.store(out, _with_sign_of(q * _each(s), x).to(out_base.dtype.element_ty), mask=mask)
             return
-        q, s, _ = _two_level(x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+        q, s, _s8 = _two_level(
+            x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+        )
         y = _with_sign_of(q * _each(s), x)
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
@@ -410,7 +412,7 @@ def pack_kernel(
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
         lift = tl.where(g < 2.0**-62, 2.0**64, 1.0)
-        q, _, s8 = _two_level(
+        q, s, s8 = _two_level(
             x, block_amax, g, lift, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
         )
         codes = _float_code(q, x, BITS, MIN_EXPONENT, MANTISSA)
@@ -484,7 +486,7 @@ def expert_amax_kernel(
             largest = tl.maximum(largest, _bits(tl.abs(x.to(tl.float32))))
         tl.store(amax_ptr + expert * rows * columns + tl.program_id(0), tl.max(largest))
     elif SWEEP == "scatter":  # matrices stored [in, out], where several programs share a granule
-        base, offsets, mask, exists, granule, _, _ = _chunks(
+        base, offsets, mask, exists, granule, row, column = _chunks(
             out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
         )
         x = tl.load(weight + base + offsets, mask=mask, other=0.0)
@@ -541,7 +543,7 @@ def clip_backward_kernel(
     ALIGNED: tl.constexpr,
 ):
     """`clip_backward_reference`, a tile at a time."""
-    base, offsets, mask, exists, granule, _, _ = _chunks(
+    base, offsets, mask, exists, granule, _row, _column = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base
