@@ -58,9 +58,9 @@ def layerwise(
         out_dtype: As `fakequant`.
         backward: As `fakequant`.
         recompute: Make the fake weights again in backward, from the parameters and the amax, bit for bit, in place of
-            keeping them: with it the peak of memory is one group's fake weights above the unquantized model's, and
-            backward takes a launch more a group. Where hooks on saved tensors are active already, as in a checkpointed
-            layer, these decide.
+            keeping them. The peak of memory is then one layer's fake weights above the unquantized model's (a group's,
+            where fc1 and fc2 are layers of their own), and backward takes a launch more a group. Where hooks on saved
+            tensors are active already, as in a checkpointed layer, these decide.
         inspect: Called with each selected layer, and with each module below it that holds weights, before they are
             replaced; may raise.
 

@@ -685,5 +685,5 @@ def test_files_are_small(ranks, tmp_path):
     (found,) = ranks(_sizes, str(tmp_path), size=1)
     for leaves, files, seconds in found.values():
         assert files <= 1.2 * leaves + 2**16
-        assert seconds < 3  # most of it is what Megatron takes to start its writers
+        assert seconds < 1  # what Megatron takes to start its writers included
     print(found)

@@ -161,9 +161,7 @@ def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
 
     entries = _sharded_state_dict(unwrap(model))
     entries |= leaves.sharded_state_dict(state, spec, entries)
-    if _rank() == 0:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    _barrier()
+    Path(path).mkdir(parents=True, exist_ok=True)  # by every rank: who is first does not matter, and nobody waits
     dist_checkpointing.save(entries, str(path))
 
 
@@ -250,12 +248,3 @@ def _check_gathered(model: Module, wanted: str) -> None:
                 f"{wanted}, or overlap_param_gather=False"
             )
         model = inner
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -6,7 +6,8 @@ autocast Transformer Engine would quantize the fake-quantized weights once more:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,6 @@ from torch import Tensor
 from torch.nn import Module
 
 import fq_transforms as fqt
-from fq_transforms.ops.autograd import Backward
-from fq_transforms.select import Spec
-from fq_transforms.state import State
 
 __all__ = ["functional_call", "is_te", "layerwise", "refuse_autocast"]
 
@@ -71,22 +69,5 @@ def functional_call(
         return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
 
 
-def layerwise(
-    model: Module,
-    state: State,
-    *,
-    spec: Spec,
-    out_dtype: torch.dtype | None = None,
-    backward: Backward = "pass_through",
-    recompute: bool = True,
-) -> AbstractContextManager[None]:
-    """`fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast."""
-    return fqt.layerwise(
-        model,
-        state,
-        spec=spec,
-        out_dtype=out_dtype,
-        backward=backward,
-        recompute=recompute,
-        inspect=refuse_autocast,
-    )
+# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast.
+layerwise = partial(fqt.layerwise, inspect=refuse_autocast)
