@@ -23,10 +23,11 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench import full_size, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
-from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
+from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us, quiet_core
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
-from fq_transforms.ops.launch import clip_backward_triton
+from fq_transforms.ops.launch import clip_backward_triton, pack_triton
+from fq_transforms.ops.packing import pack_reference
 from fq_transforms.ops.reference import (
     clip_backward_reference,
     expert_amax_reference,
@@ -121,13 +122,15 @@ def measure(shape: Shape) -> list[Row]:
 def measure_host(shape: Shape, rows: list[Row]) -> None:
     """Add the times of whole calls to the forward rows of a shape; the median of all passes so far is shown.
 
-    What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them.
+    What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them,
+    and each is on the core that is fastest then.
     """
     weights = [w.bfloat16() for w in _weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         row = _forward_row(rows, shape, format)
         passes: list[Row] = row.setdefault("passes", [])
-        passes.append(_host(weights, format))
+        with quiet_core():
+            passes.append(_host(weights, format))
         row |= {key: median(one[key] for one in passes) for key in passes[0]}
 
 
@@ -159,7 +162,8 @@ def measure_peers(shape: Shape, rows: list[Row]) -> None:
                 TypeError,
             ) as error:  # a gap in the table, with its reason
                 row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
-        row |= eager_in_turn_us(ready)
+        with quiet_core():
+            row |= eager_in_turn_us(ready)
 
 
 def _floors(master: Tensor, grads: list[Tensor]) -> dict[str, float]:
@@ -208,7 +212,28 @@ def _measure_format(
             wanted = clip_backward_reference(grads[e], weights[e], half[e], format=format)
             _same(y, wanted, f"clip backward, {where}")
         rows.append(_row("clip backward", shape, format, device_us(backward), floors["three streams"]))
+    if not format.unit_scale_below:  # whose scales cannot be stored
+        rows.append(_measure_pack(shape, format, weights, amax, global_amax, floors["bf16"]))
     return rows
+
+
+def _measure_pack(
+    shape: Shape, format: Format, weights: list[Tensor], amax: Tensor | None, global_amax: Tensor | None, copy_us: float
+) -> Row:
+    def pack() -> tuple[Tensor, Tensor, Tensor | None]:
+        return pack_triton(weights, amax, global_amax, format=format, transposed=False)
+
+    packed = pack()
+    for e, weight in enumerate(weights):
+        a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
+        wanted = pack_reference(weight, a, g, format=format)
+        for found, leaf in zip(packed, wanted, strict=True):
+            if found is not None and leaf is not None:
+                _same(found[e].view(torch.uint8), leaf.view(torch.uint8), f"pack, {format.name}, {shape}")
+    read = sum(t.nbytes for t in (*weights, amax, global_amax) if t is not None)
+    written = sum(leaf.nbytes for leaf in packed if leaf is not None)
+    copied = 2 * sum(weight.nbytes for weight in weights)
+    return _row("pack", shape, format, device_us(pack), copy_us * (read + written) / copied)
 
 
 def _weights(shape: Shape) -> Tensor:
@@ -221,9 +246,11 @@ def _weights(shape: Shape) -> Tensor:
 
 def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Row:
     """One measurement; `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule."""
-    weight_bytes = {"forward, bf16": 4, "forward, fp32 to bf16": 6, "clip backward": 6, "amax": 2}[kind]
-    amax_bytes = 4 * prod(format.amax_shape(shape.out_features, shape.in_features))
-    own = floor * (1 + amax_bytes / (weight_bytes * shape.out_features * shape.in_features))
+    own = floor
+    if kind != "pack":  # whose floor is one of all its bytes
+        weight_bytes = {"forward, bf16": 4, "forward, fp32 to bf16": 6, "clip backward": 6, "amax": 2}[kind]
+        amax_bytes = 4 * prod(format.amax_shape(shape.out_features, shape.in_features))
+        own *= 1 + amax_bytes / (weight_bytes * shape.out_features * shape.in_features)
     return {
         "kind": kind,
         "shape": str(shape),

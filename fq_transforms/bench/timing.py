@@ -1,7 +1,10 @@
 """Times: of the device by graph replay, of the host by calls in a row that nobody waits for."""
 
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -12,6 +15,7 @@ WARM_UP_S = 0.02  # of replays before the first that is timed: after a pause the
 HOST_CALLS, HOST_ROUNDS = 20, 7
 EAGER_CALLS = 30
 TURNS, CALLS_A_TURN = 7, 3
+PROBES, CALLS_A_PROBE = 5, 5
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -58,6 +62,37 @@ def floor_us(call: Callable[[], object]) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / CALLS_A_GRAPH)
     return min(median(times), device_us(call))
+
+
+@contextmanager
+def quiet_core() -> Generator[None]:
+    """Run this thread on the core that is fastest now, so that the host's other work is not what is timed.
+
+    A core whose sibling works for somebody else is 1.7 times slower, and which ones are changes within seconds (H200
+    hosts). Where a thread cannot choose its core, on macOS or Windows, this does nothing.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(sorted(allowed), key=_probe)})
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _probe(core: int) -> float:
+    """Seconds that a core takes for a little of what a call to `fakequant` does: making views."""
+    os.sched_setaffinity(0, {core})
+    stacked = torch.empty((32, 1, 1))
+    times: list[float] = []
+    for _ in range(PROBES):
+        start = time.perf_counter()
+        for _ in range(CALLS_A_PROBE):
+            stacked.unbind()
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def eager_us(call: Callable[[], object]) -> float:
