@@ -229,7 +229,11 @@ def _measure_pack(
         wanted = pack_reference(weight, a, g, format=format)
         for found, leaf in zip(packed, wanted, strict=True):
             if found is not None and leaf is not None:
-                _same(found[e].view(torch.uint8), leaf.view(torch.uint8), f"pack, {format.name}, {shape}")
+                _same(
+                    found[e].flatten().view(torch.uint8),
+                    leaf.flatten().view(torch.uint8),
+                    f"pack, {format.name}, {shape}",
+                )
     read = sum(t.nbytes for t in (*weights, amax, global_amax) if t is not None)
     written = sum(leaf.nbytes for leaf in packed if leaf is not None)
     copied = 2 * sum(weight.nbytes for weight in weights)
