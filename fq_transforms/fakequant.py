@@ -10,7 +10,7 @@ from fq_transforms.ops.shards import Layout, check_leaf, layout_of, local_tensor
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, group_state, is_concrete
 
-__all__ = ["fakequant"]
+__all__ = ["check_options", "fakequant", "is_read", "quantize_group"]
 
 
 def fakequant(
@@ -61,37 +61,51 @@ def fakequant(
         tensor([[ 0.9971, -2.0100]])
     """
     check_options(out_dtype, backward)
-    check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
+    check(state, spec, values=is_read)
 
     quantized = dict(params)
     for group in spec.groups:
-        weights, scales = weights_of(params, group), state[group.key]
-        for leaf in scales:
-            if leaf.device != weights[0].device:
-                raise ValueError(
-                    f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
-                    "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
-                )
-        layout = layout_of(group, weights)
-        if layout is not None or any(map(is_sharded, scales)):
-            weights, scales = _local(group, layout, weights, scales)
-        if layout is not None and layout.is_empty:
-            outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
-        else:
-            outs = fake_quantize(
-                weights,
-                None if isinstance(scales, Stateless) else scales.amax,
-                scales.global_amax if isinstance(scales, BlockAmax) else None,
-                format=group.format,
-                transposed=group.transposed,
-                out_dtype=out_dtype,
-                backward=backward,
-                separate=separate,
-            )
-        if layout is not None:
-            outs = sharded_tensors(layout, outs)
+        outs = quantize_group(
+            params, group, state[group.key], out_dtype=out_dtype, backward=backward, separate=separate
+        )
         quantized.update(zip(group.names, outs, strict=True))
     return quantized
+
+
+def quantize_group(
+    params: Mapping[str, Tensor],
+    group: Group,
+    scales: GroupState,
+    *,
+    out_dtype: torch.dtype | None,
+    backward: Backward,
+    separate: bool = False,
+) -> tuple[Tensor, ...]:
+    """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
+    weights = weights_of(params, group)
+    for leaf in scales:
+        if leaf.device != weights[0].device:
+            raise ValueError(
+                f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
+                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
+            )
+    layout = layout_of(group, weights)
+    if layout is not None or any(map(is_sharded, scales)):
+        weights, scales = _local(group, layout, weights, scales)
+    if layout is not None and layout.is_empty:
+        outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
+    else:
+        outs = fake_quantize(
+            weights,
+            None if isinstance(scales, Stateless) else scales.amax,
+            scales.global_amax if isinstance(scales, BlockAmax) else None,
+            format=group.format,
+            transposed=group.transposed,
+            out_dtype=out_dtype,
+            backward=backward,
+            separate=separate,
+        )
+    return outs if layout is None else sharded_tensors(layout, outs)
 
 
 def _local(
@@ -103,6 +117,11 @@ def _local(
     assert layout is not None
     leaves = (local_tensors(layout, [leaf], field)[0] for field, leaf in zip(scales._fields, scales, strict=True))
     return local_tensors(layout, weights), group_state(group.format, *leaves)
+
+
+def is_read(leaf: Tensor) -> bool:
+    """True for leaves whose values are checked: reading them elsewhere would wait for a device."""
+    return leaf.is_cpu and is_concrete(leaf)
 
 
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:

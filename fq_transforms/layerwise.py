@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
 from torch.utils import _pytree as pytree
 
-from fq_transforms.fakequant import check_options, fakequant
+from fq_transforms.fakequant import check_options, is_read, quantize_group
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.select import Group, Spec, is_sharded
+from fq_transforms.slots import Slots
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check
 
 __all__ = ["check_not_fsdp", "layerwise"]
@@ -84,7 +85,7 @@ def layerwise(
         tensor([0.9971, 0.5065], grad_fn=<SqueezeBackward4>)
     """
     check_options(out_dtype, backward)
-    check(state, spec, values=False)
+    check(state, spec, values=is_read)
     options = _Options(out_dtype, backward, recompute, inspect)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
     ran: list[bool] = []
@@ -121,9 +122,6 @@ class _Holder(NamedTuple):
     def get(self) -> Tensor | None:
         return self.module._parameters.get(self.attribute)  # pyright: ignore[reportPrivateUsage] (as functional_call)
 
-    def put(self, tensor: Tensor) -> None:
-        self.module._parameters[self.attribute] = tensor  # pyright: ignore[reportPrivateUsage, reportArgumentType]
-
 
 class _Site:
     """A module whose forward uses all weights of some groups."""
@@ -131,24 +129,25 @@ class _Site:
     def __init__(self, module: Module, groups: dict[Group, list[_Holder]], state: State, options: _Options) -> None:
         self.module, self.options = module, options
         self.groups = list(groups)
+        self.scales = [state[group.key] for group in groups]
         self.holders = {name: holder for g in groups for name, holder in zip(g.names, groups[g], strict=True)}
-        self.spec = Spec(tuple(groups))
-        self.state = {group.key: state[group.key] for group in groups}
+        self.slots = Slots()
+        for name, holder in self.holders.items():
+            self.slots.add(name, holder.module, holder.attribute)
         self.runs = 0
         self.entered: list[_Entered | None] = []
 
     def before(self, module: Module, args: Any) -> None:
         self.entered.append(None)  # `after` is called even if this raises
         out_dtype, backward, recompute, inspect = self.options
-        for inner in dict.fromkeys([module, *(holder.module for holder in self.holders.values())]):
-            if inspect is not None:
+        if inspect is not None:
+            for inner in dict.fromkeys([module, *(holder.module for holder in self.holders.values())]):
                 inspect(inner)
-        params: dict[str, Tensor] = {}
-        for name, holder in self.holders.items():
-            if (param := holder.get()) is None:
-                raise KeyError(f"parameter {name!r} is not in {type(holder.module).__name__} any more")
-            params[name] = param
-        weights = fakequant(params, self.state, spec=self.spec, out_dtype=out_dtype, backward=backward)
+        params = self.slots.take()
+        weights: dict[str, Tensor] = {}
+        for group, scales in zip(self.groups, self.scales, strict=True):
+            outs = quantize_group(params, group, scales, out_dtype=out_dtype, backward=backward)
+            weights.update(zip(group.names, outs, strict=True))
         carry_main_grad(params, weights, backward=backward)
         leaving, remake = ExitStack(), None
         if recompute and torch.is_grad_enabled():
@@ -158,14 +157,12 @@ class _Site:
                 leaving.enter_context(torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack))
         self.runs += 1
         self.entered[-1] = _Entered(leaving, remake, params)
-        for name, holder in self.holders.items():
-            holder.put(weights[name])
+        self.slots.put(weights)
 
     def after(self, module: Module, args: Any, output: Any) -> None:
         entered = self.entered.pop() if self.entered else None
         if entered is not None:
-            for name, holder in self.holders.items():
-                holder.put(entered.params[name])
+            self.slots.put(entered.params)
             entered.leaving.close()
             if entered.remake is not None:
                 entered.remake.forward_is_done(output)
@@ -194,10 +191,10 @@ class _Site:
         if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
             return None
         remake = _Remake(outer)
-        for group in self.groups:
+        for group, scales in zip(self.groups, self.scales, strict=True):
             together = len({id(self.holders[name].module) for name in group.names}) == 1
             own = [params[name] for name in group.names]
-            source = _Source(group, own, self.state[group.key], self.options, together)
+            source = _Source(group, own, scales, self.options, together)
             remake.add(source, [weights[name] for name in group.names])
         return remake
 
@@ -263,7 +260,7 @@ class _Place(NamedTuple):
 
     source: _Source
     number: int
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
 
 class _Remake:
@@ -271,40 +268,49 @@ class _Remake:
 
     def __init__(self, outer: Any) -> None:
         self.outer = outer
-        self.weights: dict[int, tuple[Tensor, _Source, int]] = {}  # by address
-        self.storages: dict[int, list[tuple[Tensor, _Source, int]]] = {}
+        self.weights: dict[
+            int, tuple[Tensor, _Place]
+        ] = {}  # by identity: what a layer saves is mostly the weight itself
+        self.storages: dict[int, list[tuple[Tensor, _Place]]] | None = None
         self.is_complete = True
 
     def add(self, source: _Source, weights: Sequence[Tensor]) -> None:
-        for number, weight in enumerate(weights):
-            if weight.numel():
-                entry = (weight, source, number)
-                self.weights[weight.data_ptr()] = entry
-                self.storages.setdefault(weight.untyped_storage().data_ptr(), []).append(entry)
+        self.weights |= {id(weight): (weight, _Place(source, number)) for number, weight in enumerate(weights)}
 
     def pack(self, tensor: Tensor) -> Any:
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
-            entry, view = self.weights.get(tensor.data_ptr()), None  # the usual case: the weight itself, as it is
-            if entry is None or tensor.shape != entry[0].shape or tensor.stride() != entry[0].stride():
-                entry = self._around(tensor)
-                if entry is not None:
-                    start = int(tensor.storage_offset()) - int(entry[0].storage_offset())
-                    view = (tuple(tensor.shape), tensor.stride(), start)
-            if entry is not None:
-                weight, source, number = entry
-                if tensor.dtype == weight.dtype:
-                    source.places += 1
-                    return _Place(source, number, view)
-                self.is_complete = False
+        entry = self.weights.get(id(tensor))
+        if entry is not None:
+            place = entry[1]
+        elif type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
+            place = self._view(tensor)
+        else:
+            place = None
+        if place is not None:
+            place.source.places += 1
+            return place
         return tensor if self.outer is None else (self.outer[1], self.outer[0](tensor))
 
-    def _around(self, tensor: Tensor) -> tuple[Tensor, _Source, int] | None:
-        """The fake weight that a tensor is a view of."""
-        sharing = self.storages.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+    def _view(self, tensor: Tensor) -> _Place | None:
+        """The place of a tensor that shares the memory of a fake weight."""
+        sharing = self._by_storage().get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if sharing is None:
             return None
         first = sharing[0][0]
-        return sharing[(int(tensor.storage_offset()) - int(first.storage_offset())) // first.numel()]
+        weight, place = sharing[(int(tensor.storage_offset()) - int(first.storage_offset())) // first.numel()]
+        if tensor.dtype != weight.dtype:
+            self.is_complete = False
+            return None
+        start = int(tensor.storage_offset()) - int(weight.storage_offset())
+        return place._replace(view=(tuple(tensor.shape), tensor.stride(), start))
+
+    def _by_storage(self) -> dict[int, list[tuple[Tensor, _Place]]]:
+        """The fake weights of each allocation, in the order of their memory."""
+        if self.storages is None:
+            self.storages = {}
+            for weight, place in self.weights.values():
+                if weight.numel():
+                    self.storages.setdefault(weight.untyped_storage().data_ptr(), []).append((weight, place))
+        return self.storages
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Place):
@@ -320,10 +326,11 @@ class _Remake:
 
     def forward_is_done(self, output: Any) -> None:
         """Let go of the fake weights. Those that carry `main_grad` are kept by the layer, as names: without memory."""
-        given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(output) if type(t) is Tensor}
-        for address, sharing in self.storages.items():
-            if self.is_complete and address not in given and has_main_grad(sharing[0][0]):
-                sharing[0][0].untyped_storage().resize_(0)
+        if self.is_complete and any(has_main_grad(weight) for weight, _ in self.weights.values()):
+            given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(output) if type(t) is Tensor}
+            for address, sharing in self._by_storage().items():
+                if address not in given and has_main_grad(sharing[0][0]):
+                    sharing[0][0].untyped_storage().resize_(0)
         self.weights, self.storages = {}, {}
 
 
@@ -332,7 +339,6 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
     owners: dict[Module, dict[Group, list[_Holder]]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for group in spec.groups:
-        paths: list[list[str]] = []
         holders: list[_Holder] = []
         for name in group.names:
             path, _, attribute = name.rpartition(".")
@@ -342,20 +348,29 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
                     f"parameter {name!r} of group {group.key!r} is not in the {type(model).__name__}; select from its "
                     "named_parameters()"
                 )
+            holders.append(holder)
+        paths: dict[str, str] = {}  # each once: Transformer Engine's experts are all in one module
+        for name in group.names:
+            paths.setdefault(name.rpartition(".")[0], name)
+        for path, name in paths.items():
             words = path.split(".") if path else []
             check_not_fsdp(f"parameter {name!r}", [modules[".".join(words[:depth])] for depth in range(len(words) + 1)])
-            paths.append(words)
-            holders.append(holder)
-        common = paths[0]
-        for path in paths[1:]:
-            shared = 0
-            while shared < min(len(common), len(path)) and common[shared] == path[shared]:
-                shared += 1
-            common = common[:shared]
-        while isinstance(modules[".".join(common)], CONTAINERS):
-            common = common[:-1]
-        owners.setdefault(modules[".".join(common)], {})[group] = holders
+        owners.setdefault(modules[_common(paths, modules)], {})[group] = holders
     return owners
+
+
+def _common(paths: Iterable[str], modules: Mapping[str, Module]) -> str:
+    """The path of the innermost module that runs and has all of these below it, or is the only one."""
+    first, *others = (path.split(".") if path else [] for path in paths)
+    common = first
+    for path in others:
+        shared = 0
+        while shared < min(len(common), len(path)) and common[shared] == path[shared]:
+            shared += 1
+        common = common[:shared]
+    while isinstance(modules[".".join(common)], CONTAINERS):
+        common = common[:-1]
+    return ".".join(common)
 
 
 def check_not_fsdp(name: str, modules: Iterable[Module]) -> None:

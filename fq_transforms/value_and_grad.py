@@ -1,15 +1,15 @@
 """Losses and gradients of an optimizer step: one `fakequant` and one pullback, however many microbatches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.slots import slots_of
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 
@@ -28,8 +28,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
     """The function that gives the losses and the gradients of a step under fake quantization.
 
     All microbatches see the same fake weights, which are made once, and the gradients are pulled back to the
-    parameters once, through whatever rule `fq` has. `.backward()` is called with the fake weights in place, so that
-    checkpointed activations are made again with them too.
+    parameters once, by the rule that `fq` has. `.backward()` is called with the fake weights in place, so that
+    checkpointed activations are made again with them too. The microbatches are drawn one by one, in between.
 
     Args:
         loss_fn: `loss_fn(model, microbatch)` gives a scalar. Scale it as for any gradient accumulation: gradients add
@@ -44,9 +44,9 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         the entry is `main_grad` itself.
 
     Raises:
-        KeyError, ValueError: As `fakequant`; no parameter requires a gradient; there is no microbatch; a loss is no
-            scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients through. The model is
-            FSDP2's, which computes with parameters of its own.
+        KeyError, ValueError: As `fakequant`; a parameter is not in the model; none requires a gradient; there is no
+            microbatch; a loss is no scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients
+            through. The model is FSDP2's, which computes with parameters of its own.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -61,7 +61,6 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
     check_not_fsdp("model", model.modules())
-    runner = _Runner(model, loss_fn)
 
     def step(
         params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
@@ -70,56 +69,83 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
         with torch.enable_grad():
-            # New leaves, so that the pullback ends at them and not in the caller's graph.
-            primals = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
-            weights = fq.fakequant(primals, state)
-            leaves = {n: w.detach().requires_grad_(params[n].requires_grad) for n, w in weights.items()}
-            quantized = [name for name in trained if weights[name] is not primals[name]]
-            carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
-            carry_main_grad(params, {name: leaves[name] for name in trained})
-            inside = {f"model.{name}": leaf for name, leaf in leaves.items()}
-            losses: list[Tensor] = []
-            for microbatch in microbatches:
-                losses.append(functional_call(runner, inside, (microbatch,)))
-                for name in trained:
-                    _settle(params[name], leaves[name])
+            leaves, pull = _fake_leaves(fq, params, state)
+            fused = [(params[name], leaves[name]) for name in trained if has_main_grad(params[name])]
+            losses = _run(loss_fn, model, leaves, microbatches, fused)
         if not losses:
             raise ValueError("microbatches: found none, wanted one at least")
         grads = {name: _grad(params[name], leaves[name]) for name in trained}
-        pulled = [name for name in quantized if not has_main_grad(params[name])]
-        if pulled:
-            back = torch.autograd.grad(
-                [weights[name] for name in pulled],
-                [primals[name] for name in pulled],
-                [grads[name] for name in pulled],
-            )
-            grads |= dict(zip(pulled, back, strict=True))
-        return torch.stack(losses), grads
+        return torch.stack(losses), grads | pull(grads)
 
     return step
 
 
-class _Runner(Module):
-    """A model's loss and backward pass as one call, for `functional_call` to surround."""
+def _fake_leaves(
+    fq: Transform, params: Mapping[str, Tensor], state: State
+) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+    """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
+    if fq.backward == "pass_through":  # then there is nothing that a graph would have to remember
+        primals = params
+        with torch.no_grad():
+            weights = fq.fakequant(params, state)
+    else:  # primals of our own, so that the pullback ends at them and not in the caller's graph
+        primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
+        weights = fq.fakequant(primals, state)
+    leaves = {
+        name: (weight.detach() if weight.requires_grad else weight).requires_grad_(params[name].requires_grad)
+        for name, weight in weights.items()
+    }
+    quantized = {name: leaf for name, leaf in leaves.items() if weights[name] is not primals[name]}
+    trained = [name for name, leaf in quantized.items() if leaf.requires_grad]
+    carry_main_grad(params, {name: quantized[name] for name in trained}, backward=fq.backward)
+    carry_main_grad(
+        params, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in quantized}
+    )
+    pulled = [name for name in trained if not has_main_grad(params[name])]
 
-    def __init__(self, model: Module, loss_fn: Callable[[Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+    def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if fq.backward == "pass_through":
+            dtypes = {name: params[name].dtype for name in pulled}
+            return {name: grads[name].to(dtype) for name, dtype in dtypes.items() if grads[name].dtype != dtype}
+        if not pulled:
+            return {}
+        ends, starts, cotangents = ([tree[name] for name in pulled] for tree in (weights, primals, grads))
+        return dict(zip(pulled, torch.autograd.grad(ends, starts, cotangents), strict=True))
 
-    def forward(self, microbatch: Any) -> Tensor:
-        loss = self.loss_fn(self.model, microbatch)
-        if loss.numel() != 1:
-            raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
-        loss.backward()
-        return loss.detach().reshape(())
+    return leaves, pull
 
 
-def _settle(param: Tensor, leaf: Tensor) -> None:
+def _run(
+    loss_fn: Callable[[Module, Any], Tensor],
+    model: Module,
+    leaves: Mapping[str, Tensor],
+    microbatches: Iterable[Any],
+    fused: Sequence[tuple[Tensor, Tensor]],
+) -> list[Tensor]:
+    """Losses of all microbatches, and gradients in the leaves, which are the model's parameters meanwhile."""
+    slots = slots_of(model, leaves.keys())
+    own = slots.take()
+    losses: list[Tensor] = []
+    slots.put(leaves)
+    try:
+        for microbatch in microbatches:
+            loss = loss_fn(model, microbatch)
+            if loss.numel() != 1:
+                raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
+            loss.backward()
+            losses.append(loss.detach().reshape(()))
+            for param, leaf in fused:
+                _settle(param, leaf)
+    finally:
+        slots.put(own)
+    return losses
+
+
+def _settle(param: Any, leaf: Tensor) -> None:
     """Add what a microbatch left in `grad` to `main_grad`, unless the layer has done so itself."""
-    if has_main_grad(param):
-        if leaf.grad is not None and not getattr(leaf, "grad_added_to_main_grad", False):
-            param.main_grad.add_(leaf.grad)  # pyright: ignore[reportAttributeAccessIssue]
-        leaf.grad = None
+    if leaf.grad is not None and not getattr(leaf, "grad_added_to_main_grad", False):
+        param.main_grad.add_(leaf.grad)
+    leaf.grad = None
 
 
 def _grad(param: Tensor, leaf: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
     ["formats"],
-    ["sharding"],
+    ["sharding", "slots"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],

@@ -155,4 +155,6 @@ def test_faults():
         step({name: param for name, param in params.items() if "experts.1" not in name}, state, batches)
     with pytest.raises(ValueError, match="requires a gradient"):
         step({name: param.detach() for name, param in params.items()}, state, batches)
+    with pytest.raises(KeyError, match="'absent.weight' is not in the Model"):
+        step(params | {"absent.weight": torch.ones(1)}, state, batches)
     assert all(param is params[name] for name, param in model.named_parameters())

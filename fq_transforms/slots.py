@@ -1,0 +1,80 @@
+"""Where a model's tensors hang, to take them out and put others in their place.
+
+`torch.func.functional_call` does so one tensor at a time and takes 2 us of the host for each, as long as it takes to
+fake-quantize it. Here a module's tensors are exchanged in one go.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+__all__ = ["Slots", "slots_of"]
+
+
+class Slots:
+    """Places in modules by the names of what hangs there; a tied tensor has several."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[tuple[Module, str], tuple[list[str], list[str]]] = {}
+
+    def add(self, name: str, module: Module, attribute: str, *, kind: str = "_parameters") -> None:
+        """One more place: `kind` is where modules have it, `_parameters` or `_buffers`."""
+        attributes, names = self.attributes.setdefault((module, kind), ([], []))
+        attributes.append(attribute)
+        names.append(name)
+
+    def take(self) -> dict[str, Tensor]:
+        """What hangs there now.
+
+        Raises:
+            KeyError: A place is gone.
+        """
+        found: dict[str, Any] = {}
+        for (module, kind), (attributes, names) in self.attributes.items():
+            found.update(zip(names, map(vars(module)[kind].get, attributes), strict=True))
+        if any(tensor is None for tensor in found.values()):
+            self._complain()
+        return found
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the tensor of each name in all its places."""
+        for (module, kind), (attributes, names) in self.attributes.items():
+            vars(module)[kind].update(zip(attributes, map(tensors.__getitem__, names), strict=True))
+
+    def _complain(self) -> None:
+        for (module, kind), (attributes, names) in self.attributes.items():
+            for attribute, name in zip(attributes, names, strict=True):
+                if vars(module)[kind].get(attribute) is None:
+                    raise KeyError(f"parameter {name!r} is not in {type(module).__name__} any more")
+
+
+def slots_of(model: Module, names: Collection[str]) -> Slots:
+    """Places of parameters and buffers in a model, those too that share a named tensor under another name.
+
+    Raises:
+        KeyError: A name is not in the model.
+    """
+    slots, known, others = Slots(), dict[int, str](), list[tuple[Tensor, Module, str, str]]()
+    found = set[str]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for kind in ("_parameters", "_buffers"):
+            for attribute, tensor in vars(module)[kind].items():
+                name = prefix + attribute
+                if tensor is None:
+                    continue
+                if name in names:
+                    slots.add(name, module, attribute, kind=kind)
+                    known[id(tensor)] = name
+                    found.add(name)
+                else:
+                    others.append((tensor, module, attribute, kind))
+    for tensor, module, attribute, kind in others:
+        if id(tensor) in known:  # tied to a named one
+            slots.add(known[id(tensor)], module, attribute, kind=kind)
+    if len(found) < len(names):
+        missing = next(name for name in names if name not in found)
+        raise KeyError(f"parameter {missing!r} is not in the {type(model).__name__}; pass its own named_parameters()")
+    return slots

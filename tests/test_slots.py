@@ -1,0 +1,71 @@
+"""Taking a model's tensors out and putting others in: by name, ties and buffers included."""
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import BatchNorm1d, Embedding, Linear, Module, Sequential
+
+from fq_transforms.slots import slots_of
+
+
+class Tied(Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = Embedding(8, 4)
+        self.norm = BatchNorm1d(4)
+        self.head = Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.bare = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, ids):
+        return self.head(self.norm(self.embedding(ids)) * self.bare)
+
+
+def test_as_functional_call():
+    """A tied tensor is replaced everywhere, a buffer too; what is not named stays; all are back afterwards."""
+    model, ids = Tied().eval(), torch.arange(8)
+    before = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    new = {
+        "embedding.weight": torch.randn(8, 4),
+        "norm.running_mean": torch.randn(4),
+        "bare": torch.randn(4),
+    }
+    slots = slots_of(model, new.keys())
+    own = slots.take()
+    assert own.keys() == new.keys()
+    assert all(own[name] is before[name] for name in new)
+    slots.put(new)
+    assert model.head.weight is new["embedding.weight"]
+    found = model(ids)
+    slots.put(own)
+    assert torch.equal(found, functional_call(model, new, (ids,)))
+    after = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    assert all(after[name] is tensor for name, tensor in before.items())
+
+
+def test_both_names_of_a_tie():
+    """Each named place gets what is given for its own name."""
+    model = Tied()
+    new = {"embedding.weight": torch.zeros(8, 4), "head.weight": torch.ones(8, 4)}
+    slots_of(model, new.keys()).put(new)
+    assert model.embedding.weight is new["embedding.weight"]
+    assert model.head.weight is new["head.weight"]
+
+
+def test_a_module_under_two_names():
+    layer = Linear(2, 2)
+    model = Sequential(layer, layer)
+    weight = torch.zeros(2, 2)
+    slots = slots_of(model, {"0.weight"})
+    slots.put({"0.weight": weight})
+    assert model[1].weight is weight
+
+
+def test_faults():
+    model = Tied()
+    with pytest.raises(KeyError, match="'absent' is not in the Tied"):
+        slots_of(model, {"bare", "absent"})
+    slots = slots_of(model, {"bare"})
+    del model.bare
+    with pytest.raises(KeyError, match="'bare' is not in Tied any more"):
+        slots.take()
