@@ -23,7 +23,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench import full_size, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
-from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us, quiet_core
+from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
 from fq_transforms.ops.launch import clip_backward_triton, pack_triton
@@ -123,14 +123,13 @@ def measure_host(shape: Shape, rows: list[Row]) -> None:
     """Add the times of whole calls to the forward rows of a shape; the median of all passes so far is shown.
 
     What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them,
-    and each is on the core that is fastest then.
+    and each round of a pass is on the core that is fastest then.
     """
     weights = [w.bfloat16() for w in _weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         row = _forward_row(rows, shape, format)
         passes: list[Row] = row.setdefault("passes", [])
-        with quiet_core():
-            passes.append(_host(weights, format))
+        passes.append(_host(weights, format))
         row |= {key: median(one[key] for one in passes) for key in passes[0]}
 
 
@@ -162,8 +161,7 @@ def measure_peers(shape: Shape, rows: list[Row]) -> None:
                 TypeError,
             ) as error:  # a gap in the table, with its reason
                 row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
-        with quiet_core():
-            row |= eager_in_turn_us(ready)
+        row |= eager_in_turn_us(ready)
 
 
 def _floors(master: Tensor, grads: list[Tensor]) -> dict[str, float]:

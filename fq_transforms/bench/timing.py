@@ -15,7 +15,7 @@ WARM_UP_S = 0.02  # of replays before the first that is timed: after a pause the
 HOST_CALLS, HOST_ROUNDS = 20, 7
 EAGER_CALLS = 30
 TURNS, CALLS_A_TURN = 7, 3
-PROBES, CALLS_A_PROBE = 5, 5
+PROBES, CALLS_A_PROBE = 3, 4
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -85,7 +85,7 @@ def quiet_core() -> Generator[None]:
 def _probe(core: int) -> float:
     """Seconds that a core takes for a little of what a call to `fakequant` does: making views."""
     os.sched_setaffinity(0, {core})
-    stacked = torch.empty((32, 1, 1))
+    stacked = torch.empty((8, 1, 1))
     times: list[float] = []
     for _ in range(PROBES):
         start = time.perf_counter()
@@ -97,17 +97,19 @@ def _probe(core: int) -> float:
 
 def eager_us(call: Callable[[], object]) -> float:
     """Median whole time of one call, waited for, in microseconds: what is left to calls that cannot be captured."""
-    call()
-    return median(_waited_us(call) for _ in range(EAGER_CALLS))
+    with quiet_core():
+        call()
+        return median(_waited_us(call) for _ in range(EAGER_CALLS))
 
 
 def eager_in_turn_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The same for several calls to be compared, in turns of a few, so that what disturbs the host meets them all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):
-        for name, call in calls.items():
-            call()
-            times[name] += [_waited_us(call) for _ in range(CALLS_A_TURN)]
+        with quiet_core():
+            for name, call in calls.items():
+                call()
+                times[name] += [_waited_us(call) for _ in range(CALLS_A_TURN)]
     return {name: median(found) for name, found in times.items()}
 
 
@@ -126,9 +128,11 @@ def host_us(call: Callable[[], object]) -> float:
     times: list[float] = []
     torch.cuda.synchronize()
     for _ in range(HOST_ROUNDS):  # with no wait between them, as a host that waits slows down
-        start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        with quiet_core():
             call()
-        times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
     return median(times)
