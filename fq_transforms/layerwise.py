@@ -20,7 +20,7 @@ from fq_transforms.fakequant import check_options, is_read, quantize_group
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.select import Group, Spec, is_sharded
-from fq_transforms.slots import Slots
+from fq_transforms.slots import Slots, tensors_in
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check
 
 __all__ = ["check_not_fsdp", "layerwise"]
@@ -54,7 +54,7 @@ def layerwise(
 
     Args:
         model: Whose `named_parameters()` the spec was selected from.
-        state: From `calibrate`, or loaded.
+        state: From `calibrate`, or loaded. Its values are checked on entry only.
         spec: What is quantized, and how.
         out_dtype: As `fakequant`.
         backward: As `fakequant`.
@@ -113,27 +113,18 @@ class _Options(NamedTuple):
     inspect: Callable[[Module], None] | None
 
 
-class _Holder(NamedTuple):
-    """Where a parameter hangs."""
-
-    module: Module
-    attribute: str
-
-    def get(self) -> Tensor | None:
-        return self.module._parameters.get(self.attribute)  # pyright: ignore[reportPrivateUsage] (as functional_call)
-
-
 class _Site:
     """A module whose forward uses all weights of some groups."""
 
-    def __init__(self, module: Module, groups: dict[Group, list[_Holder]], state: State, options: _Options) -> None:
+    def __init__(self, module: Module, groups: dict[Group, list[Module]], state: State, options: _Options) -> None:
         self.module, self.options = module, options
         self.groups = list(groups)
         self.scales = [state[group.key] for group in groups]
-        self.holders = {name: holder for g in groups for name, holder in zip(g.names, groups[g], strict=True)}
-        self.slots = Slots()
-        for name, holder in self.holders.items():
-            self.slots.add(name, holder.module, holder.attribute)
+        self.slots, self.modules = Slots(), dict[str, Module]()
+        for group, holders in groups.items():
+            for name, holder in zip(group.names, holders, strict=True):
+                self.slots.add(name, holder, name.rpartition(".")[2])
+                self.modules[name] = holder
         self.runs = 0
         self.entered: list[_Entered | None] = []
 
@@ -141,7 +132,7 @@ class _Site:
         self.entered.append(None)  # `after` is called even if this raises
         out_dtype, backward, recompute, inspect = self.options
         if inspect is not None:
-            for inner in dict.fromkeys([module, *(holder.module for holder in self.holders.values())]):
+            for inner in dict.fromkeys([module, *self.modules.values()]):
                 inspect(inner)
         params = self.slots.take()
         weights: dict[str, Tensor] = {}
@@ -173,10 +164,10 @@ class _Site:
 
     def _check_flags_return(self, params: Mapping[str, Tensor]) -> None:
         """Raise ValueError for layers that set `grad_added_to_main_grad` on the weight that they saved."""
-        for name, holder in self.holders.items():
-            if getattr(holder.module, "gradient_accumulation_fusion", False) and has_main_grad(params[name]):
+        for name, module in self.modules.items():
+            if getattr(module, "gradient_accumulation_fusion", False) and has_main_grad(params[name]):
                 raise ValueError(
-                    f"parameter {name!r}: found {type(holder.module).__name__} with gradient_accumulation_fusion, "
+                    f"parameter {name!r}: found {type(module).__name__} with gradient_accumulation_fusion, "
                     "wanted recompute=False, or Transformer Engine's layers"
                 )
 
@@ -192,7 +183,7 @@ class _Site:
             return None
         remake = _Remake(outer)
         for group, scales in zip(self.groups, self.scales, strict=True):
-            together = len({id(self.holders[name].module) for name in group.names}) == 1
+            together = len({id(self.modules[name]) for name in group.names}) == 1
             own = [params[name] for name in group.names]
             source = _Source(group, own, scales, self.options, together)
             remake.add(source, [weights[name] for name in group.names])
@@ -268,18 +259,18 @@ class _Remake:
 
     def __init__(self, outer: Any) -> None:
         self.outer = outer
-        self.weights: dict[
-            int, tuple[Tensor, _Place]
-        ] = {}  # by identity: what a layer saves is mostly the weight itself
+        # By identity, as what a layer saves is mostly the weight itself; with the address of its numbers.
+        self.weights: dict[int, tuple[Tensor, _Place, int]] = {}
         self.storages: dict[int, list[tuple[Tensor, _Place]]] | None = None
         self.is_complete = True
 
     def add(self, source: _Source, weights: Sequence[Tensor]) -> None:
-        self.weights |= {id(weight): (weight, _Place(source, number)) for number, weight in enumerate(weights)}
+        for number, weight in enumerate(weights):
+            self.weights[id(weight)] = (weight, _Place(source, number), weight.data_ptr())
 
     def pack(self, tensor: Tensor) -> Any:
         entry = self.weights.get(id(tensor))
-        if entry is not None:
+        if entry is not None and tensor.data_ptr() == entry[2]:  # else the layer put other numbers into `.data`
             place = entry[1]
         elif type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
             place = self._view(tensor)
@@ -296,10 +287,10 @@ class _Remake:
         if sharing is None:
             return None
         first = sharing[0][0]
-        weight, place = sharing[(int(tensor.storage_offset()) - int(first.storage_offset())) // first.numel()]
-        if tensor.dtype != weight.dtype:
+        if tensor.dtype != first.dtype:
             self.is_complete = False
             return None
+        weight, place = sharing[(int(tensor.storage_offset()) - int(first.storage_offset())) // first.numel()]
         start = int(tensor.storage_offset()) - int(weight.storage_offset())
         return place._replace(view=(tuple(tensor.shape), tensor.stride(), start))
 
@@ -307,8 +298,8 @@ class _Remake:
         """The fake weights of each allocation, in the order of their memory."""
         if self.storages is None:
             self.storages = {}
-            for weight, place in self.weights.values():
-                if weight.numel():
+            for weight, place, address in self.weights.values():
+                if weight.numel() and weight.data_ptr() == address:
                     self.storages.setdefault(weight.untyped_storage().data_ptr(), []).append((weight, place))
         return self.storages
 
@@ -326,7 +317,7 @@ class _Remake:
 
     def forward_is_done(self, output: Any) -> None:
         """Let go of the fake weights. Those that carry `main_grad` are kept by the layer, as names: without memory."""
-        if self.is_complete and any(has_main_grad(weight) for weight, _ in self.weights.values()):
+        if self.is_complete and any(has_main_grad(weight) for weight, *_ in self.weights.values()):
             given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(output) if type(t) is Tensor}
             for address, sharing in self._by_storage().items():
                 if address not in given and has_main_grad(sharing[0][0]):
@@ -334,16 +325,16 @@ class _Remake:
         self.weights, self.storages = {}, {}
 
 
-def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]]]:
-    """For each group the innermost module that runs and has all of its weights below it."""
-    owners: dict[Module, dict[Group, list[_Holder]]] = {}
+def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[Module]]]:
+    """By the innermost module that runs and has all weights of a group: its groups, with the module of each weight."""
+    owners: dict[Module, dict[Group, list[Module]]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for group in spec.groups:
-        holders: list[_Holder] = []
+        holders: list[Module] = []
         for name in group.names:
             path, _, attribute = name.rpartition(".")
-            holder = _Holder(modules[path], attribute) if path in modules else None
-            if holder is None or holder.get() is None:
+            holder = modules.get(path)
+            if holder is None or tensors_in(holder).get(attribute) is None:
                 raise KeyError(
                     f"parameter {name!r} of group {group.key!r} is not in the {type(model).__name__}; select from its "
                     "named_parameters()"
@@ -360,7 +351,7 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[_Holder]
 
 
 def _common(paths: Iterable[str], modules: Mapping[str, Module]) -> str:
-    """The path of the innermost module that runs and has all of these below it, or is the only one."""
+    """The path of the innermost module that runs and has all of these paths at it or below it."""
     first, *others = (path.split(".") if path else [] for path in paths)
     common = first
     for path in others:
@@ -368,7 +359,11 @@ def _common(paths: Iterable[str], modules: Mapping[str, Module]) -> str:
         while shared < min(len(common), len(path)) and common[shared] == path[shared]:
             shared += 1
         common = common[:shared]
-    while isinstance(modules[".".join(common)], CONTAINERS):
+    while isinstance(container := modules[".".join(common)], CONTAINERS):
+        if not common:
+            raise ValueError(
+                f"model: found {type(container).__name__}, which has no forward, wanted one that runs its experts"
+            )
         common = common[:-1]
     return ".".join(common)
 

@@ -7,10 +7,11 @@ fake-quantize it. Here a module's tensors are exchanged in one go.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["Slots", "slots_of"]
+__all__ = ["Slots", "slots_of", "tensors_in"]
 
 
 class Slots:
@@ -50,24 +51,40 @@ class Slots:
                     raise KeyError(f"parameter {name!r} is not in {type(module).__name__} any more")
 
 
+def tensors_in(module: Module, kind: str = "_parameters") -> dict[str, Tensor | None]:
+    """A module's own tensors, for reading.
+
+    Raises:
+        ValueError: The module is TorchScript's.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"found {type(module).__name__}, wanted a module whose tensors Python holds")
+    return vars(module)[kind]
+
+
 def slots_of(model: Module, names: Collection[str]) -> Slots:
     """Places of parameters and buffers in a model, those too that share a named tensor under another name.
 
     Raises:
         KeyError: A name is not in the model.
+        ValueError: Two names are of one tensor; a module is TorchScript's, whose tensors cannot be exchanged so.
     """
     slots, known, others = Slots(), dict[int, str](), list[tuple[Tensor, Module, str, str]]()
     found = set[str]()
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for kind in ("_parameters", "_buffers"):
-            for attribute, tensor in vars(module)[kind].items():
+            for attribute, tensor in tensors_in(module, kind).items():
                 name = prefix + attribute
                 if tensor is None:
                     continue
                 if name in names:
+                    if (tied := known.setdefault(id(tensor), name)) != name:
+                        raise ValueError(
+                            f"parameters {tied!r} and {name!r} are one tensor of the {type(model).__name__}, wanted "
+                            "one of the names; named_parameters() has each tensor once"
+                        )
                     slots.add(name, module, attribute, kind=kind)
-                    known[id(tensor)] = name
                     found.add(name)
                 else:
                     others.append((tensor, module, attribute, kind))

@@ -1,14 +1,17 @@
 """Losses and gradients of an optimizer step: one `fakequant` and one pullback, however many microbatches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fq_transforms.fakequant import fakequant
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.select import is_sharded
 from fq_transforms.slots import slots_of
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
@@ -29,7 +32,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
 
     All microbatches see the same fake weights, which are made once, and the gradients are pulled back to the
     parameters once, by the rule that `fq` has. `.backward()` is called with the fake weights in place, so that
-    checkpointed activations are made again with them too. The microbatches are drawn one by one, in between.
+    checkpointed activations are made again with them too.
 
     Args:
         loss_fn: `loss_fn(model, microbatch)` gives a scalar. Scale it as for any gradient accumulation: gradients add
@@ -84,12 +87,11 @@ def _fake_leaves(
     fq: Transform, params: Mapping[str, Tensor], state: State
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
-    if fq.backward == "pass_through":  # then there is nothing that a graph would have to remember
-        primals = params
-        with torch.no_grad():
-            weights = fq.fakequant(params, state)
-    else:  # primals of our own, so that the pullback ends at them and not in the caller's graph
+    needs_graph = not _is_identity(fq, params)
+    primals = params
+    if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
+    with torch.set_grad_enabled(needs_graph):
         weights = fq.fakequant(primals, state)
     leaves = {
         name: (weight.detach() if weight.requires_grad else weight).requires_grad_(params[name].requires_grad)
@@ -97,22 +99,24 @@ def _fake_leaves(
     }
     quantized = {name: leaf for name, leaf in leaves.items() if weights[name] is not primals[name]}
     trained = [name for name, leaf in quantized.items() if leaf.requires_grad]
+    others = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in quantized}
     carry_main_grad(params, {name: quantized[name] for name in trained}, backward=fq.backward)
-    carry_main_grad(
-        params, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in quantized}
-    )
+    carry_main_grad(params, others)
     pulled = [name for name in trained if not has_main_grad(params[name])]
 
     def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if fq.backward == "pass_through":
-            dtypes = {name: params[name].dtype for name in pulled}
-            return {name: grads[name].to(dtype) for name, dtype in dtypes.items() if grads[name].dtype != dtype}
-        if not pulled:
-            return {}
+        if not needs_graph or not pulled:
+            return {name: grads[name].to(params[name].dtype) for name in pulled}
         ends, starts, cotangents = ([tree[name] for name in pulled] for tree in (weights, primals, grads))
         return dict(zip(pulled, torch.autograd.grad(ends, starts, cotangents), strict=True))
 
     return leaves, pull
+
+
+def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
+    """True if the pullback is known to be the identity: no graph has to be kept for it, nor walked."""
+    is_ours = isinstance(fq.fakequant, partial) and fq.fakequant.func is fakequant
+    return is_ours and fq.backward == "pass_through" and not any(map(is_sharded, params.values()))
 
 
 def _run(
@@ -122,22 +126,22 @@ def _run(
     microbatches: Iterable[Any],
     fused: Sequence[tuple[Tensor, Tensor]],
 ) -> list[Tensor]:
-    """Losses of all microbatches, and gradients in the leaves, which are the model's parameters meanwhile."""
+    """Losses of all microbatches, and gradients in the leaves, which are the model's parameters for each of them."""
     slots = slots_of(model, leaves.keys())
     own = slots.take()
     losses: list[Tensor] = []
-    slots.put(leaves)
-    try:
-        for microbatch in microbatches:
+    for microbatch in microbatches:  # drawn with the model as it is
+        slots.put(leaves)
+        try:
             loss = loss_fn(model, microbatch)
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
             loss.backward()
-            losses.append(loss.detach().reshape(()))
-            for param, leaf in fused:
-                _settle(param, leaf)
-    finally:
-        slots.put(own)
+        finally:
+            slots.put(own)
+        losses.append(loss.detach().reshape(()))
+        for param, leaf in fused:
+            _settle(param, leaf)
     return losses
 
 

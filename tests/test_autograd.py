@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
-from fq_transforms.formats import FORMATS
+from fq_transforms.formats import FORMATS, INT8
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
 from tests.cases import ALL_FORMATS, assert_names, experts, message_of, name_of
@@ -293,3 +293,27 @@ def test_no_expert_at_all_is_refused(weights):
         lambda: expert_amax(weights, format=FORMATS["FP8"]),
     ):
         assert_names(message_of(ValueError, call), "weights", "at least one expert")
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+def test_tangents_of_some_weights(backward):
+    """Along one weight of a group: its own tangent, and zeros for the others."""
+    weights = [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])]
+    amax = torch.tensor([2.0, 2.0])
+
+    def fq(weight):
+        return fake_quantize([weight, weights[1]], amax, None, format=INT8, backward=backward)
+
+    _, tangents = jvp(fq, (weights[0],), (torch.ones(1, 2),))
+    assert tangents[0].tolist() == [[1.0, 1.0 if backward == "pass_through" else 0.0]]
+    assert tangents[1].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+def test_a_tensor_left_over_from_a_transform(backward):
+    """Its gradient is that of the tensor that it stands for."""
+    weight, left = torch.tensor([[1.0, -1.5]], requires_grad=True), []
+    grad(lambda w: (left.append(w), w.sum())[1])(weight)
+    (out,) = fake_quantize(left, torch.tensor([2.0]), None, format=INT8, backward=backward)
+    out.sum().backward()
+    assert weight.grad.tolist() == [[1.0, 1.0]]

@@ -537,6 +537,75 @@ def test_a_layer_within_itself():
     assert not torch.equal(first, torch.ones(2, HIDDEN) @ model[0].weight.mT)
 
 
+class Rescaled(torch.nn.Module):
+    """A layer that puts other numbers into its weight before it computes, and saves that."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        self.weight.data = self.weight.data * 2
+        return x * self.weight * self.weight
+
+
+def test_a_layer_that_replaces_its_data():
+    """What is saved are the numbers that it computed with, not the fake weight's."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, x = Rescaled(), torch.ones(4, 4, requires_grad=True)
+        params = dict(model.named_parameters())
+        fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+        with fqt.layerwise(model, fq.calibrate(params), spec=fq.spec, recompute=recompute):
+            model(x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+class Bytes(torch.autograd.Function):
+    """Saves a part of its weight's bytes, as another dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight.view(torch.uint8)[1:])
+        return x + weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (saved,) = ctx.saved_tensors
+        assert saved.dtype == torch.uint8
+        return grad, grad.sum().expand(4, 4)
+
+
+class SavesBytes(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return Bytes.apply(x, self.weight)
+
+
+def test_a_view_in_another_dtype_is_saved_as_it_is():
+    model, x = SavesBytes(), torch.ones(4, requires_grad=True)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    with fqt.layerwise(model, fq.calibrate(params), spec=fq.spec):
+        model(x).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_a_container_without_forward_is_no_layer():
+    """Nothing runs that has all of these experts below it."""
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))})
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    entering = fqt.layerwise(model, fq.calibrate(params), spec=fq.spec)
+    with pytest.raises(ValueError, match="ModuleDict, which has no forward"), entering:
+        pass
+
+
 def test_inspect_sees_the_modules_below():
     """Experts that are modules of their own are asked too."""
     model, fq, state, x = setup(Lists)

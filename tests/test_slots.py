@@ -44,12 +44,20 @@ def test_as_functional_call():
 
 
 def test_both_names_of_a_tie():
-    """Each named place gets what is given for its own name."""
-    model = Tied()
-    new = {"embedding.weight": torch.zeros(8, 4), "head.weight": torch.ones(8, 4)}
-    slots_of(model, new.keys()).put(new)
-    assert model.embedding.weight is new["embedding.weight"]
-    assert model.head.weight is new["head.weight"]
+    """Refused: a gradient for each name would be a part of the tensor's. Also for a module under two names."""
+    layer = Linear(2, 2, bias=False)
+    for model, names in (
+        (Tied(), {"embedding.weight", "head.weight"}),
+        (Sequential(layer, layer), {"0.weight", "1.weight"}),
+    ):
+        with pytest.raises(ValueError, match="are one tensor") as error:
+            slots_of(model, names)
+        assert all(repr(name) in str(error.value) for name in names)
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(ValueError, match="RecursiveScriptModule"):
+        slots_of(torch.jit.script(Linear(2, 2)), {"weight"})
 
 
 def test_a_module_under_two_names():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -141,6 +143,62 @@ def test_under_no_grad_and_from_a_generator():
     with torch.no_grad():
         losses, _ = fqt.value_and_grad(loss_fn, model, fq)(params, state, (batch for batch in batches))
     assert losses.shape == (4,)
+
+
+def test_microbatches_are_drawn_with_the_model_as_it_is():
+    """A generator may use the model: what hangs in it then are its own parameters."""
+    model, params, fq, state, batches = setup()
+    seen = []
+
+    def draw():
+        for batch in batches:
+            seen.append(all(param is params[name] for name, param in model.named_parameters()))
+            yield batch
+
+    fqt.value_and_grad(loss_fn, model, fq)(params, state, draw())
+    assert seen == [True] * len(batches)
+
+
+def test_another_fakequant_is_pulled_back_through():
+    """A Transform whose function is not ours alone has the gradient of what it computes."""
+    model, params, fq, state, batches = setup(fqt.INT8)
+
+    def doubled(params, state):
+        weights = fq.fakequant(params, state)
+        return {name: weight * 2 if "experts" in name else weight for name, weight in weights.items()}
+
+    other = fq._replace(fakequant=doubled)
+    wanted_losses, wanted = one_by_one(model, params, other, state, batches)
+    losses, grads = fqt.value_and_grad(loss_fn, model, other)(params, state, batches)
+    assert torch.equal(losses, wanted_losses)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name])
+
+
+def check_replicated(rank, size):
+    """Experts on every rank, tokens split: the gradient is the sum over all tokens, placed as the parameter is."""
+    mesh = init_device_mesh("cpu", (size,))
+    weight, tokens = torch.randn(32, 32), torch.randint(-4, 5, (2 * size, 32)).float()  # whose sums are exact
+    model = torch.nn.Linear(32, 32, bias=False)
+    model.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    batches = [distribute_tensor(tokens * scale, mesh, [Shard(0)]) for scale in (1.0, 2.0)]
+    step = fqt.value_and_grad(lambda model, x: model(x).sum(), model, fq)
+    _, grads = step(params, fq.calibrate(params), batches)
+
+    whole = torch.nn.Linear(32, 32, bias=False)
+    whole.weight = torch.nn.Parameter(weight)
+    wanted_params = dict(whole.named_parameters())
+    step = fqt.value_and_grad(lambda model, x: model(x).sum(), whole, fq)
+    _, wanted = step(wanted_params, fq.calibrate(wanted_params), [tokens, tokens * 2.0])
+    assert tuple(grads["weight"].placements) == (Replicate(),)
+    assert torch.equal(grads["weight"].to_local(), wanted["weight"])
+
+
+@pytest.mark.dist
+def test_dtensors(ranks):
+    ranks(check_replicated, size=2)
 
 
 def test_faults():

@@ -226,6 +226,7 @@ def _measure_pack(
         a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
         wanted = pack_reference(weight, a, g, format=format)
         for found, leaf in zip(packed, wanted, strict=True):
+            assert (found is None) == (leaf is None)
             if found is not None and leaf is not None:
                 _same(
                     found[e].flatten().view(torch.uint8),

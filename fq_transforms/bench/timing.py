@@ -127,7 +127,7 @@ def host_us(call: Callable[[], object]) -> float:
         call()
     times: list[float] = []
     torch.cuda.synchronize()
-    for _ in range(HOST_ROUNDS):  # with no wait between them, as a host that waits slows down
+    for _ in range(HOST_ROUNDS):  # within which nothing is waited for, as a host that waits slows down
         with quiet_core():
             call()
             start = time.perf_counter()
