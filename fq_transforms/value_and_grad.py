@@ -116,7 +116,8 @@ def _fake_leaves(
 def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
     """True if the pullback is known to be the identity: no graph has to be kept for it, nor walked."""
     is_ours = isinstance(fq.fakequant, partial) and fq.fakequant.func is fakequant
-    return is_ours and fq.backward == "pass_through" and not any(map(is_sharded, params.values()))
+    firsts = (params.get(group.names[0]) for group in fq.spec.groups)  # a group is sharded as its first parameter is
+    return is_ours and fq.backward == "pass_through" and not any(p is not None and is_sharded(p) for p in firsts)
 
 
 def _run(
