@@ -1,14 +1,14 @@
 """Fake quantization: parameters and state to parameters, as a pure function."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.ops.shards import Layout, check_leaf, layout_of, local_tensors, sharded_tensors
+from fq_transforms.ops.shards import layout_of, sharded_tensors
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, group_state, is_concrete
+from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete, local_group
 
 __all__ = ["check_options", "fakequant", "is_read", "quantize_group"]
 
@@ -91,7 +91,7 @@ def quantize_group(
             )
     layout = layout_of(group, weights)
     if layout is not None or any(map(is_sharded, scales)):
-        weights, scales = _local(group, layout, weights, scales)
+        weights, scales = local_group(group, layout, weights, scales)
     if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
     else:
@@ -106,17 +106,6 @@ def quantize_group(
             separate=separate,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
-
-
-def _local(
-    group: Group, layout: Layout | None, weights: Sequence[Tensor], scales: GroupState
-) -> tuple[Sequence[Tensor], GroupState]:
-    """This rank's shards of a group's weights and of its state, once that is placed as they are."""
-    for field, leaf in zip(scales._fields, scales, strict=True):
-        check_leaf(f"{group.key}.{field}", leaf, layout, field)
-    assert layout is not None
-    leaves = (local_tensors(layout, [leaf], field)[0] for field, leaf in zip(scales._fields, scales, strict=True))
-    return local_tensors(layout, weights), group_state(group.format, *leaves)
 
 
 def is_read(leaf: Tensor) -> bool:

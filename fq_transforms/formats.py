@@ -185,6 +185,19 @@ class Format:
         return self.granules(out_features, in_features)
 
 
+def code_bits(format: Format) -> int:
+    """Bits of one stored code: 8, 6 or 4.
+
+    Example:
+        >>> code_bits(INT4_BLOCK32), code_bits(MXFP6_E2M3)
+        (4, 6)
+    """
+    element = format.element
+    if isinstance(element, IntElement):
+        return 4 if element.low >= -8 and element.high <= 7 else 8
+    return 1 + element.exponent_bits + element.mantissa_bits
+
+
 def _is_power_of_two(side: int | None) -> bool:
     return side is not None and side > 0 and side & (side - 1) == 0
 

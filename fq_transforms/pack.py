@@ -6,12 +6,23 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.formats import Format
-from fq_transforms.ops.packing import code_bits, code_dtype, pack_reference, unpack_reference
+from fq_transforms.formats import Format, code_bits
+from fq_transforms.ops.packing import code_dtype, pack_reference, pack_scales, unpack_reference
+from fq_transforms.ops.shards import Layout, layout_of, sharded_tensors
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete
+from fq_transforms.state import (
+    BlockAmax,
+    GroupState,
+    LeafType,
+    State,
+    Stateless,
+    check,
+    check_tensor,
+    is_concrete,
+    local_group,
+)
 
-__all__ = ["Packed", "PackedTree", "PackedTwoLevel", "pack", "packed_leaves", "unpack"]
+__all__ = ["Packed", "PackedTree", "PackedTwoLevel", "check_packed", "pack", "packed_leaves", "unpack"]
 
 
 class Packed(NamedTuple):
@@ -45,11 +56,12 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
 
     Returns:
         Group key to `Packed`, or `PackedTwoLevel` for NVFP4: new tensors, experts along dimension 0 in their order,
-        [out, in] whatever the weights' layout is. A pytree, like the state.
+        [out, in] whatever the weights' layout is. A pytree, like the state. Meta weights and state give its shapes.
+        DTensors give DTensors on the same mesh, each axis sharded as in the weights; nothing is communicated.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
-        ValueError: As `fakequant`; a weight is a DTensor, or on a CPU has NaN or infinity; `in` is not a multiple of
+        ValueError: As `fakequant`; a weight on a CPU has NaN or infinity; `in`, or a shard of it, is not a multiple of
             what a byte holds (2 weights of 4 bits), or three of them (4 of 6 bits); the format has scales that no
             stored number stands for (`unit_scale_below`).
 
@@ -68,15 +80,24 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     packed: PackedTree = {}
     for group in spec.groups:
         _check_packable(group)
-        weights = weights_of(params, group)
-        scales = state[group.key]
-        for name, weight in zip(group.names, weights, strict=True):
-            if is_sharded(weight):
-                raise ValueError(f"parameter {name!r}: found a DTensor, wanted a plain tensor; pack each rank's shard")
-            if weight.is_cpu and is_concrete(weight) and not bool(weight.isfinite().all()):
-                raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
+        weights, scales = weights_of(params, group), state[group.key]
+        wanted = packed_leaves(group)
+        layout = layout_of(group, weights, group.leaf_shapes | {field: shape for field, (shape, _) in wanted.items()})
         with torch.no_grad():
-            packed[group.key] = _pack_group(group, weights, scales)
+            if layout is not None or any(map(is_sharded, scales)):
+                weights, scales = local_group(group, layout, weights, scales)
+            for name, weight in zip(group.names, weights, strict=True):
+                if weight.is_cpu and is_concrete(weight) and not bool(weight.isfinite().all()):
+                    raise ValueError(
+                        f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights"
+                    )
+            if weights[0].is_meta or (layout is not None and layout.is_empty):
+                leaves = _without_weights(group, layout, scales, weights[0].device)
+            else:
+                leaves = _pack_group(group, weights, scales)
+            if layout is not None:
+                leaves = [sharded_tensors(layout, [leaf], field)[0] for field, leaf in zip(wanted, leaves, strict=True)]
+        packed[group.key] = PackedTwoLevel(*leaves) if len(leaves) == 3 else Packed(*leaves)
     return packed
 
 
@@ -93,7 +114,8 @@ def unpack(packed: PackedTree, *, spec: Spec, dtype: torch.dtype = torch.bfloat1
 
     Raises:
         KeyError: A group is missing.
-        ValueError: A group is unknown; a leaf has another type, shape or dtype than the spec's; `dtype` is another.
+        ValueError: A group is unknown; a leaf has another type, shape or dtype than the spec's, or is a DTensor;
+            `dtype` is another.
 
     Example:
         >>> from fq_transforms.formats import INT8
@@ -105,14 +127,15 @@ def unpack(packed: PackedTree, *, spec: Spec, dtype: torch.dtype = torch.bfloat1
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype}, wanted bfloat16, float16 or float32")
-    if unknown := packed.keys() - {group.key for group in spec.groups}:
-        raise ValueError(f"packed has groups that the spec has not: {sorted(unknown)}")
+    check_packed(packed, spec)
     weights: dict[str, Tensor] = {}
     for group in spec.groups:
-        if group.key not in packed:
-            raise KeyError(f"group {group.key!r} is not among the packed ({len(packed)} groups)")
         leaves = packed[group.key]
-        _check_leaves(group, leaves)
+        for field, leaf in zip(leaves._fields, leaves, strict=True):
+            if is_sharded(leaf):
+                raise ValueError(
+                    f"packed '{group.key}.{field}': found a DTensor, wanted a plain tensor; unpack each rank's shard"
+                )
         with torch.no_grad():
             experts = unpack_reference(
                 leaves.codes,
@@ -127,7 +150,7 @@ def unpack(packed: PackedTree, *, spec: Spec, dtype: torch.dtype = torch.bfloat1
     return weights
 
 
-def packed_leaves(group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_leaves(group: Group) -> dict[str, LeafType]:
     """Shape and dtype of each packed leaf of a group, by field.
 
     Example:
@@ -137,7 +160,7 @@ def packed_leaves(group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     """
     format, (out, columns) = group.format, group.shape
     codes = (group.experts, out, columns * code_bits(format) // 8)
-    leaves: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": (codes, code_dtype(format))}
+    leaves: dict[str, LeafType] = {"codes": (codes, code_dtype(format))}
     rows = () if format.block == (None, None) else format.granules(out, columns)
     scale = {"fp32": torch.float32, "e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[format.scale]
     leaves["scale"] = ((group.experts, *rows), scale)
@@ -146,26 +169,73 @@ def packed_leaves(group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     return leaves
 
 
-def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> Packed | PackedTwoLevel:
-    amax = None if isinstance(scales, Stateless) else scales.amax
-    global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
+def check_packed(packed: PackedTree, spec: Spec) -> None:
+    """Raise unless packed weights fit the spec: groups, types, and the shape and dtype of each leaf.
+
+    Raises:
+        KeyError: A group is missing.
+        ValueError: A group is unknown; a leaf has another type, shape or dtype than the spec's.
+
+    Example:
+        >>> from fq_transforms.formats import INT8
+        >>> spec = Spec((Group("w", ("w",), INT8, 1, (8, 4)),))
+        >>> check_packed({"w": Packed(torch.zeros(1, 8, 4), torch.ones(1))}, spec)
+        Traceback (most recent call last):
+        ...
+        ValueError: packed 'w.codes': found (1, 8, 4) torch.float32, wanted (1, 8, 4) torch.int8
+    """
+    if unknown := packed.keys() - {group.key for group in spec.groups}:
+        raise ValueError(f"packed has groups that the spec has not: {sorted(unknown)}")
+    for group in spec.groups:
+        if group.key not in packed:
+            raise KeyError(f"group {group.key!r} is not among the packed ({len(packed)} groups)")
+        leaves: Any = packed[group.key]
+        wanted = packed_leaves(group)
+        if not isinstance(leaves, Packed | PackedTwoLevel) or leaves._fields != tuple(wanted):
+            raise ValueError(
+                f"packed {group.key!r}: found {type(leaves).__name__}, wanted {list(wanted)} as {group.format.name} has"
+            )
+        for (field, (shape, dtype)), leaf in zip(wanted.items(), leaves, strict=True):
+            check_tensor(f"packed '{group.key}.{field}'", leaf, shape, dtype)
+
+
+def _amaxes(scales: GroupState) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if isinstance(scales, Stateless) else scales.amax,
+        scales.global_amax if isinstance(scales, BlockAmax) else None,
+    )
+
+
+def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> list[Tensor]:
+    amax, global_amax = _amaxes(scales)
     if weights[0].is_cuda:
         from fq_transforms.ops.launch import pack_triton
 
         parts = pack_triton(weights, amax, global_amax, format=group.format, transposed=group.transposed)
-        leaves = [leaf for leaf in parts if leaf is not None]
-    else:
-        of_each = [
-            pack_reference(
-                weight.mT if group.transposed else weight,
-                *(leaf if leaf is None or group.stacked else leaf[i] for leaf in (amax, global_amax)),
-                format=group.format,
-            )
-            for i, weight in enumerate(weights)
-        ]
-        columns: list[Any] = [column for column in zip(*of_each, strict=True) if column[0] is not None]
-        leaves = [column[0] if group.stacked else torch.stack(column) for column in columns]
-    return PackedTwoLevel(*leaves) if len(leaves) == 3 else Packed(*leaves)
+        return [leaf for leaf in parts if leaf is not None]
+    of_each = [
+        pack_reference(
+            weight.mT if group.transposed else weight,
+            *(leaf if leaf is None or group.stacked else leaf[i] for leaf in (amax, global_amax)),
+            format=group.format,
+        )
+        for i, weight in enumerate(weights)
+    ]
+    columns: list[Any] = [column for column in zip(*of_each, strict=True) if column[0] is not None]
+    return [column[0] if group.stacked else torch.stack(column) for column in columns]
+
+
+def _without_weights(group: Group, layout: Layout | None, scales: GroupState, device: torch.device) -> list[Tensor]:
+    """The leaves where there is no weight to read: on meta, or on a rank with an empty shard.
+
+    A scale that collapses the axis along which the shard is empty is not empty itself; it comes from the state alone.
+    """
+    leaves = {
+        field: torch.empty(shape if layout is None else layout.leaves[field].local_shape, dtype=dtype, device=device)
+        for field, (shape, dtype) in packed_leaves(group).items()
+    }
+    known = dict(zip(("scale", "global_scale"), pack_scales(*_amaxes(scales), format=group.format), strict=True))
+    return list((leaves | {field: leaf for field, leaf in known.items() if leaf is not None}).values())
 
 
 def _check_packable(group: Group) -> None:
@@ -182,16 +252,3 @@ def _check_packable(group: Group) -> None:
             f"parameter {group.names[0]!r}: found (out, in) = {group.shape}, wanted `in` to be a multiple of "
             f"{multiple} for codes of {code_bits(format)} bits"
         )
-
-
-def _check_leaves(group: Group, leaves: Any) -> None:
-    wanted = packed_leaves(group)
-    if not isinstance(leaves, Packed | PackedTwoLevel) or leaves._fields != tuple(wanted):
-        raise ValueError(
-            f"packed {group.key!r}: found {type(leaves).__name__}, wanted {list(wanted)} as {group.format.name} has"
-        )
-    for (field, (shape, dtype)), leaf in zip(wanted.items(), leaves, strict=True):
-        if tuple(leaf.shape) != shape or leaf.dtype != dtype:
-            raise ValueError(
-                f"packed '{group.key}.{field}': found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} {dtype}"
-            )

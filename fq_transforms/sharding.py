@@ -1,15 +1,18 @@
-"""Where a part of a state leaf lies in the whole leaf, derived from where its weights' part lies in the whole weights.
+"""Where a part of a leaf lies in the whole leaf, derived from where its weights' part lies in the whole weights.
+
+A leaf is one of a state (`amax`, `global_amax`) or of packed weights (`codes`, `scale`, `global_scale`).
 
 Arithmetic on offsets only: what a DTensor, Megatron's ShardedTensor and a slice of a file have in common. A weight is
 the experts of a group, [E, out, in]. An axis that the leaf has keeps the offset and size, divided by the block;
 an axis that the leaf collapses leaves copies, each the maximum over one part only, until they are synchronized.
 """
 
+from fractions import Fraction
 from typing import NamedTuple
 
-from fq_transforms.formats import Format
+from fq_transforms.formats import Format, code_bits
 
-__all__ = ["Part", "collapsed_axes", "leaf_part"]
+__all__ = ["Part", "blocks_of", "collapsed_axes", "leaf_part"]
 
 AXES = ("expert", "out", "in")
 
@@ -50,11 +53,11 @@ def leaf_part(weight: Part, format: Format, field: str, name: str) -> Part:
     Args:
         weight: Part of [E, out, in].
         format: The group's.
-        field: "amax" or "global_amax".
+        field: Of a state or of packed weights.
         name: The parameter's, for the message.
 
     Raises:
-        ValueError: The part begins or ends within a block.
+        ValueError: The part begins or ends within a block, or within what codes share a byte.
 
     Example:
         >>> from fq_transforms.formats import INT4_BLOCK32
@@ -62,7 +65,7 @@ def leaf_part(weight: Part, format: Format, field: str, name: str) -> Part:
         Part(whole=(8, 64, 4), offset=(4, 0, 2), shape=(4, 64, 2))
     """
     granule = _granule(format, field)
-    _check_uncut(weight, format, name)
+    _check_uncut(weight, format, field, name)
     parts = [(weight.whole[0], weight.offset[0], weight.shape[0])]
     if granule != (None, None):
         for axis, size in zip((1, 2), granule, strict=True):
@@ -72,19 +75,36 @@ def leaf_part(weight: Part, format: Format, field: str, name: str) -> Part:
     return Part(whole, offset, shape)
 
 
-def _granule(format: Format, field: str) -> tuple[int | None, int | None]:
-    """(rows, columns) of one number of a leaf; None is the whole extent."""
-    return (None, None) if field == "global_amax" or format.dynamic else format.block
+def blocks_of(format: Format, field: str) -> tuple[tuple[int, int], ...]:
+    """(axis of [E, out, in], size) of what no part of the weights may cut: blocks, and codes that share bytes.
+
+    Example:
+        >>> from fq_transforms.formats import INT8, MXFP6_E2M3
+        >>> blocks_of(MXFP6_E2M3, "scale"), blocks_of(MXFP6_E2M3, "codes"), blocks_of(INT8, "codes")
+        (((2, 32),), ((2, 32), (2, 4)), ())
+    """
+    granules = [format.block, _granule(format, field)] if field == "codes" else [format.block]
+    sides = [(axis, side) for granule in granules for axis, side in zip((1, 2), granule, strict=True)]
+    return tuple((axis, side.numerator) for axis, side in sides if side is not None and side != 1)
 
 
-def _check_uncut(weight: Part, format: Format, name: str) -> None:
+def _granule(format: Format, field: str) -> tuple[int | None, int | Fraction | None]:
+    """(rows, columns) of weights that one number of a leaf stands for; None is the whole extent."""
+    if field == "codes":
+        return 1, Fraction(8, code_bits(format))
+    if field in ("global_amax", "global_scale") or (field == "amax" and format.dynamic):
+        return None, None
+    return format.block
+
+
+def _check_uncut(weight: Part, format: Format, field: str, name: str) -> None:
     """Raise ValueError unless the part begins and ends between blocks, those of dynamic formats too, or is empty."""
     if 0 in weight.shape:
         return
-    for axis, size in zip((1, 2), format.block, strict=True):
+    for axis, size in blocks_of(format, field):
         whole, start = weight.whole[axis], weight.offset[axis]
         end = start + weight.shape[axis]
-        if size is not None and (start % size or (end % size and end != whole)):
+        if start % size or (end % size and end != whole):
             raise ValueError(
                 f"parameter {name!r}: found a shard of `{AXES[axis]}` (dimension {axis} of [E, out, in]) that holds "
                 f"{start}..{end} of {whole} and cuts a block of {size} of {format.name}, wanted multiples of {size}; "

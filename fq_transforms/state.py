@@ -10,8 +10,8 @@ weights, and one that it collapses is replicated. A check of values reads each r
 rank's alone; checks of shapes and placements are alike on all.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -19,7 +19,15 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.shards import layout_of, local_values, position, sharded_tensors
+from fq_transforms.ops.shards import (
+    Layout,
+    check_leaf,
+    layout_of,
+    local_tensors,
+    local_values,
+    position,
+    sharded_tensors,
+)
 from fq_transforms.select import Group, Spec, is_mapped, spread_in_words, spread_of, weights_of
 
 __all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "tie", "unflatten"]
@@ -44,6 +52,8 @@ class Stateless(NamedTuple):
 
 GroupState: TypeAlias = ExpertAmax | BlockAmax | Stateless
 State: TypeAlias = dict[str, GroupState]
+Tree = TypeVar("Tree", bound=Mapping[str, Any])  # a state, or packed weights
+LeafType: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # a leaf's shape and dtype
 
 # The identity of max; as an amax it is invalid, so that a state that was never calibrated cannot pass for one of zeros.
 UNCALIBRATED = -torch.inf
@@ -92,7 +102,7 @@ def merge(a: State, b: State) -> State:
         >>> merge(a, b)
         {'w': ExpertAmax(amax=tensor([2., 5.]))}
     """
-    wanted = {name: tuple(leaf.shape) for name, leaf in flatten(a).items()}
+    wanted = _types_of(flatten(a))
     for which, state in (("first", a), ("second", b)):
         check_same_leaves(f"merge: {which} state", flatten(state), wanted)
     others = flatten(b)
@@ -154,22 +164,28 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
     return tied
 
 
-def flatten(state: State) -> dict[str, Tensor]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     """Leaves by flat name, `{group key}.{field}`: what safetensors and other flat stores take.
+
+    Args:
+        tree: A state, or packed weights: group keys to NamedTuples of tensors.
 
     Example:
         >>> flatten({"mlp.experts.down_proj": ExpertAmax(torch.tensor([1.0]))})
         {'mlp.experts.down_proj.amax': tensor([1.])}
     """
-    for key, group in state.items():
-        _check_group(key, group, "leaves")
+    for key, group in tree.items():
+        if not hasattr(group, "_fields"):
+            _check_group(key, group, "leaves")
     return {
-        f"{key}.{field}": leaf for key, group in state.items() for field, leaf in zip(group._fields, group, strict=True)
+        f"{key}.{field}": leaf for key, group in tree.items() for field, leaf in zip(group._fields, group, strict=True)
     }
 
 
-def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
+def unflatten(leaves: Mapping[str, Tensor], like: Tree) -> Tree:
     """The state whose flat leaves are `leaves` and whose structure is that of `like` (`init(params)`, meta will do).
+
+    Likewise for packed weights.
 
     Raises:
         ValueError: A leaf is missing, unknown, or of another shape, dtype or placements; the message names it.
@@ -180,10 +196,12 @@ def unflatten(leaves: Mapping[str, Tensor], like: State) -> State:
         {'w': ExpertAmax(amax=tensor([1., 2.]))}
     """
     wanted = flatten(like)
-    check_same_leaves("unflatten", leaves, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
+    check_same_leaves("unflatten", leaves, _types_of(wanted))
     for name, leaf in wanted.items():
-        _check_same_spread(f"unflatten: state {name!r}", leaves[name], leaf)
-    return {key: type(group)(*(leaves[f"{key}.{field}"] for field in group._fields)) for key, group in like.items()}
+        _check_same_spread(f"unflatten: leaf {name!r}", leaves[name], leaf)
+    groups: dict[str, Any] = dict(like)
+    tree: Any = {key: type(g)(*(leaves[f"{key}.{field}"] for field in g._fields)) for key, g in groups.items()}
+    return tree
 
 
 def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] = True) -> None:
@@ -221,7 +239,7 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
                 f"wants {list(wanted)}; calibrate with this spec"
             )
         for (field, shape), leaf in zip(wanted.items(), found, strict=True):
-            _check_leaf(f"{group.key}.{field}", leaf, shape)
+            check_tensor(f"state '{group.key}.{field}'", leaf, shape, torch.float32)
             if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{field}", leaf, group)
 
@@ -233,13 +251,24 @@ def group_state(format: Format, *leaves: Tensor) -> GroupState:
     return BlockAmax(*leaves) if len(leaves) == 2 else ExpertAmax(*leaves)
 
 
-def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the leaf, unless `found` has exactly the wanted names and shapes, in fp32."""
+def local_group(
+    group: Group, layout: Layout | None, weights: Sequence[Tensor], scales: GroupState
+) -> tuple[Sequence[Tensor], GroupState]:
+    """This rank's shards of a group's weights and of its state, once that is placed as they are."""
+    for field, leaf in zip(scales._fields, scales, strict=True):
+        check_leaf(f"{group.key}.{field}", leaf, layout, field)
+    assert layout is not None
+    leaves = (local_tensors(layout, [leaf], field)[0] for field, leaf in zip(scales._fields, scales, strict=True))
+    return local_tensors(layout, weights), group_state(group.format, *leaves)
+
+
+def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, LeafType]) -> None:
+    """Raise ValueError, naming the leaf, unless `found` has exactly the wanted names, shapes and dtypes."""
     for kind, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
         if names:
             raise ValueError(f"{where}: {kind} {len(names)} of {len(wanted)} leaves: {sorted(names)[:4]}")
-    for name, shape in wanted.items():
-        _check_leaf(name, found[name], shape, where=f"{where}: ")
+    for name, (shape, dtype) in wanted.items():
+        check_tensor(f"{where}: leaf {name!r}", found[name], shape, dtype)
 
 
 def is_concrete(tensor: Tensor) -> bool:
@@ -249,11 +278,16 @@ def is_concrete(tensor: Tensor) -> bool:
     return not is_mapped(tensor)
 
 
-def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...], where: str = "") -> None:
+def check_tensor(what: str, leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError, beginning with `what`, unless a leaf is a tensor of that shape and dtype."""
     if not isinstance(leaf, Tensor):
-        raise ValueError(f"{where}state {name!r}: found {type(leaf).__name__}, wanted a tensor")
-    if tuple(leaf.shape) != shape or leaf.dtype != torch.float32:
-        raise ValueError(f"{where}state {name!r}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} torch.float32")
+        raise ValueError(f"{what}: found {type(leaf).__name__}, wanted a tensor")
+    if tuple(leaf.shape) != shape or leaf.dtype != dtype:
+        raise ValueError(f"{what}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} {dtype}")
+
+
+def _types_of(leaves: Mapping[str, Tensor]) -> dict[str, LeafType]:
+    return {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
 
 
 def _check_same_spread(what: str, leaf: Tensor, like: Tensor) -> None:

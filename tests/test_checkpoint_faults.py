@@ -29,6 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import fq_transforms as fqt
 from fq_transforms import checkpoint
+from fq_transforms.checkpoint.trees import STATE
 from fq_transforms.state import ExpertAmax
 from tests.cases import assert_names, experts, message_of
 from tests.test_checkpoint import assert_same, small
@@ -103,9 +104,10 @@ def test_invalid_amax(kind, value, tmp_path, monkeypatch):
     assert_names(message_of(ValueError, save_as, kind, state, tmp_path / "a", spec), *fragments)
     assert os.listdir(tmp_path) == []
 
-    module = {"directory": "dcp", "file": "file"}[kind]
+    unchecked = dataclasses.replace(STATE, check=lambda *_, **__: None)
     with monkeypatch.context() as patch:  # as another program might write it
-        patch.setattr(f"fq_transforms.checkpoint.{module}.check", lambda *_: None)
+        patch.setattr("fq_transforms.checkpoint.dcp.kind_of", lambda _: unchecked)
+        patch.setattr("fq_transforms.checkpoint.file.check", lambda *_: None)
         save_as(kind, state, tmp_path / "a", spec)
     assert_names(message_of(ValueError, load_as, kind, tmp_path / "a", state, spec), str(tmp_path / "a"), *fragments)
 
@@ -232,6 +234,12 @@ def test_metadata_of_another_program(tmp_path):
         for where in metadata.storage_data.values():
             where.relative_path = f"../a/{where.relative_path}"
 
+    def unstored(metadata, leaves):
+        leaves[name].chunks = []
+
+    def other_kind(metadata, leaves):
+        metadata.planner_data["fq_transforms.kind"] = "activations"
+
     def other_spec(metadata, leaves):
         metadata.planner_data["fq_transforms.spec"] = b"not zlib"
 
@@ -242,6 +250,8 @@ def test_metadata_of_another_program(tmp_path):
         half: (f"leaf {name!r}: found (4,) torch.float16", "wanted (4,) torch.float32"),
         not_a_tensor: (f"leaf {name!r}: found bytes, wanted a tensor",),
         elsewhere: ("found the data file '../a/", "wanted one in the directory"),
+        unstored: (f"leaf {name!r}: found 0 of the 4 numbers of this part", "incomplete"),
+        other_kind: ("found a checkpoint of 'activations'", "['state', 'packed']"),
         other_spec: ("not a stored Spec",),
     }.items():
         assert_names(message(change), str(tmp_path / "a"), *fragments)

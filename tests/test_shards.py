@@ -309,7 +309,7 @@ def test_groups_are_of_one_placement_and_their_state_follows_it(ranks):
         ),
         "merge with plain": ("merge: state 'experts.*.w.amax': found a DTensor", "wanted a plain tensor"),
         "unflatten": (
-            "unflatten: state 'experts.*.w.amax': found a DTensor (Replicate(), Shard(dim=1))",
+            "unflatten: leaf 'experts.*.w.amax': found a DTensor (Replicate(), Shard(dim=1))",
             "(Shard(dim=1)",
         ),
     }

@@ -9,12 +9,7 @@ from pathlib import Path
 
 from fq_transforms.select import Group, Skipped, Spec
 
-__all__ = ["check_groups", "check_no_others", "joined", "leaf_shapes", "named", "naming"]
-
-
-def leaf_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Shapes of the leaves of a state, by flat name as `state.flatten` has them."""
-    return {f"{group.key}.{field}": shape for group in spec.groups for field, shape in group.leaf_shapes.items()}
+__all__ = ["check_groups", "check_no_others", "joined", "named", "naming"]
 
 
 def check_groups(stored: Spec, wanted: Spec) -> None:

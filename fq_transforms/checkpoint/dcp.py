@@ -1,7 +1,10 @@
-"""Sharded checkpoints of the state, on torch.distributed.checkpoint (DCP): from any sharding to any other.
+"""Sharded checkpoints, on torch.distributed.checkpoint (DCP): of a state or packed weights, any sharding to any other.
 
     checkpoint.save(state, path, spec=spec)
     state = checkpoint.load(path, like=fq.init(params), spec=spec)
+
+    checkpoint.save(packed, path, spec=spec)
+    packed = checkpoint.load(path, like=fq.pack(params, fq.init(params)), spec=spec)        # params on meta
 
 DCP moves the bytes, and its own collectives are the only ones. What ranks must agree on travels with the plans that DCP
 gathers and scatters anyway, and each check is made inside one of DCP's steps, which raise on every rank what any found.
@@ -10,7 +13,7 @@ gathers and scatters anyway, and each check is made inside one of DCP's steps, w
 import os
 import warnings
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,48 +23,62 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fq_transforms.checkpoint.contents import check_groups, check_no_others, joined, leaf_shapes, named
+from fq_transforms.checkpoint.contents import check_groups, check_no_others, joined, named
+from fq_transforms.checkpoint.described import (
+    check_complete,
+    check_kind,
+    check_stored_leaves,
+    describe,
+    may_replace,
+    spec_in,
+    squeezed,
+    unsqueezed,
+)
 from fq_transforms.checkpoint.storage import Reader, Writer, read_metadata
+from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
 from fq_transforms.ops.shards import local_values, position
+from fq_transforms.pack import PackedTree
 from fq_transforms.select import Spec, spread_of
-from fq_transforms.state import UNCALIBRATED, State, check, flatten, unflatten
+from fq_transforms.state import State, flatten, unflatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["load", "read_spec", "save"]
 
-# Where in DCP's metadata the spec is: zlib of its JSON, beside what DCP's planner keeps there for each leaf.
-SPEC = "fq_transforms.spec"
-
 
 def save(
-    state: State, path: str | os.PathLike[str], *, spec: Spec, process_group: "ProcessGroup | None" = None
+    tree: State | PackedTree,
+    path: str | os.PathLike[str],
+    *,
+    spec: Spec,
+    process_group: "ProcessGroup | None" = None,
 ) -> None:
-    """Store a state: after it, `load(path, like=state, spec=spec)` is the state, whoever holds which part of it.
+    """Store a state or packed weights: `load(path, like=tree, spec=spec)` is the tree, whoever holds which part of it.
 
-    Each leaf is stored under its flat name, `{group key}.{field}`, in fp32 [E, ...], once: of parts that several ranks
-    hold, one writes. Leaves are DTensors, or plain tensors that are the same on all ranks; the spec may be each rank's
-    own, as with pipeline stages, and is stored too. Every rank of the process group calls it, with the same path on a
-    file system that all of them see; one save at a time to a path. Paths in a cloud (`s3://`) are out of scope.
+    Each leaf is stored under its flat name, `{group key}.{field}`, in its shape [E, ...] and dtype, once: of parts that
+    several ranks hold, one writes. Leaves are DTensors, or plain tensors that are the same on all ranks; the spec may
+    be each rank's own, as with pipeline stages, and is stored too. Every rank of the process group calls it, with the
+    same path on a file system that all of them see; one save at a time to a path. Paths in a cloud (`s3://`) are out of
+    scope.
 
     The checkpoint appears whole or not at all: after an error, a full disk or a killed rank there is nothing at a new
     path, and the previous checkpoint at the path of one, which is replaced. Other files in its directory are kept.
 
     Args:
-        state: From `calibrate`; an amax of 0 is stored like any other, an uncalibrated one is refused.
-        path: A new name, an empty directory, or a checkpoint of a state.
+        tree: From `calibrate`, or from `pack`. An amax of 0 is stored like any other, an uncalibrated one is refused.
+        path: A new name, an empty directory, or a checkpoint of the same kind, a state's or one of packed weights.
         spec: From `select`.
         process_group: The ranks that save; all if None. Without torch.distributed, this process.
 
     Raises:
         KeyError: A group is missing.
-        ValueError: The state does not fit the spec; an amax is NaN, infinite or negative; a DTensor is Partial; copies
+        ValueError: The tree does not fit the spec; an amax is NaN, infinite or negative; a DTensor is Partial; copies
             of one part differ between ranks, so that one would be lost; the path holds something else. It is raised on
             every rank, and names the leaf and expert, and the rank that found it.
         OSError: The path cannot be written.
@@ -76,10 +93,19 @@ def save(
         ...     save(fq.calibrate(params), f"{folder}/step1", spec=spec)
         ...     load(f"{folder}/step1", like=fq.init(params), spec=spec)
         {'experts.*.weight': ExpertAmax(amax=tensor([1., 2.]))}
+        >>> packed = fq.pack(params, fq.calibrate(params))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(packed, f"{folder}/packed", spec=spec)
+        ...     meta = {name: weight.to("meta") for name, weight in params.items()}
+        ...     loaded = load(f"{folder}/packed", like=fq.pack(meta, fq.init(meta)), spec=spec)
+        >>> torch.equal(fq.unpack(loaded)["experts.1.weight"], fq.unpack(packed)["experts.1.weight"])
+        True
     """
     target = _resolved(path)
     no_dist = not _is_distributed()
-    writer, planner = Writer(target, is_ours=_has_spec), _SavePlanner(state, spec, alone=no_dist)
+    kind = kind_of(tree)
+    writer = Writer(target, is_ours=lambda metadata: may_replace(metadata, kind))
+    planner = _SavePlanner(tree, spec, alone=no_dist)
     try:
         with _errors_of(target):
             dcp_save({}, storage_writer=writer, planner=planner, process_group=process_group, no_dist=no_dist)
@@ -91,31 +117,32 @@ def save(
 def load(
     path: str | os.PathLike[str],
     *,
-    like: State,
+    like: Tree,
     spec: Spec,
     device: torch.device | str | None = None,
     process_group: "ProcessGroup | None" = None,
-) -> State:
-    """The state that `save` stored at `path`, with the structure and sharding of `like`: any to any.
+) -> Tree:
+    """The state or the packed weights that `save` stored at `path`, with the structure and sharding of `like`.
 
     Every rank of the process group calls it; each reads the parts it needs, and their checksums are verified.
 
     Args:
         path: A directory that `save` wrote.
-        like: `fq.init(params)`. Its structure, shapes, devices, and for DTensors mesh and placements are wanted; its
-            values are not read, and it may be meta.
+        like: `fq.init(params)` for a state, `fq.pack(params, fq.init(params))` of meta parameters for packed weights,
+            or any other tree of the kind. Its structure, shapes, devices, and for DTensors mesh and placements are
+            wanted; its values are not read, and it may be meta.
         spec: From `select`; formats, experts and shapes must be those stored. Together the ranks must want every group.
         device: Where the leaves go; that of `like` if None, and for a meta `like` the CPU or the device of the mesh.
         process_group: The ranks that load; all if None. Without torch.distributed, this process.
 
     Returns:
-        A new state, fp32; never a part of one.
+        A new tree; never a part of one.
 
     Raises:
         KeyError: A group of the spec is missing in `like`.
-        ValueError: The path is no checkpoint of a state; a group or leaf is missing, unknown, or of another format,
-            number of experts or shape; a file is truncated or damaged; an amax is NaN, infinite or negative. It is
-            raised on every rank, and names the leaf, group or file, what was found and what was wanted.
+        ValueError: The path is no checkpoint, or of the other kind; a group or leaf is missing, unknown, or of another
+            format, number of experts or shape; a file is truncated or damaged; an amax is NaN, infinite or negative. It
+            is raised on every rank, and names the leaf, group or file, what was found and what was wanted.
         OSError: There is nothing at the path, or it cannot be read.
 
     Example:
@@ -138,17 +165,18 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
     """The spec stored in the checkpoint at `path`; of several ranks, all of their groups. Reads only the metadata.
 
     Raises:
-        ValueError: The path is no checkpoint of a state, or is damaged.
+        ValueError: The path is no checkpoint that `save` wrote, or is damaged.
         OSError: There is nothing at the path, or it cannot be read.
     """
     target = _resolved(path)
     with _errors_of(target):
-        return _spec_in(read_metadata(target))
+        return spec_in(read_metadata(target))
 
 
 class _Told(NamedTuple):
     """What each rank tells the coordinator, beside its plan."""
 
+    kind: str
     spec: bytes
     # crc32 of each part that it holds
     parts: dict[MetadataIndex, int]
@@ -156,69 +184,71 @@ class _Told(NamedTuple):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    def __init__(self, state: State, spec: Spec, *, alone: bool) -> None:
+    def __init__(self, tree: State | PackedTree, spec: Spec, *, alone: bool) -> None:
         super().__init__()
-        self._state, self._spec, self._alone = state, spec, alone
+        self._tree, self._kind, self._spec, self._alone = tree, kind_of(tree), spec, alone
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        check(self._state, self._spec)
-        leaves = flatten(self._state)
+        self._kind.check(self._tree, self._spec)
+        leaves = flatten(self._tree)
         for name, leaf in leaves.items():
-            _check_is_box(name, leaf)
+            _check_is_box(f"{self._kind.name} {name!r}", leaf)
         super().set_up_planner(leaves, storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
         parts = {} if self._alone else {item.index: _crc32(self.resolve_data(item)) for item in plan.items}
-        return replace(plan, planner_data=_Told(_packed(self._spec), parts, plan.planner_data))
+        return replace(plan, planner_data=_Told(self._kind.name, squeezed(self._spec), parts, plan.planner_data))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         told: list[_Told] = [plan.planner_data for plan in all_plans]
-        _check_copies([rank.parts for rank in told])
+        _check_one_kind([rank.kind for rank in told])
+        _check_copies(self._kind, [rank.parts for rank in told])
         first: dict[bytes, int] = {}
         for number, rank in enumerate(told):
             first.setdefault(rank.spec, number)
-        spec = joined({number: _unpacked(packed) for packed, number in first.items()})
+        spec = joined({number: unsqueezed(squeezed) for squeezed, number in first.items()})
         plans = [replace(plan, planner_data=rank.mappings) for plan, rank in zip(all_plans, told, strict=True)]
         plans, metadata = super().create_global_plan(plans)
-        metadata.planner_data = {**metadata.planner_data, SPEC: _packed(spec)}
+        metadata.planner_data = {**metadata.planner_data, **describe(spec, self._kind)}
         return plans, metadata
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self, like: State, spec: Spec, device: torch.device | str | None) -> None:
+    def __init__(self, like: Any, spec: Spec, device: torch.device | str | None) -> None:
         super().__init__()
-        self._like, self._spec, self._device = like, spec, device
+        self._like, self._kind, self._spec, self._device = like, kind_of(like), spec, device
         self.leaves: dict[str, Tensor] = {}
         self._unread = 0
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        check(self._like, self._spec, values=False)
+        self._kind.check(self._like, self._spec, values=False)
         for name, leaf in flatten(self._like).items():
-            _check_is_box(name, leaf)
-        # An amax that nothing was read into is found below, as one that was never calibrated.
+            _check_is_box(f"{self._kind.name} {name!r}", leaf)
         self.leaves = {
-            name: torch.full_like(leaf, UNCALIBRATED, device=_device(leaf, self._device), requires_grad=False)
+            name: torch.empty_like(leaf, device=_device(leaf, self._device), requires_grad=False)
             for name, leaf in flatten(self._like).items()
         }
         super().set_up_planner(self.leaves, metadata, is_coordinator)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
-        stored = _spec_in(self.metadata)
+        stored = spec_in(self.metadata)
+        check_kind(self.metadata, self._kind)
         check_groups(stored, self._spec)
-        _check_stored_leaves(self.metadata, leaf_shapes(stored))
+        check_stored_leaves(self.metadata, self._kind.leaves_of(stored))
         plan = super().create_local_plan()
+        check_complete(plan.items, self.leaves)
         plan.planner_data = tuple(group.key for group in self._spec.groups)
         return plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
-        check_no_others(_spec_in(self.metadata), {key for plan in global_plan for key in plan.planner_data})
+        check_no_others(spec_in(self.metadata), {key for plan in global_plan for key in plan.planner_data})
         return super().create_global_plan(global_plan)
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
@@ -229,10 +259,10 @@ class _LoadPlanner(DefaultLoadPlanner):
         """Called for each part that is read. After the last the values are checked, while DCP still tells all ranks."""
         self._unread -= 1
         if not self._unread:
-            check(unflatten(self.leaves, self._like), self._spec)
+            self._kind.check(unflatten(self.leaves, self._like), self._spec)
 
 
-def _check_is_box(name: str, leaf: Tensor) -> None:
+def _check_is_box(what: str, leaf: Tensor) -> None:
     """Raise ValueError unless this rank's part of a leaf is a box of final numbers: others DCP would store wrongly."""
     spread = spread_of(leaf)
     if spread is None:
@@ -240,19 +270,27 @@ def _check_is_box(name: str, leaf: Tensor) -> None:
     placements = spread[1]
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"state {name!r}: found a DTensor with placements {placements}, wanted Shard or Replicate; redistribute it"
+            f"{what}: found a DTensor with placements {placements}, wanted Shard or Replicate; redistribute it"
         )
     shape = local_values(leaf).shape
     if shape.numel() and any(type(placement).__name__ == "_StridedShard" for placement in placements):
         first, last = position(leaf, [0] * len(shape)), position(leaf, [size - 1 for size in shape])
         if any(b - a + 1 != size for a, b, size in zip(first, last, shape, strict=True)):
             raise ValueError(
-                f"state {name!r}: found a DTensor with placements {placements}, whose shards have gaps, wanted shards "
-                "in one piece; redistribute it"
+                f"{what}: found a DTensor with placements {placements}, whose shards have gaps, wanted shards in one "
+                "piece; redistribute it"
             )
 
 
-def _check_copies(ranks: list[dict[MetadataIndex, int]]) -> None:
+def _check_one_kind(ranks: list[str]) -> None:
+    for rank, kind in enumerate(ranks):
+        if kind != ranks[0]:
+            raise ValueError(
+                f"found {KINDS[ranks[0]].noun} on rank 0 and {KINDS[kind].noun} on rank {rank}, wanted one kind"
+            )
+
+
+def _check_copies(kind: Kind, ranks: list[dict[MetadataIndex, int]]) -> None:
     """Raise ValueError if ranks hold different numbers for one part of a leaf: DCP would store one of them."""
     first: dict[MetadataIndex, tuple[int, int]] = {}
     for rank, parts in enumerate(ranks):
@@ -260,51 +298,16 @@ def _check_copies(ranks: list[dict[MetadataIndex, int]]) -> None:
             owner, wanted = first.setdefault(index, (rank, found))
             if found != wanted:
                 raise ValueError(
-                    f"state {index.fqn!r}: found different values on ranks {owner} and {rank}, wanted the same or "
-                    "DTensors that say which part each rank holds; for the experts of Megatron and Transformer Engine "
-                    "use checkpoint.megatron, for a part of a maximum sync first"
+                    f"{kind.name} {index.fqn!r}: found different values on ranks {owner} and {rank}, wanted the same "
+                    "or DTensors that say which part each rank holds; for the experts of Megatron and Transformer "
+                    "Engine use checkpoint.megatron, for a part of a maximum sync first"
                 )
 
 
-def _check_stored_leaves(metadata: Metadata, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    found = metadata.state_dict_metadata
-    for kind, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())):
-        if names:
-            raise ValueError(f"{kind} {len(names)} of {len(wanted)} leaves: {sorted(names)[:4]}")
-    for name, shape in wanted.items():
-        leaf = found[name]
-        if not isinstance(leaf, TensorStorageMetadata):
-            raise ValueError(f"leaf {name!r}: found bytes, wanted a tensor")
-        if tuple(leaf.size) != shape or leaf.properties.dtype != torch.float32:
-            raise ValueError(
-                f"leaf {name!r}: found {tuple(leaf.size)} {leaf.properties.dtype}, wanted {shape} torch.float32"
-            )
-
-
-def _packed(spec: Spec) -> bytes:
-    return zlib.compress(spec.to_json().encode(), 9)
-
-
-def _unpacked(packed: bytes) -> Spec:
-    try:
-        return Spec.from_json(zlib.decompress(packed).decode())
-    except (zlib.error, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"not a stored Spec: {error}") from error
-
-
-def _has_spec(metadata: Metadata) -> bool:
-    return isinstance(metadata.planner_data, dict) and SPEC in metadata.planner_data
-
-
-def _spec_in(metadata: Metadata) -> Spec:
-    if not _has_spec(metadata):
-        raise ValueError("found a checkpoint without a Spec, wanted one that fq_transforms.checkpoint.save wrote")
-    return _unpacked(metadata.planner_data[SPEC])
-
-
 def _crc32(data: Any) -> int:
-    """crc32 of a tensor's numbers."""
-    return zlib.crc32(data.detach().cpu().contiguous().numpy())
+    """crc32 of a tensor's numbers; NumPy has no float8."""
+    numbers = data.detach().cpu().contiguous()
+    return zlib.crc32((numbers.view(torch.uint8) if numbers.element_size() == 1 else numbers).numpy())
 
 
 def _device(leaf: Tensor, device: torch.device | str | None) -> torch.device | str:

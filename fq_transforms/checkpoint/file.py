@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.contents import check_groups, check_no_others, leaf_shapes, named
+from fq_transforms.checkpoint.contents import check_groups, check_no_others, named
+from fq_transforms.checkpoint.trees import STATE
 from fq_transforms.select import Spec, is_sharded
 from fq_transforms.state import State, check, check_same_leaves, flatten, group_state, unflatten
 
@@ -129,7 +130,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Spec, dict[str, Tensor]]:
         raise ValueError(f"{what}: found bytes that are not those written (crc32): damaged")
     try:
         spec = Spec.from_json(text)
-        check_same_leaves("leaves", leaves, leaf_shapes(spec))
+        check_same_leaves("leaves", leaves, STATE.leaves_of(spec))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     return spec, leaves

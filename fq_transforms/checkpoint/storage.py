@@ -245,7 +245,7 @@ class Writer(FileSystemWriter):
         except ValueError as error:
             raise ValueError(f"{error}; {wanted}; remove it yourself") from error
         if not is_ours:
-            raise ValueError(f"found a checkpoint of something else than a state, {wanted}")
+            raise ValueError(f"found a checkpoint of something else than a state or packed weights, {wanted}")
 
 
 class Reader(FileSystemReader):
@@ -301,13 +301,17 @@ class Reader(FileSystemReader):
 
 
 def _bytes_of(data: Any) -> bytes:
-    """A tensor as torch.save writes it, in the older of its two layouts: 0.3 KB more than the numbers, not 1.6."""
-    assert isinstance(data, Tensor), "a state has only tensors"
+    """A tensor as torch.save writes it, in the older of its two layouts: 0.3 KB more than the numbers, not 1.6.
+
+    float8 is in the newer one: what the older names is a storage of the dtype, and there is none for it.
+    """
+    assert isinstance(data, Tensor), "a tree has only tensors"
     tensor = data.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # or all of the memory that it is a view of would be written
     stream = io.BytesIO()
-    torch.save(tensor, stream, _use_new_zipfile_serialization=False)
+    is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
+    torch.save(tensor, stream, _use_new_zipfile_serialization=is_float8)
     return stream.getvalue()
 
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
+from fq_transforms.formats import E4M3, FloatElement, Format, IntElement, code_bits
 from fq_transforms.ops.reference import (
     dequantize_int,
     fp8_scale,
@@ -43,20 +43,6 @@ __all__ = ["code_bits", "code_dtype", "pack_reference", "pack_scales", "unpack_r
 # Elements that PyTorch has a dtype for, one byte each.
 CODE_DTYPES = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
 INT4_OFFSET = 8
-
-
-def code_bits(format: Format) -> int:
-    """Bits of one code: 8, 6 or 4.
-
-    Example:
-        >>> from fq_transforms.formats import INT4_BLOCK32, MXFP6_E2M3
-        >>> code_bits(INT4_BLOCK32), code_bits(MXFP6_E2M3)
-        (4, 6)
-    """
-    element = format.element
-    if isinstance(element, IntElement):
-        return 4 if element.low >= -8 and element.high <= 7 else 8
-    return 1 + element.exponent_bits + element.mantissa_bits
 
 
 def code_dtype(format: Format) -> torch.dtype:

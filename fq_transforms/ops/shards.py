@@ -12,7 +12,7 @@ crossings `local_tensors` and `sharded_tensors` are each other's derivative. The
 torch.func a DTensor is not an instance of DTensor, except inside a Function's forward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fq_transforms.select import Group, is_mapped, is_sharded, spread_in_words, spread_of, unwrapped
-from fq_transforms.sharding import Part, collapsed_axes, leaf_part
+from fq_transforms.sharding import Part, blocks_of, collapsed_axes, leaf_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,12 +61,12 @@ class Shards(NamedTuple):
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
 class Layout:
-    """How a group lies on a mesh: its parameters, the leaves of its state, and the experts of this rank.
+    """How a group lies on a mesh: its parameters, leaves of its state or of it packed, and the experts of this rank.
 
     Attributes:
         mesh: The mesh.
         weights: Of each parameter.
-        leaves: Of each leaf of the state, by field.
+        leaves: Of each leaf, by field.
         experts: Numbers of the experts that this rank holds parts of.
     """
 
@@ -89,8 +89,15 @@ class _Crossing:
     shards: Shards
 
 
-def layout_of(group: Group, weights: Sequence[Tensor]) -> Layout | None:
-    """How a group's weights and state lie on their mesh; None for plain tensors. The same error on every rank.
+def layout_of(
+    group: Group, weights: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Layout | None:
+    """How a group's weights and leaves lie on their mesh; None for plain tensors. The same error on every rank.
+
+    Args:
+        group: The group.
+        weights: Its parameters.
+        shapes: Of the leaves, by field; those of the state if None.
 
     Raises:
         ValueError: A shard cuts a block, on any rank; a placement is neither Shard nor Replicate; a weight is mapped by
@@ -109,7 +116,8 @@ def layout_of(group: Group, weights: Sequence[Tensor]) -> Layout | None:
             "parameters that other ranks hold"
         )
     # The mesh itself is not remembered: an equal one of a process group that is gone would come back.
-    return Layout(mesh, *_layout(group, tuple(first.placements), tuple(mesh.shape), tuple(coordinate)))
+    leaves = tuple((group.leaf_shapes if shapes is None else shapes).items())
+    return Layout(mesh, *_layout(group, leaves, tuple(first.placements), tuple(mesh.shape), tuple(coordinate)))
 
 
 def local_tensors(layout: Layout, tensors: Sequence[Tensor], field: str = "") -> tuple[Tensor, ...]:
@@ -299,20 +307,24 @@ def _check_unmapped(what: str, tensor: Tensor) -> None:
 
 @lru_cache(maxsize=16384)
 def _layout(
-    group: Group, placements: "tuple[Placement, ...]", mesh: tuple[int, ...], coordinate: tuple[int, ...]
+    group: Group,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    placements: "tuple[Placement, ...]",
+    mesh: tuple[int, ...],
+    coordinate: tuple[int, ...],
 ) -> tuple[Shards, dict[str, Shards], tuple[int, ...]]:
     """What `Layout` says, from numbers only."""
     from torch.distributed.tensor import Replicate
 
     axis_of = _axes(group)
     axes = [axis_of[_sharded_dim(p, group.names[0])] if not p.is_replicate() else None for p in placements]
-    _check_uncut(group, placements, axes, mesh)
+    _check_uncut(group, [field for field, _ in shapes], placements, axes, mesh)
 
     def shape_here(shape: tuple[int, ...], placed: "tuple[Placement, ...]") -> tuple[int, ...]:
         return tuple(len(_indices(size, dim, placed, mesh, coordinate)) for dim, size in enumerate(shape))
 
     leaves: dict[str, Shards] = {}
-    for field, shape in group.leaf_shapes.items():
+    for field, shape in shapes:
         collapsed = collapsed_axes(group.format, field)
         placed = tuple(
             Replicate() if axis is None or axis in collapsed else _on_dim(placement, axis)
@@ -355,12 +367,16 @@ def _indices(size: int, dim: int, placements: Sequence[Any], mesh: Sequence[int]
 
 
 def _check_uncut(
-    group: Group, placements: "tuple[Placement, ...]", axes: Sequence[int | None], mesh: Sequence[int]
+    group: Group,
+    fields: Sequence[str],
+    placements: "tuple[Placement, ...]",
+    axes: Sequence[int | None],
+    mesh: Sequence[int],
 ) -> None:
-    """Raise ValueError if the shard of any rank, so on every rank alike, cuts a block."""
-    whole = (group.experts, *group.shape)
-    for axis, block in zip((1, 2), group.format.block, strict=True):
-        if block in (None, 1) or axis not in axes:
+    """Raise ValueError if the shard of any rank, so on every rank alike, cuts a block or what shares a byte."""
+    whole, codes = (group.experts, *group.shape), "codes" if "codes" in fields else "amax"
+    for axis, block in blocks_of(group.format, codes):
+        if axis not in axes:
             continue
         placed = tuple(
             _on_dim(placement, axis) if found == axis else _replicate()
@@ -372,7 +388,7 @@ def _check_uncut(
             for start, length in _runs(index):
                 offset, shape = [0, 0, 0], list(whole)
                 offset[axis], shape[axis] = start, length
-                leaf_part(Part(whole, tuple(offset), tuple(shape)), group.format, "amax", group.names[0])
+                leaf_part(Part(whole, tuple(offset), tuple(shape)), group.format, codes, group.names[0])
             blocks = _indices(-(-whole[axis] // block), axis, placed, mesh, coordinate)
             # A leaf of blocks is split by the same rule, so where no block is cut it comes out with the weights' own.
             assert torch.equal((index // block).unique(), blocks)
