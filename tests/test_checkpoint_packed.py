@@ -36,6 +36,11 @@ PACKED = {
 }
 
 
+def bits(tensor):
+    """A tensor's numbers as integers of the same size, which are equal where they are NaN too."""
+    return tensor.contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int32)
+
+
 def assert_same_bytes(found, wanted):
     """Equal trees: keys in order, types, dtypes, placements, and each byte of this rank's part."""
     assert list(found) == list(wanted)
@@ -47,7 +52,7 @@ def assert_same_bytes(found, wanted):
         if isinstance(x, DTensor):
             assert (x.placements, x.device_mesh) == (y.placements, y.device_mesh), name
             x, y = x.to_local(), y.to_local()
-        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), name
+        assert torch.equal(bits(x), bits(y)), name
 
 
 def packed_of(params, spec):
@@ -152,7 +157,7 @@ def _load_at(rank, size, folder, parallelism):
         # What a rank packs of its shard is its part of what one process packs.
         for name, leaf in flatten(wanted).items():
             part = distribute_tensor(flatten(whole)[name], leaf.device_mesh, leaf.placements, src_data_rank=None)
-            assert torch.equal(*(t.to_local().contiguous().view(torch.uint8) for t in (leaf, part))), name
+            assert torch.equal(bits(leaf.to_local()), bits(part.to_local())), name
         for number, path in enumerate(paths):
             like = place_of(weights, spec) if number % 2 else wanted
             assert_same_bytes(checkpoint.load(path, like=like, spec=spec), wanted)

@@ -27,6 +27,7 @@ LAYERS = [
     ["interleave"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.trees", "checkpoint.modelopt_names"],
     ["checkpoint.described", "checkpoint.megatron_shards", "checkpoint.storage"],
+    ["checkpoint.megatron_format"],
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
     ["__init__", "ops.__init__"],

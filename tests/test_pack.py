@@ -14,7 +14,7 @@ from fq_transforms.ops import launch
 from fq_transforms.ops.packing import code_bits, pack_reference, unpack_reference
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
 from fq_transforms.pack import packed_leaves
-from tests.cases import DTYPES, assert_names, experts, name_of
+from tests.cases import DTYPES, assert_names, experts, name_of, same_bits
 from tests.conftest import HAS_GPU
 
 CPU = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")
@@ -284,3 +284,131 @@ def test_modelopt_reads_nvfp4(static):
         dtype=torch.float32, scale=scale, double_scale=global_scale, block_sizes={-1: 16, "scale_bits": (4, 3)}
     )
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping extension modelopt_cuda_ext")
+@pytest.mark.parametrize("format", [INT4_BLOCK32, fqt.INT4_BLOCK128], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_modelopt_reads_int4(format, dtype):
+    """INT4QTensor dequantizes our codes to `fakequant`'s values, by a true division by our scales, in every dtype.
+
+    Its bytes have the even weight's code in the high four bits and ours, as in NVFP4, in the low ones: as they are it
+    reads each pair of weights in the other order. A tiny block has the scale 0, by which it divides: NaN, and the
+    only values that differ.
+    """
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor").INT4QTensor
+    for magnitude in (2.0**-20, 1.0, 37.0):
+        _, wanted, (codes, scale, _) = packed_weight(format, dtype, magnitude)
+        swapped = codes << 4 | codes >> 4
+        arguments = {"scale": scale, "block_sizes": {-1: format.block[1]}}
+        wanted = torch.where(scale.repeat_interleave(format.block[1], 1) == 0, torch.nan, wanted)
+        assert bool(wanted.isnan().any()) == (magnitude < 1)
+        found = qtensor(wanted.shape, dtype, swapped).dequantize(dtype, **arguments)
+        assert torch.equal(found.nan_to_num(7e4), wanted.nan_to_num(7e4))
+        found = qtensor(wanted.shape, dtype, codes).dequantize(dtype, **arguments)
+        assert torch.equal(found.nan_to_num(7e4), wanted.nan_to_num(7e4).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_torchao_reads_nvfp4(static):
+    """NVFP4Tensor dequantizes our codes and scales, an expert at a time or all at once, to `fakequant`'s bits."""
+    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor
+    format = fqt.NVFP4_STATIC if static else fqt.NVFP4
+    for dtype in DTYPES:
+        params = {"experts.w": torch.stack(experts(3, (128, 256), dtype))}
+        fq = fqt.transform(fqt.select(params, {"*": format}))
+        state = fq.calibrate(params)
+        (wanted,), (leaves,) = fq.fakequant(params, state).values(), fq.pack(params, state).values()
+        stacked = nvfp4(leaves.codes, leaves.scale, 16, dtype, leaves.global_scale.view(-1, 1, 1))
+        assert same_bits(stacked.dequantize(dtype), wanted)
+        for expert, (codes, scale, global_scale) in enumerate(zip(*leaves, strict=True)):
+            assert same_bits(nvfp4(codes, scale, 16, dtype, global_scale).dequantize(dtype), wanted[expert])
+
+
+@pytest.mark.parametrize("format", [fqt.MXFP8, fqt.MXFP4, fqt.MXFP6_E2M3, fqt.MXFP6_E3M2], ids=name_of)
+def test_torchao_reads_mx(format):
+    """MXTensor dequantizes our codes and exponents to `fakequant`'s bits, of many magnitudes, in fp32 and bf16.
+
+    Its fp6 codes are one a byte: ours are unpacked for it, four from three bytes. fp16 is left out: it multiplies in
+    fp16, whose smallest power of two is 2**-24, where `unpack` rounds the product of fp32 once.
+    """
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    kernels = pytest.importorskip("torchao.quantization.quantize_.common").KernelPreference
+    elements = {"MXFP8": torch.float8_e4m3fn, "MXFP4": torch.float4_e2m1fn_x2}
+    elements |= {"MXFP6_E2M3": "fp6_e2m3", "MXFP6_E3M2": "fp6_e3m2"}
+    for dtype in (torch.float32, torch.bfloat16):
+        for magnitude in (2.0**-100, 1e-3, 1.0, 2.0**60):
+            _, wanted, (codes, scale, _) = packed_weight(format, dtype, magnitude)
+            if code_bits(format) == 6:
+                codes = one_a_byte(codes)
+            theirs = mx(
+                codes,
+                scale.view(torch.float8_e8m0fnu),
+                elements[format.name],
+                32,
+                dtype,
+                kernels.EMULATED,
+                None,
+                False,
+            )
+            assert same_bits(theirs.dequantize(dtype), wanted)
+
+
+def test_torchao_multiplies_mx_in_fp16():
+    """The cause of fp16's difference: 2**-30 is 0 there, so a block of that scale is read as zeros."""
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    kernels = pytest.importorskip("torchao.quantization.quantize_.common").KernelPreference
+    codes, scale = torch.full((1, 32), 256.0).to(torch.float8_e4m3fn), torch.tensor([[127 - 30]], dtype=torch.uint8)
+    ours = unpack_reference(codes, scale, None, format=fqt.MXFP8, out_dtype=torch.float16)
+    assert torch.equal(ours, torch.full((1, 32), 2.0**-22, dtype=torch.float16))
+    e8m0, e4m3 = scale.view(torch.float8_e8m0fnu), torch.float8_e4m3fn
+    theirs = mx(codes, e8m0, e4m3, 32, torch.float16, kernels.EMULATED, None, False)
+    assert torch.equal(theirs.dequantize(torch.float16), torch.zeros(1, 32, dtype=torch.float16))
+
+
+def one_a_byte(codes):
+    """Codes of six bits, four in three bytes, as one a byte."""
+    first, second, third = codes.int().unflatten(-1, (-1, 3)).unbind(-1)
+    word = first | second << 8 | third << 16
+    return torch.stack([word >> 6 * i & 63 for i in range(4)], -1).flatten(-2).to(torch.uint8)
+
+
+INTEGERS = ["INT8_PER_CHANNEL", "INT8", "INT4_BLOCK32", "INT4_BLOCK128"]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_torchao_reads_integers(name):
+    """Its affine dequantization multiplies by 1 / scale, where `fakequant` divides: equal where that is a power of two.
+
+    And else at most one ulp of fp32 apart, because of the reciprocal alone: with its order of operations in plain
+    PyTorch the difference is none. Nothing else differs: the integers, and which scale each has, are the same.
+    """
+    affine = pytest.importorskip("torchao.quantization.quant_primitives").dequantize_affine
+    format = FORMATS[name]
+    _, wanted, (codes, scale, _) = packed_weight(format, torch.float32)
+    if name.startswith("INT4"):
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8
+    rows, columns = (side or size for side, size in zip(format.block, codes.shape, strict=True))
+    spread = scale.view(codes.shape[0] // rows, -1).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+    def read(scale):
+        reciprocal = torch.ones_like(scale) / scale
+        return affine(codes, (rows, columns), reciprocal, None, torch.int8, output_dtype=torch.float32)
+
+    def finite(values):  # a granule of zeros has a scale of 0
+        return torch.where(spread == 0, 0.0, values)
+
+    found = finite(read(scale))
+    assert torch.equal(found, finite(codes.float() * (torch.ones_like(spread) / spread)))
+    assert bool((found == wanted).logical_or(found == wanted.nextafter(found)).all())
+    assert not torch.equal(found, wanted)
+    powers = torch.where(scale == 0, 0.0, scale.log2().round().exp2())
+    wanted = unpack_reference(
+        nibbles(codes) if name.startswith("INT4") else codes, powers, None, format=format, out_dtype=torch.float32
+    )
+    assert torch.equal(finite(read(powers)), finite(wanted))
+
+
+def nibbles(integers):
+    even, odd = (integers + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return even | odd << 4

@@ -95,7 +95,7 @@ def declared(job, format):
             assert all(shape[:1] + shape[2:] == wanted[:1] + wanted[2:] for shape in local)
             assert sum(map(prod, local)) == prod(wanted)
         for field, pieces in shards.items():
-            if is_small(group, field, pieces):
+            if is_small(pieces[0]):
                 (small[rank][f"{layer}.{field}"],) = pieces
             else:
                 found += [(rank, piece) for piece in pieces]

@@ -1,13 +1,19 @@
 """Nemotron-3-Nano's experts at full size on one GPU: every stage from weights to files, with its time."""
 
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import start_processes
+from torch.utils._pytree import tree_map
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint import modelopt
@@ -71,6 +77,8 @@ def _stages(params: dict[str, Tensor], format: Format) -> Row:
         timed("fakequant again", lambda: fq.fakequant(params, state))
     row["amax"] = sum(leaf.shape[0] for leaf in fqt.state.flatten(state).values())
     _round_trip(row, timed, params, state, format)
+    if format == fqt.NVFP4:
+        _packed_round_trip(row, timed, params, state, spec)
     return row
 
 
@@ -118,11 +126,64 @@ def _round_trip(
     row["native shape"] = str([experts, *shape])
 
 
-def _same(found: fqt.State, wanted: fqt.State, what: str) -> None:
+def _packed_round_trip(
+    row: Row, timed: Callable[..., Any], params: dict[str, Tensor], state: fqt.State, spec: fqt.Spec
+) -> None:
+    """All experts packed: saved by one process, by four at EP=4, by two at EP=2, and read back by one, byte for byte.
+
+    The four and the two are real processes of a gloo group, each of which loads its experts from the checkpoint before,
+    and saves them: each pair of neighbours is a load at another expert parallelism than the save's.
+    """
+    packed = timed("packed: pack", lambda: fqt.pack(params, state, spec=spec))
+    here = sum(leaf.nbytes for leaf in fqt.state.flatten(packed).values())
+    with tempfile.TemporaryDirectory() as folder:
+        free = shutil.disk_usage(folder).free
+        if free < 2.1 * here:
+            raise SystemExit(f"found {free / 1e9:.0f} GB free in {folder}, wanted {2.1 * here / 1e9:.0f}")
+        path = {ranks: Path(folder) / f"ep{ranks}" for ranks in (1, RANKS, 2)}
+        timed("packed: save, EP=1", partial(fqt.checkpoint.save, packed, path[1], spec=spec))
+        for source, ranks in ((1, RANKS), (RANKS, 2)):
+            stage = f"packed: load and save by {ranks} processes, EP={source} to EP={ranks}"
+            timed(stage, partial(reshard, path[source], path[ranks], ranks))
+            shutil.rmtree(path[source])
+        loaded = timed("packed: load, EP=1", lambda: fqt.checkpoint.load(path[2], like=packed, spec=spec, device="cpu"))
+        _same(loaded, packed, "packed checkpoint")
+        row["packed on disk, GB"] = sum(file.stat().st_size for file in path[2].iterdir()) / 1e9
+    row["bf16, GB"] = sum(params[name].nbytes for group in spec.groups for name in group.names) / 1e9
+    row["packed on disk / bf16"] = row["packed on disk, GB"] / row["bf16, GB"]
+
+
+def reshard(source: Path, target: Path, ranks: int) -> None:
+    """Load packed weights at EP=`ranks` by as many processes, and save them at that; CPU and gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_reshard_rank, (ranks, folder, source, target), nprocs=ranks, start_method="spawn")
+
+
+def _reshard_rank(rank: int, ranks: int, folder: str, source: Path, target: Path) -> None:
+    group = torch.distributed
+    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        spec, mesh = fqt.checkpoint.read_spec(source), init_device_mesh("cpu", (ranks,))
+        meta = {name: torch.empty(g.parameter_shape, device="meta") for g in spec.groups for name in g.names}
+        whole = fqt.pack(meta, fqt.transform(spec).init(meta), spec=spec)
+
+        def placed(leaf: Tensor) -> Tensor:
+            return distribute_tensor(leaf, mesh, [Shard(0)], src_data_rank=None)
+
+        like = tree_map(placed, whole)
+        fqt.checkpoint.save(fqt.checkpoint.load(source, like=like, spec=spec), target, spec=spec)
+    finally:
+        group.destroy_process_group()
+
+
+def _same(found: Any, wanted: Any, what: str) -> None:
+    """Raise SystemExit unless two states, or packed weights, have the same leaves, byte for byte."""
     a, b = fqt.state.flatten(found), fqt.state.flatten(wanted)
     _require(a.keys() == b.keys(), f"leaves of {what}")
     for name, leaf in b.items():
-        _require(a[name].shape == leaf.shape and torch.equal(a[name].to(leaf.device), leaf), f"{name} of {what}")
+        _require((a[name].shape, a[name].dtype) == (leaf.shape, leaf.dtype), f"{name} of {what}")
+        x, y = (t.cpu().contiguous().view(torch.uint8) for t in (a[name], leaf))
+        _require(torch.equal(x, y), f"{name} of {what}")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -134,9 +195,9 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
     """A page of results in Markdown."""
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     lines = [["", *(row["format"] for row in rows)], ["---"] * (len(rows) + 1)]
-    for key in rows[0]:
+    for key in _keys(rows):
         if key != "format":
-            values = [row[key] for row in rows]
+            values = [row.get(key, "") for row in rows]
             lines.append([key, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)])
     return "\n".join(
         [
@@ -146,9 +207,15 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"{LAYERS} layers, {EXPERTS} experts, fc1 [1856, 2688], fc2 [2688, 1856], bf16, on one GPU. Seconds where "
             "a row says no other unit. The first and the last expert of every group equalled the reference. Keys and "
-            "files: the 32 experts of rank 1 at EP=4, read back equal.",
+            "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved by one process, then "
+            "loaded and saved by four at EP=4 and by two at EP=2, real processes, and read back by one, byte for byte.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
         ]
     )
+
+
+def _keys(rows: Iterable[Row]) -> list[str]:
+    """What any row has, in the order of the first that has it."""
+    return list(dict.fromkeys(key for row in rows for key in row))

@@ -1,7 +1,7 @@
-"""Checkpoints of the state.
+"""Checkpoints of the state, and of packed weights.
 
     save, load              a directory: torch.distributed.checkpoint, any number of ranks, any sharding to any other
-    save_file, load_file    one file to share: safetensors, one process
+    save_file, load_file    one file to share, of a state: safetensors, one process
     read_spec               the Spec that either holds
     megatron, modelopt      modules: Megatron's distributed checkpoints, ModelOpt's keys
 

@@ -1,4 +1,4 @@
-"""The state in Megatron's distributed checkpoints: with the model's own, or alone, from any parallelism to any other.
+"""A state or packed weights in Megatron's distributed checkpoints, with the model's own or alone, at any parallelism.
 
     model_sd = model.sharded_state_dict()
     leaves = megatron.sharded_state_dict(state, spec, model_sd)
@@ -19,14 +19,19 @@ that collapses a tensor-parallel axis must be the same on all ranks of it: call 
     {weight's key}_quantizer._amax           [layers, experts, *format.amax_shape(out, in)]     float32
     {weight's key}_quantizer._global_amax    [layers, experts]                                  float32
     {weight's key}_quantizer._format         [layers, FORMAT_BYTES], the format as JSON         uint8
+    {weight's key}_packed._codes             [layers, experts, out, packed in]                  that of the leaf
+    {weight's key}_packed._scale             [layers, experts], or with the granules            that of the leaf
+    {weight's key}_packed._global_scale      [layers, experts]                                  float32
+    {weight's key}_packed._format            as that of the state                               uint8
 
 `layers` is whatever axes Megatron puts before the experts, none where the layer is in the key; a dense weight is one
-expert. The keys are ModelOpt 0.47's: `...experts.linear_fc1.weight_quantizer._amax`. To quantize some layers only by
+expert. The state's keys are ModelOpt 0.47's: `...experts.linear_fc1.weight_quantizer._amax`. Packed weights take the
+same functions, with `fq.pack(params, fq.init(params))` of meta parameters as the place to load into, and
+`verify(..., like=place)`; a checkpoint may have both. To quantize some layers only by
 channels or blocks, have the layer in the key: `model.sharded_state_dict(metadata={"non_homogeneous_layers": True})`.
 """
 
 import io
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -34,10 +39,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fq_transforms.checkpoint.megatron_format import check_format, encode
 from fq_transforms.checkpoint.megatron_shards import (
     BETWEEN,
-    FORMAT,
     FORMAT_BYTES,
+    FORMATS,
     SUFFIXES,
     Shard,
     is_small,
@@ -46,10 +52,11 @@ from fq_transforms.checkpoint.megatron_shards import (
     split_axis,
 )
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
-from fq_transforms.formats import Format
+from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
+from fq_transforms.pack import PackedTree
 from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.sharding import Part
-from fq_transforms.state import UNCALIBRATED, State, check, flatten, unflatten
+from fq_transforms.state import State, flatten, unflatten
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -60,24 +67,27 @@ __all__ = ["load_state", "sharded_state_dict", "split_axes", "verify"]
 Sharded: TypeAlias = "ShardedTensor | list[ShardedTensor]"
 
 
-def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mapping[str, Any]) -> dict[str, Sharded]:
+def sharded_state_dict(
+    tree: State | PackedTree, spec: Spec, model_sharded_state_dict: Mapping[str, Any]
+) -> dict[str, Sharded]:
     """The leaves of this rank and the formats of its groups, as `ShardedTensor`s: what Megatron saves or loads.
 
     Args:
-        state: Of this rank's plain local weights. `fq.init(params)`, meta parameters too, gives entries without data: a
-            place to load into, which cannot be saved. Megatron may load into the memory of any other state.
+        tree: The state of this rank's plain local weights, or they packed. `fq.init(params)`, meta parameters too, and
+            packed leaves on meta give entries without data: a place to load into, which cannot be saved. Megatron may
+            load into the memory of any other tree.
         spec: Of the same weights; its names are those of `model.named_parameters()`.
         model_sharded_state_dict: `model.sharded_state_dict()`.
 
     Returns:
         `{group key}.{field}` to a ShardedTensor, a view of the leaf; to two of them for a gated fc1 that is split along
-        `out`. `{group key}.format` to the format. Formats and leaves of one number an expert, of consecutive layers
-        that are in one tensor, are one entry, a copy, under all their names, a newline between them. Megatron changes
-        the entries that it saves: make them anew each time.
+        `out`. `{group key}.format`, of packed weights `.packed_format`, to the format. Formats and leaves of one number
+        an expert, of consecutive layers that are in one tensor, are one entry, a copy, under all their names, a newline
+        between them. Megatron changes the entries that it saves: make them anew each time.
 
     Raises:
-        KeyError: A weight is not in the model's sharded state dict; a group is not in the state.
-        ValueError: The state does not fit the spec, or an amax is invalid; a weight's entry has another shape, is split
+        KeyError: A weight is not in the model's sharded state dict; a group is not in the tree.
+        ValueError: The tree does not fit the spec, or an amax is invalid; a weight's entry has another shape, is split
             within a block or unevenly, or has the expert's number in its key.
 
     Source: Megatron-Core 0.16.1 `dist_checkpointing.mapping.ShardedTensor`.
@@ -101,14 +111,14 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
         >>> leaf.key, leaf.global_shape, leaf.global_offset, leaf.local_shape
         ('experts.fc1.weight_quantizer._amax', (3, 8), (0, 2), (1, 2))
     """
-    leaves = flatten(state)
+    kind, leaves = kind_of(tree), flatten(tree)
     for name, leaf in leaves.items():
         if is_sharded(leaf):
             raise ValueError(
-                f"state {name!r}: found a DTensor, wanted the plain local tensor that Megatron's weights are"
+                f"{kind.name} {name!r}: found a DTensor, wanted the plain local tensor that Megatron's weights are"
             )
-    empty = all(leaf.is_meta or bool((leaf == UNCALIBRATED).all()) for leaf in leaves.values())
-    check(state, spec, values=not empty)
+    empty = all(kind.is_place(leaf) for leaf in leaves.values())
+    kind.check(tree, spec, values=not empty)
 
     entries: dict[str, Sharded] = {}
     small: dict[str, Shard] = {}
@@ -116,11 +126,13 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
     for group in spec.groups:
         # A place is not the format that is looked for: of a layer that is in no file, Megatron says nothing.
         data |= {
-            f"{group.key}.{FORMAT}": torch.zeros(FORMAT_BYTES, dtype=torch.uint8) if empty else _encode(group.format)
+            f"{group.key}.{FORMATS[kind.name]}": torch.zeros(FORMAT_BYTES, dtype=torch.uint8)
+            if empty
+            else encode(group.format)
         }
-        for field, pieces in leaf_shards(group, _weight_shards(group, model_sharded_state_dict)).items():
+        for field, pieces in leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind).items():
             name = f"{group.key}.{field}"
-            if is_small(group, field, pieces):
+            if is_small(pieces[0]):
                 (small[name],) = pieces
             elif pieces[1:]:
                 rows = [piece.local_shape[1] for piece in pieces]
@@ -134,16 +146,19 @@ def sharded_state_dict(state: State, spec: Spec, model_sharded_state_dict: Mappi
     return entries
 
 
-def load_state(loaded: Mapping[str, Any], spec: Spec, like: State) -> State:
-    """The state in what Megatron loaded for the entries of `sharded_state_dict`; complete and checked, or an error.
+def load_state(loaded: Mapping[str, Any], spec: Spec, like: Tree) -> Tree:
+    """The state, or the packed weights, in what Megatron loaded for the entries of `sharded_state_dict`.
+
+    Complete and checked, or an error.
 
     Args:
         loaded: From `dist_checkpointing.load`; other entries, such as the model's, are left alone.
-        spec: What the state must fit.
-        like: `fq.init(params)`, whose devices the result has; meta leaves leave it where it was loaded.
+        spec: What the tree must fit.
+        like: `fq.init(params)`, or packed weights, whose devices the result has; meta leaves leave it where it was
+            loaded.
 
     Returns:
-        A new state. Its leaves may be the loaded tensors themselves.
+        A new tree, of the kind of `like`. Its leaves may be the loaded tensors themselves.
 
     Raises:
         KeyError: A leaf or a format is missing.
@@ -156,39 +171,44 @@ def load_state(loaded: Mapping[str, Any], spec: Spec, like: State) -> State:
         >>> from fq_transforms.state import init
         >>> params = {"experts.0.weight": torch.ones(8, 4), "experts.1.weight": torch.ones(8, 4)}
         >>> spec = select(params, {"*": FP8})
-        >>> loaded = {"experts.*.weight.amax": torch.tensor([1.0, 2.0]), "experts.*.weight.format": _encode(FP8)}
+        >>> loaded = {"experts.*.weight.amax": torch.tensor([1.0, 2.0]), "experts.*.weight.format": encode(FP8)}
         >>> load_state(loaded, spec, like=init(params, spec=spec))
         {'experts.*.weight': ExpertAmax(amax=tensor([1., 2.]))}
-        >>> load_state(loaded | {"experts.*.weight.format": _encode(INT8)}, spec, like=init(params, spec=spec))
+        >>> load_state(loaded | {"experts.*.weight.format": encode(INT8)}, spec, like=init(params, spec=spec))
         Traceback (most recent call last):
         ...
         ValueError: group 'experts.*.weight': found format INT8 in the checkpoint, the spec wants FP8; select the format
         that it was saved with, or calibrate anew
     """
-    check(like, spec, values=False)
+    kind = kind_of(like)
+    kind.check(like, spec, values=False)
     places = flatten(like)
     loaded = _split(loaded)
-    wanted = {f"{group.key}.{FORMAT}" for group in spec.groups} | places.keys()
+    format_field = FORMATS[kind.name]
+    wanted = {f"{group.key}.{format_field}" for group in spec.groups} | places.keys()
     if missing := wanted - loaded.keys():
         raise KeyError(
             f"load_state: missing {len(missing)} of {len(wanted)} entries: {sorted(missing)[:4]}; load what "
             "sharded_state_dict gives for this spec"
         )
-    # A model's own names do not end so: the fields are those of `SUFFIXES`, without the underscore that buffers have.
-    ours = {name for name in loaded if name.endswith(tuple(f".{field}" for field in SUFFIXES))}
-    if unknown := ours - wanted:
+    if unknown := _ours(loaded, kind) - wanted:
         raise ValueError(f"load_state: unknown {len(unknown)} entries, which the spec has not: {sorted(unknown)[:4]}")
 
     for group in spec.groups:
-        _check_format(group, loaded[f"{group.key}.{FORMAT}"])
+        check_format(group, loaded[f"{group.key}.{format_field}"])
     found = {name: _joined(loaded[name], places[name]) for name in places}
-    state = unflatten(found, like)
-    check(state, spec)
+    kind.check(unflatten(found, like), spec)
     moved = {name: leaf if places[name].is_meta else leaf.to(places[name].device) for name, leaf in found.items()}
     return unflatten(moved, like)
 
 
-def verify(path: str | Path, spec: Spec, model_sharded_state_dict: Mapping[str, Any]) -> None:
+def verify(
+    path: str | Path,
+    spec: Spec,
+    model_sharded_state_dict: Mapping[str, Any],
+    *,
+    like: State | PackedTree | None = None,
+) -> None:
     """Raise unless a checkpoint has all that this rank needs, in the spec's formats, bit for bit as it was written.
 
     To be called before `dist_checkpointing.load`, which reads values without their checksums and says nothing of what
@@ -199,6 +219,7 @@ def verify(path: str | Path, spec: Spec, model_sharded_state_dict: Mapping[str, 
         path: A local directory, made by `dist_checkpointing.save`.
         spec: What will be loaded.
         model_sharded_state_dict: `model.sharded_state_dict()`.
+        like: What will be loaded into: packed weights, or a state, which None is too.
 
     Raises:
         KeyError: A leaf is not in the checkpoint, or a weight not in the model's sharded state dict.
@@ -215,23 +236,26 @@ def verify(path: str | Path, spec: Spec, model_sharded_state_dict: Mapping[str, 
         ValueError: nowhere/metadata.json: found FileNotFoundError(2, 'No such file or directory'), wanted the directory
         of a Megatron distributed checkpoint
     """
-    folder = Path(path)
+    folder, kind = Path(path), kind_of(like or {})
+    format_field = FORMATS[kind.name]
     stored = read_index(folder)
-    needed = [(group, leaf_shards(group, _weight_shards(group, model_sharded_state_dict))) for group in spec.groups]
+    needed = [
+        (group, leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind)) for group in spec.groups
+    ]
     # Formats first: another one has other leaves, of other shapes, and is what an error should speak of.
     for group, shards in needed:
-        (shard,) = shards[FORMAT]
-        _check_stored(folder, f"{group.key}.{FORMAT}", shard, stored)
+        (shard,) = shards[format_field]
+        _check_stored(folder, f"{group.key}.{format_field}", shard, stored)
         for record, data in read_records(folder, shard.key, stored[shard.key], shard.part):
             layers = torch.load(io.BytesIO(data), weights_only=True).view(-1, FORMAT_BYTES)
-            _check_format(group, layers[shard.part.offset[0] - record.offset[0] if len(record.shape) > 1 else 0])
+            check_format(group, layers[shard.part.offset[0] - record.offset[0] if len(record.shape) > 1 else 0])
     for group, shards in needed:
-        for field in group.leaf_shapes:
+        for field in kind.leaves(group):
             for shard in shards[field]:
                 _check_stored(folder, f"{group.key}.{field}", shard, stored)
                 read_records(folder, shard.key, stored[shard.key], shard.part, partly=shard.flexible)
     wanted = {shard.key for _, shards in needed for found in shards.values() for shard in found}
-    _check_nothing_more(folder, spec, model_sharded_state_dict, wanted, stored)
+    _check_nothing_more(folder, spec, model_sharded_state_dict, wanted, stored, SUFFIXES[kind.name].values())
 
 
 def split_axes(spec: Spec, model_sharded_state_dict: Mapping[str, Any]) -> dict[str, Literal["out", "in"]]:
@@ -290,6 +314,7 @@ def _from_megatron(tensor: "ShardedTensor") -> Shard:
         prepended,
         (replica,) if isinstance(replica, int) else tuple(replica),
         tensor.allow_shape_mismatch,
+        dtype=tensor.dtype,
     )
 
 
@@ -300,7 +325,7 @@ def _to_megatron(shard: Shard, data: Tensor | None) -> "ShardedTensor":
     return ShardedTensor(
         shard.key,
         data,
-        torch.uint8 if shard.key.endswith(SUFFIXES[FORMAT]) else torch.float32,
+        shard.dtype,
         shard.local_shape,
         whole,
         offset,
@@ -309,38 +334,6 @@ def _to_megatron(shard: Shard, data: Tensor | None) -> "ShardedTensor":
         prepend_axis_num=shard.prepended,
         allow_shape_mismatch=shard.flexible,
     )
-
-
-def _encode(format: Format) -> Tensor:
-    """The format's numbers as JSON in FORMAT_BYTES bytes, filled up with spaces."""
-    text = format.to_json().encode()
-    if len(text) > FORMAT_BYTES:
-        raise ValueError(
-            f"format {format.name!r}: found {len(text)} bytes of JSON, wanted at most {FORMAT_BYTES}; shorten it"
-        )
-    return torch.frombuffer(bytearray(text.ljust(FORMAT_BYTES)), dtype=torch.uint8)
-
-
-def _check_format(group: Group, stored: Any) -> None:
-    """Raise ValueError unless the stored bytes are the group's format."""
-    text = (
-        bytes(stored.flatten().tolist())
-        if isinstance(stored, Tensor) and stored.dtype == torch.uint8
-        else repr(stored).encode()
-    )
-    try:
-        found = Format.from_dict(json.loads(text))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"group {group.key!r}: found {text[:40]!r} for its format in the checkpoint, wanted the JSON of a Format"
-        ) from error
-    if found != group.format:
-        # Two formats of one name differ in a number only.
-        both = (found.name, group.format.name) if found.name != group.format.name else (found, group.format)
-        raise ValueError(
-            f"group {group.key!r}: found format {both[0]} in the checkpoint, the spec wants {both[1]}; select the "
-            "format that it was saved with, or calibrate anew"
-        )
 
 
 def _split(loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,6 +348,16 @@ def _split(loaded: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
+def _ours(loaded: Mapping[str, Any], kind: Kind) -> set[str]:
+    """Entries of a kind of tree. A model's own names do not end so, but for `.scale`, which has codes beside it."""
+    names = (name.rpartition(".") for name in loaded)
+    return {
+        f"{key}.{field}"
+        for key, _, field in names
+        if field in SUFFIXES[kind.name] and (field != "scale" or f"{key}.codes" in loaded)
+    }
+
+
 def _joined(loaded: Any, like: Tensor) -> Any:
     """The leaf of one or several pieces along `out`, or of one layer that may have kept its axis."""
     if isinstance(loaded, list):
@@ -365,11 +368,12 @@ def _joined(loaded: Any, like: Tensor) -> Any:
 def _check_stored(folder: Path, name: str, shard: Shard, stored: Mapping[str, Stored]) -> None:
     """Raise unless the checkpoint has a tensor for a leaf, of the wanted global shape."""
     if shard.key not in stored:
-        others = sorted(key for key in stored if key.endswith(tuple(SUFFIXES.values())))
-        raise KeyError(
-            f"{folder}: leaf {name!r} is not in the checkpoint, wanted the key {shard.key!r}; it has {len(others)} "
-            f"entries of a quantizer state, such as {others[:2]}"
+        has = ", ".join(
+            f"{len(keys)} entries of {kind.noun} such as {keys[:2]}"
+            for kind in KINDS.values()
+            for keys in [sorted(key for key in stored if key.endswith(tuple(SUFFIXES[kind.name].values())))]
         )
+        raise KeyError(f"{folder}: leaf {name!r} is not in the checkpoint, wanted the key {shard.key!r}; it has {has}")
     found = stored[shard.key].shape
     if found != shard.part.whole and not shard.flexible:
         raise ValueError(
@@ -379,14 +383,19 @@ def _check_stored(folder: Path, name: str, shard: Shard, stored: Mapping[str, St
 
 
 def _check_nothing_more(
-    folder: Path, spec: Spec, model_sharded_state_dict: Mapping[str, Any], wanted: set[str], stored: Iterable[str]
+    folder: Path,
+    spec: Spec,
+    model_sharded_state_dict: Mapping[str, Any],
+    wanted: set[str],
+    stored: Iterable[str],
+    suffixes: Iterable[str],
 ) -> None:
     """Raise if the checkpoint has a leaf of one of this rank's weights that the spec does not quantize so."""
     weights = {key for entry in model_sharded_state_dict.values() if (key := getattr(entry, "key", None))}
     extra = sorted(
         key
         for key in stored
-        for suffix in SUFFIXES.values()
+        for suffix in suffixes
         if key.endswith(suffix) and key.removesuffix(suffix) in weights and key not in wanted
     )
     if extra:

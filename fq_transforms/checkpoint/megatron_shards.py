@@ -1,4 +1,4 @@
-"""Where the leaves of a state lie, given where their weights lie, in the terms of Megatron's `ShardedTensor`.
+"""Where the leaves of a state or of packed weights lie, given where their weights lie, as Megatron's `ShardedTensor`s.
 
 Arithmetic on plain data: it needs neither Megatron nor a model, so that what all ranks of a large job would declare can
 be made in one process.
@@ -7,12 +7,16 @@ be made in one process.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import torch
+
+from fq_transforms.checkpoint.trees import STATE, Kind
 from fq_transforms.select import Group
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
 
 __all__ = [
     "BETWEEN",
     "FORMAT",
+    "FORMATS",
     "FORMAT_BYTES",
     "SUFFIXES",
     "Shard",
@@ -23,9 +27,20 @@ __all__ = [
 ]
 
 FORMAT = "format"
+# Where the format of a state and that of packed weights is kept: both may be in one checkpoint.
+FORMATS = {"state": FORMAT, "packed": "packed_format"}
 FORMAT_BYTES = 512
 BETWEEN = "\n"  # the names of leaves that are one entry
-SUFFIXES = {"amax": "_quantizer._amax", "global_amax": "_quantizer._global_amax", FORMAT: "_quantizer._format"}
+# What is added to a weight's key, by kind of tree and field.
+SUFFIXES = {
+    "state": {"amax": "_quantizer._amax", "global_amax": "_quantizer._global_amax", FORMAT: "_quantizer._format"},
+    "packed": {
+        "codes": "_packed._codes",
+        "scale": "_packed._scale",
+        "global_scale": "_packed._global_scale",
+        "packed_format": "_packed._format",
+    },
+}
 
 
 class Shard(NamedTuple):
@@ -38,6 +53,7 @@ class Shard(NamedTuple):
         replica: Megatron's replica id; all zeros on the one rank that writes.
         flexible: The whole may have another shape in a file, as padded vocabularies may.
         regular: All ranks hold parts of one size, as far as Megatron looks.
+        dtype: Of the tensor.
     """
 
     key: str
@@ -46,6 +62,7 @@ class Shard(NamedTuple):
     replica: tuple[int, ...]
     flexible: bool = False
     regular: bool = True
+    dtype: torch.dtype = torch.float32
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -53,12 +70,13 @@ class Shard(NamedTuple):
         return self.part.shape[self.prepended :]
 
 
-def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, list[Shard]]:
+def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]], kind: Kind = STATE) -> dict[str, list[Shard]]:
     """Where the leaves of a group lie, by field, and where its format is kept: arithmetic on plain data.
 
     Args:
         group: Its format, layout and names.
         weights: For each of `group.names` the pieces of the weight, one or several along `out`, in order.
+        kind: Of the tree whose leaves they are.
 
     Returns:
         For each field the shards of the local leaf, in order along `out`. Exactly one of the ranks that hold the same
@@ -73,22 +91,23 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]]) -> dict[str, l
         >>> half = [[Shard("weight", Part((6, 8, 8), (e, 0, 4), (1, 8, 4)), 1, (0, 0, 0))] for e in (4, 5)]
         >>> leaf_shards(group, half)["amax"]
         [Shard(key='weight_quantizer._amax', part=Part(whole=(6,), offset=(4,), shape=(2,)), prepended=0,
-        replica=(0, 1, 0), flexible=False, regular=True)]
+        replica=(0, 1, 0), flexible=False, regular=True, dtype=torch.float32)]
     """
     pieces = _matrices(group, weights)
     shards: dict[str, list[Shard]] = {}
-    for field in group.leaf_shapes:
+    for field, (_, dtype) in kind.leaves(group).items():
         # A leaf that collapses `out` is one for all pieces.
         several = pieces[:1] if 1 in collapsed_axes(group.format, field) else pieces
-        shards[field] = [_leaf_shard(group, field, piece) for piece in several]
+        shards[field] = [_leaf_shard(group, field, piece, SUFFIXES[kind.name][field], dtype) for piece in several]
     layers = len(pieces[0].part.whole) - 3
     whole, offset, shape = (axes[:layers] for axes in pieces[0].part)
-    shards[FORMAT] = [
+    shards[FORMATS[kind.name]] = [
         Shard(
-            pieces[0].key + SUFFIXES[FORMAT],
+            pieces[0].key + SUFFIXES[kind.name][FORMATS[kind.name]],
             Part((*whole, FORMAT_BYTES), (*offset, 0), (*shape, FORMAT_BYTES)),
             layers,
             _replica(pieces[0], (0, 1, 2)),
+            dtype=torch.uint8,
         )
     ]
     return shards
@@ -110,16 +129,15 @@ def split_axis(group: Group, weights: Sequence[Sequence[Shard]]) -> Literal["out
     return "out" if whole[0] != group.shape[0] else "in" if whole[1] != group.shape[1] else None
 
 
-def is_small(group: Group, field: str, shards: Sequence[Shard]) -> bool:
+def is_small(shard: Shard) -> bool:
     """True for a format and for one number an expert, of one of the layers that are in one tensor.
 
     Example:
-        >>> from fq_transforms.formats import FP8
-        >>> group, shard = Group("w", ("w",), FP8, 1, (8, 4)), Shard("k", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))
-        >>> is_small(group, "amax", [shard]), is_small(group, "amax", [shard._replace(prepended=0)])
+        >>> shard = Shard("key", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))
+        >>> is_small(shard), is_small(shard._replace(prepended=0))
         (True, False)
     """
-    return shards[0].prepended == 1 and (field == FORMAT or len(group.leaf_shapes[field]) == 1)
+    return shard.prepended == 1 and len(shard.local_shape) == 1
 
 
 def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
@@ -154,17 +172,18 @@ def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
     return joined
 
 
-def _leaf_shard(group: Group, field: str, piece: Shard) -> Shard:
+def _leaf_shard(group: Group, field: str, piece: Shard, suffix: str, dtype: torch.dtype) -> Shard:
     """The shard of a leaf that belongs to a piece [*layers, E, out, in] of the weights."""
     whole, offset, shape = piece.part
     leaf = leaf_part(Part(whole[-3:], offset[-3:], shape[-3:]), group.format, field, group.names[0])
     collapsed = collapsed_axes(group.format, field)
     return Shard(
-        piece.key + SUFFIXES[field],
+        piece.key + suffix,
         Part(whole[:-3] + leaf.whole, offset[:-3] + leaf.offset, shape[:-3] + leaf.shape),
         len(whole) - 3,
         _replica(piece, collapsed),
         piece.flexible and 1 not in collapsed,
+        dtype=dtype,
     )
 
 

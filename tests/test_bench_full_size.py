@@ -1,0 +1,59 @@
+"""The packed stage of the full-size benchmark, at a size for two cores: the same functions, other numbers."""
+
+import pytest
+import torch
+
+import fq_transforms as fqt
+from fq_transforms.bench import full_size
+from tests.cases import assert_names, experts
+
+
+def tiny():
+    params = {
+        f"decoder.layers.{layer}.mlp.experts.{role}.weight{i}": weight
+        for layer in range(2)
+        for role, shape in (("linear_fc1", (48, 64)), ("linear_fc2", (64, 48)))
+        for i, weight in enumerate(experts(8, shape, torch.bfloat16, seed=layer))
+    }
+    spec = fqt.select(params, {"*": fqt.NVFP4})
+    return params, fqt.calibrate(params, spec=spec), spec
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_packed_round_trip():
+    """One process, four, two and one: equal bytes, each stage timed, and a page where only one format has them."""
+    params, state, spec = tiny()
+    row, stages = {"format": "NVFP4"}, []
+
+    def timed(stage, call):
+        stages.append(stage)
+        row[stage] = 0.5
+        return call()
+
+    full_size._packed_round_trip(row, timed, params, state, spec)
+    assert [stage.removeprefix("packed: ") for stage in stages] == [
+        "pack",
+        "save, EP=1",
+        "load and save by 4 processes, EP=1 to EP=4",
+        "load and save by 2 processes, EP=4 to EP=2",
+        "load, EP=1",
+    ]
+    assert row["bf16, GB"] == 2 * 2 * 8 * 48 * 64 * 2 / 1e9
+    page = full_size.page({"date": "today"}, [row, {"format": "FP8", "select": 1}])
+    assert_names(page, "| packed on disk / bf16 | ", "| packed: load, EP=1 | 0.500 |  |", "| select |  | 1 |")
+
+
+def test_another_byte_is_found():
+    """The comparison is of bytes: one that differs, a leaf of another dtype, and a leaf too few end the benchmark."""
+    params, state, spec = tiny()
+    packed = fqt.pack(params, state, spec=spec)
+    full_size._same(packed, packed, "itself")
+    key = next(iter(packed))
+    codes = packed[key].codes.clone()
+    codes[7, 3, 5] ^= 1
+    for other in (codes, packed[key].codes.view(torch.int8)):
+        with pytest.raises(SystemExit, match="codes of it"):
+            full_size._same({**packed, key: packed[key]._replace(codes=other)}, packed, "it")
+    with pytest.raises(SystemExit, match="leaves of it"):
+        full_size._same({key: packed[key]}, packed, "it")
