@@ -11,7 +11,7 @@ from fq_transforms.ops.packing import code_bits, code_dtype, pack_reference, unp
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete
 
-__all__ = ["Packed", "PackedTree", "PackedTwoLevel", "pack", "packed_leaves", "unpack"]
+__all__ = ["Packed", "PackedTree", "PackedTwoLevel", "check_packable", "pack", "packed_leaves", "unpack"]
 
 
 class Packed(NamedTuple):
@@ -67,7 +67,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
     packed: PackedTree = {}
     for group in spec.groups:
-        _check_packable(group)
+        check_packable(group)
         weights = weights_of(params, group)
         scales = state[group.key]
         for name, weight in zip(group.names, weights, strict=True):
@@ -168,7 +168,7 @@ def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> 
     return PackedTwoLevel(*leaves) if len(leaves) == 3 else Packed(*leaves)
 
 
-def _check_packable(group: Group) -> None:
+def check_packable(group: Group) -> None:
     """Raise ValueError unless codes and scales can stand for the group's weights."""
     format: Format = group.format
     if format.unit_scale_below:
