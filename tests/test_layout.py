@@ -26,9 +26,14 @@ LAYERS = [
     ["value_and_grad"],
     ["interleave"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.megatron_shards", "checkpoint.modelopt_names"],
+    ["checkpoint.staging"],
     ["checkpoint.storage"],
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
+    ["export.names", "export.files"],
+    ["export.plan"],
+    ["export.ct", "export.modelopt"],
+    ["export.__init__"],
     ["__init__", "ops.__init__"],
     ["integrations.__init__", "integrations.te"],
     ["integrations.megatron"],
@@ -43,7 +48,8 @@ ONLY_IMPORTER = {
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
     "transformer_engine": {"integrations.te", "bench.models"},
-    "safetensors": {"checkpoint.file"},
+    "safetensors": {"checkpoint.file", "export.files"},
+    "compressed_tensors": {"export.ct"},
 }
 
 MODULES = {
