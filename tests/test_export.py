@@ -56,13 +56,13 @@ MODELS = {
     ),
 }
 NAMED = [
-    FORMATS[name]
-    for name in (
-        "NVFP4 NVFP4_STATIC INT4_BLOCK32 INT4_BLOCK128 INT8 INT8_PER_CHANNEL FP8 FP8_PER_CHANNEL FP8_BLOCK MXFP8 "
-        "MXFP6_E2M3 MXFP4 INT4_BLOCK32_KIMI NVFP4_TRANSFORMER_ENGINE MXFP4_OCP"
-    ).split()
+    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.INT4_BLOCK32, fqt.INT4_BLOCK128, fqt.INT8, fqt.INT8_PER_CHANNEL),
+    *(fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.MXFP6_E2M3, fqt.MXFP4),
 ]
-MODELOPT = [FORMATS[n] for n in "NVFP4 NVFP4_STATIC FP8 FP8_PER_CHANNEL FP8_BLOCK MXFP8 INT8_PER_CHANNEL".split()]
+CONVENTIONS = [FORMATS[name] for name in ("INT4_BLOCK32_KIMI", "NVFP4_TRANSFORMER_ENGINE", "MXFP4_OCP")]
+MODELOPT = [
+    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.INT8_PER_CHANNEL),
+]
 TOKENS = torch.arange(VOCABULARY)[None]
 
 
@@ -123,7 +123,7 @@ def in_files(weights, config):
 
 
 @pytest.mark.parametrize("layout", ["stacked", "lists"])
-@pytest.mark.parametrize("format", NAMED, ids=name_of)
+@pytest.mark.parametrize("format", NAMED + CONVENTIONS, ids=name_of)
 def test_compressed_tensors_reads_the_files(format, layout, tmp_path):
     """Its own decompressors give fakequant's bf16 weights, each; and what is not quantized is as it was."""
     model, params = build()
@@ -138,6 +138,16 @@ def test_compressed_tensors_reads_the_files(format, layout, tmp_path):
     assert not all(
         torch.equal(found[name], weight) for name, weight in in_files(params, {"model_type": "olmoe"}).items()
     )
+
+
+def test_how_often_an_integer_is_a_step_off():
+    """Readers multiply with 1 / s where fakequant divides by s: five of a million bf16 weights differ, by one step."""
+    s = 127 / torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0))
+    q = torch.arange(-128.0, 128.0)
+    wanted, found = (q / s).bfloat16(), (q * s.reciprocal()).bfloat16()
+    steps = (wanted.view(torch.int16) - found.view(torch.int16)).abs()
+    assert steps.max() == 1
+    assert 0 < int((steps > 0).sum()) / steps.numel() < 6e-6
 
 
 def test_zero_experts_are_zero(tmp_path):
@@ -158,7 +168,7 @@ def test_zero_experts_are_zero(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("format", NAMED[:12], ids=name_of)
+@pytest.mark.parametrize("format", NAMED, ids=name_of)
 def test_decompressed_files_have_the_logits_of_the_fake_quantized_model(kind, format, tmp_path):
     """from_pretrained of what `decompress` has written: the class, the names and every weight are right."""
     model, params = build(kind)
@@ -250,8 +260,7 @@ def weight_only(mtq, name):
 
 
 def round_amax_up(model, largest):
-    """Every amax becomes `largest` times a power of two: bf16 quotients, of which the exporter's codes are made, are
-    then those of fp32."""
+    """Every amax becomes `largest` times a power of two: then the exporter's bf16 quotients are exact."""
     for name, amax in model.named_buffers():
         if name.endswith("._amax"):
             amax.copy_(largest * torch.exp2(torch.ceil(torch.log2(amax.float() / largest))))
@@ -279,6 +288,10 @@ def test_modelopt_writes_the_same(format, kind, tmp_path):
     fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
     exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
     ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    if kind == "mixtral" and format is fqt.FP8_BLOCK:
+        # It warns that it cannot name Mixtral's experts as files do where scales have four axes.
+        for role, in_file in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"), ("mlp", "block_sparse_moe")):
+            theirs = {name.replace(f".{role}.", f".{in_file}."): tensor for name, tensor in theirs.items()}
     assert ours.keys() == theirs.keys()
     for name, wanted in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (wanted.shape, wanted.dtype), name
@@ -291,6 +304,30 @@ def test_modelopt_writes_the_same(format, kind, tmp_path):
     for config in configs:
         config["quantization_config"].pop("ignore")
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("format", [fqt.FP8, fqt.FP8_PER_CHANNEL], ids=name_of)
+def test_where_modelopt_differs_under_any_amax(format, tmp_path):
+    """Its scale amax / 448 is at most a step of fp32 from ours; its codes, of bf16 quotients, at most a step."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    exporter = pytest.importorskip("modelopt.torch.export")
+    model, params = build()
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    model = mtq.quantize(model, weight_only(mtq, format.name), lambda m: m(TOKENS))
+    spec = fqt.select(params, {"*.experts.*": format})
+    state = fqt.checkpoint.modelopt.read(model.state_dict(), spec)
+    fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
+    exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    count = differ = 0
+    for name, wanted in theirs.items():
+        if name.endswith("weight_scale"):
+            assert (ours[name].view(torch.int32) - wanted.view(torch.int32)).abs().max() <= 1
+        elif f"{name}_scale" in theirs:
+            steps = (ours[name].view(torch.uint8).int() - wanted.view(torch.uint8).int()).abs()
+            assert steps.max() <= 1
+            count, differ = count + steps.numel(), differ + int((steps > 0).sum())
+    assert 0 < differ < 0.05 * count
 
 
 def bits_of(tensor):
@@ -477,7 +514,7 @@ def test_one_group_is_packed_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_crash_leaves_nothing_at_the_path(tmp_path):
-    """An error while tensors are written: no folder, no staging. What a killed process left, the next export removes."""
+    """No folder and no staging after an error; what a killed process left, the next export removes."""
     model, params = build()
     params["model.layers.1.mlp.experts.down_proj"] = params["model.layers.1.mlp.experts.down_proj"].clone()
     spec = fqt.select(params, {"*.experts.*": fqt.NVFP4})
@@ -515,7 +552,7 @@ def test_a_killed_process_leaves_no_config(tmp_path):
 def test_importing_the_package_imports_no_engine():
     script = (
         "import sys, fq_transforms as fqt; fqt.export\n"
-        "wrong = {'transformers', 'compressed_tensors', 'safetensors', 'modelopt', 'tqdm'} & set(sys.modules)\n"
+        "wrong = {'transformers', 'compressed_tensors', 'safetensors', 'modelopt'} & set(sys.modules)\n"
         "assert not wrong, wrong"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -530,11 +567,12 @@ def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
     fqt.export.compressed_tensors(params, state, tmp_path / "a", spec=spec, config=model.config)
     for module in [engine, *(m for m in sys.modules if m.startswith(f"{engine}."))]:
         monkeypatch.setitem(sys.modules, module, None)
+    calls = {
+        "export": lambda: fqt.export.compressed_tensors(params, state, tmp_path / "b", spec=spec, config=model.config),
+        "decompress": lambda: fqt.export.decompress(tmp_path / "a", tmp_path / "b"),
+    }
     with pytest.raises(ImportError, match=r"pip install 'fq_transforms\[export\]'"):
-        if call == "export":
-            fqt.export.compressed_tensors(params, state, tmp_path / "b", spec=spec, config=model.config)
-        else:
-            fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+        calls[call]()
     assert not (tmp_path / "b").exists()
 
 
@@ -622,6 +660,7 @@ def faults():
             "up_proj",
             "not quantized",
         ),
+        "a meta tensor": (ours | {"params": params | {"model.norm.weight": torch.empty(4, device="meta")}}, "norm"),
         "a shard size that is none": (ours | {"max_shard_size": "5 apples"}, "max_shard_size", "5 apples"),
     }
 
@@ -675,7 +714,20 @@ def test_decompress_refuses(tmp_path):
     with pytest.raises(ValueError, match=first.name):
         fqt.export.decompress(tmp_path / "a", tmp_path / "b")
     first.write_bytes(content)
-    assert not (tmp_path / "b").exists()
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text.replace("0.down_proj.weight_packed", "0.down_proj.weight_lost"))
+    with pytest.raises(ValueError, match="weight_lost"):
+        fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    index.write_text(text)
+    tensors = read(tmp_path / "a")
+    del tensors["model.layers.1.mlp.experts.0.up_proj.weight_packed"]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    files.write(tmp_path / "c", tensors.items(), {"config.json": config}, 10**9)
+    with pytest.raises(ValueError) as caught:
+        fqt.export.decompress(tmp_path / "c", tmp_path / "b")
+    assert_names(str(caught.value), "model.layers.1.mlp.experts.0.up_proj", "weight_packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "m"]
 
 
 def test_tied_embeddings_are_written_once(tmp_path):
@@ -686,5 +738,6 @@ def test_tied_embeddings_are_written_once(tmp_path):
     fqt.export.decompress(tmp_path / "a", tmp_path / "b")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     with torch.no_grad():
-        wanted = functional_call(model, fq.fakequant(params, state), (TOKENS,)).logits
+        weights = {name: w for name, w in fq.fakequant(params, state).items() if name != "lm_head.weight"}
+        wanted = functional_call(model, weights, (TOKENS,)).logits
         assert torch.equal(loaded(TOKENS).logits, wanted)

@@ -32,7 +32,7 @@ LAYERS = [
     ["checkpoint.__init__"],
     ["export.names", "export.files"],
     ["export.plan"],
-    ["export.ct", "export.modelopt"],
+    ["export.compressed", "export.modelopt"],
     ["export.__init__"],
     ["__init__", "ops.__init__"],
     ["integrations.__init__", "integrations.te"],
@@ -49,7 +49,7 @@ ONLY_IMPORTER = {
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
     "transformer_engine": {"integrations.te", "bench.models"},
     "safetensors": {"checkpoint.file", "export.files"},
-    "compressed_tensors": {"export.ct"},
+    "compressed_tensors": {"export.compressed"},
 }
 
 MODULES = {

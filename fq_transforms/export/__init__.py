@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fq_transforms.export.ct import compressed_tensors, decompress
+    from fq_transforms.export.compressed import compressed_tensors, decompress
     from fq_transforms.export.modelopt import modelopt_hf
 
 __all__ = ["compressed_tensors", "decompress", "modelopt_hf"]
 
-_HOME = {"compressed_tensors": "ct", "decompress": "ct", "modelopt_hf": "modelopt"}
+_HOME = {"compressed_tensors": "compressed", "decompress": "compressed", "modelopt_hf": "modelopt"}
 
 
 def __getattr__(name: str) -> Any:

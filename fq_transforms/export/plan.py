@@ -114,11 +114,13 @@ def plan(
     for name, tensor in params.items():
         if is_sharded(tensor):
             raise ValueError(f"parameter {name!r}: found a DTensor, wanted a plain tensor; gather the model first")
+        if getattr(tensor, "is_meta", False):
+            raise ValueError(f"parameter {name!r}: found a meta tensor, wanted one with values")
     groups = {group.key: group for group in spec.groups}
     found = _parts(params, groups, entries)
-    _check_ties(state, groups, found, set(params))
+    _check_ties(state, groups, found)
     formats, excluded = _modules(params, groups, found)
-    entries["dtype"] = str(next(iter(params.values())).dtype).removeprefix("torch.")
+    entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
     total = sum(groups[key].experts if key in groups else 1 for key in found)
     return Plan(params, state, groups, found, entries, formats, excluded, total)
 
@@ -142,6 +144,10 @@ def tensors(plan: Plan, encode: Encode) -> Iterator[tuple[str, Tensor]]:
 
 
 def _packed(plan: Plan, group: Group, found: Sequence[Part], encode: Encode) -> Iterator[tuple[str, Tensor]]:
+    for name in group.names:
+        # On a CPU `pack` says so; elsewhere it does not wait for the device.
+        if not plan.params[name].is_cpu and not bool(plan.params[name].isfinite().all()):
+            raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
     for expert in range(group.experts):
         codes, scale = leaves.codes[expert], leaves.scale[expert]
@@ -198,7 +204,8 @@ def _parts(
         for part in found[source]:
             if part.name in taken:
                 raise ValueError(
-                    f"parameters {taken[part.name]!r} and {source!r}: both are {part.name!r} in files, wanted two names"
+                    f"parameters {taken[part.name]!r} and {source!r}: found {part.name!r} for both in files, wanted "
+                    "two names"
                 )
             taken[part.name] = source
             if group:
@@ -215,21 +222,20 @@ def _check_cut(group: Group, part: Part) -> None:
         )
 
 
-def _check_ties(state: State, groups: Mapping[str, Group], found: Mapping[str, list[Part]], params: set[str]) -> None:
+def _check_ties(state: State, groups: Mapping[str, Group], found: Mapping[str, list[Part]]) -> None:
     """Raise unless roles that engines fuse have one format, and one scale where a weight has one number."""
-    source_of = {part.name: source for source, of_source in found.items() for part in of_source}
+    # The experts of a group are alike, so the first stands for all.
+    source_of = {part.name.replace("*", "0"): source for source, of_source in found.items() for part in of_source}
     for name, source in source_of.items():
         words = name.split(".")
-        for roles in FUSED:
+        for roles in (roles for roles in FUSED if roles[0] in words):
             for role in roles[1:]:
-                if roles[0] not in words:
-                    continue
                 other = source_of.get(".".join(role if word == roles[0] else word for word in words))
                 if other is not None and other != source and (source in groups or other in groups):
-                    _check_tied(state, groups, source, other)
+                    _check_tied(state, groups, source, other, roles)
 
 
-def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: str) -> None:
+def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: str, roles: tuple[str, ...]) -> None:
     a, b = groups.get(first), groups.get(second)
     names = [group.format.name if group else "not quantized" for group in (a, b)]
     if a is None or b is None or a.format != b.format:
@@ -237,18 +243,15 @@ def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: s
             f"{first!r} and {second!r}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse "
             "them into one matrix; let the rules treat them alike"
         )
-    numbers = [_one_number(state, group) for group in (a, b)]
-    if numbers[0] is None or numbers[1] is None or torch.equal(numbers[0], numbers[1]):
+    one, two = _one_number(state, a), _one_number(state, b)
+    if one is None or two is None or torch.equal(one, two):
         return
-    expert = int((numbers[0] != numbers[1]).nonzero()[0, 0])
-    values = [float(leaf[expert]) for leaf in numbers if leaf is not None]
-    roles = [
-        next(x for x, y in zip(p.split("."), q.split("."), strict=True) if x != y)
-        for p, q in ((first, second), (second, first))
-    ]
+    expert = int((one != two).nonzero()[0, 0])
+    pairs = [(roles[0], role) for role in roles[1:]]
+    pairs += pairs[:-1]  # again, for the first to get what the last has
     raise ValueError(
-        f"state {first!r} and {second!r}: found the amax {values[0]} and {values[1]} for expert {expert}, wanted one: "
-        f"inference engines fuse them under one scale; call fqt.tie(state, [({roles[0]!r}, {roles[1]!r})])"
+        f"state {first!r} and {second!r}: found the amax {one[expert].item()} and {two[expert].item()} for expert "
+        f"{expert}, wanted one: inference engines fuse them under one scale; call fqt.tie(state, {pairs})"
     )
 
 

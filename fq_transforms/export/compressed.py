@@ -78,7 +78,8 @@ def compressed_tensors(
 
     Args:
         params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
-            Megatron-Core. All are written, those that the spec does not name as they are.
+            Megatron-Core. All are written, those that the spec does not name as they are, but for Transformer Engine's
+            `_extra_state`, and for a head that is the embedding.
         state: From `calibrate`; roles that engines fuse are tied.
         folder: A new name, or an empty directory. It appears whole or not at all.
         spec: What is packed, and how: any format but MXFP6_E3M2.
