@@ -218,6 +218,18 @@ def test_what_transformers_loads_without_us(name, tmp_path):
             assert torch.equal(loaded(TOKENS).logits, wanted)
 
 
+def test_ragged_square_blocks(tmp_path):
+    """A weight whose edges cut blocks of 128 x 128: the last row and column of scales stand for less."""
+    params = {"model.ragged.weight": torch.randn(130, 200).bfloat16()}
+    config = {"model_type": "any", "architectures": ["Any"]}
+    for target, name in ((fqt.export.compressed_tensors, "ct"), (fqt.export.modelopt_hf, "mo")):
+        fq, state = exported(target, params, fqt.FP8_BLOCK, config, tmp_path / name, rules="*")
+        assert read(tmp_path / name)["model.ragged.weight_scale"].numel() == 4
+    fqt.export.decompress(tmp_path / "ct", tmp_path / "plain")
+    found = read(tmp_path / "plain")["model.ragged.weight"]
+    assert torch.equal(found, fq.fakequant(params, state)["model.ragged.weight"])
+
+
 def test_several_formats(tmp_path):
     """One scheme a format, each with the modules that it is for: the decompressed weights are right for all."""
     model, params = build()
@@ -653,6 +665,28 @@ def faults():
             "gate_up_proj",
             "(192, 64)",
             "whole blocks",
+        ),
+        "heads in one block": (
+            ours
+            | {
+                "params": megatron_of(params, model.config, "te"),
+                "format": fqt.FP8_BLOCK,
+                "rules": "*linear_qkv.weight",
+            },
+            "linear_qkv",
+            "q_proj",
+            "whole blocks",
+        ),
+        "another block": (
+            ours | {"format": replace(fqt.NVFP4, name="NVFP4_BLOCK32", block=(1, 32))},
+            "NVFP4_BLOCK32",
+            "1x32",
+            "no name",
+        ),
+        "a head that is the embedding": (
+            ours | {"rules": "lm_head*", "config": config | {"tie_word_embeddings": True}},
+            "lm_head",
+            "tie_word_embeddings",
         ),
         "half of what is fused": (
             ours | {"params": lists, "rules": "*gate_proj*"},

@@ -44,20 +44,22 @@ def _scheme(format: str, codes: str, bits: int, kind: str, strategy: str, **othe
     return Scheme(format, codes, weights | others)
 
 
+_NV = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
 SCHEMES: dict[Kind, Scheme] = {
     ("int8", "tensor", "fp32"): _scheme("int-quantized", "weight", 8, "int", "tensor"),
     ("int8", "channel", "fp32"): _scheme("int-quantized", "weight", 8, "int", "channel"),
-    ("int4", "group", "fp32"): _scheme("pack-quantized", "weight_packed", 4, "int", "group"),
+    **{
+        ("int4", f"1x{size}", "fp32"): _scheme("pack-quantized", "weight_packed", 4, "int", "group", group_size=size)
+        for size in (32, 64, 128)
+    },
     ("e4m3", "tensor", "fp32"): _scheme("float-quantized", "weight", 8, "float", "tensor"),
     ("e4m3", "channel", "fp32"): _scheme("float-quantized", "weight", 8, "float", "channel"),
-    ("e4m3", "block", "fp32"): _scheme("float-quantized", "weight", 8, "float", "block"),
-    ("e2m1", "group", "e4m3"): _scheme(
-        "nvfp4-pack-quantized", "weight_packed", 4, "float", "tensor_group", scale_dtype="torch.float8_e4m3fn"
-    ),
-    ("e4m3", "group", "e8m0"): _scheme("mxfp8-quantized", "weight", 8, "float", "group", **_MX),
-    ("e2m3", "group", "e8m0"): _scheme("mxfp6-pack-quantized", "weight_packed", 6, "float", "group", **_MX),
-    ("e2m1", "group", "e8m0"): _scheme("mxfp4-pack-quantized", "weight_packed", 4, "float", "group", **_MX),
+    ("e4m3", "128x128", "fp32"): _scheme("float-quantized", "weight", 8, "float", "block", block_structure=[128, 128]),
+    ("e2m1", "1x16", "e4m3"): _scheme("nvfp4-pack-quantized", "weight_packed", 4, "float", "tensor_group", **_NV),
+    ("e4m3", "1x32", "e8m0"): _scheme("mxfp8-quantized", "weight", 8, "float", "group", **_MX),
+    ("e2m3", "1x32", "e8m0"): _scheme("mxfp6-pack-quantized", "weight_packed", 6, "float", "group", **_MX),
+    ("e2m1", "1x32", "e8m0"): _scheme("mxfp4-pack-quantized", "weight_packed", 4, "float", "group", **_MX),
 }
 
 
@@ -109,7 +111,7 @@ def compressed_tensors(
     check_free(path)
     found = plan(params, state, spec, config, target="compressed-tensors", kinds=SCHEMES)
     document = found.config | {"quantization_config": _quantization_config(found)}
-    write(path, progress(tensors(found, _encode), f"export {path.name}"), {"config.json": document}, limit)
+    write(path, tensors(found, _encode, f"export {path.name}"), {"config.json": document}, limit)
 
 
 def decompress(
@@ -161,9 +163,8 @@ def decompress(
             f"folder {str(source)!r}: found quant_method {about.get('quant_method')!r} in config.json, wanted "
             "'compressed-tensors'"
         )
-    found = _decompressed(source, about, dtype)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write(path, progress(found, f"decompress {source.name}"), {"config.json": config}, limit)
+    write(path, _decompressed(source, about, dtype), {"config.json": config}, limit)
 
 
 def _encode(format: Format, codes: Tensor, scale: Tensor, global_scale: Tensor | None) -> dict[str, Tensor]:
@@ -179,14 +180,6 @@ def _encode(format: Format, codes: Tensor, scale: Tensor, global_scale: Tensor |
     return own
 
 
-def _weights(format: Format) -> dict[str, Any]:
-    """The arguments of a scheme's weights, with the sizes of the format."""
-    weights = SCHEMES[kind_of(format)].weights
-    if weights["strategy"] == "block":
-        return weights | {"block_structure": list(format.block)}
-    return weights | ({"group_size": format.block[1]} if weights["strategy"] in ("group", "tensor_group") else {})
-
-
 def _quantization_config(plan: Plan) -> dict[str, Any]:
     of_format: dict[Format, list[str]] = {}
     for module, format in plan.formats.items():
@@ -194,7 +187,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
     groups = {
         f"group_{n}": {
             "targets": ["Linear"] if len(of_format) == 1 else _patterns(modules),
-            "weights": _weights(format),
+            "weights": SCHEMES[kind_of(format)].weights,
             "format": SCHEMES[kind_of(format)].format,
         }
         for n, (format, modules) in enumerate(of_format.items())
@@ -234,8 +227,8 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
     names_of: dict[str, list[str]] = {}
     for name, module in mine.items():
         names_of.setdefault(module, []).append(name)
-    for module, names in names_of.items():
-        scheme: Any = scheme_of[module]
+    for module in progress(list(names_of), f"decompress {folder.name}"):
+        names, scheme = names_of[module], scheme_of[module]
         compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
         stored = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors_of(folder, names, shards)}
         wanted = {"weight", "weight_packed"} & set(compressor.compression_param_names(scheme))

@@ -7,9 +7,9 @@ more than a shard of them is held.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from safetensors import safe_open
@@ -27,6 +27,8 @@ from fq_transforms.checkpoint.staging import (
 )
 
 __all__ = ["bytes_of", "check_free", "progress", "shards_of", "tensors_of", "write"]
+
+T = TypeVar("T")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -56,8 +58,8 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"folder {str(folder)!r}: found {found}, wanted a new name or an empty directory")
 
 
-def progress(tensors: Iterable[tuple[str, Tensor]], what: str) -> Iterable[tuple[str, Tensor]]:
-    """The same tensors, with a bar on standard error that counts them.
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The same items, with a bar on standard error that counts them.
 
     Raises:
         ImportError: tqdm is not installed.
@@ -66,7 +68,7 @@ def progress(tensors: Iterable[tuple[str, Tensor]], what: str) -> Iterable[tuple
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("export needs tqdm: pip install 'fq_transforms[export]'") from error
-    return tqdm(tensors, desc=what, unit=" tensors", mininterval=0.5)
+    return tqdm(items, desc=what, mininterval=0.5)
 
 
 def write(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fq_transforms.export.files import bytes_of, check_free, progress, write
+from fq_transforms.export.files import bytes_of, check_free, write
 from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.select import Spec
@@ -44,9 +44,9 @@ _FP8: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 ALGORITHMS: dict[Kind, Algorithm] = {
     ("e4m3", "tensor", "fp32"): Algorithm("FP8", "", weights=_FP8, inputs=_FP8),
     ("e4m3", "channel", "fp32"): Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "o"),
-    ("e4m3", "block", "fp32"): Algorithm("fp8_pb_wo", "o1i1"),
-    ("e4m3", "group", "e8m0"): Algorithm("MXFP8", "oi", 32),
-    ("e2m1", "group", "e4m3"): Algorithm(
+    ("e4m3", "128x128", "fp32"): Algorithm("fp8_pb_wo", "o1i1"),
+    ("e4m3", "1x32", "e8m0"): Algorithm("MXFP8", "oi", 32),
+    ("e2m1", "1x16", "e4m3"): Algorithm(
         "W4A16_NVFP4", "oi", 16, weights={"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     ),
     ("int8", "channel", "fp32"): Algorithm("W8A16", "o"),
@@ -110,7 +110,7 @@ def modelopt_hf(
         "config.json": found.config | {"quantization_config": _quantization_config(of_file)},
         "hf_quant_config.json": of_file,
     }
-    write(path, progress(tensors(found, _encode), f"export {path.name}"), documents, limit)
+    write(path, tensors(found, _encode, f"export {path.name}"), documents, limit)
 
 
 def _encode(format: Format, codes: Tensor, scale: Tensor, global_scale: Tensor | None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.modelopt_names import FUSED
+from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, module_of, parts
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.packing import code_bits
@@ -16,7 +17,7 @@ from fq_transforms.state import BlockAmax, ExpertAmax, State, check
 
 __all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
 
-# Element, granularity and type of the scale: what a target has a name for, or not.
+# Element, what shares a scale, and the type of the scale: what a target has a name for, or not.
 Kind: TypeAlias = tuple[str, str, str]
 # (format, codes, scale, global scale or None) of one weight to the tensors of its module, by their last names.
 Encode: TypeAlias = Callable[[Format, Tensor, Tensor, Tensor | None], dict[str, Tensor]]
@@ -33,7 +34,6 @@ class Plan(NamedTuple):
         config: What config.json will hold.
         formats: Module of the files to the format of its weight, for what is quantized.
         excluded: Modules of the files with a matrix that is not quantized, sorted.
-        total: How many weights there are, for a progress bar.
     """
 
     params: Mapping[str, Tensor]
@@ -43,26 +43,25 @@ class Plan(NamedTuple):
     config: dict[str, Any]
     formats: dict[str, Format]
     excluded: list[str]
-    total: int
 
 
 def kind_of(format: Format) -> Kind:
-    """What decides how a format is stored: element, granularity, scale.
+    """What decides how a format is stored: element, what shares a scale, type of the scale.
 
     Example:
         >>> from fq_transforms.formats import FP8_BLOCK, INT4_BLOCK32_KIMI
         >>> kind_of(INT4_BLOCK32_KIMI), kind_of(FP8_BLOCK)
-        (('int4', 'group', 'fp32'), ('e4m3', 'block', 'fp32'))
+        (('int4', '1x32', 'fp32'), ('e4m3', '128x128', 'fp32'))
     """
     element = format.element
     if isinstance(element, IntElement):
         name = f"int{code_bits(format)}"
     else:
         name = f"e{element.exponent_bits}m{element.mantissa_bits}"
-    granularity = "group" if format.has_blocks_along_in else "block"
-    if format.block[1] is None:
-        granularity = "tensor" if format.block[0] is None else "channel"
-    return name, granularity, format.scale
+    rows, columns = format.block
+    if columns is None:
+        return name, "tensor" if rows is None else "channel", format.scale
+    return name, f"{rows}x{columns}", format.scale
 
 
 def inverse(scale: Tensor, of_zero: float) -> Tensor:
@@ -121,17 +120,16 @@ def plan(
     _check_ties(state, groups, found)
     formats, excluded = _modules(params, groups, found)
     entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
-    total = sum(groups[key].experts if key in groups else 1 for key in found)
-    return Plan(params, state, groups, found, entries, formats, excluded, total)
+    return Plan(params, state, groups, found, entries, formats, excluded)
 
 
-def tensors(plan: Plan, encode: Encode) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept.
+def tensors(plan: Plan, encode: Encode, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the files, under a progress bar called `what`.
 
-    Example:
-        See `plan`; `encode` is the target's.
+    One group is packed at a time: what is yielded need not be kept. `encode` is the target's.
     """
-    for source, found in plan.parts.items():
+    for source in progress(list(plan.parts), what):
+        found = plan.parts[source]
         if source in plan.groups:
             yield from _packed(plan, plan.groups[source], found, encode)
             continue
@@ -166,10 +164,10 @@ def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
 
 def _rows_of_scale(rows: slice | Tensor, format: Format) -> slice | Tensor:
     block = format.block[0] or 1
-    if block == 1 or rows == slice(None):
+    if isinstance(rows, Tensor):
+        assert block == 1, "checked by _check_cut"
         return rows
-    assert isinstance(rows, slice), "checked by _parts"
-    return slice((rows.start or 0) // block, None if rows.stop is None else -(-rows.stop // block))
+    return slice(*(None if row is None else row // block for row in (rows.start, rows.stop)))
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -198,8 +196,13 @@ def _parts(
             continue
         shape = group.shape if group else tuple(tensor.shape[-2:])
         found[source] = parts(source, shape, config)
-        if not group and config.get("tie_word_embeddings") and found[source][0].name == "lm_head.weight":
-            del found[source]  # as transformers does: it is the embedding
+        if config.get("tie_word_embeddings") and found[source][0].name == "lm_head.weight":
+            if group:
+                raise ValueError(
+                    f"group {source!r}: found tie_word_embeddings in config, by which the head is the embedding, "
+                    "wanted a head of its own to quantize; exclude it with a rule to None"
+                )
+            del found[source]  # transformers does not store it either
             continue
         for part in found[source]:
             if part.name in taken:
@@ -215,7 +218,7 @@ def _parts(
 
 def _check_cut(group: Group, part: Part) -> None:
     block, rows = group.format.block[0] or 1, part.rows
-    if block > 1 and rows != slice(None) and (isinstance(rows, Tensor) or (rows.start or 0) % block):
+    if block > 1 and (isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block):
         raise ValueError(
             f"group {group.key!r}: found (out, in) = {group.shape}, of which {part.name!r} takes rows that cut a block "
             f"of {block} rows, wanted parts of whole blocks; choose another format"
