@@ -6,9 +6,10 @@
     hf_quant_config.json       the algorithm, and which modules are not quantized; in config.json once more
 
 NOTE differences from its exporter, none of which changes what the files mean. FP8 scales are 1 / (448 / amax), as the
-fake quantization of both computes, where its exporter stores amax / 448: they differ by at most one step of fp32. It
-divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes are a step off its own fake
-quantization; ours never are. Square blocks always have scales in four axes; where a weight is one block it has [].
+fake quantization of both computes, where its exporter stores amax / 448: they differ by at most one step of fp32; so do
+INT8's, with 127. It divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes are a step
+off its own fake quantization; ours never are. Square blocks always have scales in four axes here; it gives [] to a
+weight that is one block, and Mixtral's experts the names that they have in memory.
 """
 
 import os
