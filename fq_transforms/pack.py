@@ -22,7 +22,16 @@ from fq_transforms.state import (
     local_group,
 )
 
-__all__ = ["Packed", "PackedTree", "PackedTwoLevel", "check_packed", "pack", "packed_leaves", "unpack"]
+__all__ = [
+    "Packed",
+    "PackedTree",
+    "PackedTwoLevel",
+    "check_packable",
+    "check_packed",
+    "pack",
+    "packed_leaves",
+    "unpack",
+]
 
 
 class Packed(NamedTuple):
@@ -79,7 +88,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
     packed: PackedTree = {}
     for group in spec.groups:
-        _check_packable(group)
+        check_packable(group)
         weights, scales = weights_of(params, group), state[group.key]
         wanted = packed_leaves(group)
         layout = layout_of(group, weights, group.leaf_shapes | {field: shape for field, (shape, _) in wanted.items()})
@@ -238,7 +247,7 @@ def _without_weights(group: Group, layout: Layout | None, scales: GroupState, de
     return list((leaves | {field: leaf for field, leaf in known.items() if leaf is not None}).values())
 
 
-def _check_packable(group: Group) -> None:
+def check_packable(group: Group) -> None:
     """Raise ValueError unless codes and scales can stand for the group's weights."""
     format: Format = group.format
     if format.unit_scale_below:

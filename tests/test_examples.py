@@ -46,3 +46,11 @@ def test_checkpoint_reshard_gives_the_same_logits_at_every_expert_parallelism():
     found = [line for line in said("04_checkpoint_reshard.py", ranks=4) if line.startswith("saved at EP=4")]
     wanted = [f"saved at EP=4, loaded at EP={ep}: {8 // ep} of 8 amax on rank 0, the same logits" for ep in (4, 2, 1)]
     assert found == wanted
+
+
+def test_export_is_read_back_by_the_real_libraries():
+    """The script itself compares logits and weights, and asserts that they are equal."""
+    lines = said("05_export.py")
+    assert any(line.startswith("refused: state 'model.layers.0.self_attn.q_proj.weight'") for line in lines)
+    assert lines[-2].endswith("the same logits")
+    assert lines[-1].endswith("the same weights")

@@ -26,10 +26,15 @@ LAYERS = [
     ["value_and_grad"],
     ["interleave"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.trees", "checkpoint.modelopt_names"],
+    ["checkpoint.staging"],
     ["checkpoint.described", "checkpoint.megatron_shards", "checkpoint.storage"],
     ["checkpoint.megatron_format"],
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
+    ["export.names", "export.files"],
+    ["export.plan"],
+    ["export.compressed", "export.modelopt"],
+    ["export.__init__"],
     ["__init__", "ops.__init__"],
     ["integrations.__init__", "integrations.te"],
     ["integrations.megatron"],
@@ -44,7 +49,8 @@ ONLY_IMPORTER = {
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
     "transformer_engine": {"integrations.te", "bench.models"},
-    "safetensors": {"checkpoint.file"},
+    "safetensors": {"checkpoint.file", "export.files"},
+    "compressed_tensors": {"export.compressed"},
 }
 
 MODULES = {

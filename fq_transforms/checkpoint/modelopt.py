@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.modelopt_names import (
+    FUSED,
     PER_EXPERT,
     Form,
     Index,
@@ -52,9 +53,6 @@ from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.state import State, check, flatten, group_state
 
 __all__ = ["read", "write"]
-
-# Modules whose weight quantizers share one `_global_amax` in ModelOpt 0.47, since an export fuses them.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 _IN_SEQUENCE = "two quantizers in sequence, as W4A8 has, are not read"
 
@@ -373,7 +371,7 @@ def _tied(leaves: Mapping[str, Tensor], spec: Spec, untied: str) -> dict[str, Te
     fused: dict[tuple[str, int], list[Group]] = {}
     for group in spec.groups:
         module, dot, role = group.key.removesuffix(".weight").rpartition(".")
-        family = next((n for n, roles in enumerate(_FUSED) if role in roles), None)
+        family = next((n for n, roles in enumerate(FUSED) if role in roles), None)
         if family is not None and group.format.has_global_amax and not group.stacked:
             fused.setdefault((module + dot, family), []).append(group)
     tied: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fq_transforms.select import Group
 
 __all__ = [
+    "FUSED",
     "PER_EXPERT",
     "Form",
     "Index",
@@ -23,6 +24,9 @@ __all__ = [
     "quantizer_name",
 ]
 
+# Roles that are one matrix to an inference engine, with one scale where a weight has one number: ModelOpt 0.47 gives
+# their weight quantizers one `_global_amax`.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 PER_EXPERT = "_modelopt_per_expert_weight_quantizer"
 
 _KEY = re.compile(r"(.*weight_quantizer(?:s|_\d+)?(?:\.\d+)*)\._(amax|global_amax)")

@@ -14,10 +14,8 @@ atomic rename, is the commit. What a crash leaves is named by no `.metadata`, an
 import contextlib
 import errno
 import io
-import os
 import pickle
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +33,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fq_transforms.checkpoint.contents import named, naming
+from fq_transforms.checkpoint.staging import (
+    is_taken,
+    remove_left,
+    some_files,
+    stage_beside,
+    stage_within,
+    sync,
+    sync_directory,
+)
 
 __all__ = ["Reader", "Writer", "read_metadata", "sealed", "unsealed"]
 
@@ -42,8 +49,6 @@ filesystem: Any = import_module("torch.distributed.checkpoint.filesystem")  # wh
 
 METADATA = ".metadata"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}_\d+\.distcp")
-_STAGE = "saving-"
-_STAGE_ID = re.compile(r"[0-9a-f]{32}")
 
 # All that DCP's metadata is made of. It is pickled, and a pickle can name any function to call: these are harmless.
 _METADATA_GLOBALS = {
@@ -111,7 +116,7 @@ def read_metadata(path: Path) -> Metadata:
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "there is nothing, wanted a checkpoint", str(path)) from error
         raise ValueError(
-            f"found a directory without {METADATA!r} and with {_some_files(path)}, wanted a checkpoint"
+            f"found a directory without {METADATA!r} and with {some_files(path)}, wanted a checkpoint"
         ) from error
     except NotADirectoryError as error:
         if path.is_file():
@@ -171,11 +176,11 @@ class Writer(FileSystemWriter):
         target, save = self._target, uuid4().hex
         with naming(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if _is_taken(target):
+            if is_taken(target):
                 self._check_replaceable()
-                self._stage = target / f".{_STAGE}{save}"
+                self._stage = stage_within(target, save)
             else:
-                self._stage = target.parent / f".{target.name}.{_STAGE}{save}"
+                self._stage = stage_beside(target, save)
             _sweep(target)
             self._stage.mkdir()
         return [
@@ -196,7 +201,7 @@ class Writer(FileSystemWriter):
                     stream.write(part)
                     stream.write(sealed(part))
                     results.append(WriteResult(item.index, len(part), where))
-                _sync(stream)
+                sync(stream)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -212,19 +217,19 @@ class Writer(FileSystemWriter):
             file = stage / METADATA
             with file.open("r+b") as stream:
                 stream.write(sealed(stream.read()))
-                _sync(stream)
+                sync(stream)
         with naming(target):
             if stage.parent == target:
                 # By their names, for another machine's files may not be in a listing yet.
                 for name in {result.storage_data.relative_path for rank in results for result in rank}:
                     (stage / name).rename(target / name)
-                _sync_directory(target)
+                sync_directory(target)
                 file.replace(target / METADATA)
-                _sync_directory(target)
+                sync_directory(target)
             else:
-                _sync_directory(stage)
+                sync_directory(stage)
                 stage.rename(target)
-                _sync_directory(target.parent)
+                sync_directory(target.parent)
         with contextlib.suppress(OSError, ValueError):  # it is saved; what stays is removed by the next save
             _sweep(target)
 
@@ -239,7 +244,7 @@ class Writer(FileSystemWriter):
         if not self._target.is_dir():
             raise ValueError(f"found a file, {wanted}")
         if not (self._target / METADATA).exists():
-            raise ValueError(f"found a directory with {_some_files(self._target)} and without {METADATA!r}, {wanted}")
+            raise ValueError(f"found a directory with {some_files(self._target)} and without {METADATA!r}, {wanted}")
         try:
             is_ours = self._is_ours(read_metadata(self._target))
         except ValueError as error:
@@ -329,41 +334,11 @@ def _box(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
 
 
-def _is_taken(path: Path) -> bool:
-    """True unless a directory can be renamed to `path`: there is nothing, or only an empty directory."""
-    if not path.is_dir():
-        return path.exists()
-    return any(path.iterdir())
-
-
 def _sweep(target: Path) -> None:
     """Remove what saves to `target` that were interrupted have left; the checkpoint itself stays as it is."""
-    for folder, prefix in ((target.parent, f".{target.name}.{_STAGE}"), (target, f".{_STAGE}")):
-        for entry in list(folder.iterdir()) if folder.is_dir() else ():
-            if entry.name.startswith(prefix) and _STAGE_ID.fullmatch(entry.name[len(prefix) :]):
-                shutil.rmtree(entry, ignore_errors=True)
+    remove_left(target)
     if (target / METADATA).exists():
         kept = {where.relative_path for where in read_metadata(target).storage_data.values()}
         for entry in list(target.iterdir()):
             if _DATA_FILE.fullmatch(entry.name) and entry.name not in kept:
                 entry.unlink()
-
-
-def _some_files(path: Path) -> str:
-    names = sorted(entry.name for entry in path.iterdir())
-    return f"{len(names)} entries such as {names[:3]}" if names else "no entries"
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Let renames in a directory reach the disk in order, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,187 @@
+"""A checkpoint in the layout of transformers: safetensors in shards, their index, and the JSON files beside them.
+
+All is written into a staging directory beside the target, whose renaming is the commit. Tensors come one at a time; no
+more than a shard of them is held.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fq_transforms.checkpoint.contents import naming
+from fq_transforms.checkpoint.staging import (
+    is_taken,
+    remove_left,
+    some_files,
+    stage_beside,
+    sync,
+    sync_directory,
+)
+
+__all__ = ["bytes_of", "check_free", "progress", "shards_of", "tensors_of", "write"]
+
+T = TypeVar("T")
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(size: int | str) -> int:
+    """A size such as 5_000_000 or "5MB", in bytes.
+
+    Raises:
+        ValueError: It is no size, or not positive.
+
+    Example:
+        >>> bytes_of("5GB"), bytes_of("2 MiB")
+        (5000000000, 2097152)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
+    number = round(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
+    if number < 1:
+        raise ValueError(f'max_shard_size: found {size!r}, wanted a number of bytes, or a text such as "5GB"')
+    return number
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError unless the directory can be made: there is nothing, or an empty directory."""
+    if is_taken(folder):
+        found = f"a directory with {some_files(folder)}" if folder.is_dir() else "a file"
+        raise ValueError(f"folder {str(folder)!r}: found {found}, wanted a new name or an empty directory")
+
+
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The same items, with a bar on standard error that counts them.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("export needs tqdm: pip install 'fq_transforms[export]'") from error
+    return tqdm(items, desc=what, mininterval=0.5)
+
+
+def write(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], documents: Mapping[str, Any], max_shard_size: int
+) -> None:
+    """Write a checkpoint: it appears whole or not at all.
+
+    Args:
+        folder: A new name, or an empty directory.
+        tensors: Names and tensors, on any device; they are taken one at a time.
+        documents: Names of JSON files to what they hold.
+        max_shard_size: Of a file, in bytes. A tensor that is larger has a file of its own.
+
+    Raises:
+        ValueError: The folder is taken.
+        OSError: A file cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = Path(parent, "model")
+        ...     write(folder, [("a", torch.ones(4)), ("b", torch.ones(4))], {"config.json": {}}, 20)
+        ...     sorted(path.name for path in folder.iterdir())[2:]
+        ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
+    """
+    check_free(folder)
+    stage = stage_beside(folder, uuid4().hex)
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_left(folder)
+        stage.mkdir()
+    try:
+        with naming(folder):
+            shards, total = _write_shards(stage, tensors, max_shard_size)
+            _name_shards(stage, shards, total)
+            for name, document in documents.items():
+                _write_json(stage / name, document)
+            sync_directory(stage)
+            stage.rename(folder)
+            sync_directory(folder.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """Name of each tensor of a checkpoint to the name of its file.
+
+    Raises:
+        ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there.
+    """
+    index = folder / INDEX
+    if not index.exists() and not (folder / SINGLE).exists():
+        raise ValueError(f"folder {str(folder)!r}: found neither {SINGLE!r} nor {INDEX!r}, wanted a checkpoint")
+    named: dict[str, str] | None = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    found: dict[str, str] = {}
+    for file in sorted(set(named.values())) if named else [SINGLE]:
+        if not (folder / file).exists():
+            raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names")
+        with safe_open(folder / file, "pt") as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    if named is not None and named != found:
+        wrong = sorted(named.items() ^ found.items())
+        raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {wrong[:3]}")
+    return found
+
+
+def tensors_of(folder: Path, names: Iterable[str], shards: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint by their names, one at a time; `shards` is from `shards_of`."""
+    for name in names:
+        with safe_open(folder / shards[name], "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> tuple[list[list[str]], int]:
+    """The names in each shard, and the bytes of all."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > limit:
+            shards.append(_write_shard(stage, len(shards), held))
+            held, size = {}, 0
+        # A copy of its own: a view would keep alive the whole group that it was packed with.
+        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    shards.append(_write_shard(stage, len(shards), held))
+    return shards, total
+
+
+def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]:
+    file = stage / f"{number}.safetensors"
+    save_file(held, file, {"format": "pt"})
+    with file.open("r+b") as stream:
+        sync(stream)
+    return list(held)
+
+
+def _name_shards(stage: Path, shards: list[list[str]], total: int) -> None:
+    """Give the files the names that say how many they are, and write the index if it is more than one."""
+    if len(shards) == 1:
+        (stage / "0.safetensors").rename(stage / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (stage / f"{number}.safetensors").rename(stage / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_json(file: Path, document: Any) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        json.dump(document, stream, indent=2)
+        stream.write("\n")
+        sync(stream)

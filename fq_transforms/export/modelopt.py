@@ -1,0 +1,156 @@
+"""Files as ModelOpt 0.47's unified HF export writes them, for weights without input scales.
+
+    {module}.weight            codes: float8 or int8 [out, in], or two E2M1 in a byte [out, in/2]
+    {module}.weight_scale      by `ALGORITHMS`
+    {module}.weight_scale_2    NVFP4: the global scale, fp32 []
+    hf_quant_config.json       the algorithm, and which modules are not quantized; in config.json once more
+
+NOTE differences from its exporter, none of which changes what the files mean. FP8 scales are 1 / (448 / amax), as the
+fake quantization of both computes, where its exporter stores amax / 448: they differ by at most one step of fp32; so do
+INT8's, with 127. It divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes are a step
+off its own fake quantization; ours never are. Square blocks always have scales in four axes here; it gives [] to a
+weight that is one block, and Mixtral's experts the names that they have in memory.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fq_transforms.export.files import bytes_of, check_free, write
+from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
+from fq_transforms.formats import Format, IntElement
+from fq_transforms.select import Spec
+from fq_transforms.state import State
+
+__all__ = ["modelopt_hf"]
+
+
+class Algorithm(NamedTuple):
+    """A name of ModelOpt's; the axes of `weight_scale`; what config.json says beside it, for engines that read that.
+
+    `axes` is of [out, in / block] scales: "" one number [], "o" [out], "oi" as they are, "o1i1" with two more axes.
+    """
+
+    name: str
+    axes: str
+    group_size: int | None = None
+    weights: dict[str, Any] | None = None
+    inputs: dict[str, Any] | None = None
+
+
+_FP8: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+ALGORITHMS: dict[Kind, Algorithm] = {
+    ("e4m3", "tensor", "fp32"): Algorithm("FP8", "", weights=_FP8, inputs=_FP8),
+    ("e4m3", "channel", "fp32"): Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "o"),
+    ("e4m3", "128x128", "fp32"): Algorithm("fp8_pb_wo", "o1i1"),
+    ("e4m3", "1x32", "e8m0"): Algorithm("MXFP8", "oi", 32),
+    ("e2m1", "1x16", "e4m3"): Algorithm(
+        "W4A16_NVFP4", "oi", 16, weights={"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    ),
+    ("int8", "channel", "fp32"): Algorithm("W8A16", "o"),
+}
+# Engines ask for this producer before they read the file; the version is that of the layout.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+def modelopt_hf(
+    params: Mapping[str, Tensor],
+    state: State,
+    folder: str | os.PathLike[str],
+    *,
+    spec: Spec,
+    config: Any,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a checkpoint as ModelOpt's `export_hf_checkpoint` does: `folder` has shards, index and two configs.
+
+    The codes and scales are those of `fqt.pack`, so a reader gets `fakequant`'s weights. One group is packed at a
+    time, and no more than a shard is held. One process calls it, with the whole model; tokenizer files are copied by
+    you. There is no calibration of inputs, so no `input_scale`: NVFP4 has the name of weights under 16-bit inputs.
+
+    Args:
+        params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
+            Megatron-Core. All are written, those that the spec does not name as they are, but for Transformer Engine's
+            `_extra_state`, and for a head that is the embedding.
+        state: From `calibrate`; roles that engines fuse are tied.
+        folder: A new name, or an empty directory. It appears whole or not at all.
+        spec: What is packed, and how: FP8, FP8_PER_CHANNEL, FP8_BLOCK, NVFP4, NVFP4_STATIC, MXFP8, INT8_PER_CHANNEL.
+        config: `model.config` of transformers, or what config.json holds, with `architectures`.
+        max_shard_size: Of a file: bytes, or such as "5GB".
+
+    Raises:
+        KeyError: A parameter or a group of the state is missing.
+        ValueError: A group is not calibrated, or an amax is NaN, infinite or negative; `in` is not a multiple of what
+            a byte holds; the target has no name for a format; two roles that engines fuse (gate and up, w1 and w3,
+            q, k and v) are not tied; a name is none of files; a weight is a DTensor; the folder is not empty; a
+            weight has NaN or infinity. All but the last are found before a byte is written.
+        ImportError: tqdm is not installed.
+        OSError: A file cannot be written.
+
+    Source: `modelopt.torch.export.unified_export_hf` and `convert_hf_config`, ModelOpt 0.47.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import fq_transforms as fqt
+        >>> params = {f"mlp.experts.{i}.up_proj.weight": torch.ones(4, 16) for i in range(2)}
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
+        >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     modelopt_hf(params, fq.calibrate(params), f"{parent}/model", spec=fq.spec, config=config)
+        ...     sorted(path.name for path in Path(parent, "model").iterdir())
+        ['config.json', 'hf_quant_config.json', 'model.safetensors']
+    """
+    path, limit = Path(os.path.realpath(folder)), bytes_of(max_shard_size)
+    check_free(path)
+    found = plan(params, state, spec, config, target="ModelOpt's HF export", kinds=ALGORITHMS)
+    of_file = _hf_quant_config(found)
+    documents = {
+        "config.json": found.config | {"quantization_config": _quantization_config(of_file)},
+        "hf_quant_config.json": of_file,
+    }
+    write(path, tensors(found, _encode, f"export {path.name}"), documents, limit)
+
+
+def _encode(format: Format, codes: Tensor, scale: Tensor, global_scale: Tensor | None) -> dict[str, Tensor]:
+    if isinstance(format.element, IntElement):
+        scale = inverse(scale, of_zero=0.0)  # readers multiply
+    axes = ALGORITHMS[kind_of(format)].axes
+    if axes == "o1i1":
+        scale = scale[:, None, :, None]
+    elif axes == "o":
+        scale = scale[:, 0]
+    own = {"weight": codes, "weight_scale": scale}
+    return own if global_scale is None else own | {"weight_scale_2": global_scale}
+
+
+def _hf_quant_config(plan: Plan) -> dict[str, Any]:
+    layers = {module: _layer(format) for module, format in plan.formats.items()}
+    distinct = [dict(items) for items in {tuple(layer.items()): None for layer in layers.values()}]
+    if len(distinct) == 1:
+        own = distinct[0] | {"exclude_modules": plan.excluded}
+    else:
+        own = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    return {"producer": PRODUCER, "quantization": {"quant_algo": None, "kv_cache_quant_algo": None} | own}
+
+
+def _layer(format: Format) -> dict[str, Any]:
+    algorithm = ALGORITHMS[kind_of(format)]
+    size = algorithm.group_size
+    return {"quant_algo": algorithm.name} | ({} if size is None else {"group_size": size})
+
+
+def _quantization_config(of_file: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says: the same, in the words that engines read it by there."""
+    own = of_file["quantization"]
+    algorithm = next((a for a in ALGORITHMS.values() if a.name == own["quant_algo"] and a.weights), None)
+    groups: dict[str, Any] = {}
+    if algorithm is not None:
+        inputs = {"input_activations": algorithm.inputs} if algorithm.inputs else {}
+        groups = {"config_groups": {"group_0": inputs | {"weights": algorithm.weights, "targets": ["Linear"]}}}
+    elif "quantized_layers" in own:
+        groups = {"quantized_layers": own["quantized_layers"]}
+    rest = {"ignore": own.get("exclude_modules", []), "quant_algo": own["quant_algo"], "producer": PRODUCER}
+    return groups | rest | {"quant_method": "modelopt"}

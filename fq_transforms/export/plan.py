@@ -1,0 +1,282 @@
+"""What an export will write, decided and checked before the first byte, and then its tensors, a group at a time."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fq_transforms.checkpoint.modelopt_names import FUSED
+from fq_transforms.export.files import progress
+from fq_transforms.export.names import Part, module_of, parts
+from fq_transforms.formats import Format, IntElement, code_bits
+from fq_transforms.pack import PackedTwoLevel, check_packable, pack
+from fq_transforms.select import Group, Spec, is_sharded, weights_of
+from fq_transforms.state import BlockAmax, ExpertAmax, State, check
+
+__all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
+
+# Element, what shares a scale, and the type of the scale: what a target has a name for, or not.
+Kind: TypeAlias = tuple[str, str, str]
+# (format, codes, scale, global scale or None) of one weight to the tensors of its module, by their last names.
+Encode: TypeAlias = Callable[[Format, Tensor, Tensor, Tensor | None], dict[str, Tensor]]
+
+
+class Plan(NamedTuple):
+    """An export that has been checked.
+
+    Attributes:
+        params: All tensors of the model, by their names in memory.
+        state: The amax of the quantized ones.
+        groups: Group key to group.
+        parts: What each group (by its key) and each other parameter (by its name) becomes in the files, in order.
+        config: What config.json will hold.
+        formats: Module of the files to the format of its weight, for what is quantized.
+        excluded: Modules of the files with a matrix that is not quantized, sorted.
+    """
+
+    params: Mapping[str, Tensor]
+    state: State
+    groups: dict[str, Group]
+    parts: dict[str, list[Part]]
+    config: dict[str, Any]
+    formats: dict[str, Format]
+    excluded: list[str]
+
+
+def kind_of(format: Format) -> Kind:
+    """What decides how a format is stored: element, what shares a scale, type of the scale.
+
+    Example:
+        >>> from fq_transforms.formats import FP8_BLOCK, INT4_BLOCK32_KIMI
+        >>> kind_of(INT4_BLOCK32_KIMI), kind_of(FP8_BLOCK)
+        (('int4', '1x32', 'fp32'), ('e4m3', '128x128', 'fp32'))
+    """
+    element = format.element
+    if isinstance(element, IntElement):
+        name = f"int{code_bits(format)}"
+    else:
+        name = f"e{element.exponent_bits}m{element.mantissa_bits}"
+    rows, columns = format.block
+    if columns is None:
+        return name, "tensor" if rows is None else "channel", format.scale
+    return name, f"{rows}x{columns}", format.scale
+
+
+def inverse(scale: Tensor, of_zero: float) -> Tensor:
+    """1 / scale, and `of_zero` where the scale is 0, which marks weights that are all zero.
+
+    Example:
+        >>> inverse(torch.tensor([4.0, 0.0]), of_zero=1.0)
+        tensor([0.2500, 1.0000])
+    """
+    return torch.where(scale == 0, torch.full_like(scale, of_zero), scale.reciprocal())
+
+
+def plan(
+    params: Mapping[str, Tensor],
+    state: State,
+    spec: Spec,
+    config: Any,
+    *,
+    target: str,
+    kinds: Collection[Kind],
+) -> Plan:
+    """Check all that can be checked without packing, and decide every name.
+
+    Raises:
+        KeyError: A parameter or a group of the state is missing.
+        ValueError: See `fq_transforms.export.modelopt_hf`.
+
+    Example:
+        >>> from fq_transforms.calibrate import calibrate
+        >>> from fq_transforms.formats import FP8
+        >>> from fq_transforms.select import select
+        >>> params = {"lm_head.weight": torch.ones(4, 2), "norm.weight": torch.ones(2)}
+        >>> spec = select(params, {"lm_head*": FP8})
+        >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        >>> state = calibrate(params, spec=spec)
+        >>> list(plan(params, state, spec, config, target="t", kinds={kind_of(FP8)}).parts)
+        ['lm_head.weight', 'norm.weight']
+    """
+    entries = _config(config)
+    check(state, spec)
+    for group in spec.groups:
+        check_packable(group)
+        if kind_of(group.format) not in kinds:
+            raise ValueError(
+                f"group {group.key!r}: found {group.format.name}, {kind_of(group.format)}, for which {target} has no "
+                f"name, wanted one of {sorted(kinds)}"
+            )
+        weights_of(params, group)
+    for name, tensor in params.items():
+        if is_sharded(tensor):
+            raise ValueError(f"parameter {name!r}: found a DTensor, wanted a plain tensor; gather the model first")
+        if getattr(tensor, "is_meta", False):
+            raise ValueError(f"parameter {name!r}: found a meta tensor, wanted one with values")
+    groups = {group.key: group for group in spec.groups}
+    found = _parts(params, groups, entries)
+    _check_ties(state, groups, found)
+    formats, excluded = _modules(params, groups, found)
+    entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
+    return Plan(params, state, groups, found, entries, formats, excluded)
+
+
+def tensors(plan: Plan, encode: Encode, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the files, under a progress bar called `what`.
+
+    One group is packed at a time: what is yielded need not be kept. `encode` is the target's.
+    """
+    for source in progress(list(plan.parts), what):
+        found = plan.parts[source]
+        if source in plan.groups:
+            yield from _packed(plan, plan.groups[source], found, encode)
+            continue
+        tensor = plan.params[source].detach()
+        for name, rows in found:
+            if "*" in name:
+                yield from ((name.replace("*", str(e)), expert[rows]) for e, expert in enumerate(tensor))
+            else:
+                yield name, tensor[rows] if tensor.dim() else tensor
+
+
+def _packed(plan: Plan, group: Group, found: Sequence[Part], encode: Encode) -> Iterator[tuple[str, Tensor]]:
+    for name in group.names:
+        # On a CPU `pack` says so; elsewhere it does not wait for the device.
+        if not plan.params[name].is_cpu and not bool(plan.params[name].isfinite().all()):
+            raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
+    leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
+    for expert in range(group.experts):
+        codes, scale = leaves.codes[expert], leaves.scale[expert]
+        global_scale = leaves.global_scale[expert] if isinstance(leaves, PackedTwoLevel) else None
+        for name, rows in found:
+            of_rows = _take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale
+            module = module_of(name.replace("*", str(expert)))
+            own = encode(group.format, _take(codes, rows), of_rows, global_scale)
+            yield from ((f"{module}.{last}", tensor) for last, tensor in own.items())
+
+
+def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """Rows of a matrix. PyTorch cannot take rows of float8 by their numbers, so they are taken as bytes."""
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype)
+
+
+def _rows_of_scale(rows: slice | Tensor, format: Format) -> slice | Tensor:
+    block = format.block[0] or 1
+    if isinstance(rows, Tensor):
+        assert block == 1, "checked by _check_cut"
+        return rows
+    return slice(*(None if row is None else row // block for row in (rows.start, rows.stop)))
+
+
+def _config(config: Any) -> dict[str, Any]:
+    entries: Any = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"config: found {type(entries).__name__}, wanted model.config, or what config.json holds")
+    for key, fix in (("model_type", "that of transformers"), ("architectures", "such as [type(model).__name__]")):
+        if not entries.get(key):
+            raise ValueError(f"config: found {key}={entries.get(key)!r}, wanted {fix}; engines choose a class by it")
+    if entries.get("quantization_config"):
+        raise ValueError("config: found a quantization_config, wanted the config of a model that is not quantized")
+    return dict(entries)
+
+
+def _parts(
+    params: Mapping[str, Tensor], groups: Mapping[str, Group], config: Mapping[str, Any]
+) -> dict[str, list[Part]]:
+    """What each group and each other parameter becomes. A group stands where its first parameter is."""
+    group_of = {name: group for group in groups.values() for name in group.names}
+    found: dict[str, list[Part]] = {}
+    taken: dict[str, str] = {}
+    for name, tensor in params.items():
+        group = group_of.get(name)
+        source = group.key if group else name
+        if source in found or name.endswith("_extra_state"):
+            continue
+        shape = group.shape if group else tuple(tensor.shape[-2:])
+        found[source] = parts(source, shape, config)
+        if config.get("tie_word_embeddings") and found[source][0].name == "lm_head.weight":
+            if group:
+                raise ValueError(
+                    f"group {source!r}: found tie_word_embeddings in config, by which the head is the embedding, "
+                    "wanted a head of its own to quantize; exclude it with a rule to None"
+                )
+            del found[source]  # transformers does not store it either
+            continue
+        for part in found[source]:
+            if part.name in taken:
+                raise ValueError(
+                    f"parameters {taken[part.name]!r} and {source!r}: found {part.name!r} for both in files, wanted "
+                    "two names"
+                )
+            taken[part.name] = source
+            if group:
+                _check_cut(group, part)
+    return found
+
+
+def _check_cut(group: Group, part: Part) -> None:
+    block, rows = group.format.block[0] or 1, part.rows
+    if block > 1 and (isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block):
+        raise ValueError(
+            f"group {group.key!r}: found (out, in) = {group.shape}, of which {part.name!r} takes rows that cut a block "
+            f"of {block} rows, wanted parts of whole blocks; choose another format"
+        )
+
+
+def _check_ties(state: State, groups: Mapping[str, Group], found: Mapping[str, list[Part]]) -> None:
+    """Raise unless roles that engines fuse have one format, and one scale where a weight has one number."""
+    # The experts of a group are alike, so the first stands for all.
+    source_of = {part.name.replace("*", "0"): source for source, of_source in found.items() for part in of_source}
+    for name, source in source_of.items():
+        words = name.split(".")
+        for roles in (roles for roles in FUSED if roles[0] in words):
+            for role in roles[1:]:
+                other = source_of.get(".".join(role if word == roles[0] else word for word in words))
+                if other is not None and other != source and (source in groups or other in groups):
+                    _check_tied(state, groups, source, other, roles)
+
+
+def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: str, roles: tuple[str, ...]) -> None:
+    a, b = groups.get(first), groups.get(second)
+    names = [group.format.name if group else "not quantized" for group in (a, b)]
+    if a is None or b is None or a.format != b.format:
+        raise ValueError(
+            f"{first!r} and {second!r}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse "
+            "them into one matrix; let the rules treat them alike"
+        )
+    one, two = _one_number(state, a), _one_number(state, b)
+    if one is None or two is None or torch.equal(one, two):
+        return
+    expert = int((one != two).nonzero()[0, 0])
+    pairs = [(roles[0], role) for role in roles[1:]]
+    pairs += pairs[:-1]  # again, for the first to get what the last has
+    raise ValueError(
+        f"state {first!r} and {second!r}: found the amax {one[expert].item()} and {two[expert].item()} for expert "
+        f"{expert}, wanted one: inference engines fuse them under one scale; call fqt.tie(state, {pairs})"
+    )
+
+
+def _one_number(state: State, group: Group) -> Tensor | None:
+    """The leaf of one number an expert, which engines share between fused roles; None if there is none."""
+    leaves = state[group.key]
+    if isinstance(leaves, BlockAmax):
+        return leaves.global_amax
+    return leaves.amax if isinstance(leaves, ExpertAmax) and leaves.amax.dim() == 1 else None
+
+
+def _modules(
+    params: Mapping[str, Tensor], groups: Mapping[str, Group], found: Mapping[str, list[Part]]
+) -> tuple[dict[str, Format], list[str]]:
+    formats: dict[str, Format] = {}
+    excluded: set[str] = set()
+    for source, of_source in found.items():
+        experts = groups[source].experts if source in groups else len(params[source]) if params[source].dim() else 0
+        names = [
+            part.name.replace("*", str(e)) for part in of_source for e in range(experts if "*" in part.name else 1)
+        ]
+        if source in groups:
+            formats |= {module_of(name): groups[source].format for name in names}
+        elif params[source].dim() > 1:
+            excluded |= {module_of(name) for name in names}
+    return formats, sorted(excluded)

@@ -1,0 +1,777 @@
+"""Export: files that the real libraries read to `fakequant`'s values, and refusals before a byte is written."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import optree
+import pytest
+import torch
+from safetensors import safe_open
+from torch.func import functional_call
+
+import fq_transforms as fqt
+from fq_transforms.export import files
+from fq_transforms.export.names import file_names, parts
+from fq_transforms.formats import FORMATS, IntElement
+from tests.cases import assert_names, name_of
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
+
+VOCABULARY, HIDDEN, INNER, EXPERTS = 32, 256, 128, 3
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "mixtral": ("MixtralConfig", {"intermediate_size": INNER, "num_local_experts": EXPERTS}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"moe_intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 32},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "intermediate_size": 64,
+            "moe_intermediate_size": INNER,
+            "n_routed_experts": EXPERTS,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
+NAMED = [
+    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.INT4_BLOCK32, fqt.INT4_BLOCK128, fqt.INT8, fqt.INT8_PER_CHANNEL),
+    *(fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.MXFP6_E2M3, fqt.MXFP4),
+]
+CONVENTIONS = [FORMATS[name] for name in ("INT4_BLOCK32_KIMI", "NVFP4_TRANSFORMER_ENGINE", "MXFP4_OCP")]
+MODELOPT = [
+    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.INT8_PER_CHANNEL),
+]
+TOKENS = torch.arange(VOCABULARY)[None]
+
+
+def build(kind="qwen3_moe", **options):
+    """A tiny model in bf16, no two experts of one magnitude, and its tensors."""
+    name, own = MODELS[kind]
+    config = getattr(transformers, name)(**COMMON | own | options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.config.architectures = [type(model).__name__]
+    params = model.state_dict()
+    with torch.no_grad():
+        for name, param in params.items():
+            if ".experts." in name:
+                param.mul_(2.0 ** torch.arange(EXPERTS)[:, None, None])
+    return model, params
+
+
+def in_lists(params):
+    """The same weights as separate experts, w1, w2, w3 each, and one dense matrix. Not of transformers 5."""
+    found = {"model.norm.weight": params["model.norm.weight"]}
+    for e in range(EXPERTS):
+        gate, up = params["model.layers.0.mlp.experts.gate_up_proj"][e].chunk(2)
+        down = params["model.layers.0.mlp.experts.down_proj"][e]
+        for role, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            found[f"model.layers.0.mlp.experts.{e}.{role}.weight"] = weight.contiguous()
+    return found
+
+
+def exported(target, params, format, config, folder, rules="*.experts.*", **options):
+    fq = fqt.transform(fqt.select(params, {rules: format}))
+    state = fq.calibrate(params)
+    if any("gate_proj" in key for key in state):
+        state = fqt.tie(state, [("gate_proj", "up_proj")])
+    target(params, state, folder, spec=fq.spec, config=config, **options)
+    return fq, state
+
+
+def read(folder):
+    """All tensors of a checkpoint."""
+    shards = files.shards_of(folder)
+    return dict(files.tensors_of(folder, shards, shards))
+
+
+def in_files(weights, config):
+    """Weights by their names in files, stacks taken apart."""
+    found = {}
+    for source, weight in weights.items():
+        for name, rows in parts(source, tuple(weight.shape[-2:]), config):
+            if "*" in name:
+                found |= {name.replace("*", str(e)): expert[rows] for e, expert in enumerate(weight)}
+            else:
+                found[name] = weight[rows]
+    return found
+
+
+# compressed-tensors
+
+
+@pytest.mark.parametrize("layout", ["stacked", "lists"])
+@pytest.mark.parametrize("format", NAMED + CONVENTIONS, ids=name_of)
+def test_compressed_tensors_reads_the_files(format, layout, tmp_path):
+    """Its own decompressors give fakequant's bf16 weights, each; and what is not quantized is as it was."""
+    model, params = build()
+    if layout == "lists":
+        params = in_lists(params)
+    fq, state = exported(fqt.export.compressed_tensors, params, format, model.config, tmp_path / "a")
+    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    wanted = in_files(fq.fakequant(params, state), model.config.to_dict())
+    found = read(tmp_path / "b")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert not all(
+        torch.equal(found[name], weight) for name, weight in in_files(params, {"model_type": "olmoe"}).items()
+    )
+
+
+def test_how_often_an_integer_is_a_step_off():
+    """Readers multiply with 1 / s where fakequant divides by s: five of a million bf16 weights differ, by one step."""
+    s = 127 / torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0))
+    q = torch.arange(-128.0, 128.0)
+    wanted, found = (q / s).bfloat16(), (q * s.reciprocal()).bfloat16()
+    steps = (wanted.view(torch.int16) - found.view(torch.int16)).abs()
+    assert steps.max() == 1
+    assert 0 < int((steps > 0).sum()) / steps.numel() < 6e-6
+
+
+def test_zero_experts_are_zero(tmp_path):
+    """An expert without weights has scales of 0, whose reciprocal is infinite: it reads as zeros, not as NaN."""
+    model, params = build()
+    for name in list(params):
+        if ".experts." in name:
+            params[name] = params[name].clone()
+            params[name][1] = 0
+    for format in NAMED:
+        fq, state = exported(fqt.export.compressed_tensors, params, format, model.config, tmp_path / format.name)
+        stored = read(tmp_path / format.name)
+        assert all(t.isfinite().all() for t in stored.values() if t.dtype in (torch.float32, torch.bfloat16))
+        fqt.export.decompress(tmp_path / format.name, tmp_path / f"{format.name}_plain")
+        found = read(tmp_path / f"{format.name}_plain")
+        wanted = in_files(fq.fakequant(params, state), model.config.to_dict())
+        assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("format", NAMED, ids=name_of)
+def test_decompressed_files_have_the_logits_of_the_fake_quantized_model(kind, format, tmp_path):
+    """from_pretrained of what `decompress` has written: the class, the names and every weight are right."""
+    model, params = build(kind)
+    fq, state = exported(fqt.export.compressed_tensors, params, format, model.config, tmp_path / "a")
+    with torch.no_grad():
+        wanted = functional_call(model, fq.fakequant(params, state), (TOKENS,)).logits
+        original = model(TOKENS).logits
+    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        found = loaded(TOKENS).logits
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, original)
+
+
+# What transformers 5.23 makes of the compressed files themselves, where experts are quantized.
+LOADED_BY_TRANSFORMERS = {
+    "FP8": "exact",
+    "FP8_PER_CHANNEL": "exact",
+    "MXFP4": "exact",
+    "MXFP6_E2M3": "exact",
+    "INT4_BLOCK32": "in fp32",
+    "NVFP4": "wrong",
+    "INT8": "raises",
+    "INT8_PER_CHANNEL": "raises",
+    "FP8_BLOCK": "raises",
+    "MXFP8": "raises",
+}
+
+
+@pytest.mark.parametrize("name", LOADED_BY_TRANSFORMERS)
+def test_what_transformers_loads_without_us(name, tmp_path):
+    """The table of the README: exact, raises, or (NVFP4, whose global scale it drops) wrong without a word."""
+    model, params = build()
+    fq, state = exported(fqt.export.compressed_tensors, params, FORMATS[name], model.config, tmp_path / "a")
+    if LOADED_BY_TRANSFORMERS[name] == "raises":
+        with pytest.raises(RuntimeError, match="conversion"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+        return
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    weights, found = fq.fakequant(params, state), loaded.state_dict()
+    equal = all(torch.equal(found[name].bfloat16(), weight) for name, weight in weights.items())
+    assert equal == (LOADED_BY_TRANSFORMERS[name] != "wrong")
+    if LOADED_BY_TRANSFORMERS[name] == "exact":
+        with torch.no_grad():
+            wanted = functional_call(model, weights, (TOKENS,)).logits
+            assert torch.equal(loaded(TOKENS).logits, wanted)
+
+
+def test_ragged_square_blocks(tmp_path):
+    """A weight whose edges cut blocks of 128 x 128: the last row and column of scales stand for less."""
+    params = {"model.ragged.weight": torch.randn(130, 200).bfloat16()}
+    config = {"model_type": "any", "architectures": ["Any"]}
+    for target, name in ((fqt.export.compressed_tensors, "ct"), (fqt.export.modelopt_hf, "mo")):
+        fq, state = exported(target, params, fqt.FP8_BLOCK, config, tmp_path / name, rules="*")
+        assert read(tmp_path / name)["model.ragged.weight_scale"].numel() == 4
+    fqt.export.decompress(tmp_path / "ct", tmp_path / "plain")
+    found = read(tmp_path / "plain")["model.ragged.weight"]
+    assert torch.equal(found, fq.fakequant(params, state)["model.ragged.weight"])
+
+
+def test_several_formats(tmp_path):
+    """One scheme a format, each with the modules that it is for: the decompressed weights are right for all."""
+    model, params = build()
+    rules = {"*.experts.gate_up*": fqt.NVFP4, "*.experts.down*": fqt.FP8, "*o_proj*": fqt.MXFP4, "lm_head*": fqt.INT8}
+    fq = fqt.transform(fqt.select(params, rules))
+    state = fq.calibrate(params)
+    fqt.export.compressed_tensors(params, state, tmp_path / "a", spec=fq.spec, config=model.config)
+    about = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert about["format"] == "mixed-precision"
+    assert [group["targets"][0] for group in about["config_groups"].values()] == [
+        r"re:^model\.layers\.0\.self_attn\.o_proj$",
+        r"re:^model\.layers\.0\.mlp\.experts\.\d+\.gate_proj$",
+        r"re:^model\.layers\.0\.mlp\.experts\.\d+\.down_proj$",
+        r"re:^lm_head$",
+    ]
+    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    found, wanted = read(tmp_path / "b"), in_files(fq.fakequant(params, state), model.config.to_dict())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+# ModelOpt
+
+
+def weight_only(mtq, name):
+    """A configuration of ModelOpt's without input quantizers, experts only."""
+    bits = {"FP8": (4, 3), "FP8_PER_CHANNEL": (4, 3), "FP8_BLOCK": (4, 3), "MXFP8": (4, 3), "INT8_PER_CHANNEL": 8}
+    blocks = {
+        "FP8_BLOCK": {-1: 128, -2: 128},
+        "NVFP4": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
+        "MXFP8": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)},
+    }
+    own = {"num_bits": bits.get(name, (2, 1))}
+    if name in blocks:
+        own["block_sizes"] = blocks[name]
+    else:
+        own["axis"] = 0 if "CHANNEL" in name else None
+    rules = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*mlp.experts*weight_quantizer*", "cfg": own}]
+    return {"quant_cfg": rules, "algorithm": "max"}
+
+
+def round_amax_up(model, largest):
+    """Every amax becomes `largest` times a power of two: then the exporter's bf16 quotients are exact."""
+    for name, amax in model.named_buffers():
+        if name.endswith("._amax"):
+            amax.copy_(largest * torch.exp2(torch.ceil(torch.log2(amax.float() / largest))))
+
+
+LARGEST = {"FP8": 448, "FP8_PER_CHANNEL": 448, "FP8_BLOCK": 448, "INT8_PER_CHANNEL": 127}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("format", [f for f in MODELOPT if f is not fqt.NVFP4_STATIC], ids=name_of)
+def test_modelopt_writes_the_same(format, kind, tmp_path):
+    """Its export_hf_checkpoint of the same model with the same amax: every name, shape, dtype and bit; both configs."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    exporter = pytest.importorskip("modelopt.torch.export")
+    inner = {"intermediate_size": 256} if kind == "mixtral" else {"moe_intermediate_size": 256}
+    model, params = build(kind, **inner)
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    model = mtq.quantize(model, weight_only(mtq, format.name), lambda m: m(TOKENS))
+    if format.name in LARGEST:
+        round_amax_up(model, LARGEST[format.name])
+    spec = fqt.select(params, {"*.experts.*": format})
+    state = {group.key: fqt.state.Stateless() for group in spec.groups}
+    if not format.is_stateless:
+        state = fqt.checkpoint.modelopt.read(model.state_dict(), spec)
+    fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
+    exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    if kind == "mixtral" and format is fqt.FP8_BLOCK:
+        # It warns that it cannot name Mixtral's experts as files do where scales have four axes.
+        for role, in_file in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"), ("mlp", "block_sparse_moe")):
+            theirs = {name.replace(f".{role}.", f".{in_file}."): tensor for name, tensor in theirs.items()}
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (wanted.shape, wanted.dtype), name
+        assert torch.equal(bits_of(ours[name]), bits_of(wanted)), name
+    files_of = [json.loads((tmp_path / who / "hf_quant_config.json").read_text()) for who in ("ours", "theirs")]
+    configs = [json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")]
+    for own in files_of:  # it lists what it found no quantizer in, we every matrix that is not quantized
+        own["quantization"].pop("exclude_modules")
+    assert files_of[0] == files_of[1]
+    for config in configs:
+        config["quantization_config"].pop("ignore")
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("format", [fqt.FP8, fqt.FP8_PER_CHANNEL], ids=name_of)
+def test_where_modelopt_differs_under_any_amax(format, tmp_path):
+    """Its scale amax / 448 is at most a step of fp32 from ours; its codes, of bf16 quotients, at most a step."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    exporter = pytest.importorskip("modelopt.torch.export")
+    model, params = build()
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    model = mtq.quantize(model, weight_only(mtq, format.name), lambda m: m(TOKENS))
+    spec = fqt.select(params, {"*.experts.*": format})
+    state = fqt.checkpoint.modelopt.read(model.state_dict(), spec)
+    fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
+    exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    count = differ = 0
+    for name, wanted in theirs.items():
+        if name.endswith("weight_scale"):
+            assert (ours[name].view(torch.int32) - wanted.view(torch.int32)).abs().max() <= 1
+        elif f"{name}_scale" in theirs:
+            steps = (ours[name].view(torch.uint8).int() - wanted.view(torch.uint8).int()).abs()
+            assert steps.max() <= 1
+            count, differ = count + steps.numel(), differ + int((steps > 0).sum())
+    assert 0 < differ < 0.05 * count
+
+
+def bits_of(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize("format", MODELOPT, ids=name_of)
+def test_modelopt_files_stand_for_fakequant(format, tmp_path):
+    """NVFP4QTensor, MXFP8QTensor and FP8QTensor of ModelOpt, and products for the rest, give fakequant's weights."""
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+    model, params = build()
+    fq, state = exported(fqt.export.modelopt_hf, params, format, model.config, tmp_path / "a")
+    stored, wanted = read(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict())
+    for name, weight in wanted.items():
+        scale = stored.get(f"{name}_scale")
+        if scale is None:
+            assert torch.equal(stored[name], weight)
+            continue
+        codes = stored[name]
+        if format.scale == "e4m3":
+            theirs = qtensor.NVFP4QTensor(weight.shape, torch.float32, codes)
+            found = theirs.dequantize(
+                dtype=torch.float32,
+                scale=scale,
+                double_scale=stored[f"{name}_scale_2"],
+                block_sizes={-1: 16, "scale_bits": (4, 3)},
+            )
+        elif format is fqt.MXFP8:
+            found = qtensor.MXFP8QTensor(weight.shape, torch.float32, codes).dequantize(
+                dtype=torch.float32, scale=scale, block_sizes={-1: 32}
+            )
+        elif scale.dim() == 4:
+            found = codes.float() * scale[:, 0, :, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        else:
+            found = codes.float() * (scale[:, None] if scale.dim() else scale)
+        assert torch.equal(found.bfloat16(), weight), name
+
+
+def test_modelopt_mixed_precision(tmp_path):
+    """Several formats: each module by its name, with its algorithm."""
+    model, params = build()
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*o_proj*": fqt.FP8}))
+    fqt.export.modelopt_hf(params, fq.calibrate(params), tmp_path / "a", spec=fq.spec, config=model.config)
+    own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
+    assert own["quant_algo"] == "MIXED_PRECISION"
+    assert own["quantized_layers"]["model.layers.1.self_attn.o_proj"] == {"quant_algo": "FP8"}
+    nvfp4 = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    assert own["quantized_layers"]["model.layers.1.mlp.experts.2.up_proj"] == nvfp4
+    assert len(own["quantized_layers"]) == 2 + 2 * 3 * EXPERTS
+
+
+# Names
+
+
+def megatron_of(params, config, layout):
+    """A Megatron model's tensors with the weights of a transformers model: the inverse of the table, by hand."""
+    found = {
+        "embedding.word_embeddings.weight": params["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": params["model.norm.weight"],
+        "output_layer.weight": params["lm_head.weight"],
+    }
+    groups, heads = config.num_key_value_heads, config.num_attention_heads
+    for n in range(config.num_hidden_layers):
+        old, new = f"model.layers.{n}.", f"decoder.layers.{n}."
+        q, k, v = (params[f"{old}self_attn.{x}_proj.weight"] for x in "qkv")
+        dim = q.shape[0] // heads
+        blocks = []
+        for g in range(groups):
+            per = heads // groups
+            blocks += [q[g * per * dim : (g + 1) * per * dim], k[g * dim : (g + 1) * dim], v[g * dim : (g + 1) * dim]]
+        found[f"{new}self_attention.linear_qkv.weight"] = torch.cat(blocks)
+        found[f"{new}self_attention.linear_qkv.layer_norm_weight"] = params[f"{old}input_layernorm.weight"]
+        found[f"{new}self_attention.linear_proj.weight"] = params[f"{old}self_attn.o_proj.weight"]
+        for x in "qk":
+            if f"{old}self_attn.{x}_norm.weight" in params:
+                found[f"{new}self_attention.{x}_layernorm.weight"] = params[f"{old}self_attn.{x}_norm.weight"]
+        found[f"{new}pre_mlp_layernorm.weight"] = params[f"{old}post_attention_layernorm.weight"]
+        found[f"{new}mlp.router.weight"] = params[f"{old}mlp.gate.weight"]
+        for e in range(EXPERTS):
+            name = f"linear_fc1.weight{e}" if layout == "te" else f"local_experts.{e}.linear_fc1.weight"
+            found[f"{new}mlp.experts.{name}"] = params[f"{old}mlp.experts.gate_up_proj"][e].clone()
+            name = name.replace("fc1", "fc2")
+            found[f"{new}mlp.experts.{name}"] = params[f"{old}mlp.experts.down_proj"][e].clone()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["te", "sequential"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("format", [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.FP8_BLOCK], ids=name_of)
+def test_megatron_and_transformers_write_the_same_files(kind, layout, format, tmp_path):
+    """Names, the halves of fc1 and the heads of QKV: the same bytes as from the same model in transformers."""
+    model, params = build(kind)
+    other = megatron_of(params, model.config, layout)
+    exported(fqt.export.compressed_tensors, params, format, model.config, tmp_path / "a")
+    exported(fqt.export.compressed_tensors, other, format, model.config, tmp_path / "b")
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(bits_of(a[name]), bits_of(b[name])) for name in a)
+
+
+def test_a_quantized_fused_qkv(tmp_path):
+    """Rows of q, k and v are taken out of codes and scales too."""
+    model, params = build()
+    other = megatron_of(params, model.config, "te")
+    for format in (fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.MXFP8):
+        folder = tmp_path / format.name
+        fq, state = exported(
+            fqt.export.compressed_tensors, other, format, model.config, folder, rules="*linear_qkv.weight"
+        )
+        fqt.export.decompress(folder, tmp_path / f"{format.name}_plain")
+        found = read(tmp_path / f"{format.name}_plain")
+        wanted = in_files(fq.fakequant(other, state), model.config.to_dict())
+        assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "wanted"),
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj", "mixtral", ["block_sparse_moe.experts.*.w1", "experts.*.w3"]),
+        ("model.layers.1.mlp.experts.down_proj", "mixtral", ["block_sparse_moe.experts.*.w2"]),
+        ("model.layers.1.mlp.gate.weight", "mixtral", ["layers.1.block_sparse_moe.gate.weight"]),
+        ("decoder.layers.1.mlp.experts.linear_fc1.weight7", "deepseek_v3", ["mlp.experts.7.gate_proj", "7.up_proj"]),
+        ("module.module.decoder.layers.1.mlp.linear_fc1.weight", "deepseek_v3", ["mlp.gate_proj", "mlp.up_proj"]),
+        ("decoder.layers.1.mlp.shared_experts.linear_fc2.weight", "deepseek_v3", ["mlp.shared_experts.down_proj"]),
+        ("decoder.layers.1.mlp.shared_experts.linear_fc2.weight", "qwen2_moe", ["mlp.shared_expert.down_proj"]),
+        ("decoder.layers.1.mlp.router.expert_bias", "deepseek_v3", ["mlp.gate.e_score_correction_bias"]),
+        ("decoder.layers.1.self_attention.linear_kv_down_proj.weight", "deepseek_v3", ["kv_a_proj_with_mqa"]),
+        ("model.layers.1.mlp.experts.7.gate_proj.weight", "anything", ["model.layers.1.mlp.experts.7.gate_proj"]),
+    ],
+)
+def test_names(name, kind, wanted):
+    found = file_names(name, {"model_type": kind})
+    assert len(found) == len(wanted)
+    assert all(part in full for part, full in zip(wanted, found, strict=True))
+
+
+# Files
+
+
+def test_shards(tmp_path):
+    """Files are no larger than asked, the index names each tensor once, the bytes are those of one file."""
+    model, params = build()
+    options = {"format": fqt.FP8, "config": model.config}
+    exported(fqt.export.compressed_tensors, params, folder=tmp_path / "one", **options)
+    exported(fqt.export.compressed_tensors, params, folder=tmp_path / "many", max_shard_size="200KB", **options)
+    one, many = read(tmp_path / "one"), read(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(bits_of(one[name]), bits_of(many[name])) for name in one)
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert [s.name for s in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            held = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        assert sum(held.values()) <= 200_000 or len(held) == 1
+        assert all(index["weight_map"][name] == shard.name for name in held)
+
+
+def test_one_group_is_packed_at_a_time(tmp_path, monkeypatch):
+    """The packed model is never held: when a group is packed, at most a shard of the earlier ones is alive."""
+    import weakref
+
+    from fq_transforms.export import plan
+
+    model, params = build(num_hidden_layers=6)
+    alive, most = weakref.WeakSet(), []
+
+    def counted(*args, **kwargs):
+        packed = real(*args, **kwargs)
+        alive.update(leaf for leaves in packed.values() for leaf in leaves)
+        most.append(sum(leaf.nbytes for leaf in alive))
+        return packed
+
+    real = plan.pack
+    monkeypatch.setattr(plan, "pack", counted)
+    exported(fqt.export.compressed_tensors, params, fqt.FP8, model.config, tmp_path / "a", max_shard_size=1000)
+    assert len(most) == 12
+    assert max(most) <= 2 * EXPERTS * 2 * INNER * HIDDEN * 1.1
+
+
+def test_a_crash_leaves_nothing_at_the_path(tmp_path):
+    """No folder and no staging after an error; what a killed process left, the next export removes."""
+    model, params = build()
+    params["model.layers.1.mlp.experts.down_proj"] = params["model.layers.1.mlp.experts.down_proj"].clone()
+    spec = fqt.select(params, {"*.experts.*": fqt.NVFP4})
+    state = fqt.calibrate(params, spec=spec)
+    bad = dict(params)
+    bad["model.layers.1.mlp.experts.down_proj"] = params["model.layers.1.mlp.experts.down_proj"].clone()
+    bad["model.layers.1.mlp.experts.down_proj"][2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        fqt.export.compressed_tensors(bad, state, tmp_path / "a", spec=spec, config=model.config, max_shard_size=9999)
+    assert not list(tmp_path.iterdir())
+    left = tmp_path / f".a.saving-{'0' * 32}"
+    left.mkdir()
+    (left / "0.safetensors").write_bytes(b"half")
+    fqt.export.compressed_tensors(params, state, tmp_path / "a", spec=spec, config=model.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_killed_process_leaves_no_config(tmp_path):
+    """SIGKILL while tensors are written: the path does not exist, so no index or config points at missing files."""
+    script = (
+        "import os, signal, sys, torch, pathlib\n"
+        "from fq_transforms.export.files import write\n"
+        "def tensors():\n"
+        "    yield 'a', torch.ones(100)\n"
+        "    yield 'b', torch.ones(100)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write(pathlib.Path(sys.argv[1]), tensors(), {'config.json': {}}, 400)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], check=False, capture_output=True)
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.saving-")
+
+
+def test_importing_the_package_imports_no_engine():
+    script = (
+        "import sys, fq_transforms as fqt; fqt.export\n"
+        "wrong = {'transformers', 'compressed_tensors', 'safetensors', 'modelopt'} & set(sys.modules)\n"
+        "assert not wrong, wrong"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(("engine", "call"), [("tqdm", "export"), ("compressed_tensors", "decompress")])
+def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
+    """The error names the extra, and nothing is written."""
+    model, params = build()
+    spec = fqt.select(params, {"*.experts.*": fqt.FP8})
+    state = fqt.calibrate(params, spec=spec)
+    fqt.export.compressed_tensors(params, state, tmp_path / "a", spec=spec, config=model.config)
+    for module in [engine, *(m for m in sys.modules if m.startswith(f"{engine}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    calls = {
+        "export": lambda: fqt.export.compressed_tensors(params, state, tmp_path / "b", spec=spec, config=model.config),
+        "decompress": lambda: fqt.export.decompress(tmp_path / "a", tmp_path / "b"),
+    }
+    with pytest.raises(ImportError, match=r"pip install 'fq_transforms\[export\]'"):
+        calls[call]()
+    assert not (tmp_path / "b").exists()
+
+
+# Ties, and other refusals
+
+TARGETS = pytest.mark.parametrize("target", [fqt.export.compressed_tensors, fqt.export.modelopt_hf], ids=["ct", "mo"])
+
+
+@TARGETS
+@pytest.mark.parametrize("format", [fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8], ids=name_of)
+def test_untied_roles_are_refused(format, target, tmp_path):
+    """Gate and up with an amax each: the error names both, the values, the expert and the call; tied, it is written."""
+    model, params = build()
+    params = in_lists(params)
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": format}))
+    state = fq.calibrate(params)
+    with pytest.raises(ValueError) as caught:
+        target(params, state, tmp_path / "a", spec=fq.spec, config=model.config)
+    assert_names(
+        str(caught.value),
+        "model.layers.0.mlp.experts.*.gate_proj.weight",
+        "model.layers.0.mlp.experts.*.up_proj.weight",
+        "for expert 0",
+        "fqt.tie(state, [('gate_proj', 'up_proj')])",
+    )
+    assert not list(tmp_path.iterdir())
+    target(params, fqt.tie(state, [("gate_proj", "up_proj")]), tmp_path / "a", spec=fq.spec, config=model.config)
+    scales = {n: t for n, t in read(tmp_path / "a").items() if n.endswith(("global_scale", "scale_2"))}
+    for name, scale in scales.items():
+        assert torch.equal(scale, scales[name.replace("up_proj", "gate_proj")])
+
+
+@TARGETS
+def test_scales_of_rows_need_no_tie(target, tmp_path):
+    """Channels and blocks have a scale of their own in engines too."""
+    model, params = build()
+    params = in_lists(params)
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL}))
+    target(params, fq.calibrate(params), tmp_path / "a", spec=fq.spec, config=model.config)
+    assert (tmp_path / "a" / "config.json").exists()
+
+
+def faults():
+    model, params = build()
+    lists = in_lists(params)
+    config = model.config.to_dict()
+    uncalibrated = fqt.state.init(params, spec=fqt.select(params, {"*.experts.*": fqt.FP8}))
+    spec = fqt.select(params, {"*.experts.*": fqt.FP8})
+    nan = optree.tree_map(torch.clone, fqt.calibrate(params, spec=spec))
+    nan["model.layers.1.mlp.experts.down_proj"].amax[2] = torch.nan
+    int4 = replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7))
+    odd = {"model.odd.weight": torch.ones(4, 5)}
+    ours = {"format": fqt.FP8, "params": params, "rules": "*.experts.*", "config": config}
+    small = {"vocab_size": 8, "hidden_size": 64, "moe_intermediate_size": 96}
+    other_names = {"blocks.0.experts.w": torch.ones(2, 32, 32)}
+    untold = {**config, "model_type": "gpt_oss"}
+    return {
+        "uncalibrated": (ours | {"state": uncalibrated}, "gate_up_proj", "never calibrated"),
+        "NaN amax": (ours | {"state": nan}, "model.layers.1.mlp.experts.down_proj", "nan", "finite amax"),
+        "odd in": (ours | {"params": odd, "format": int4, "rules": "*"}, "model.odd.weight", (4, 5), "4 bits"),
+        "no name for the format": (ours | {"format": fqt.MXFP6_E3M2}, "MXFP6_E3M2", "no name"),
+        "no such names": (ours | {"params": other_names}, "blocks.0.experts.w", "gate_up_proj"),
+        "unknown model": (ours | {"config": untold}, "gpt_oss", "qwen3_moe"),
+        "no architectures": (ours | {"config": {"model_type": "qwen3_moe"}}, "architectures"),
+        "quantized already": (ours | {"config": config | {"quantization_config": {"a": 1}}}, "quantization_config"),
+        "a name twice": (
+            ours | {"params": params | {"decoder.layers.0.mlp.router.weight": torch.ones(3, 256)}},
+            "decoder.layers.0.mlp.router.weight",
+            "two names",
+        ),
+        "Megatron's unknown": (
+            ours | {"params": params | {"decoder.layers.0.mlp.odd.weight": torch.ones(3, 256)}},
+            "decoder.layers.0.mlp.odd.weight",
+            "mlp.router.weight",
+        ),
+        "halves that cut a block": (
+            ours | {"params": build(**small)[1], "format": fqt.FP8_BLOCK},
+            "gate_up_proj",
+            "(192, 64)",
+            "whole blocks",
+        ),
+        "heads in one block": (
+            ours
+            | {
+                "params": megatron_of(params, model.config, "te"),
+                "format": fqt.FP8_BLOCK,
+                "rules": "*linear_qkv.weight",
+            },
+            "linear_qkv",
+            "q_proj",
+            "whole blocks",
+        ),
+        "another block": (
+            ours | {"format": replace(fqt.NVFP4, name="NVFP4_BLOCK32", block=(1, 32))},
+            "NVFP4_BLOCK32",
+            "1x32",
+            "no name",
+        ),
+        "a head that is the embedding": (
+            ours | {"rules": "lm_head*", "config": config | {"tie_word_embeddings": True}},
+            "lm_head",
+            "tie_word_embeddings",
+        ),
+        "half of what is fused": (
+            ours | {"params": lists, "rules": "*gate_proj*"},
+            "gate_proj",
+            "up_proj",
+            "not quantized",
+        ),
+        "a meta tensor": (ours | {"params": params | {"model.norm.weight": torch.empty(4, device="meta")}}, "norm"),
+        "a shard size that is none": (ours | {"max_shard_size": "5 apples"}, "max_shard_size", "5 apples"),
+    }
+
+
+@TARGETS
+@pytest.mark.parametrize("name", faults())
+def test_faults_are_found_before_a_byte_is_written(name, target, tmp_path):
+    """Each names the thing, what was found and what was wanted; the folder is not made."""
+    case, *fragments = faults()[name]
+    params, options = case["params"], {k: v for k, v in case.items() if k == "max_shard_size"}
+    spec = fqt.select(params, {case["rules"]: case["format"]})
+    state = case.get("state") or fqt.calibrate(params, spec=spec)
+    with pytest.raises(ValueError) as caught:
+        target(params, state, tmp_path / "a", spec=spec, config=case["config"], **options)
+    assert_names(str(caught.value), *fragments, "found", "wanted")
+    assert not list(tmp_path.iterdir())
+
+
+@TARGETS
+def test_a_folder_that_is_not_empty_is_refused(target, tmp_path):
+    """What lies there stays; an empty folder is taken."""
+    model, params = build()
+    spec = fqt.select(params, {"*.experts.*": fqt.FP8})
+    state = fqt.calibrate(params, spec=spec)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError) as caught:
+        target(params, state, tmp_path / "a", spec=spec, config=model.config)
+    assert_names(str(caught.value), "1 entries such as ['thesis.txt']", "empty directory")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["thesis.txt"]
+    (tmp_path / "b").mkdir()
+    target(params, state, tmp_path / "b", spec=spec, config=model.config)
+    assert (tmp_path / "b" / "config.json").exists()
+
+
+def test_decompress_refuses(tmp_path):
+    """What is no checkpoint of compressed-tensors, a file that is missing, a module without its codes, a dtype."""
+    model, params = build()
+    exported(fqt.export.compressed_tensors, params, fqt.NVFP4, model.config, tmp_path / "a", max_shard_size="200KB")
+    exported(fqt.export.modelopt_hf, params, fqt.NVFP4, model.config, tmp_path / "m")
+    for folder, options, fragments in [
+        ("m", {}, ["modelopt", "compressed-tensors"]),
+        ("a", {"dtype": torch.float64}, ["float64", "bfloat16"]),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            fqt.export.decompress(tmp_path / folder, tmp_path / "b", **options)
+        assert_names(str(caught.value), *fragments)
+    first = sorted((tmp_path / "a").glob("*.safetensors"))[1]
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(ValueError, match=first.name):
+        fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    first.write_bytes(content)
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text.replace("0.down_proj.weight_packed", "0.down_proj.weight_lost"))
+    with pytest.raises(ValueError, match="weight_lost"):
+        fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    index.write_text(text)
+    tensors = read(tmp_path / "a")
+    del tensors["model.layers.1.mlp.experts.0.up_proj.weight_packed"]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    files.write(tmp_path / "c", tensors.items(), {"config.json": config}, 10**9)
+    with pytest.raises(ValueError) as caught:
+        fqt.export.decompress(tmp_path / "c", tmp_path / "b")
+    assert_names(str(caught.value), "model.layers.1.mlp.experts.0.up_proj", "weight_packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "m"]
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    """A head that is the embedding is not in the files, as in transformers', and loads."""
+    model, params = build(tie_word_embeddings=True)
+    fq, state = exported(fqt.export.compressed_tensors, params, fqt.FP8, model.config, tmp_path / "a")
+    assert "lm_head.weight" not in read(tmp_path / "a")
+    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        weights = {name: w for name, w in fq.fakequant(params, state).items() if name != "lm_head.weight"}
+        wanted = functional_call(model, weights, (TOKENS,)).logits
+        assert torch.equal(loaded(TOKENS).logits, wanted)
