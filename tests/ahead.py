@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops import kernels, launch
+from fq_transforms.ops import kernels, launch, pack_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
@@ -51,7 +51,7 @@ def main():
             plan = launch._forward_plan(format, SHAPE, transposed, None)
             compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
             compile_ahead(
-                kernels.pack_kernel, launch._pack_plan(format, SHAPE, transposed), weights | amax | codes | scale
+                pack_kernel.pack_kernel, launch._pack_plan(format, SHAPE, transposed), weights | amax | codes | scale
             )
             compiled += 2
             if not format.is_stateless:

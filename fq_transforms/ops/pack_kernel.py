@@ -1,0 +1,334 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
+"""The Triton kernel that packs weights: `fq_transforms.ops.packing.pack_reference`, bit for bit.
+
+Packing writes less than the forward kernel does, so instructions bound it before memory does. A thread therefore keeps
+all that belongs together: a strand of BLOCKS chunks of CHUNK weights along `in`, whose scales, codes and words never
+leave its registers. Tiles are [BLOCKS, PIECES, TILE, PIECE], a strand to each of TILE; a piece is what a thread loads at
+once. Triton gives the last axis to a thread and the next one to the warp, and so the first two to registers.
+
+NOTE rounding to a code: t = a + power * 2**(23 - MANTISSA) ends in the integer a / spacing, rounded, with the exponent
+of a above it. The code is that integer and the exponent's steps, bits(t) + (bits(t) >> (23 - MANTISSA)), up to a number
+that is the same for all; OFFSET, added to t in units of its last place, makes it a multiple of 2**BITS.
+
+NOTE words: an integer code is the low bits of a sum with a magic number, whose other bits are always the same. So words
+are sums of such sums, and the magic numbers are taken off once a word.
+
+NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning.
+"""
+
+import triton
+import triton.language as tl
+
+from fq_transforms.ops.kernels import (
+    INTERPRETED,
+    SMALLEST_DIVISOR,
+    TINY_AMAX,
+    _address,
+    _bits,
+    _float,
+    _granule_amax,
+    _largest,
+    _mx_exponent,
+    _power_of_two,
+    _quotient,
+    _reciprocal,
+    _scale,
+    _two_level_scale,
+    _valid,
+)
+
+__all__ = ["pack_kernel"]
+
+# 1.5 * 2**23: added to a small number of either sign, it leaves the rounded integer in the low bits.
+MAGIC = tl.constexpr(12582912)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _each(granule):
+    """A block's number [BLOCKS, TILE], shaped to meet its weights; one number for the whole expert stays a scalar."""
+    return granule[:, None, :, None] if len(granule.shape) == 2 else granule
+
+
+@triton.jit
+def _strands(
+    out_features,
+    in_features,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """This program's weights: base (int64), offsets, which exist; of the strands [TILE] which exist and the place of
+    their first code, in weights; of the blocks [BLOCKS, TILE] the granule, and which begin it."""
+    block = tl.program_id(0)
+    c = tl.arange(0, TILE)
+    b = tl.arange(0, BLOCKS)
+    p = tl.arange(0, CHUNK // PIECE)
+    j = b[:, None, None, None] * CHUNK + p[None, :, None, None] * PIECE + tl.arange(0, PIECE)[None, None, None, :]
+    STRAND: tl.constexpr = BLOCKS * CHUNK
+    if TRANSPOSED:  # memory is [in, out]: a program takes CHUNK inputs of TILE neighbouring outputs
+        tiles = tl.cdiv(out_features, TILE)
+        first = (block % tiles) * TILE
+        start = (block // tiles) * CHUNK
+        base = start.to(tl.int64) * out_features + first
+        row = first + c
+        column = start + c * 0
+        offsets = j * out_features + c[None, None, :, None]
+        exists = row < out_features
+        mask = exists[None, None, :, None] & (start + j < in_features)
+        place = row.to(tl.int64) * in_features + start
+    else:
+        strand = block * TILE + c
+        base = block.to(tl.int64) * (TILE * STRAND)
+        offsets = c[None, None, :, None] * STRAND + j
+        exists = strand < out_features * (in_features // CHUNK) // BLOCKS
+        mask = exists[None, None, :, None] & (j >= 0)
+        place = base + c * STRAND
+        chunks_a_row = in_features // CHUNK
+        row = strand // chunks_a_row
+        column = (strand - row * chunks_a_row) * CHUNK
+    if ROWS == 1 and COLUMNS != 0 and not TRANSPOSED:  # granules follow each other in memory, as the strands do
+        granule = strand[None, :] * BLOCKS // (COLUMNS // CHUNK) + b[:, None]
+        begins = strand[None, :] % (COLUMNS // CHUNK) == 0
+    else:
+        granule = row * 0 if ROWS == 0 else (row // ROWS) * columns
+        begins = row[None, :] >= 0
+        if COLUMNS != 0:
+            granule += column // COLUMNS
+            begins = (column % COLUMNS == 0)[None, :]
+        granule = granule[None, :]
+    granule = tl.program_id(1).to(tl.int64) * rows * columns + granule
+    return base, offsets, mask, exists, place, granule, begins & exists[None, :]
+
+
+@triton.jit
+def _block_amax(a):
+    """Maximum of the magnitudes of each block [BLOCKS, TILE]; NaN if one is NaN or infinite."""
+    largest = _largest(_largest(a, 3), 1)
+    return tl.fma(largest, 0.0, largest)
+
+
+@triton.jit
+def _float_codes(a, x, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes of the nearest values to magnitudes a with the signs of x, ties to even; see NOTE rounding to a code."""
+    OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
+    power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
+    t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
+    magnitude = (t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)
+    return magnitude | ((_bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
+
+
+@triton.jit
+def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes of eight bits, y saturated and rounded to nearest even: by the hardware where it has the element."""
+    if MANTISSA == 3 and QMAX == 448.0 and not INTERPRETED:
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif MANTISSA == 2 and QMAX == 57344.0 and not INTERPRETED:
+        return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:  # the interpreter rounds subnormals wrongly
+        codes = _float_codes(tl.minimum(tl.abs(y), QMAX), y, 8, MIN_EXPONENT, MANTISSA)
+        return tl.where(y == y, codes, 127).to(tl.uint8)
+
+
+@triton.jit
+def _join(codes, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT codes along the last axis to one number, the first the lowest."""
+    shift = BITS * tl.arange(0, COUNT)
+    return tl.sum(codes << shift, axis=len(codes.shape) - 1)
+
+
+@triton.jit
+def _store_words(
+    codes_ptr,
+    codes,
+    place,
+    exists,
+    IS_MAGIC: tl.constexpr,
+    BITS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Codes of less than a byte [BLOCKS, PIECES, TILE, PIECE], a strand to consecutive words of memory.
+
+    PIECES are those of a strand. Rows of codes have no padding, and a strand is a power of two of weights within
+    one, so its words are aligned.
+    """
+    if BITS == 4:
+        words = _join(codes, 4, PIECE)
+        if IS_MAGIC:
+            MAGICS: tl.constexpr = MAGIC_BITS * ((16**PIECE - 1) // 15) % 2**32
+            words -= MAGICS - 2**32 if MAGICS >= 2**31 else MAGICS
+        words = words.permute(2, 0, 1).reshape(TILE, PIECES)
+        word_type: tl.constexpr = tl.int32 if PIECE == 8 else tl.int16 if PIECE == 4 else tl.int8
+        at = codes_ptr.to(tl.pointer_type(word_type), bitcast=True) + (place // PIECE)[:, None]
+        tl.store(at + tl.arange(0, PIECES)[None, :], words.to(word_type), mask=exists[:, None])
+    elif PIECES == 4:  # 32 codes of 6 bits: four pieces of 48 bits to three words of 64
+        low, high = tl.split(_join(codes.reshape(codes.shape[0], codes.shape[1], TILE, 2, 4), 6, 4))
+        pieces = low.to(tl.int64) | high.to(tl.int64) << 24
+        even, odd = tl.split(pieces.permute(2, 0, 1).reshape(TILE, 2, 2))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        at = codes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + place // 32 * 3
+        tl.store(at, a | b << 48, mask=exists)
+        tl.store(at + 1, b >> 16 | c << 32, mask=exists)
+        tl.store(at + 2, c >> 32 | d << 16, mask=exists)
+    else:
+        quads = _join(codes.reshape(codes.shape[0], codes.shape[1], TILE, PIECE // 4, 4), 6, 4)
+        quads = quads.permute(2, 0, 1, 3).reshape(TILE, PIECES * PIECE // 4)
+        at = codes_ptr + (place // 4 * 3)[:, None] + 3 * tl.arange(0, PIECES * PIECE // 4)[None, :]
+        for byte in tl.static_range(3):
+            tl.store(at + byte, (quads >> (8 * byte)).to(tl.uint8), mask=exists[:, None])
+
+
+@triton.jit
+def _two_level_codes(
+    x,
+    block_amax,
+    g,
+    scale_ptr,
+    granule,
+    begins,
+    LIFT: tl.constexpr,
+    QMAX: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Codes under E4M3 scales, which it stores. A NaN scale counts as zero here, and so do its weights."""
+    s, s8 = _two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+    s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
+    tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
+    divisor = tl.maximum(s * LIFT, SMALLEST_DIVISOR)
+    a = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * LIFT
+    v = _quotient(a, _each(divisor), _each(_reciprocal(divisor)))
+    return _float_codes(v, x, BITS, MIN_EXPONENT, MANTISSA)
+
+
+@triton.jit
+def pack_kernel(
+    weight_base,
+    weight_table,
+    weight_stride,
+    codes_base,
+    codes_table,
+    codes_stride,
+    amax_ptr,
+    global_amax_ptr,
+    scale_ptr,
+    out_features,
+    in_features,
+    rows,
+    columns,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    QMAX: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    EXPONENT_ROUNDING: tl.constexpr,
+    MAX_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """`pack_reference`, a tile at a time: codes, and scales where each block along `in` has its own."""
+    base, offsets, mask, exists, place, granule, begins = _strands(
+        out_features, in_features, rows, columns, ROWS, COLUMNS, BLOCKS, CHUNK, PIECE, TILE, TRANSPOSED
+    )
+    PIECES: tl.constexpr = BLOCKS * (CHUNK // PIECE)
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
+    codes_ptr = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
+    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
+    if DYNAMIC:
+        block_amax = _block_amax(tl.abs(x))
+    else:
+        block_amax = _granule_amax(x, amax_ptr, granule, exists[None, :], False, ROWS, COLUMNS)
+
+    if SCALE == "e8m0":
+        e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
+        tl.store(scale_ptr + granule, tl.where(block_amax >= 0, e + 127, 255).to(tl.uint8), mask=begins)
+        v = x * _each(_power_of_two(-e))
+        if BITS == 8:
+            codes = _byte_codes(v, QMAX, MIN_EXPONENT, MANTISSA)
+        else:
+            codes = _float_codes(tl.minimum(tl.abs(v), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
+    elif SCALE == "e4m3":
+        expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
+        g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
+        if g < 2.0**-62:  # leaves at once, as in the forward kernel
+            codes = _two_level_codes(
+                x,
+                block_amax,
+                g,
+                scale_ptr,
+                granule,
+                begins,
+                2.0**64,
+                QMAX,
+                MIN_EXPONENT,
+                MANTISSA,
+                MIN_SCALE,
+                UNIT_SCALE_BELOW,
+                DYNAMIC,
+                BITS,
+            )
+            _store_words(codes_ptr, codes, place, exists, False, BITS, PIECES, PIECE, TILE)
+            return
+        codes = _two_level_codes(
+            x,
+            block_amax,
+            g,
+            scale_ptr,
+            granule,
+            begins,
+            1.0,
+            QMAX,
+            MIN_EXPONENT,
+            MANTISSA,
+            MIN_SCALE,
+            UNIT_SCALE_BELOW,
+            DYNAMIC,
+            BITS,
+        )
+    elif ELEMENT == "int":
+        zero = block_amax < TINY_AMAX
+        s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
+        if ROWS == 1 and COLUMNS != 0:
+            tl.store(scale_ptr + granule, tl.where(zero, 0.0, s), mask=begins)
+        v = tl.minimum(tl.maximum(x * _each(s), LOW), HIGH)
+        codes = _bits(v + (MAGIC + 8 if BITS == 4 else MAGIC))
+    else:
+        s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
+        if BITS == 8:
+            codes = _byte_codes(x * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
+        else:
+            codes = _float_codes(tl.minimum(tl.abs(x * _each(s)), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
+
+    if BITS == 8:
+        j = tl.arange(0, CHUNK // PIECE)[None, :, None, None] * PIECE + tl.arange(0, PIECE)[None, None, None, :]
+        b = tl.arange(0, BLOCKS)[:, None, None, None] * CHUNK
+        at = codes_ptr + place[None, None, :, None] + (b + j)
+        tl.store(at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
+    else:
+        _store_words(codes_ptr, codes, place, exists, ELEMENT == "int", BITS, PIECES, PIECE, TILE)
