@@ -47,8 +47,8 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _each(granule):
-    """A block's number [BLOCKS, TILE], shaped to meet its weights; one number for the whole expert stays a scalar."""
-    return granule[:, None, :, None] if len(granule.shape) == 2 else granule
+    """A block's number [TILE, BLOCKS], shaped to meet its weights; one number for the whole expert stays a scalar."""
+    return granule.permute(1, 0)[:, None, :, None] if len(granule.shape) == 2 else granule
 
 
 @triton.jit
@@ -65,14 +65,18 @@ def _strands(
     TILE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """This program's weights: base (int64), offsets, which exist; of the strands [TILE] which exist and the place of
-    their first code, in weights; of the blocks [BLOCKS, TILE] the granule, and which begin it."""
+    """Where this program's weights are, and what they belong to.
+
+    Of the pieces [BLOCKS * PIECES * TILE, PIECE]: base (int64), offsets, which weights exist, and where their codes are,
+    in weights from that of the strand. Of the strands [TILE]: where the first code is, in weights, and which exist. Of
+    the blocks [TILE, BLOCKS]: the granule, and which begin it.
+    """
+    STRAND: tl.constexpr = BLOCKS * CHUNK
     block = tl.program_id(0)
     c = tl.arange(0, TILE)
-    b = tl.arange(0, BLOCKS)
-    p = tl.arange(0, CHUNK // PIECE)
-    j = b[:, None, None, None] * CHUNK + p[None, :, None, None] * PIECE + tl.arange(0, PIECE)[None, None, None, :]
-    STRAND: tl.constexpr = BLOCKS * CHUNK
+    r = tl.arange(0, STRAND // PIECE * TILE)
+    piece_c = (r % TILE)[:, None]
+    j = (r // TILE * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
     if TRANSPOSED:  # memory is [in, out]: a program takes CHUNK inputs of TILE neighbouring outputs
         tiles = tl.cdiv(out_features, TILE)
         first = (block % tiles) * TILE
@@ -80,38 +84,45 @@ def _strands(
         base = start.to(tl.int64) * out_features + first
         row = first + c
         column = start + c * 0
-        offsets = j * out_features + c[None, None, :, None]
+        offsets = j * out_features + piece_c
+        codes = piece_c.to(tl.int64) * in_features + j
+        origin = first.to(tl.int64) * in_features + start
         exists = row < out_features
-        mask = exists[None, None, :, None] & (start + j < in_features)
-        place = row.to(tl.int64) * in_features + start
+        mask = (first + piece_c < out_features) & (start + j < in_features)
+        place = origin + c.to(tl.int64) * in_features
     else:
         strand = block * TILE + c
+        strands = out_features * (in_features // CHUNK) // BLOCKS
         base = block.to(tl.int64) * (TILE * STRAND)
-        offsets = c[None, None, :, None] * STRAND + j
-        exists = strand < out_features * (in_features // CHUNK) // BLOCKS
-        mask = exists[None, None, :, None] & (j >= 0)
+        offsets = piece_c * STRAND + j
+        codes = offsets
+        origin = base
+        exists = strand < strands
+        mask = (block * TILE + piece_c < strands) & (j >= 0)
         place = base + c * STRAND
         chunks_a_row = in_features // CHUNK
         row = strand // chunks_a_row
         column = (strand - row * chunks_a_row) * CHUNK
-    if ROWS == 1 and COLUMNS != 0 and not TRANSPOSED:  # granules follow each other in memory, as the strands do
-        granule = strand[None, :] * BLOCKS // (COLUMNS // CHUNK) + b[:, None]
-        begins = strand[None, :] % (COLUMNS // CHUNK) == 0
+    if ROWS == 1 and COLUMNS == CHUNK and not TRANSPOSED:  # blocks follow each other in memory, as the strands do
+        granule = strand[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+        begins = exists[:, None]
     else:
         granule = row * 0 if ROWS == 0 else (row // ROWS) * columns
-        begins = row[None, :] >= 0
+        begins = exists
         if COLUMNS != 0:
             granule += column // COLUMNS
-            begins = (column % COLUMNS == 0)[None, :]
-        granule = granule[None, :]
-    granule = tl.program_id(1).to(tl.int64) * rows * columns + granule
-    return base, offsets, mask, exists, place, granule, begins & exists[None, :]
+            begins = exists & (column % COLUMNS == 0)
+        granule = granule[:, None]
+        begins = begins[:, None]
+    # Written so that a strand's scales are seen to be aligned.
+    granule = tl.program_id(1).to(tl.int64) * (rows * columns // BLOCKS * BLOCKS) + granule
+    return base, offsets, mask, origin + codes, exists, place, granule, begins
 
 
 @triton.jit
 def _block_amax(a):
-    """Maximum of the magnitudes of each block [BLOCKS, TILE]; NaN if one is NaN or infinite."""
-    largest = _largest(_largest(a, 3), 1)
+    """Maximum of the magnitudes of each block [TILE, BLOCKS]; NaN if one is NaN or infinite."""
+    largest = _largest(_largest(a, 3), 1).permute(1, 0)
     return tl.fma(largest, 0.0, largest)
 
 
@@ -253,17 +264,17 @@ def pack_kernel(
     ALIGNED: tl.constexpr,
 ):
     """`pack_reference`, a tile at a time: codes, and scales where each block along `in` has its own."""
-    base, offsets, mask, exists, place, granule, begins = _strands(
+    base, offsets, mask, codes_offsets, exists, place, granule, begins = _strands(
         out_features, in_features, rows, columns, ROWS, COLUMNS, BLOCKS, CHUNK, PIECE, TILE, TRANSPOSED
     )
     PIECES: tl.constexpr = BLOCKS * (CHUNK // PIECE)
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
     codes_ptr = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
-    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32).reshape(BLOCKS, CHUNK // PIECE, TILE, PIECE)
     if DYNAMIC:
         block_amax = _block_amax(tl.abs(x))
     else:
-        block_amax = _granule_amax(x, amax_ptr, granule, exists[None, :], False, ROWS, COLUMNS)
+        block_amax = _granule_amax(x, amax_ptr, granule, exists[:, None], False, ROWS, COLUMNS)
 
     if SCALE == "e8m0":
         e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
@@ -326,9 +337,7 @@ def pack_kernel(
             codes = _float_codes(tl.minimum(tl.abs(x * _each(s)), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
 
     if BITS == 8:
-        j = tl.arange(0, CHUNK // PIECE)[None, :, None, None] * PIECE + tl.arange(0, PIECE)[None, None, None, :]
-        b = tl.arange(0, BLOCKS)[:, None, None, None] * CHUNK
-        at = codes_ptr + place[None, None, :, None] + (b + j)
-        tl.store(at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
+        codes = codes.to(codes_ptr.dtype.element_ty).reshape(PIECES * TILE, PIECE)
+        tl.store(codes_ptr + codes_offsets, codes, mask=mask)
     else:
         _store_words(codes_ptr, codes, place, exists, ELEMENT == "int", BITS, PIECES, PIECE, TILE)
