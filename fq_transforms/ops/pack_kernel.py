@@ -11,8 +11,12 @@ NOTE rounding to a code: t = a + power * 2**(23 - MANTISSA) ends in the integer 
 of a above it. The code is that integer and the exponent's steps, bits(t) + (bits(t) >> (23 - MANTISSA)), up to a number
 that is the same for all; OFFSET, added to t in units of its last place, makes it a multiple of 2**BITS.
 
-NOTE words: an integer code is the low bits of a sum with a magic number, whose other bits are always the same. So words
-are sums of such sums, and the magic numbers are taken off once a word.
+NOTE three binades: E2M1 and E2M3 have only three, in each of which the code is linear in the magnitude; from one to the
+next it grows more slowly, so the code is the smallest of the three lines, each rounded. Logic has half the throughput of
+arithmetic on the chip: three sums and two minima are faster than the five operations of the NOTE above.
+
+NOTE words: codes come as the low bits of a sum with a magic number, whose other bits are always the same. So words are
+sums of such sums, and the magic numbers are taken off once a word.
 
 NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning.
 """
@@ -128,11 +132,17 @@ def _block_amax(a):
 
 @triton.jit
 def _float_codes(a, x, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """Codes of the nearest values to magnitudes a with the signs of x, ties to even; see NOTE rounding to a code."""
-    OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
-    power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
-    t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
-    magnitude = (t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)
+    """Codes of the nearest values to magnitudes a with the signs of x, ties to even, in the low BITS of MAGIC_BITS."""
+    if MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
+        t = tl.fma(a, 2.0**MANTISSA, MAGIC)
+        t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
+        t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
+        magnitude = _bits(t)
+    else:  # see NOTE rounding to a code
+        OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
+        power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
+        t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
+        magnitude = ((t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)) | MAGIC_BITS
     return magnitude | ((_bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
 
 
@@ -150,9 +160,10 @@ def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.
 
 @triton.jit
 def _join(codes, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT codes along the last axis to one number, the first the lowest."""
-    shift = BITS * tl.arange(0, COUNT)
-    return tl.sum(codes << shift, axis=len(codes.shape) - 1)
+    """COUNT codes along the last axis to one number, the first the lowest; see NOTE words."""
+    MAGICS: tl.constexpr = MAGIC_BITS * ((2 ** (BITS * COUNT) - 1) // (2**BITS - 1)) % 2**32
+    words = tl.sum(codes << (BITS * tl.arange(0, COUNT)), axis=len(codes.shape) - 1)
+    return words - (MAGICS - 2**32 if MAGICS >= 2**31 else MAGICS)
 
 
 @triton.jit
@@ -161,7 +172,6 @@ def _store_words(
     codes,
     place,
     exists,
-    IS_MAGIC: tl.constexpr,
     BITS: tl.constexpr,
     PIECES: tl.constexpr,
     PIECE: tl.constexpr,
@@ -174,9 +184,6 @@ def _store_words(
     """
     if BITS == 4:
         words = _join(codes, 4, PIECE)
-        if IS_MAGIC:
-            MAGICS: tl.constexpr = MAGIC_BITS * ((16**PIECE - 1) // 15) % 2**32
-            words -= MAGICS - 2**32 if MAGICS >= 2**31 else MAGICS
         words = words.permute(2, 0, 1).reshape(TILE, PIECES)
         word_type: tl.constexpr = tl.int32 if PIECE == 8 else tl.int16 if PIECE == 4 else tl.int8
         at = codes_ptr.to(tl.pointer_type(word_type), bitcast=True) + (place // PIECE)[:, None]
@@ -283,7 +290,8 @@ def pack_kernel(
         if BITS == 8:
             codes = _byte_codes(v, QMAX, MIN_EXPONENT, MANTISSA)
         else:
-            codes = _float_codes(tl.minimum(tl.abs(v), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
+            a = tl.abs(v) if EXPONENT_ROUNDING == "up" else tl.minimum(tl.abs(v), QMAX)  # rounded up, none is larger
+            codes = _float_codes(a, x, BITS, MIN_EXPONENT, MANTISSA)
     elif SCALE == "e4m3":
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
@@ -304,7 +312,7 @@ def pack_kernel(
                 DYNAMIC,
                 BITS,
             )
-            _store_words(codes_ptr, codes, place, exists, False, BITS, PIECES, PIECE, TILE)
+            _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
             return
         codes = _two_level_codes(
             x,
@@ -340,4 +348,4 @@ def pack_kernel(
         codes = codes.to(codes_ptr.dtype.element_ty).reshape(PIECES * TILE, PIECE)
         tl.store(codes_ptr + codes_offsets, codes, mask=mask)
     else:
-        _store_words(codes_ptr, codes, place, exists, ELEMENT == "int", BITS, PIECES, PIECE, TILE)
+        _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
