@@ -312,9 +312,7 @@ def fake_quantize_kernel(
             )
             tl.store(out, _with_sign_of(q * _each(s), x).to(out_base.dtype.element_ty), mask=mask)
             return
-        q, s = _two_level(
-            x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
-        )
+        q, s = _two_level(x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
         y = _with_sign_of(q * _each(s), x)
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX

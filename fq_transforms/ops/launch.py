@@ -49,6 +49,7 @@ FORWARD = Tile(1024, 1)
 FORWARD_WIDE = Tile(2048, 2)  # per channel, and NVFP4
 BACKWARD = Tile(2048, 8)
 PACK = Tile(4096, 4)  # one strand of 32 weights a thread, so that its scale is where its weights are
+PACK_TRANSPOSED = Tile(2048, 1)  # fewest exchanges between threads
 AMAX = {
     "expert": Tile(1024, 4, 8),
     "blocks": Tile(4096, 8, 2),
@@ -147,9 +148,9 @@ def pack_triton(
     if scale is None:
         shape = (experts, *format.granules(out_features, in_features))
         scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
-    _launch(
-        pack_kernel.pack_kernel, _pack_plan(format, inputs.matrix, transposed), (inputs, out), (amax, global_amax, scale)
-    )
+    plan = _pack_plan(format, inputs.matrix, transposed, inputs.base.element_size())
+    amax = None if format.dynamic else amax
+    _launch(pack_kernel.pack_kernel, plan, (inputs, out), (amax, global_scale, scale))
     if format.scale == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
     return codes.view(code_dtype(format)), scale, global_scale
@@ -325,9 +326,11 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, til
 
 
 @cache
-def _pack_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None = None) -> _Plan:
+def _pack_plan(
+    format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, tile: Tile | None = None
+) -> _Plan:
     """A thread takes a strand: the pieces of one chunk, or of two, and stores its codes as words."""
-    tile = tile or PACK
+    tile = tile or (PACK_TRANSPOSED if transposed else PACK)
     constants = _forward_plan(format, matrix, transposed, None).constants
     out_features, in_features = shape = _shape(matrix, transposed)
     bits, block = code_bits(format), format.block[1] or STRAND
@@ -349,7 +352,7 @@ def _pack_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: 
         "COLUMNS": format.block[1] or 0,
         "BLOCKS": blocks,
         "CHUNK": chunk,
-        "PIECE": min(16 if bits == 8 else 8, chunk),
+        "PIECE": min(16 if bits == 8 else 16 // bytes_a_weight, chunk),
         "TILE": strands,
         "TRANSPOSED": transposed,
     }

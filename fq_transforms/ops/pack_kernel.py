@@ -1,19 +1,20 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """The Triton kernel that packs weights: `fq_transforms.ops.packing.pack_reference`, bit for bit.
 
 Packing writes less than the forward kernel does, so instructions bound it before memory does. A thread therefore keeps
 all that belongs together: a strand of BLOCKS chunks of CHUNK weights along `in`, whose scales, codes and words never
-leave its registers. Tiles are [BLOCKS, PIECES, TILE, PIECE], a strand to each of TILE; a piece is what a thread loads at
-once. Triton gives the last axis to a thread and the next one to the warp, and so the first two to registers.
+leave its registers. A piece is what a thread loads at once. Pieces are loaded as rows, the first of every strand first:
+Triton gives a row to a thread, and when each has one, the next rows to the same threads. So with as many strands as
+threads a strand lies in one. Then tiles are [BLOCKS, PIECES, TILE, PIECE], a strand to each of TILE.
 
 NOTE rounding to a code: t = a + power * 2**(23 - MANTISSA) ends in the integer a / spacing, rounded, with the exponent
 of a above it. The code is that integer and the exponent's steps, bits(t) + (bits(t) >> (23 - MANTISSA)), up to a number
 that is the same for all; OFFSET, added to t in units of its last place, makes it a multiple of 2**BITS.
 
-NOTE three binades: E2M1 and E2M3 have only three, in each of which the code is linear in the magnitude; from one to the
-next it grows more slowly, so the code is the smallest of the three lines, each rounded. Logic has half the throughput of
-arithmetic on the chip: three sums and two minima are faster than the five operations of the NOTE above.
+NOTE three binades: E2M1 and E2M3 have only three, in each of which the code is linear in the magnitude; from one to
+the next it grows more slowly, so the code is the smallest of the three lines, each rounded. Logic has half the
+throughput of arithmetic on the chip: three sums and two minima beat the five operations of the NOTE above.
 
 NOTE words: codes come as the low bits of a sum with a magic number, whose other bits are always the same. So words are
 sums of such sums, and the magic numbers are taken off once a word.
@@ -39,7 +40,6 @@ from fq_transforms.ops.kernels import (
     _reciprocal,
     _scale,
     _two_level_scale,
-    _valid,
 )
 
 __all__ = ["pack_kernel"]
@@ -71,9 +71,9 @@ def _strands(
 ):
     """Where this program's weights are, and what they belong to.
 
-    Of the pieces [BLOCKS * PIECES * TILE, PIECE]: base (int64), offsets, which weights exist, and where their codes are,
-    in weights from that of the strand. Of the strands [TILE]: where the first code is, in weights, and which exist. Of
-    the blocks [TILE, BLOCKS]: the granule, and which begin it.
+    Of the pieces [BLOCKS * PIECES * TILE, PIECE]: base (int64), offsets, which weights exist, and where their codes
+    are, in weights. Of the strands [TILE]: which exist, and where the first code is. Of the blocks [TILE, BLOCKS]: the
+    granule, and which begin it.
     """
     STRAND: tl.constexpr = BLOCKS * CHUNK
     block = tl.program_id(0)
@@ -155,7 +155,7 @@ def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.
         return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
     else:  # the interpreter rounds subnormals wrongly
         codes = _float_codes(tl.minimum(tl.abs(y), QMAX), y, 8, MIN_EXPONENT, MANTISSA)
-        return tl.where(y == y, codes, 127).to(tl.uint8)
+        return tl.where(tl.abs(y) >= 0, codes, 127).to(tl.uint8)
 
 
 @triton.jit
@@ -188,22 +188,23 @@ def _store_words(
         word_type: tl.constexpr = tl.int32 if PIECE == 8 else tl.int16 if PIECE == 4 else tl.int8
         at = codes_ptr.to(tl.pointer_type(word_type), bitcast=True) + (place // PIECE)[:, None]
         tl.store(at + tl.arange(0, PIECES)[None, :], words.to(word_type), mask=exists[:, None])
-    elif PIECES == 4:  # 32 codes of 6 bits: four pieces of 48 bits to three words of 64
-        low, high = tl.split(_join(codes.reshape(codes.shape[0], codes.shape[1], TILE, 2, 4), 6, 4))
-        pieces = low.to(tl.int64) | high.to(tl.int64) << 24
-        even, odd = tl.split(pieces.permute(2, 0, 1).reshape(TILE, 2, 2))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        at = codes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + place // 32 * 3
-        tl.store(at, a | b << 48, mask=exists)
-        tl.store(at + 1, b >> 16 | c << 32, mask=exists)
-        tl.store(at + 2, c >> 32 | d << 16, mask=exists)
     else:
+        QUADS: tl.constexpr = PIECES * PIECE // 4
         quads = _join(codes.reshape(codes.shape[0], codes.shape[1], TILE, PIECE // 4, 4), 6, 4)
-        quads = quads.permute(2, 0, 1, 3).reshape(TILE, PIECES * PIECE // 4)
-        at = codes_ptr + (place // 4 * 3)[:, None] + 3 * tl.arange(0, PIECES * PIECE // 4)[None, :]
-        for byte in tl.static_range(3):
-            tl.store(at + byte, (quads >> (8 * byte)).to(tl.uint8), mask=exists[:, None])
+        quads = quads.permute(2, 0, 1, 3).reshape(TILE, QUADS)
+        if QUADS == 8:  # 32 codes: four times 48 bits to three words of 64
+            low, high = tl.split(quads.reshape(TILE, 4, 2))
+            even, odd = tl.split((low.to(tl.int64) | high.to(tl.int64) << 24).reshape(TILE, 2, 2))
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            at = codes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + place // 32 * 3
+            tl.store(at, a | b << 48, mask=exists)
+            tl.store(at + 1, b >> 16 | c << 32, mask=exists)
+            tl.store(at + 2, c >> 32 | d << 16, mask=exists)
+        else:
+            at = codes_ptr + (place // 4 * 3)[:, None] + 3 * tl.arange(0, QUADS)[None, :]
+            for byte in tl.static_range(3):
+                tl.store(at + byte, (quads >> (8 * byte)).to(tl.uint8), mask=exists[:, None])
 
 
 @triton.jit
@@ -223,10 +224,11 @@ def _two_level_codes(
     DYNAMIC: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Codes under E4M3 scales, which it stores. A NaN scale counts as zero here, and so do its weights."""
+    """Codes under E4M3 scales, which it stores; under a scale of zero they are those of 1, under NaN zeros."""
     s, s8 = _two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
     s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
     tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
+    s = tl.where(s == 0, 1.0, s)
     divisor = tl.maximum(s * LIFT, SMALLEST_DIVISOR)
     a = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * LIFT
     v = _quotient(a, _each(divisor), _each(_reciprocal(divisor)))
@@ -242,7 +244,7 @@ def pack_kernel(
     codes_table,
     codes_stride,
     amax_ptr,
-    global_amax_ptr,
+    global_scale_ptr,
     scale_ptr,
     out_features,
     in_features,
@@ -286,15 +288,16 @@ def pack_kernel(
     if SCALE == "e8m0":
         e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
         tl.store(scale_ptr + granule, tl.where(block_amax >= 0, e + 127, 255).to(tl.uint8), mask=begins)
-        v = x * _each(_power_of_two(-e))
+        factor = _each(_power_of_two(-e))
         if BITS == 8:
-            codes = _byte_codes(v, QMAX, MIN_EXPONENT, MANTISSA)
+            codes = _byte_codes(x * factor, QMAX, MIN_EXPONENT, MANTISSA)
         else:
-            a = tl.abs(v) if EXPONENT_ROUNDING == "up" else tl.minimum(tl.abs(v), QMAX)  # rounded up, none is larger
+            a = tl.abs(x) * factor
+            if EXPONENT_ROUNDING != "up":  # rounded up, none is larger
+                a = tl.minimum(a, QMAX)
             codes = _float_codes(a, x, BITS, MIN_EXPONENT, MANTISSA)
     elif SCALE == "e4m3":
-        expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
-        g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
+        g = tl.load(global_scale_ptr + tl.program_id(1))
         if g < 2.0**-62:  # leaves at once, as in the forward kernel
             codes = _two_level_codes(
                 x,
