@@ -136,6 +136,7 @@ def pack_triton(
     *,
     format: Format,
     transposed: bool,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`pack_reference` of every expert of a group, in one launch, and a few more for scales of which there are few."""
     inputs = _group(weights)
@@ -148,7 +149,7 @@ def pack_triton(
     if scale is None:
         shape = (experts, *format.granules(out_features, in_features))
         scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
-    plan = _pack_plan(format, inputs.matrix, transposed, inputs.base.element_size())
+    plan = _pack_plan(format, inputs.matrix, transposed, inputs.base.element_size(), tile)
     amax = None if format.dynamic else amax
     _launch(pack_kernel.pack_kernel, plan, (inputs, out), (amax, global_scale, scale))
     if format.scale == "e4m3":

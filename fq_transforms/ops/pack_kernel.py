@@ -19,7 +19,8 @@ throughput of arithmetic on the chip: three sums and two minima beat the five op
 NOTE words: codes come as the low bits of a sum with a magic number, whose other bits are always the same. So words are
 sums of such sums, and the magic numbers are taken off once a word.
 
-NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning.
+NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning, which stay within the granule. A
+NaN under a static scale becomes NaN in FP8, else the largest value or the lowest integer.
 """
 
 import triton
