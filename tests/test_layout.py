@@ -19,6 +19,7 @@ LAYERS = [
     ["ops.reference"],
     ["ops.packing"],
     ["ops.kernels"],
+    ["ops.pack_kernel"],
     ["ops.launch"],
     ["ops.autograd"],
     ["calibrate", "fakequant", "main_grad", "pack", "sync"],
@@ -44,7 +45,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "bench.__main__"},
+    "triton": {"ops.kernels", "ops.pack_kernel", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},

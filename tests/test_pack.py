@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fq_transforms as fqt
-from fq_transforms.formats import E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
+from fq_transforms.formats import E2M1, E3M2, E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
 from fq_transforms.ops import launch
 from fq_transforms.ops.packing import code_bits, pack_reference, unpack_reference
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
@@ -169,7 +169,29 @@ def test_faults():
         assert_names(str(caught.value.args[0]), *fragments)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)])
+on_each_device = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+
+
+def packed_by_both(weight, amax, global_amax, format, transposed):
+    """(name, the kernel's, the reference's) bytes of codes, scale and global scale."""
+    wanted = pack_reference(weight, amax, global_amax, format=format)
+    stored = [(w.mT if transposed else w).contiguous() for w in weight]
+    found = launch.pack_triton(stored, amax, global_amax, format=format, transposed=transposed)
+    for name, a, b in zip(("codes", "scale", "global_scale"), found, wanted, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+            yield name, a.view(torch.uint8), b.view(torch.uint8)
+
+
+def assert_kernel_equals_reference(weight, amax, global_amax, format, transposed):
+    for name, found, wanted in packed_by_both(weight, amax, global_amax, format, transposed):
+        assert torch.equal(found, wanted), name
+
+
+@on_each_device
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("format", PACKABLE, ids=name_of)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter: NaN in lanes that are not used
@@ -179,15 +201,62 @@ def test_the_kernel_equals_the_reference(format, transposed, device):
         weights = [w.float() * s for w, s in zip(experts(4, (out, columns)), (2.0**-100, 1e-4, 1.0, 0.0), strict=True)]
         weights[2][0, :40] = 0.0
         stacked = torch.stack(weights).to(device)
-        amax, global_amax = amax_of(stacked, format, 0.6)
-        wanted = pack_reference(stacked, amax, global_amax, format=format)
-        stored = [(w.mT if transposed else w).contiguous() for w in stacked]
-        found = launch.pack_triton(stored, amax, global_amax, format=format, transposed=transposed)
-        for name, a, b in zip(("codes", "scale", "global_scale"), found, wanted, strict=True):
-            assert (a is None) == (b is None), name
-            if a is not None:
-                assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+        assert_kernel_equals_reference(stacked, *amax_of(stacked, format, 0.6), format, transposed)
+
+
+def odd_shapes(format):
+    """Shapes whose codes end within a strand, a word or a square block."""
+    if format.has_blocks_along_in:
+        return [(3, 3 * format.block[1])]
+    if format.block[0] == 128:
+        return [(130, 200)]
+    return [(3, 37)] if code_bits(format) == 8 else [(5, 20), (3, 24), (7, 32)]
+
+
+FP4, FP6 = (replace(fqt.FP8, name=f"FP{4 + 2 * i}", element=element) for i, element in enumerate((E2M1, E3M2)))
+
+
+@on_each_device
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("format", [*PACKABLE, FP4, FP6], ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_the_kernel_where_words_end(format, transposed, device):
+    """An odd number of blocks, rows that end within a strand, and ragged squares; in every dtype."""
+    for dtype in DTYPES:
+        for shape in odd_shapes(format):
+            stacked = torch.stack(experts(3, shape, dtype)).to(device)
+            assert_kernel_equals_reference(stacked, *amax_of(stacked, format, 0.8), format, transposed)
+
+
+@on_each_device
+@pytest.mark.parametrize("format", [*PACKABLE, FP4, FP6], ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_the_kernel_on_any_magnitudes(format, device):
+    """Weights from the smallest fp32 to the largest side by side, and those at and next to every tie."""
+    powers = torch.tensor([-140, -126, -60, -20, 0, 7, 60, 120], dtype=torch.float32).exp2().repeat_interleave(32)
+    weight = torch.stack(experts(2, (3, 256), torch.float32)) * powers
+    ties = torch.arange(-128, 128) / 16.0
+    weight[0, 1] = torch.where(ties.abs() > 6.5, 6.0, ties)
+    weight[0, 2] = weight[0, 1].nextafter(torch.tensor(torch.inf))
+    weight = weight.to(device)
+    assert_kernel_equals_reference(weight, *amax_of(weight, format), format, False)
+
+
+@on_each_device
+@pytest.mark.parametrize("format", [f for f in PACKABLE if f.dynamic], ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_nan_stays_in_its_block(format, device):
+    """A NaN or an infinity makes its block's scale NaN; its codes mean nothing, and all others are as they were."""
+    columns = format.block[1]
+    for invalid in (torch.nan, torch.inf):
+        weight = torch.stack(experts(2, (3, 4 * columns), torch.float32)).to(device)
+        amax, global_amax = amax_of(weight, format)
+        weight[0, 1, columns + 3] = invalid
+        (_, codes, wanted), (_, scale, wanted_scale), *_ = packed_by_both(weight, amax, global_amax, format, False)
+        assert torch.equal(scale, wanted_scale)
+        size = columns * code_bits(format) // 8
+        codes[0, 1, size : 2 * size] = wanted[0, 1, size : 2 * size]
+        assert torch.equal(codes, wanted)
 
 
 # What other libraries read.

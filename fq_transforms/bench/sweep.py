@@ -14,7 +14,13 @@ from torch import Tensor
 from fq_transforms.bench.cases import SHAPES, Shape
 from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.formats import FORMATS, Format
-from fq_transforms.ops.launch import Tile, clip_backward_triton, expert_amax_triton, fake_quantize_triton
+from fq_transforms.ops.launch import (
+    Tile,
+    clip_backward_triton,
+    expert_amax_triton,
+    fake_quantize_triton,
+    pack_triton,
+)
 
 Row = dict[str, Any]
 
@@ -32,6 +38,8 @@ def tiles(weights: Sequence[int], warps: Sequence[int], steps: Sequence[int] = (
     return [Tile(*numbers) for numbers in product(weights, warps, steps) if numbers[0] >= 8 * 32 * numbers[1]]
 
 
+# A strand of 32 weights a thread, or two: with less, threads would share a strand and exchange its numbers.
+STRANDS = [Tile(strands * 32 * 32 * warps, warps) for warps in (1, 2, 4, 8) for strands in (1, 2)]
 VISIT = tiles((1024, 2048, 4096), (1, 2, 4, 8))
 VISITED = (
     "FP8",
@@ -47,6 +55,7 @@ VISITED = (
 SWEEPS = [
     *(Sweep("forward", FORMATS[name], VISIT) for name in VISITED),
     *(Sweep("clip backward", FORMATS[name], VISIT) for name in ("FP8", "NVFP4_STATIC")),
+    *(Sweep("pack", FORMATS[name], STRANDS) for name in (*VISITED, "MXFP6_E3M2")),
     Sweep("amax", FORMATS["FP8"], tiles((1024, 2048, 4096), (4, 8, 16), (8, 16))),
     Sweep("amax", FORMATS["NVFP4_STATIC"], tiles((2048, 4096), (4, 8), (1, 2, 4, 8))),
     Sweep("amax", FORMATS["INT4_BLOCK32"], tiles((2048, 4096), (4, 8), (1, 2, 4, 8))),
@@ -76,6 +85,9 @@ def sweep(shape: Shape, sweeps: Sequence[Sweep] = SWEEPS) -> Iterator[Row]:
             wanted = found if wanted is None else wanted
             assert all(map(torch.equal, found, wanted)), f"{operation}, {format.name}: {tile} changes the result"
             us, floor = device_us(call), three if operation == "clip backward" else two
+            if operation == "pack":  # reads and writes less than a copy does
+                leaves = (*weights, *found, *(leaf for leaf in (amax, global_amax) if leaf is not None))
+                floor *= sum(leaf.nbytes for leaf in leaves) / (2 * stacked.nbytes)
             yield {
                 "operation": operation,
                 "format": format.name,
@@ -121,6 +133,12 @@ def _call(
         return lambda: (fake_quantize_triton(weights, amax, global_amax, out_dtype=torch.bfloat16, **options),)
     if operation == "amax":
         return lambda: tuple(leaf for leaf in expert_amax_triton(weights, **options) if leaf is not None)
+    if operation == "pack":
+        return lambda: tuple(
+            leaf.flatten().view(torch.uint8)
+            for leaf in pack_triton(weights, amax, global_amax, **options)
+            if leaf is not None
+        )
     assert amax is not None, format.name
     half = amax * 0.5
     return lambda: (clip_backward_triton(grads, weights, half, **options),)

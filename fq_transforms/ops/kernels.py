@@ -22,7 +22,7 @@ integer maximum: NaN is kept, atomics are exact, and the order of the programs d
 import triton
 import triton.language as tl
 
-__all__ = ["clip_backward_kernel", "expert_amax_kernel", "fake_quantize_kernel", "pack_kernel", "run_compiled"]
+__all__ = ["clip_backward_kernel", "expert_amax_kernel", "fake_quantize_kernel", "run_compiled"]
 
 # Below ModelOpt's threshold a granule counts as zero; the reference has the same number.
 TINY_AMAX = tl.constexpr(2.0**-24)
@@ -54,12 +54,12 @@ def _max(x, y):
 
 
 @triton.jit
-def _largest(a):
-    """Maximum of magnitudes along a chunk, NaN if there is one."""
+def _largest(a, AXIS: tl.constexpr):
+    """Maximum of magnitudes along an axis, NaN if there is one."""
     if INTERPRETED:  # which would call _max once an element
-        return _float(tl.max(_bits(a), axis=1))
+        return _float(tl.max(_bits(a), axis=AXIS))
     else:
-        return tl.reduce(a, 1, _max)
+        return tl.reduce(a, AXIS, _max)
 
 
 @triton.jit
@@ -119,19 +119,16 @@ def _each(granule):
 
 
 @triton.jit
-def _two_level(
-    x,
+def _two_level_scale(
     block_amax,
     g,
     LIFT,
     QMAX: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-    MANTISSA: tl.constexpr,
     MIN_SCALE: tl.constexpr,
     UNIT_SCALE_BELOW: tl.constexpr,
     DYNAMIC: tl.constexpr,
 ):
-    """Magnitudes of the elements, their scale, and the E4M3 scale that it is made of under an expert's scale g.
+    """Scale of a block under an expert's scale g, and the E4M3 scale that it is made of.
 
     Dividends are saturated first, so no quotient overflows; with LIFT = 2**64 for a tiny g, none underflows either.
     """
@@ -144,10 +141,28 @@ def _two_level(
         s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
     if not DYNAMIC or UNIT_SCALE_BELOW != 0:
         s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, block_amax * 0.0, s))
+    return s, s8
+
+
+@triton.jit
+def _two_level(
+    x,
+    block_amax,
+    g,
+    LIFT,
+    QMAX: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):
+    """Magnitudes of the elements, and their scale."""
+    s, _s8 = _two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
     lifted = _max(s * LIFT, SMALLEST_DIVISOR)
     dividend = _min(tl.abs(x), _each(QMAX * s)) * LIFT
     v = _quotient(dividend, _each(lifted), _each(_reciprocal(lifted)))
-    return _round_magnitude(v, MIN_EXPONENT, MANTISSA), s, s8
+    return _round_magnitude(v, MIN_EXPONENT, MANTISSA), s
 
 
 @triton.jit
@@ -199,7 +214,7 @@ def _chunks(
         granule = row * 0 if ROWS == 0 else (row // ROWS) * columns
         if COLUMNS != 0:
             granule += column // COLUMNS
-    return base, offsets, mask, exists, tl.program_id(1).to(tl.int64) * rows * columns + granule, row, column
+    return base, offsets, mask, exists, tl.program_id(1).to(tl.int64) * rows * columns + granule
 
 
 @triton.jit
@@ -218,7 +233,7 @@ def _address(base, table, stride, ALIGNED: tl.constexpr):
 def _granule_amax(a, amax_ptr, granule, exists, DYNAMIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The amax of each chunk's granule, NaN if it is none; one number where it is the whole expert."""
     if DYNAMIC:
-        block_amax = _largest(a)
+        block_amax = _largest(a, 1)
         return tl.fma(block_amax, 0.0, block_amax)  # infinity to NaN
     elif ROWS != 0 or COLUMNS != 0:
         return _valid(tl.load(amax_ptr + granule, mask=exists, other=0.0))
@@ -273,7 +288,7 @@ def fake_quantize_kernel(
     ALIGNED: tl.constexpr,
 ):
     """`fake_quantize_reference`, a tile at a time."""
-    base, offsets, mask, exists, granule, _row, _column = _chunks(
+    base, offsets, mask, exists, granule = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
@@ -292,14 +307,12 @@ def fake_quantize_kernel(
         expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
         g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
         if g < 2.0**-62:  # leaves at once: joined with the usual case, it would cost each weight an instruction
-            q, s, _s8 = _two_level(
+            q, s = _two_level(
                 x, block_amax, g, 2.0**64, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
             )
             tl.store(out, _with_sign_of(q * _each(s), x).to(out_base.dtype.element_ty), mask=mask)
             return
-        q, s, _s8 = _two_level(
-            x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
-        )
+        q, s = _two_level(x, block_amax, g, 1.0, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
         y = _with_sign_of(q * _each(s), x)
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
@@ -313,126 +326,6 @@ def fake_quantize_kernel(
         y = _with_sign_of(q * _each(tl.div_rn(1.0, s)), x)
 
     tl.store(out, y.to(out_base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _code(magnitude, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """Exponent and mantissa bits of a small float that is its own nearest value."""
-    smallest = 2.0**MIN_EXPONENT
-    subnormal = (_bits(magnitude + smallest) >> (23 - MANTISSA)) - ((127 + MIN_EXPONENT) << MANTISSA)
-    normal = (_bits(magnitude) >> (23 - MANTISSA)) - ((126 + MIN_EXPONENT) << MANTISSA)
-    return tl.where(magnitude < smallest, subnormal, normal)
-
-
-@triton.jit
-def _float_code(magnitude, x, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """The code of a magnitude with the sign of x; for NaN that of eight bits' NaN, or a zero where there is none."""
-    code = tl.where(magnitude >= 0, _code(magnitude, MIN_EXPONENT, MANTISSA), 127 if BITS == 8 else 0)
-    return code | (((_bits(x) >> 31) & 1) << (BITS - 1))
-
-
-@triton.jit
-def _store_codes(
-    codes_ptr, codes, row, column, in_features, exists, BITS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
-):
-    """Codes of [TILE, CHUNK] weights into a matrix [out, in * BITS / 8], in canonical order."""
-    first = row.to(tl.int64) * (in_features * BITS // 8) + column * BITS // 8
-    if BITS == 8:
-        j = tl.arange(0, CHUNK)
-        mask = exists[:, None] & ((column[:, None] + j[None, :]) < in_features)
-        tl.store(codes_ptr + first[:, None] + j[None, :], codes.to(codes_ptr.dtype.element_ty), mask=mask)
-    elif BITS == 4:
-        even, odd = tl.split(codes.reshape(TILE, CHUNK // 2, 2))
-        j = tl.arange(0, CHUNK // 2)
-        mask = exists[:, None] & ((column[:, None] + 2 * j[None, :]) < in_features)
-        tl.store(codes_ptr + first[:, None] + j[None, :], (even | odd << 4).to(tl.uint8), mask=mask)
-    else:
-        even, odd = tl.split(codes.reshape(TILE, CHUNK // 4, 2, 2))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        word = a | b << 6 | c << 12 | d << 18
-        j = tl.arange(0, CHUNK // 4)
-        at = codes_ptr + first[:, None] + 3 * j[None, :]
-        mask = exists[:, None] & ((column[:, None] + 4 * j[None, :]) < in_features)
-        for byte in tl.static_range(3):
-            tl.store(at + byte, (word >> (8 * byte)).to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def pack_kernel(
-    weight_base,
-    weight_table,
-    weight_stride,
-    codes_base,
-    codes_table,
-    codes_stride,
-    amax_ptr,
-    global_amax_ptr,
-    scale_ptr,
-    out_features,
-    in_features,
-    rows,
-    columns,
-    ELEMENT: tl.constexpr,
-    SCALE: tl.constexpr,
-    DYNAMIC: tl.constexpr,
-    QMAX: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
-    UNIT_SCALE_BELOW: tl.constexpr,
-    EXPONENT_ROUNDING: tl.constexpr,
-    MAX_BITS: tl.constexpr,
-    BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """`pack_reference`, a tile at a time: codes, and scales where each chunk has its own."""
-    base, offsets, mask, exists, granule, row, column = _chunks(
-        out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
-    )
-    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
-    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
-    a = tl.abs(x)
-    block_amax = _granule_amax(a, amax_ptr, granule, exists, DYNAMIC, ROWS, COLUMNS)
-
-    if SCALE == "e8m0":
-        e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
-        q = _round_magnitude(_min(a * _power_of_two(-e)[:, None], QMAX), MIN_EXPONENT, MANTISSA)
-        codes = _float_code(q, x, BITS, MIN_EXPONENT, MANTISSA)
-        stored = tl.where(block_amax >= 0, e + 127, 255)
-        tl.store(scale_ptr + granule, stored.to(tl.uint8), mask=exists)
-    elif SCALE == "e4m3":
-        expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
-        g = tl.div_rn(_valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
-        lift = tl.where(g < 2.0**-62, 2.0**64, 1.0)
-        q, s, s8 = _two_level(
-            x, block_amax, g, lift, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
-        )
-        codes = _float_code(q, x, BITS, MIN_EXPONENT, MANTISSA)
-        s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
-        tl.store(scale_ptr + granule, _float_code(s8, s8 * 0.0, 8, -6, 3).to(tl.uint8), mask=exists)
-    elif ELEMENT == "int":
-        zero = block_amax < TINY_AMAX
-        s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
-        codes = _round_integer(x * _each(s), LOW, HIGH).to(tl.int32)
-        if BITS == 4:
-            codes += 8
-        if ROWS == 1 and COLUMNS == CHUNK:
-            tl.store(scale_ptr + granule, tl.where(zero, 0.0, s), mask=exists)
-    else:
-        s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
-        q = _round_magnitude(_min(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
-        codes = _float_code(q, x, BITS, MIN_EXPONENT, MANTISSA)
-
-    packed = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
-    _store_codes(packed, codes, row, column, in_features, exists, BITS, CHUNK, TILE)
 
 
 @triton.jit
@@ -486,7 +379,7 @@ def expert_amax_kernel(
             largest = tl.maximum(largest, _bits(tl.abs(x.to(tl.float32))))
         tl.store(amax_ptr + expert * rows * columns + tl.program_id(0), tl.max(largest))
     elif SWEEP == "scatter":  # matrices stored [in, out], where several programs share a granule
-        base, offsets, mask, exists, granule, row, column = _chunks(
+        base, offsets, mask, exists, granule = _chunks(
             out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
         )
         x = tl.load(weight + base + offsets, mask=mask, other=0.0)
@@ -543,7 +436,7 @@ def clip_backward_kernel(
     ALIGNED: tl.constexpr,
 ):
     """`clip_backward_reference`, a tile at a time."""
-    base, offsets, mask, exists, granule, _row, _column = _chunks(
+    base, offsets, mask, exists, granule = _chunks(
         out_features, in_features, rows, columns, ROWS, COLUMNS, CHUNK, TILE, TRANSPOSED
     )
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base

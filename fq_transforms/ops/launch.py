@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops import kernels
+from fq_transforms.ops import kernels, pack_kernel
 from fq_transforms.ops.packing import code_bits, code_dtype, pack_scales
 
 __all__ = [
@@ -48,6 +48,8 @@ class Tile(NamedTuple):
 FORWARD = Tile(1024, 1)
 FORWARD_WIDE = Tile(2048, 2)  # per channel, and NVFP4
 BACKWARD = Tile(2048, 8)
+PACK = Tile(4096, 4)  # one strand of 32 weights a thread, so that its scale is where its weights are
+PACK_TRANSPOSED = Tile(2048, 1)  # fewest exchanges between threads
 AMAX = {
     "expert": Tile(1024, 4, 8),
     "blocks": Tile(4096, 8, 2),
@@ -57,6 +59,8 @@ AMAX = {
 }
 # Weights of a row that the amax kernel takes at a time, per channel: two warps of 16-byte loads.
 ROW_CHUNK = 512
+# Weights that a thread packs: 16 bytes of four bits, and the whole block of an MX format.
+STRAND = 32
 
 
 def fake_quantize_triton(
@@ -132,6 +136,7 @@ def pack_triton(
     *,
     format: Format,
     transposed: bool,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`pack_reference` of every expert of a group, in one launch, and a few more for scales of which there are few."""
     inputs = _group(weights)
@@ -144,9 +149,9 @@ def pack_triton(
     if scale is None:
         shape = (experts, *format.granules(out_features, in_features))
         scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
-    _launch(
-        kernels.pack_kernel, _pack_plan(format, inputs.matrix, transposed), (inputs, out), (amax, global_amax, scale)
-    )
+    plan = _pack_plan(format, inputs.matrix, transposed, inputs.base.element_size(), tile)
+    amax = None if format.dynamic else amax
+    _launch(pack_kernel.pack_kernel, plan, (inputs, out), (amax, global_scale, scale))
     if format.scale == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
     return codes.view(code_dtype(format)), scale, global_scale
@@ -322,16 +327,38 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, til
 
 
 @cache
-def _pack_plan(format: Format, matrix: tuple[int, int], transposed: bool) -> _Plan:
-    plan = _forward_plan(format, matrix, transposed, FORWARD_WIDE)
-    if format.block == (None, None) and transposed:  # codes are in canonical order, so here the layout does matter
-        shape = _shape(matrix, transposed)
-        plan = _visit(format, shape, transposed, FORWARD_WIDE, plan.constants, keep_layout=True)
-    tiling = {name: plan.constants[name] for name in ("ROWS", "COLUMNS", "CHUNK", "TILE", "TRANSPOSED")}
-    others = {name: value for name, value in plan.constants.items() if name not in tiling}
-    out_features, in_features = shape = plan.numbers[:2]
-    numbers = (out_features, in_features, *format.granules(*shape))  # where the scales of dynamic formats go, too
-    return plan._replace(numbers=numbers, constants=others | {"BITS": code_bits(format)} | tiling)
+def _pack_plan(
+    format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, tile: Tile | None = None
+) -> _Plan:
+    """A thread takes a strand: the pieces of one chunk, or of two, and stores its codes as words."""
+    tile = tile or (PACK_TRANSPOSED if transposed else PACK)
+    constants = _forward_plan(format, matrix, transposed, None).constants
+    out_features, in_features = shape = _shape(matrix, transposed)
+    bits, block = code_bits(format), format.block[1] or STRAND
+    if format.has_blocks_along_in:
+        chunk = min(STRAND, block)
+    else:  # as in `_visit`; but transposed tiles mask their edge only where a code is a byte
+        chunk = min(16 if bits == 8 else STRAND, block)
+        chunk = chunk if transposed and bits == 8 else min(chunk, in_features & -in_features)
+    blocks = 1
+    if format.has_blocks_along_in and not transposed and out_features * in_features % STRAND == 0:
+        blocks = STRAND // chunk
+    strands = max(1, tile.weights // (blocks * chunk))
+    if transposed:
+        programs = -(-out_features // strands) * -(-in_features // chunk)
+    else:
+        programs = -(-out_features * in_features // (blocks * chunk * strands))
+    tiling = {
+        "ROWS": format.block[0] or 0,
+        "COLUMNS": format.block[1] or 0,
+        "BLOCKS": blocks,
+        "CHUNK": chunk,
+        "PIECE": min(16 if bits == 8 else 16 // bytes_a_weight, chunk),
+        "TILE": strands,
+        "TRANSPOSED": transposed,
+    }
+    numbers = {name: value for name, value in constants.items() if name not in tiling}
+    return _Plan(programs, (*shape, *format.granules(*shape)), numbers | {"BITS": bits} | tiling, tile.warps)
 
 
 @cache
@@ -372,12 +399,10 @@ def _visit(
     transposed: bool,
     tile: Tile,
     constants: dict[str, Any],
-    *,
-    keep_layout: bool = False,
 ) -> _Plan:
     """The plan of a kernel that visits each weight once: programs a matrix, and the tile of each."""
     out_features, in_features = shape
-    if format.block == (None, None) and transposed and not keep_layout:  # one scale: the layout does not matter
+    if format.block == (None, None) and transposed:  # one scale: the layout does not matter
         out_features, in_features, transposed = in_features, out_features, False
     rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
     if format.has_blocks_along_in:

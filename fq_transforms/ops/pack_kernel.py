@@ -1,0 +1,355 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
+"""The Triton kernel that packs weights: `fq_transforms.ops.packing.pack_reference`, bit for bit.
+
+Packing writes less than the forward kernel does, so instructions bound it before memory does. A thread therefore keeps
+all that belongs together: a strand of BLOCKS chunks of CHUNK weights along `in`, whose scales, codes and words never
+leave its registers. A piece is what a thread loads at once. Pieces are loaded as rows, the first of every strand first:
+Triton gives a row to a thread, and when each has one, the next rows to the same threads. So with as many strands as
+threads a strand lies in one. Then tiles are [BLOCKS, PIECES, TILE, PIECE], a strand to each of TILE.
+
+NOTE rounding to a code: t = a + power * 2**(23 - MANTISSA) ends in the integer a / spacing, rounded, with the exponent
+of a above it. The code is that integer and the exponent's steps, bits(t) + (bits(t) >> (23 - MANTISSA)), up to a number
+that is the same for all; OFFSET, added to t in units of its last place, makes it a multiple of 2**BITS.
+
+NOTE three binades: E2M1 and E2M3 have only three, in each of which the code is linear in the magnitude; from one to
+the next it grows more slowly, so the code is the smallest of the three lines, each rounded. Logic has half the
+throughput of arithmetic on the chip: three sums and two minima beat the five operations of the NOTE above.
+
+NOTE words: codes come as the low bits of a sum with a magic number, whose other bits are always the same. So words are
+sums of such sums, and the magic numbers are taken off once a word.
+
+NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning, which stay within the granule. A
+NaN under a static scale becomes NaN in FP8, else the largest value or the lowest integer.
+"""
+
+import triton
+import triton.language as tl
+
+from fq_transforms.ops.kernels import (
+    INTERPRETED,
+    SMALLEST_DIVISOR,
+    TINY_AMAX,
+    _address,
+    _bits,
+    _float,
+    _granule_amax,
+    _largest,
+    _mx_exponent,
+    _power_of_two,
+    _quotient,
+    _reciprocal,
+    _scale,
+    _two_level_scale,
+)
+
+__all__ = ["pack_kernel"]
+
+# 1.5 * 2**23: added to a small number of either sign, it leaves the rounded integer in the low bits.
+MAGIC = tl.constexpr(12582912)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _each(granule):
+    """A block's number [TILE, BLOCKS], shaped to meet its weights; one number for the whole expert stays a scalar."""
+    return granule.permute(1, 0)[:, None, :, None] if len(granule.shape) == 2 else granule
+
+
+@triton.jit
+def _strands(
+    out_features,
+    in_features,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Where this program's weights are, and what they belong to.
+
+    Of the pieces [BLOCKS * PIECES * TILE, PIECE]: base (int64), offsets, which weights exist, and where their codes
+    are, in weights. Of the strands [TILE]: which exist, and where the first code is. Of the blocks [TILE, BLOCKS]: the
+    granule, and which begin it.
+    """
+    STRAND: tl.constexpr = BLOCKS * CHUNK
+    block = tl.program_id(0)
+    c = tl.arange(0, TILE)
+    r = tl.arange(0, STRAND // PIECE * TILE)
+    piece_c = (r % TILE)[:, None]
+    j = (r // TILE * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
+    if TRANSPOSED:  # memory is [in, out]: a program takes CHUNK inputs of TILE neighbouring outputs
+        tiles = tl.cdiv(out_features, TILE)
+        first = (block % tiles) * TILE
+        start = (block // tiles) * CHUNK
+        base = start.to(tl.int64) * out_features + first
+        row = first + c
+        column = start + c * 0
+        offsets = j * out_features + piece_c
+        codes = piece_c.to(tl.int64) * in_features + j
+        origin = first.to(tl.int64) * in_features + start
+        exists = row < out_features
+        mask = (first + piece_c < out_features) & (start + j < in_features)
+        place = origin + c.to(tl.int64) * in_features
+    else:
+        strand = block * TILE + c
+        strands = out_features * (in_features // CHUNK) // BLOCKS
+        base = block.to(tl.int64) * (TILE * STRAND)
+        offsets = piece_c * STRAND + j
+        codes = offsets
+        origin = base
+        exists = strand < strands
+        mask = (block * TILE + piece_c < strands) & (j >= 0)
+        place = base + c * STRAND
+        chunks_a_row = in_features // CHUNK
+        row = strand // chunks_a_row
+        column = (strand - row * chunks_a_row) * CHUNK
+    if ROWS == 1 and COLUMNS == CHUNK and not TRANSPOSED:  # blocks follow each other in memory, as the strands do
+        granule = strand[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+        begins = exists[:, None]
+    else:
+        granule = row * 0 if ROWS == 0 else (row // ROWS) * columns
+        begins = exists
+        if COLUMNS != 0:
+            granule += column // COLUMNS
+            begins = exists & (column % COLUMNS == 0)
+        granule = granule[:, None]
+        begins = begins[:, None]
+    # Written so that a strand's scales are seen to be aligned.
+    granule = tl.program_id(1).to(tl.int64) * (rows * columns // BLOCKS * BLOCKS) + granule
+    return base, offsets, mask, origin + codes, exists, place, granule, begins
+
+
+@triton.jit
+def _block_amax(a):
+    """Maximum of the magnitudes of each block [TILE, BLOCKS]; NaN if one is NaN or infinite."""
+    largest = _largest(_largest(a, 3), 1).permute(1, 0)
+    return tl.fma(largest, 0.0, largest)
+
+
+@triton.jit
+def _float_codes(a, x, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes of the nearest values to magnitudes a with the signs of x, ties to even, in the low BITS of MAGIC_BITS."""
+    if MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
+        t = tl.fma(a, 2.0**MANTISSA, MAGIC)
+        t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
+        t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
+        magnitude = _bits(t)
+    else:  # see NOTE rounding to a code
+        OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
+        power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
+        t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
+        magnitude = ((t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)) | MAGIC_BITS
+    return magnitude | ((_bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
+
+
+@triton.jit
+def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes of eight bits, y saturated and rounded to nearest even: by the hardware where it has the element."""
+    if MANTISSA == 3 and QMAX == 448.0 and not INTERPRETED:
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif MANTISSA == 2 and QMAX == 57344.0 and not INTERPRETED:
+        return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:  # the interpreter rounds subnormals wrongly
+        codes = _float_codes(tl.minimum(tl.abs(y), QMAX), y, 8, MIN_EXPONENT, MANTISSA)
+        return tl.where(tl.abs(y) >= 0, codes, 127).to(tl.uint8)
+
+
+@triton.jit
+def _join(codes, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT codes along the last axis to one number, the first the lowest; see NOTE words."""
+    MAGICS: tl.constexpr = MAGIC_BITS * ((2 ** (BITS * COUNT) - 1) // (2**BITS - 1)) % 2**32
+    words = tl.sum(codes << (BITS * tl.arange(0, COUNT)), axis=len(codes.shape) - 1)
+    return words - (MAGICS - 2**32 if MAGICS >= 2**31 else MAGICS)
+
+
+@triton.jit
+def _store_words(
+    codes_ptr,
+    codes,
+    place,
+    exists,
+    BITS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Codes of less than a byte [BLOCKS, PIECES, TILE, PIECE], a strand to consecutive words of memory.
+
+    PIECES are those of a strand. Rows of codes have no padding, and a strand is a power of two of weights within
+    one, so its words are aligned.
+    """
+    if BITS == 4:
+        words = _join(codes, 4, PIECE)
+        words = words.permute(2, 0, 1).reshape(TILE, PIECES)
+        word_type: tl.constexpr = tl.int32 if PIECE == 8 else tl.int16 if PIECE == 4 else tl.int8
+        at = codes_ptr.to(tl.pointer_type(word_type), bitcast=True) + (place // PIECE)[:, None]
+        tl.store(at + tl.arange(0, PIECES)[None, :], words.to(word_type), mask=exists[:, None])
+    else:
+        QUADS: tl.constexpr = PIECES * PIECE // 4
+        quads = _join(codes.reshape(codes.shape[0], codes.shape[1], TILE, PIECE // 4, 4), 6, 4)
+        quads = quads.permute(2, 0, 1, 3).reshape(TILE, QUADS)
+        if QUADS == 8:  # 32 codes: four times 48 bits to three words of 64
+            low, high = tl.split(quads.reshape(TILE, 4, 2))
+            even, odd = tl.split((low.to(tl.int64) | high.to(tl.int64) << 24).reshape(TILE, 2, 2))
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            at = codes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + place // 32 * 3
+            tl.store(at, a | b << 48, mask=exists)
+            tl.store(at + 1, b >> 16 | c << 32, mask=exists)
+            tl.store(at + 2, c >> 32 | d << 16, mask=exists)
+        else:
+            at = codes_ptr + (place // 4 * 3)[:, None] + 3 * tl.arange(0, QUADS)[None, :]
+            for byte in tl.static_range(3):
+                tl.store(at + byte, (quads >> (8 * byte)).to(tl.uint8), mask=exists[:, None])
+
+
+@triton.jit
+def _two_level_codes(
+    x,
+    block_amax,
+    g,
+    scale_ptr,
+    granule,
+    begins,
+    LIFT: tl.constexpr,
+    QMAX: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Codes under E4M3 scales, which it stores; under a scale of zero they are those of 1, under NaN zeros."""
+    s, s8 = _two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+    s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
+    tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
+    s = tl.where(s == 0, 1.0, s)
+    divisor = tl.maximum(s * LIFT, SMALLEST_DIVISOR)
+    a = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * LIFT
+    v = _quotient(a, _each(divisor), _each(_reciprocal(divisor)))
+    return _float_codes(v, x, BITS, MIN_EXPONENT, MANTISSA)
+
+
+@triton.jit
+def pack_kernel(
+    weight_base,
+    weight_table,
+    weight_stride,
+    codes_base,
+    codes_table,
+    codes_stride,
+    amax_ptr,
+    global_scale_ptr,
+    scale_ptr,
+    out_features,
+    in_features,
+    rows,
+    columns,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    QMAX: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    UNIT_SCALE_BELOW: tl.constexpr,
+    EXPONENT_ROUNDING: tl.constexpr,
+    MAX_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """`pack_reference`, a tile at a time: codes, and scales where each block along `in` has its own."""
+    base, offsets, mask, codes_offsets, exists, place, granule, begins = _strands(
+        out_features, in_features, rows, columns, ROWS, COLUMNS, BLOCKS, CHUNK, PIECE, TILE, TRANSPOSED
+    )
+    PIECES: tl.constexpr = BLOCKS * (CHUNK // PIECE)
+    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
+    codes_ptr = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
+    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32).reshape(BLOCKS, CHUNK // PIECE, TILE, PIECE)
+    if DYNAMIC:
+        block_amax = _block_amax(tl.abs(x))
+    else:
+        block_amax = _granule_amax(x, amax_ptr, granule, exists[:, None], False, ROWS, COLUMNS)
+
+    if SCALE == "e8m0":
+        e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
+        tl.store(scale_ptr + granule, tl.where(block_amax >= 0, e + 127, 255).to(tl.uint8), mask=begins)
+        factor = _each(_power_of_two(-e))
+        if BITS == 8:
+            codes = _byte_codes(x * factor, QMAX, MIN_EXPONENT, MANTISSA)
+        else:
+            a = tl.abs(x) * factor
+            if EXPONENT_ROUNDING != "up":  # rounded up, none is larger
+                a = tl.minimum(a, QMAX)
+            codes = _float_codes(a, x, BITS, MIN_EXPONENT, MANTISSA)
+    elif SCALE == "e4m3":
+        g = tl.load(global_scale_ptr + tl.program_id(1))
+        if g < 2.0**-62:  # leaves at once, as in the forward kernel
+            codes = _two_level_codes(
+                x,
+                block_amax,
+                g,
+                scale_ptr,
+                granule,
+                begins,
+                2.0**64,
+                QMAX,
+                MIN_EXPONENT,
+                MANTISSA,
+                MIN_SCALE,
+                UNIT_SCALE_BELOW,
+                DYNAMIC,
+                BITS,
+            )
+            _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
+            return
+        codes = _two_level_codes(
+            x,
+            block_amax,
+            g,
+            scale_ptr,
+            granule,
+            begins,
+            1.0,
+            QMAX,
+            MIN_EXPONENT,
+            MANTISSA,
+            MIN_SCALE,
+            UNIT_SCALE_BELOW,
+            DYNAMIC,
+            BITS,
+        )
+    elif ELEMENT == "int":
+        zero = block_amax < TINY_AMAX
+        s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
+        if ROWS == 1 and COLUMNS != 0:
+            tl.store(scale_ptr + granule, tl.where(zero, 0.0, s), mask=begins)
+        v = tl.minimum(tl.maximum(x * _each(s), LOW), HIGH)
+        codes = _bits(v + (MAGIC + 8 if BITS == 4 else MAGIC))
+    else:
+        s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
+        if BITS == 8:
+            codes = _byte_codes(x * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
+        else:
+            codes = _float_codes(tl.minimum(tl.abs(x * _each(s)), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
+
+    if BITS == 8:
+        codes = codes.to(codes_ptr.dtype.element_ty).reshape(PIECES * TILE, PIECE)
+        tl.store(codes_ptr + codes_offsets, codes, mask=mask)
+    else:
+        _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
