@@ -371,7 +371,8 @@ def test_modelopt_reads_int4(format, dtype):
         swapped = codes << 4 | codes >> 4
         arguments = {"scale": scale, "block_sizes": {-1: format.block[1]}}
         wanted = torch.where(scale.repeat_interleave(format.block[1], 1) == 0, torch.nan, wanted)
-        assert bool(wanted.isnan().any()) == (magnitude < 1)
+        if dtype != torch.float16:  # which has no weight so small
+            assert bool(wanted.isnan().any()) == (magnitude < 1)
         found = qtensor(wanted.shape, dtype, swapped).dequantize(dtype, **arguments)
         assert torch.equal(found.nan_to_num(7e4), wanted.nan_to_num(7e4))
         found = qtensor(wanted.shape, dtype, codes).dequantize(dtype, **arguments)

@@ -172,6 +172,7 @@ def _reshard_rank(rank: int, ranks: int, folder: str, source: Path, target: Path
 
         like = tree_map(placed, whole)
         fqt.checkpoint.save(fqt.checkpoint.load(source, like=like, spec=spec), target, spec=spec)
+        group.barrier()  # gloo aborts a process whose peer leaves while it still receives
     finally:
         group.destroy_process_group()
 
