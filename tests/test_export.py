@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import fq_transforms as fqt
 from fq_transforms.export import files
+from fq_transforms.export.compressed import multipliers
 from fq_transforms.export.names import file_names, parts
 from fq_transforms.formats import FORMATS, IntElement
 from tests.cases import assert_names, name_of
@@ -140,14 +141,25 @@ def test_compressed_tensors_reads_the_files(format, layout, tmp_path):
     )
 
 
-def test_how_often_an_integer_is_a_step_off():
-    """Readers multiply with 1 / s where fakequant divides by s: five of a million bf16 weights differ, by one step."""
-    s = 127 / torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0))
-    q = torch.arange(-128.0, 128.0)
-    wanted, found = (q / s).bfloat16(), (q * s.reciprocal()).bfloat16()
-    steps = (wanted.view(torch.int16) - found.view(torch.int16)).abs()
-    assert steps.max() == 1
-    assert 0 < int((steps > 0).sum()) / steps.numel() < 6e-6
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("format", "granules"), [(fqt.INT4_BLOCK32, 0), (fqt.INT8, 15)], ids=["INT4", "INT8"])
+def test_products_give_the_quotients(format, granules, dtype):
+    """Readers multiply where fakequant divides: a multiplier is found by which every code comes out right.
+
+    The reciprocal alone would miss some codes; for INT8 a few granules of a hundred thousand have no such multiplier.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.exp(3 * torch.randn(100_000, generator=generator))
+    s = format.element.qmax / (torch.rand(100_000, generator=generator) * spread)
+    q = torch.arange(float(format.element.low), format.element.high + 1)
+
+    def wrong(multiplier):
+        return ((q * multiplier[:, None]).to(dtype) != (q / s[:, None]).to(dtype)).any(1)
+
+    found = multipliers(s, format.element, dtype)
+    assert int(wrong(found).sum()) <= granules
+    assert int(wrong(s.reciprocal()).sum()) > granules
+    assert int((found.view(torch.int32) - s.reciprocal().view(torch.int32)).abs().max()) <= 2
 
 
 def test_zero_experts_are_zero(tmp_path):
