@@ -152,7 +152,9 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
             other = ".".join(second if word == first else word for word in key.split("."))
             a, b = tied[key], tied.get(other)
             shapes = [None if group is None else [leaf.shape for leaf in group] for group in (a, b)]
-            if b is None or type(a) is not type(b) or shapes[0] != shapes[1]:
+            # Of scales of channels and blocks only that there are some, for as many experts: k has fewer than q.
+            alike = [None if of is None else [(len(shape), shape[0]) for shape in of] for of in shapes]
+            if b is None or type(a) is not type(b) or alike[0] != alike[1]:
                 raise ValueError(
                     f"state {key!r}: found {_type_name(b)} {shapes[1]} for {other!r}, wanted {_type_name(a)} "
                     f"{shapes[0]} to be tied to"

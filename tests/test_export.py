@@ -83,13 +83,14 @@ def build(kind="qwen3_moe", **options):
 
 
 def in_lists(params):
-    """The same weights as separate experts, w1, w2, w3 each, and one dense matrix. Not of transformers 5."""
-    found = {"model.norm.weight": params["model.norm.weight"]}
-    for e in range(EXPERTS):
-        gate, up = params["model.layers.0.mlp.experts.gate_up_proj"][e].chunk(2)
-        down = params["model.layers.0.mlp.experts.down_proj"][e]
-        for role, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            found[f"model.layers.0.mlp.experts.{e}.{role}.weight"] = weight.contiguous()
+    """The same model with separate experts, three matrices each, as before transformers 5."""
+    found = {name: param for name, param in params.items() if ".experts." not in name}
+    for layer in range(COMMON["num_hidden_layers"]):
+        block = f"model.layers.{layer}.mlp.experts"
+        for e in range(EXPERTS):
+            gate, up = params[f"{block}.gate_up_proj"][e].chunk(2)
+            for role, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", params[f"{block}.down_proj"][e])):
+                found[f"{block}.{e}.{role}.weight"] = weight.contiguous()
     return found
 
 
@@ -104,8 +105,8 @@ def exported(target, params, format, config, folder, rules="*.experts.*", **opti
 
 def read(folder):
     """All tensors of a checkpoint."""
-    shards = files.shards_of(folder)
-    return dict(files.tensors_of(folder, shards, shards))
+    with files.Files(folder) as opened:
+        return {name: opened.read(name) for name in opened.shards}
 
 
 def in_files(weights, config):
@@ -642,6 +643,7 @@ def test_scales_of_rows_need_no_tie(target, tmp_path):
 def faults():
     model, params = build()
     lists = in_lists(params)
+    deepseek_model, deepseek = build("deepseek_v3")
     config = model.config.to_dict()
     uncalibrated = fqt.state.init(params, spec=fqt.select(params, {"*.experts.*": fqt.FP8}))
     spec = fqt.select(params, {"*.experts.*": fqt.FP8})
@@ -706,6 +708,73 @@ def faults():
             "up_proj",
             "not quantized",
         ),
+        "one rank's experts": (
+            ours | {"params": {n: p for n, p in lists.items() if ".experts.2." not in n}, "rules": "*down_proj*"},
+            "found 2 experts in layer 0",
+            "wanted 3, as num_",
+        ),
+        "one stage's layers": (
+            ours | {"params": {n: p for n, p in params.items() if ".layers.0." not in n}},
+            "found no layer 0",
+            "num_hidden_layers",
+        ),
+        "a padded vocabulary": (
+            ours | {"params": params | {"model.embed_tokens.weight": torch.ones(64, HIDDEN)}},
+            "model.embed_tokens.weight",
+            "found 64 rows, wanted 32",
+        ),
+        "a head of its own, said to be tied": (
+            ours | {"config": config | {"tie_word_embeddings": True}},
+            "lm_head.weight",
+            "model.embed_tokens.weight",
+            "tie_word_embeddings=False",
+        ),
+        "parameters without buffers": (
+            ours
+            | {
+                "params": {n: p for n, p in deepseek.items() if "e_score" not in n},
+                "config": deepseek_model.config.to_dict(),
+            },
+            "e_score_correction_bias",
+            "model.state_dict()",
+        ),
+        "a wrapper's names": (
+            ours | {"params": {f"_orig_mod.{n}": p for n, p in params.items()}},
+            "_orig_mod.model.",
+            "a wrapper's prefix",
+        ),
+        "Megatron's other names": (
+            ours | {"params": params | {"mtp.layers.0.eh_proj.weight": torch.ones(4, 4)}},
+            "mtp.layers.0.eh_proj.weight",
+            "a name of Megatron's",
+        ),
+        "a stack beside a list": (
+            ours
+            | {
+                "params": params | {"model.layers.0.mlp.experts.1.down_proj.weight": torch.ones(4, 4)},
+                "rules": "*.experts.down_proj",
+            },
+            "model.layers.0.mlp.experts.1.down_proj.weight",
+            "two names",
+        ),
+        "two dtypes": (
+            ours | {"params": {n: p.float() if ".0." in n else p for n, p in params.items()}},
+            "torch.float32",
+            "one dtype",
+        ),
+        "what JSON cannot hold": (ours | {"config": config | {"odd": torch.bfloat16}}, "odd=torch.bfloat16", "JSON"),
+        "one architecture as a text": (ours | {"config": config | {"architectures": "X"}}, "architectures='X'", "list"),
+        "latent attention that engines fuse": (
+            ours
+            | {
+                "params": deepseek,
+                "config": deepseek_model.config.to_dict(),
+                "rules": "*q_a_proj*",
+            },
+            "q_a_proj",
+            "kv_a_proj_with_mqa",
+            "not quantized",
+        ),
         "a meta tensor": (ours | {"params": params | {"model.norm.weight": torch.empty(4, device="meta")}}, "norm"),
         "a shard size that is none": (ours | {"max_shard_size": "5 apples"}, "max_shard_size", "5 apples"),
     }
@@ -740,6 +809,103 @@ def test_a_folder_that_is_not_empty_is_refused(target, tmp_path):
     (tmp_path / "b").mkdir()
     target(params, state, tmp_path / "b", spec=spec, config=model.config)
     assert (tmp_path / "b" / "config.json").exists()
+
+
+def test_a_global_scale_without_a_reciprocal_is_refused(tmp_path):
+    """Readers divide by what files hold, which would be infinite, and the weights zero."""
+    model, params = build()
+    params = {name: p.float() * 1e-37 if ".experts." in name else p for name, p in params.items()}
+    with pytest.raises(ValueError) as caught:
+        exported(fqt.export.compressed_tensors, params, fqt.NVFP4, model.config, tmp_path / "a")
+    assert_names(str(caught.value), "gate_up_proj", "no reciprocal", "wanted 0 or a larger one")
+    assert not list(tmp_path.iterdir())
+
+
+@TARGETS
+def test_a_parameter_that_is_no_tensor(target, tmp_path):
+    model, params = build()
+    spec = fqt.select(params, {"*.experts.*": fqt.FP8})
+    state = fqt.calibrate(params, spec=spec)
+    for wrong, found in ((None, "NoneType"), (torch.ones(2, 2).to_sparse(), "torch.sparse_coo")):
+        with pytest.raises(ValueError) as caught:
+            target(params | {"model.norm.weight": wrong}, state, tmp_path / "a", spec=spec, config=model.config)
+        assert_names(str(caught.value), "model.norm.weight", found, "wanted a dense tensor")
+    assert not list(tmp_path.iterdir())
+
+
+def test_norms_of_latent_attention():
+    """Megatron's words for them are those of other norms in models without it."""
+    layer = "decoder.layers.0.self_attention."
+    for word, latent, plain in (
+        ("q_layernorm", "q_a_layernorm", "q_norm"),
+        ("kv_layernorm", "kv_a_layernorm", None),
+    ):
+        name = f"{layer}{word}.weight"
+        found = file_names(name, {"model_type": "deepseek_v3", "kv_lora_rank": 16})
+        assert found == (f"model.layers.0.self_attn.{latent}.weight",)
+        if plain:
+            assert file_names(name, {"model_type": "qwen3_moe"}) == (f"model.layers.0.self_attn.{plain}.weight",)
+        else:
+            with pytest.raises(ValueError, match="kv_layernorm"):
+                file_names(name, {"model_type": "qwen3_moe"})
+
+
+@TARGETS
+def test_queries_and_keys_of_other_sizes_are_tied(target, tmp_path):
+    """Grouped-query attention under static NVFP4: the call that the error names makes it exportable."""
+    model, params = build()
+    fq = fqt.transform(fqt.select(params, {"*self_attn.[qkv]_proj*": fqt.NVFP4_STATIC}))
+    state = fq.calibrate(params)
+    with pytest.raises(ValueError, match="call fqt.tie") as caught:
+        target(params, state, tmp_path / "a", spec=fq.spec, config=model.config)
+    pairs = json.loads(str(caught.value).rpartition("fqt.tie(state, ")[2][:-1].translate(str.maketrans("()'", '[]"')))
+    target(params, fqt.tie(state, [tuple(pair) for pair in pairs]), tmp_path / "a", spec=fq.spec, config=model.config)
+    assert (tmp_path / "a" / "config.json").exists()
+
+
+def test_each_file_is_opened_once(tmp_path, monkeypatch):
+    """Headers list every tensor: reading one for each of thousands of modules took longer than all else."""
+    model, params = build()
+    exported(fqt.export.compressed_tensors, params, fqt.NVFP4, model.config, tmp_path / "a", max_shard_size="300KB")
+    opened: list[str] = []
+    real = files.safe_open
+    monkeypatch.setattr(files, "safe_open", lambda file, *args: opened.append(file.name) or real(file, *args))
+    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    shards = len(list((tmp_path / "a").glob("*.safetensors")))
+    assert shards > 2
+    assert len(opened) == 2 * shards  # to see what is there, and to read
+
+
+def test_decompress_refuses_what_weights_cannot_say(tmp_path):
+    """A rotation, quantized activations, another part of a module: each would be lost without a word."""
+    model, params = build()
+    exported(fqt.export.compressed_tensors, params, fqt.FP8, model.config, tmp_path / "a")
+    tensors, config = read(tmp_path / "a"), json.loads((tmp_path / "a" / "config.json").read_text())
+    about = config["quantization_config"]
+    group, name = next(iter(about["config_groups"])), next(n for n in tensors if n.endswith("weight_scale"))
+    module = name.removesuffix(".weight_scale")
+    activations = about["config_groups"][group] | {"input_activations": {"num_bits": 8, "type": "float"}}
+    for change, more, fragment in [
+        ({"transform_config": {"config_groups": {"u": 1}}}, {}, "transform_config"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme"),
+        ({"config_groups": {group: activations}}, {}, "input_activations"),
+        ({}, {f"{module}.weight_g_idx": torch.ones(2)}, "weight_g_idx"),
+    ]:
+        folder = tmp_path / fragment
+        files.write(
+            folder, (tensors | more).items(), {"config.json": config | {"quantization_config": about | change}}, 10**9
+        )
+        with pytest.raises(ValueError, match=fragment):
+            fqt.export.decompress(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_tied_head_is_no_module_to_quantize(tmp_path):
+    """To a reader it is a Linear that is in no file: unless told, transformers gives it scales at random."""
+    model, params = build(tie_word_embeddings=True)
+    exported(fqt.export.compressed_tensors, params, fqt.FP8, model.config, tmp_path / "a", rules="*self_attn.o_proj*")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "lm_head" in config["quantization_config"]["ignore"]
 
 
 def test_decompress_refuses(tmp_path):

@@ -16,7 +16,7 @@ come out right. For INT8 there is none in one granule of a hundred thousand: the
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,19 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from fq_transforms.export.files import bytes_of, check_free, progress, shards_of, tensors_of, write
+from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
 from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import Format, IntElement
+from fq_transforms.ops.packing import pack_scales
 from fq_transforms.select import DTYPES, Spec
-from fq_transforms.state import State
+from fq_transforms.state import BlockAmax, State, Stateless
 
 __all__ = ["compressed_tensors", "decompress", "multipliers"]
 
 # In units of the last place, the nearest first.
 NEIGHBOURS = (0, 1, -1, 2, -2)
+# What files have of a quantized module.
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
 
 
 class Scheme(NamedTuple):
@@ -81,8 +84,8 @@ def compressed_tensors(
     """Write a checkpoint that compressed-tensors reads: `folder` has shards, their index and config.json.
 
     The codes and scales are those of `fqt.pack`, so a reader gets `fakequant`'s weights. One group is packed at a
-    time, and no more than a shard is held. One process calls it, with the whole model; tokenizer files are copied by
-    you. transformers 5.23 loads quantized Linear modules, but of stacked experts only some formats: use `decompress`.
+    time, and no more than a shard is held. One process calls it, with the whole model; copy tokenizer files afterwards.
+    transformers 5.23 loads quantized Linear modules, but of stacked experts only some formats: use `decompress`.
 
     Args:
         params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
@@ -116,6 +119,7 @@ def compressed_tensors(
     path, limit = Path(os.path.realpath(folder)), bytes_of(max_shard_size)
     check_free(path)
     found = plan(params, state, spec, config, target="compressed-tensors", kinds=SCHEMES)
+    _check_global_scales(found)
     document = found.config | {"quantization_config": _quantization_config(found)}
     encode = partial(_encode, dtype=params[spec.groups[0].names[0]].dtype)
     write(path, tensors(found, encode, f"export {path.name}"), {"config.json": document}, limit)
@@ -170,8 +174,27 @@ def decompress(
             f"folder {str(source)!r}: found quant_method {about.get('quant_method')!r} in config.json, wanted "
             "'compressed-tensors'"
         )
+    _check_weights_only(source, about)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write(path, _decompressed(source, about, dtype), {"config.json": config}, limit)
+
+
+def _check_global_scales(plan: Plan) -> None:
+    """Raise ValueError where a global scale is so small that its reciprocal, which readers divide by, is infinite."""
+    for key, group in plan.groups.items():
+        leaves = plan.state[key]
+        if group.format.scale != "e4m3" or isinstance(leaves, Stateless):
+            continue
+        _, scale = pack_scales(leaves[0], leaves[-1] if isinstance(leaves, BlockAmax) else None, format=group.format)
+        assert scale is not None
+        wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()
+        if len(wrong):
+            expert = int(wrong[0, 0])
+            raise ValueError(
+                f"state {key!r}: found an amax so small for {group.expert_name(expert)!r} that its global scale "
+                f"{scale[expert].item()} has no reciprocal in fp32, wanted 0 or a larger one; scale the weights up, or "
+                "set them to 0"
+            )
 
 
 def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch.dtype) -> Float32[Tensor, "..."]:
@@ -249,25 +272,41 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
     except ImportError as error:
         raise ImportError("decompress needs compressed-tensors: pip install 'fq_transforms[export]'") from error
     schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
-    shards = shards_of(folder)
-    modules = [name.removesuffix(".weight_scale") for name in shards if name.endswith(".weight_scale")]
-    scheme_of = {module: _scheme_of(module, schemes) for module in modules}
-    mine: dict[str, str] = {}
-    for module in modules:
-        last = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
-        mine |= {name: module for part in last if (name := f"{module}.{part}") in shards}
-    yield from tensors_of(folder, [name for name in shards if name not in mine], shards)
-    names_of: dict[str, list[str]] = {}
-    for name, module in mine.items():
-        names_of.setdefault(module, []).append(name)
-    for module in progress(list(names_of), f"decompress {folder.name}"):
-        names, scheme = names_of[module], scheme_of[module]
-        compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
-        stored = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors_of(folder, names, shards)}
-        wanted = {"weight", "weight_packed"} & set(compressor.compression_param_names(scheme))
-        if not wanted <= stored.keys():
-            raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)} too")
-        yield f"{module}.weight", compressor.decompress(stored, scheme)["weight"].to(dtype)
+    with Files(folder) as files:
+        modules = [name.removesuffix(".weight_scale") for name in files.shards if name.endswith(".weight_scale")]
+        names_of: dict[str, list[str]] = {module: [] for module in modules}
+        for name in files.shards:
+            module = name.rpartition(".")[0]
+            if module in names_of and not name.endswith(".bias"):
+                names_of[module].append(name)
+            else:
+                yield name, files.read(name)
+        for module in progress(modules, f"decompress {folder.name}"):
+            scheme = _scheme_of(module, schemes)
+            compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
+            stored = {name.removeprefix(f"{module}."): files.read(name) for name in names_of[module]}
+            _check_stored(module, stored, compressor.compression_param_names(scheme))
+            yield f"{module}.weight", compressor.decompress(stored, scheme)["weight"].to(dtype)
+
+
+def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """Raise ValueError unless a module has its codes, and nothing that a decompressor would pass over."""
+    wanted = {"weight", "weight_packed"} & set(known)
+    others = stored.keys() - PARTS
+    if not wanted <= stored.keys() or others:
+        raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and none but {PARTS}")
+
+
+def _check_weights_only(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise ValueError for what plain weights do not say: rotations, sparsity, quantized activations or caches."""
+    found = [key for key in ("transform_config", "sparsity_config", "kv_cache_scheme") if about.get(key)]
+    for name, group in about["config_groups"].items():
+        found += [f"{name}.{key}" for key in ("input_activations", "output_activations") if group.get(key)]
+    if found:
+        raise ValueError(
+            f"folder {str(folder)!r}: found {found} in quantization_config, which plain weights cannot have, wanted "
+            "quantized weights only"
+        )
 
 
 def _scheme_of(module: str, schemes: list[Any]) -> Any:

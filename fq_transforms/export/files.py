@@ -7,7 +7,8 @@ more than a shard of them is held.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -26,7 +27,7 @@ from fq_transforms.checkpoint.staging import (
     sync_directory,
 )
 
-__all__ = ["bytes_of", "check_free", "progress", "shards_of", "tensors_of", "write"]
+__all__ = ["Files", "bytes_of", "check_free", "progress", "shards_of", "write"]
 
 T = TypeVar("T")
 
@@ -136,11 +137,26 @@ def shards_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def tensors_of(folder: Path, names: Iterable[str], shards: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a checkpoint by their names, one at a time; `shards` is from `shards_of`."""
-    for name in names:
-        with safe_open(folder / shards[name], "pt") as file:
-            yield name, file.get_tensor(name)
+class Files:
+    """The tensors of a checkpoint by name. Each file is opened once, as its header may list thousands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards = folder, shards_of(folder)
+        self._opened: dict[str, Any] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, which the others do not wait for: files are mapped."""
+        file = self.shards[name]
+        if file not in self._opened:
+            self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
+        return self._opened[file].get_tensor(name)
 
 
 def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> tuple[list[list[str]], int]:

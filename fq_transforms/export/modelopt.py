@@ -68,8 +68,10 @@ def modelopt_hf(
     """Write a checkpoint as ModelOpt's `export_hf_checkpoint` does: `folder` has shards, index and two configs.
 
     The codes and scales are those of `fqt.pack`, so a reader gets `fakequant`'s weights. One group is packed at a
-    time, and no more than a shard is held. One process calls it, with the whole model; tokenizer files are copied by
-    you. There is no calibration of inputs, so no `input_scale`: NVFP4 has the name of weights under 16-bit inputs.
+    time, and no more than a shard is held. One process calls it, with the whole model; copy tokenizer files
+    afterwards. There is no calibration of inputs, so no `input_scale`: NVFP4 has the name of weights under 16-bit
+    inputs, and engines that take FP8 with one scale a tensor (vLLM, SGLang) want an input scale that the files do not
+    have; FP8_PER_CHANNEL, whose inputs are scaled by the token, needs none.
 
     Args:
         params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or

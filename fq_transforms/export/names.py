@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MODEL_TYPES", "Part", "file_names", "module_of", "parts"]
+__all__ = ["MODEL_TYPES", "Part", "check_config", "expanded", "file_names", "module_of", "parts"]
 
 
 class Family(NamedTuple):
@@ -74,12 +74,25 @@ _MEGATRON_LAYER = {
     "mlp.shared_experts.linear_fc2.weight": ("mlp.{shared}.down_proj.weight",),
     "mlp.shared_experts.gate_weight": ("mlp.shared_expert_gate.weight",),
 }
+# Under multi-latent attention the same words are of other norms.
+_MEGATRON_LATENT = {
+    "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
+    "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
+}
 _MEGATRON_TOP = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
 _MEGATRON_NAME = re.compile(r"(?:module\.)*(?:decoder\.layers\.(?P<layer>\d+)\.(?P<inside>.+)|(?P<top>[^.]+\..+))")
+_NOT_IN_FILES = re.compile(
+    r"module\.|(?:.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|mtp|embedding|output_layer)\."
+)
+_IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?:.*\.experts\.(?P<expert>\d+)\.)?")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Model types whose router adds a trained buffer.
+ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
 _STACKED = re.compile(r"(?P<parent>(?:.*\.)?)mlp\.experts\.(?P<role>gate_up_proj|down_proj)")
 
 
@@ -141,10 +154,15 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         )
     megatron = _MEGATRON_NAME.fullmatch(name)
     if megatron and megatron["inside"]:
-        inside = _names_in_layer(name, megatron["inside"], _family(name, config))
+        inside = _names_in_layer(name, megatron["inside"], _family(name, config), bool(config.get("kv_lora_rank")))
         return tuple(f"model.layers.{megatron['layer']}.{n}" for n in inside)
     if megatron and megatron["top"] in _MEGATRON_TOP:
         return _MEGATRON_TOP[megatron["top"]]
+    if _NOT_IN_FILES.match(name):
+        raise ValueError(
+            f"parameter {name!r}: found a wrapper's prefix, or a name of Megatron's for which none of transformers is "
+            "known, wanted names as the model itself has them; rename it, or leave it out of params"
+        )
     # transformers keeps Mixtral's block of experts as `mlp` in memory.
     family = MODEL_TYPES.get(str(config.get("model_type")), Family())
     return (name if family.moe == "mlp" else name.replace(".mlp.", f".{family.moe}."),)
@@ -160,12 +178,62 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _names_in_layer(name: str, inside: str, family: Family) -> tuple[str, ...]:
+def expanded(name: str, experts: int) -> list[str]:
+    """A name of the files once for every expert that its `*` stands for.
+
+    Example:
+        >>> expanded("mlp.experts.*.up_proj.weight", 2)
+        ['mlp.experts.0.up_proj.weight', 'mlp.experts.1.up_proj.weight']
+    """
+    return [name.replace("*", str(expert)) for expert in range(experts)] if "*" in name else [name]
+
+
+def check_config(rows: Mapping[str, int], config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the files have the layers, experts, vocabulary and routing biases that config says.
+
+    A part of a model, such as one rank's, has names like those of a whole one.
+
+    Args:
+        rows: Names of the files to their rows.
+        config: What config.json holds. What it does not say is not checked.
+    """
+    layers: dict[int, set[int]] = {}
+    for name in rows:
+        if match := _IN_LAYER.match(name):
+            experts = layers.setdefault(int(match["layer"]), set())
+            if match["expert"]:
+                experts.add(int(match["expert"]))
+    depth = config.get("num_hidden_layers")
+    missing = sorted({*range(depth or 0)} - layers.keys())
+    if layers and missing:
+        raise ValueError(f"params: found no layer {missing[0]}, wanted {depth}, as num_hidden_layers in config says")
+    key = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
+    for layer, experts in layers.items():
+        if key and experts and experts != {*range(config[key])}:
+            raise ValueError(
+                f"params: found {len(experts)} experts in layer {layer}, wanted {config[key]}, as {key} in config "
+                "says; gather the experts of all ranks"
+            )
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if config.get("vocab_size") and rows.get(name, config["vocab_size"]) != config["vocab_size"]:
+            raise ValueError(
+                f"parameter {name!r}: found {rows[name]} rows, wanted {config['vocab_size']}, as vocab_size in config "
+                "says; cut the padding off"
+            )
+    for name in rows if config.get("model_type") in ROUTED_WITH_BIAS else ():
+        bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
+        if name.endswith(".mlp.gate.weight") and bias not in rows:
+            raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
+
+
+def _names_in_layer(name: str, inside: str, family: Family, is_latent: bool) -> tuple[str, ...]:
     if match := _MEGATRON_EXPERT.fullmatch(inside):
         expert = match["of_list"] or match["grouped"]
         first = "linear_fc1" in (match["fc"], match["fc_of_list"])
         roles = (family.gate, family.up) if first else (family.down,)
         return tuple(f"{family.moe}.experts.{expert}.{role}.weight" for role in roles)
+    if is_latent and inside in _MEGATRON_LATENT:
+        return _MEGATRON_LATENT[inside]
     if inside not in _MEGATRON_LAYER:
         raise ValueError(
             f"parameter {name!r}: found {inside!r} in a layer of Megatron's, wanted one of {sorted(_MEGATRON_LAYER)}, "

@@ -1,5 +1,6 @@
 """What an export will write, decided and checked before the first byte, and then its tensors, a group at a time."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,13 +9,16 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.modelopt_names import FUSED
 from fq_transforms.export.files import progress
-from fq_transforms.export.names import Part, module_of, parts
+from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
 from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import PackedTwoLevel, check_packable, pack
 from fq_transforms.select import Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, ExpertAmax, State, check
 
 __all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
+
+# Roles that inference engines make one matrix of: ModelOpt's, and those of DeepSeek's latent attention in vLLM, SGLang.
+FUSED_BY_ENGINES = (*FUSED, ("q_a_proj", "kv_a_proj_with_mqa"))
 
 # Element, what shares a scale, and the type of the scale: what a target has a name for, or not.
 Kind: TypeAlias = tuple[str, str, str]
@@ -110,14 +114,17 @@ def plan(
             )
         weights_of(params, group)
     for name, tensor in params.items():
-        if is_sharded(tensor):
-            raise ValueError(f"parameter {name!r}: found a DTensor, wanted a plain tensor; gather the model first")
-        if getattr(tensor, "is_meta", False):
-            raise ValueError(f"parameter {name!r}: found a meta tensor, wanted one with values")
+        _check_storable(name, tensor)
+    dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
+    if len(dtypes) > 1:
+        raise ValueError(f"groups: found weights of {dtypes}, wanted one dtype; config.json has room for one")
     groups = {group.key: group for group in spec.groups}
     found = _parts(params, groups, entries)
     _check_ties(state, groups, found)
+    check_config(_rows_in_files(params, groups, found), entries)
     formats, excluded = _modules(params, groups, found)
+    if entries.get("tie_word_embeddings"):  # not in the files, but a Linear module to readers
+        excluded = sorted({*excluded, "lm_head"})
     entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
     return Plan(params, state, groups, found, entries, formats, excluded)
 
@@ -178,7 +185,26 @@ def _config(config: Any) -> dict[str, Any]:
             raise ValueError(f"config: found {key}={entries.get(key)!r}, wanted {fix}; engines choose a class by it")
     if entries.get("quantization_config"):
         raise ValueError("config: found a quantization_config, wanted the config of a model that is not quantized")
-    return dict(entries)
+    if isinstance(entries["architectures"], str):
+        raise ValueError(f"config: found architectures={entries['architectures']!r}, wanted a list of names")
+    for key, value in entries.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"config: found {key}={value!r}, which JSON cannot hold, wanted a number, text or list"
+            ) from error
+    return {key: value for key, value in entries.items() if key != "torch_dtype"}  # `dtype` is its name now
+
+
+def _check_storable(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        found = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"parameter {name!r}: found {found}, wanted a dense tensor")
+    if is_sharded(tensor):
+        raise ValueError(f"parameter {name!r}: found a DTensor, wanted a plain tensor; gather the model first")
+    if tensor.is_meta:
+        raise ValueError(f"parameter {name!r}: found a meta tensor, wanted one with values")
 
 
 def _parts(
@@ -201,18 +227,47 @@ def _parts(
                     f"group {source!r}: found tie_word_embeddings in config, by which the head is the embedding, "
                     "wanted a head of its own to quantize; exclude it with a rule to None"
                 )
+            _check_is_embedding(name, params)
             del found[source]  # transformers does not store it either
             continue
+        experts = group.experts if group else len(tensor) if tensor.dim() else 0
         for part in found[source]:
-            if part.name in taken:
-                raise ValueError(
-                    f"parameters {taken[part.name]!r} and {source!r}: found {part.name!r} for both in files, wanted "
-                    "two names"
-                )
-            taken[part.name] = source
+            for in_files in expanded(part.name, experts):
+                if (other := taken.setdefault(in_files, source)) != source:
+                    raise ValueError(
+                        f"parameters {other!r} and {source!r}: found {in_files!r} for both in files, wanted two names"
+                    )
             if group:
                 _check_cut(group, part)
     return found
+
+
+def _check_is_embedding(head: str, params: Mapping[str, Tensor]) -> None:
+    for name in (
+        "model.embed_tokens.weight",
+        "embedding.word_embeddings.weight",
+        "module.embedding.word_embeddings.weight",
+    ):
+        if name in params and not torch.equal(params[head], params[name]):
+            raise ValueError(
+                f"parameter {head!r}: found other numbers than in {name!r}, and tie_word_embeddings in config, by "
+                "which one of the two would be lost, wanted tie_word_embeddings=False"
+            )
+
+
+def _rows_in_files(
+    params: Mapping[str, Tensor], groups: Mapping[str, Group], found: Mapping[str, list[Part]]
+) -> dict[str, int]:
+    """Names of the files, for every expert, to the rows of each."""
+    rows: dict[str, int] = {}
+    for source, of_source in found.items():
+        group = groups.get(source)
+        shape = group.shape if group else tuple(params[source].shape)
+        experts = group.experts if group else shape[0] if shape else 0
+        for part in of_source:
+            own = len(torch.arange(shape[-2] if len(shape) > 1 else 1)[part.rows])
+            rows |= dict.fromkeys(expanded(part.name, experts), own)
+    return rows
 
 
 def _check_cut(group: Group, part: Part) -> None:
@@ -230,7 +285,7 @@ def _check_ties(state: State, groups: Mapping[str, Group], found: Mapping[str, l
     source_of = {part.name.replace("*", "0"): source for source, of_source in found.items() for part in of_source}
     for name, source in source_of.items():
         words = name.split(".")
-        for roles in (roles for roles in FUSED if roles[0] in words):
+        for roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
             for role in roles[1:]:
                 other = source_of.get(".".join(role if word == roles[0] else word for word in words))
                 if other is not None and other != source and (source in groups or other in groups):
@@ -272,9 +327,7 @@ def _modules(
     excluded: set[str] = set()
     for source, of_source in found.items():
         experts = groups[source].experts if source in groups else len(params[source]) if params[source].dim() else 0
-        names = [
-            part.name.replace("*", str(e)) for part in of_source for e in range(experts if "*" in part.name else 1)
-        ]
+        names = [name for part in of_source for name in expanded(part.name, experts)]
         if source in groups:
             formats |= {module_of(name): groups[source].format for name in names}
         elif params[source].dim() > 1:
