@@ -56,7 +56,8 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     """The codes and scales of every selected weight: what deployment stores, and exactly what `fakequant` simulates.
 
     `unpack(pack(params, state, spec=spec), spec=spec, dtype=dtype)` has the values of `fakequant`, bit for bit; a zero
-    that `fakequant` gives a sign loses it in the integer formats. One kernel launch a group on a GPU.
+    that `fakequant` gives a sign loses it in the integer formats. On a GPU a group takes one launch, and one for scales
+    that the state alone decides.
 
     Args:
         params: Names to tensors; may hold more than the spec names.

@@ -114,6 +114,11 @@ def main():
                 plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
                 compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
                 compiled += 1
+    for kind in ("global", "int", "float"):
+        constants = {"KIND": kind, "QMAX": 6.0, "TILE": launch.SCALE_TILE}
+        plan = launch._Plan(1, (1, 1, 1, 1), constants, 4)
+        compile_ahead(pack_kernel.pack_scale_kernel, plan, {"amax_ptr": "fp32", "scale_ptr": "fp32"})
+        compiled += 1
     print(f"{compiled} kernels compiled for sm_{TARGET.arch} by Triton {triton.__version__}")
 
 

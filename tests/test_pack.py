@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fq_transforms as fqt
 from fq_transforms.formats import E2M1, E3M2, E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
 from fq_transforms.ops import launch
-from fq_transforms.ops.packing import code_bits, pack_reference, unpack_reference
+from fq_transforms.ops.packing import code_bits, pack_reference, pack_scales, unpack_reference
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
 from fq_transforms.pack import packed_leaves
 from tests.cases import DTYPES, assert_names, experts, name_of, same_bits
@@ -189,6 +189,20 @@ def packed_by_both(weight, amax, global_amax, format, transposed):
 def assert_kernel_equals_reference(weight, amax, global_amax, format, transposed):
     for name, found, wanted in packed_by_both(weight, amax, global_amax, format, transposed):
         assert torch.equal(found, wanted), name
+
+
+@on_each_device
+@pytest.mark.parametrize("format", PACKABLE, ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter: NaN
+def test_scales_of_the_state_alone(format, device):
+    """For every kind of amax, more of them than a program takes, those that are none and both zeros included."""
+    numbers = [0.0, -0.0, 2.0**-24, 2.0**-25, 1e-40, 2.0**-126, 1.0, 2688.0, 1e38, 3.4e38, torch.inf, torch.nan, -1.0]
+    amax = torch.cat([torch.tensor(numbers), torch.rand(2000).exp2()]).to(device)
+    amax = None if format.is_stateless else amax
+    wanted = pack_scales(amax, amax, format=format)
+    for found, scale in zip(launch._scales(amax, amax, format), wanted, strict=True):
+        assert (found is None) == (scale is None)
+        assert found is None or torch.equal(found.nan_to_num(-7.0), scale.nan_to_num(-7.0))
 
 
 @on_each_device

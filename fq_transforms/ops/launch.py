@@ -11,6 +11,7 @@ took 213 us of the host a call in place of 77 for 32 experts, 724 in place of 15
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops import kernels, pack_kernel
-from fq_transforms.ops.packing import code_bits, code_dtype, pack_scales
+from fq_transforms.ops.packing import code_bits, code_dtype
 
 __all__ = [
     "clip_backward_operator",
@@ -138,14 +139,14 @@ def pack_triton(
     transposed: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`pack_reference` of every expert of a group, in one launch, and a few more for scales of which there are few."""
+    """`pack_reference` of every expert of a group, in one launch, and one for scales that the state alone decides."""
     inputs = _group(weights)
     out_features, in_features = _shape(inputs.matrix, transposed)
     bits, experts, device = code_bits(format), inputs.experts, inputs.base.device
     dtype = torch.int8 if isinstance(format.element, IntElement) and bits == 8 else torch.uint8
     codes = torch.empty((experts, out_features, in_features * bits // 8), dtype=dtype, device=device)
     out = _Group(codes, codes.data_ptr(), None, codes[0].numel(), experts, inputs.matrix, True, [codes])
-    scale, global_scale = pack_scales(amax, global_amax, format=format)
+    scale, global_scale = _scales(amax, global_amax, format)
     if scale is None:
         shape = (experts, *format.granules(out_features, in_features))
         scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
@@ -155,6 +156,29 @@ def pack_triton(
     if format.scale == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
     return codes.view(code_dtype(format)), scale, global_scale
+
+
+# Scales that a program makes, of those that the state alone decides.
+SCALE_TILE = 1024
+
+
+def _scales(amax: Tensor | None, global_amax: Tensor | None, format: Format) -> tuple[Tensor | None, Tensor | None]:
+    """`pack_scales`, in one launch in place of ten."""
+    is_int, is_global = isinstance(format.element, IntElement), format.scale == "e4m3"
+    source = global_amax if is_global and not format.dynamic else amax
+    if format.scale == "e8m0" or (is_int and format.has_blocks_along_in):
+        return None, None
+    assert source is not None
+    source = source.contiguous()
+    scale = torch.empty_like(source)
+    qmax = float(format.element.qmax if isinstance(format.element, IntElement) else format.element.max)
+    kind = "global" if is_global else "int" if is_int else "float"
+    kernel: Any = pack_kernel.pack_scale_kernel
+    with torch.cuda.device(source.device) if source.is_cuda else nullcontext():
+        kernel[(-(-source.numel() // SCALE_TILE),)](
+            source, scale, source.numel(), KIND=kind, QMAX=qmax, TILE=SCALE_TILE, enable_fp_fusion=False
+        )
+    return (None, scale) if is_global else (scale, None)
 
 
 # What torch.compile sees in place of the launchers, whose addresses it cannot trace: opaque operators with shapes. A

@@ -41,13 +41,30 @@ from fq_transforms.ops.kernels import (
     _reciprocal,
     _scale,
     _two_level_scale,
+    _valid,
 )
 
-__all__ = ["pack_kernel"]
+__all__ = ["pack_kernel", "pack_scale_kernel"]
 
 # 1.5 * 2**23: added to a small number of either sign, it leaves the rounded integer in the low bits.
 MAGIC = tl.constexpr(12582912)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def pack_scale_kernel(amax_ptr, scale_ptr, count, KIND: tl.constexpr, QMAX: tl.constexpr, TILE: tl.constexpr):
+    """`pack_scales`, one number an amax: for integers, for floats, or the global one of two levels."""
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    amax = tl.abs(_valid(tl.load(amax_ptr + i, mask=i < count, other=1.0)))  # abs: -0.0 is a zero
+    if KIND == "global":
+        scale = tl.div_rn(amax, tl.full([TILE], QMAX * 448.0, tl.float32))
+    elif KIND == "int":
+        zero = amax < TINY_AMAX
+        scale = tl.where(zero, 0.0, tl.div_rn(tl.full([TILE], QMAX, tl.float32), tl.where(zero, 1.0, amax)))
+    else:
+        s = tl.div_rn(tl.full([TILE], QMAX, tl.float32), tl.where(amax <= TINY_AMAX, 1.0, amax))
+        scale = tl.div_rn(tl.full([TILE], 1.0, tl.float32), s)
+    tl.store(scale_ptr + i, scale, mask=i < count)
 
 
 @triton.jit
