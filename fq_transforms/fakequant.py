@@ -8,9 +8,9 @@ from torch import Tensor
 from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.ops.shards import layout_of, sharded_tensors
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete, local_group
+from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
 
-__all__ = ["check_options", "fakequant", "is_read", "quantize_group"]
+__all__ = ["check_options", "fakequant", "quantize_group"]
 
 
 def fakequant(
@@ -106,11 +106,6 @@ def quantize_group(
             separate=separate,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
-
-
-def is_read(leaf: Tensor) -> bool:
-    """True for leaves whose values are checked: reading them elsewhere would wait for a device."""
-    return leaf.is_cpu and is_concrete(leaf)
 
 
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
 from torch.utils import _pytree as pytree
 
-from fq_transforms.fakequant import check_options, is_read, quantize_group
+from fq_transforms.fakequant import check_options, quantize_group
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.slots import Slots, tensors_in
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check
+from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
 
 __all__ = ["check_not_fsdp", "layerwise"]
 

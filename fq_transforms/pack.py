@@ -18,7 +18,7 @@ from fq_transforms.state import (
     Stateless,
     check,
     check_tensor,
-    is_concrete,
+    is_read,
     local_group,
 )
 
@@ -86,7 +86,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
         >>> pack(params, calibrate(params, spec=spec), spec=spec)
         {'experts.*.weight': Packed(codes=tensor([[[  64, -127]]], dtype=torch.int8), scale=tensor([63.5000]))}
     """
-    check(state, spec, values=lambda leaf: leaf.is_cpu and is_concrete(leaf))
+    check(state, spec, values=is_read)
     packed: PackedTree = {}
     for group in spec.groups:
         check_packable(group)
@@ -97,7 +97,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
             if layout is not None or any(map(is_sharded, scales)):
                 weights, scales = local_group(group, layout, weights, scales)
             for name, weight in zip(group.names, weights, strict=True):
-                if weight.is_cpu and is_concrete(weight) and not bool(weight.isfinite().all()):
+                if is_read(weight) and not bool(weight.isfinite().all()):
                     raise ValueError(
                         f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights"
                     )

@@ -1,7 +1,7 @@
 """Where a model's tensors hang, to take them out and put others in their place.
 
-`torch.func.functional_call` does so one tensor at a time and takes 2 us of the host for each, as long as it takes to
-fake-quantize it. Here a module's tensors are exchanged in one go.
+`torch.func.functional_call` does so one tensor at a time and takes 2 us of the host for each, longer than it takes
+to fake-quantize it. Here a module's tensors are exchanged in one go.
 """
 
 from collections.abc import Collection, Mapping

@@ -280,6 +280,11 @@ def is_concrete(tensor: Tensor) -> bool:
     return not is_mapped(tensor)
 
 
+def is_read(leaf: Tensor) -> bool:
+    """True for leaves whose values `fakequant` and `pack` check: reading them elsewhere would wait for a device."""
+    return leaf.is_cpu and is_concrete(leaf)
+
+
 def check_tensor(what: str, leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError, beginning with `what`, unless a leaf is a tensor of that shape and dtype."""
     if not isinstance(leaf, Tensor):

@@ -27,7 +27,7 @@ from fq_transforms.checkpoint.staging import (
     sync_directory,
 )
 
-__all__ = ["Files", "bytes_of", "check_free", "progress", "shards_of", "write"]
+__all__ = ["Files", "bytes_of", "check_free", "progress", "write"]
 
 T = TypeVar("T")
 
@@ -115,7 +115,29 @@ def write(
         raise
 
 
-def shards_of(folder: Path) -> dict[str, str]:
+class Files:
+    """The tensors of a checkpoint by name. Each file is opened once, as its header may list thousands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards = folder, _shards_of(folder)
+        self._opened: dict[str, Any] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, which the others do not wait for: files are mapped."""
+        file = self.shards[name]
+        if file not in self._opened:
+            self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
+        return self._opened[file].get_tensor(name)
+
+
+def _shards_of(folder: Path) -> dict[str, str]:
     """Name of each tensor of a checkpoint to the name of its file.
 
     Raises:
@@ -135,28 +157,6 @@ def shards_of(folder: Path) -> dict[str, str]:
         wrong = sorted(named.items() ^ found.items())
         raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {wrong[:3]}")
     return found
-
-
-class Files:
-    """The tensors of a checkpoint by name. Each file is opened once, as its header may list thousands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, shards_of(folder)
-        self._opened: dict[str, Any] = {}
-        self._closing = ExitStack()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._closing.close()
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, which the others do not wait for: files are mapped."""
-        file = self.shards[name]
-        if file not in self._opened:
-            self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
-        return self._opened[file].get_tensor(name)
 
 
 def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> tuple[list[list[str]], int]:
