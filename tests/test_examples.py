@@ -10,11 +10,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def said(script, *options, ranks=None):
-    """The lines that an example prints, alone or under torchrun."""
+def said(script, *options, ranks=None, gpus=False):
+    """The lines that an example prints, alone or under torchrun; it sees GPUs only if asked to."""
     launcher = [] if ranks is None else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     command = [sys.executable, *launcher, EXAMPLES / script, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
@@ -29,15 +29,16 @@ def test_qat_step_gives_equal_gradients_and_learns():
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_megatron_moe_is_restored_and_goes_on(tmp_path):
+@pytest.mark.parametrize("gpus", [False, pytest.param(True, marks=pytest.mark.gpu2)], ids=["cpu", "gpus"])
+def test_megatron_moe_is_restored_and_goes_on(gpus, tmp_path):
     """TP=2 and EP=2, then its checkpoints on one rank. The script compares states and logits, format by format."""
     formats = ("FP8", "NVFP4", "INT8_PER_CHANNEL", "INT4_BLOCK32")
-    lines = said("03_megatron_moe.py", "--folder", tmp_path, ranks=2)
+    lines = said("03_megatron_moe.py", "--folder", tmp_path, ranks=2, gpus=gpus)
     wanted = [f"{f}: restored at TP=2, EP=2 into a model on meta, the same state and logits" for f in formats]
     assert [line for line in lines if "restored at" in line] == wanted
     assert "restored half way" in lines[-1]
     wanted = [f"{f}: 16 experts at EP=1, the amax of each is 0.9 of its own weights'" for f in formats]
-    assert said("03_megatron_moe.py", "--folder", tmp_path, "--load", ranks=1) == wanted
+    assert said("03_megatron_moe.py", "--folder", tmp_path, "--load", ranks=1, gpus=gpus) == wanted
 
 
 @pytest.mark.dist
