@@ -3,6 +3,9 @@
 NOTE what is saved: a layer saves its weights for the backward pass, and so keeps the fake ones. Within a layer's
 forward, saved-tensor hooks keep in their place what they are made of: the parameters and the amax, which live anyway.
 
+NOTE lent numbers: where a layer is one node of the graph, its parameters themselves hold the fake numbers for as long as
+it computes; see `fq_transforms.lend`.
+
 NOTE who asks again: experts whose weights are one module's (Transformer Engine, stacked) need all of them at once, and
 one launch makes them; experts that are modules of their own need one at a time, and get it.
 """
@@ -17,6 +20,7 @@ from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterLis
 from torch.utils import _pytree as pytree
 
 from fq_transforms.fakequant import check_options, quantize_group
+from fq_transforms.lend import Lender, is_lendable
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
 from fq_transforms.select import Group, Spec, is_sharded
@@ -38,6 +42,7 @@ def layerwise(
     backward: Backward = "pass_through",
     recompute: bool = True,
     inspect: Callable[[Module], None] | None = None,
+    lends: Callable[[Module], bool] | None = None,
 ) -> Generator[None]:
     """Within, each selected layer of `model` computes with fake-quantized weights, made when its forward begins.
 
@@ -64,13 +69,17 @@ def layerwise(
             tensors are active already, as in a checkpointed layer, these decide.
         inspect: Called with each selected layer, and with each module below it that holds weights, before they are
             replaced; may raise.
+        lends: True for selected layers that are one node of the autograd graph and read their parameters themselves, as
+            Transformer Engine's GroupedLinear does: these parameters hold the fake numbers while forward and backward
+            of the layer run, which costs the host a fraction. Backward must run inside then. Under "clip", another
+            `out_dtype`, a torch.func transform, or if they are no leaves, fake weights take their place as in others.
 
     Raises:
         KeyError: A parameter is not in the model; a group is not in the state.
         ValueError: As `fakequant`; with `recompute`, a parameter is a DTensor, a torch.func transform looks on, or
             Megatron's own linear layer accumulates into `main_grad`. On leaving, a selected layer never ran while the
             model or others did: something else read its weights, unquantized. A layer is FSDP2's.
-        RuntimeError: In backward, parameters or amax have changed since forward.
+        RuntimeError: In backward, parameters or amax have changed since forward; a layer that lends is not inside.
 
     Example:
         >>> from fq_transforms.calibrate import calibrate
@@ -86,11 +95,17 @@ def layerwise(
     """
     check_options(out_dtype, backward)
     check(state, spec, values=is_read)
-    options = _Options(out_dtype, backward, recompute, inspect)
+    options = _Options(out_dtype, backward, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
     ran: list[bool] = []
     with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(lambda module, args: ran.append(True)).remove)
+
+        def begin(module: Module, args: Any) -> None:
+            ran.append(True)
+            for site in sites:
+                site.lender.take_back()
+
+        hooks.callback(model.register_forward_pre_hook(begin).remove)
         for site in sites:
             hooks.callback(site.leave_all)
             hooks.callback(site.module.register_forward_pre_hook(site.before).remove)
@@ -111,6 +126,7 @@ class _Options(NamedTuple):
     backward: Backward
     recompute: bool
     inspect: Callable[[Module], None] | None
+    lends: Callable[[Module], bool] | None
 
 
 class _Site:
@@ -125,16 +141,55 @@ class _Site:
             for name, holder in zip(group.names, holders, strict=True):
                 self.slots.add(name, holder, name.rpartition(".")[2])
                 self.modules[name] = holder
+        self.lender = Lender(type(module).__name__)
+        asks = options.lends is not None and options.backward == "pass_through"
+        is_own = all(holder is module for holder in self.modules.values())
+        self.lends = asks and is_own and options.lends is not None and options.lends(module)
         self.runs = 0
-        self.entered: list[_Entered | None] = []
+        self.entered: list[_Exchanged | _Lent | None] = []
 
     def before(self, module: Module, args: Any) -> None:
         self.entered.append(None)  # `after` is called even if this raises
-        out_dtype, backward, recompute, inspect = self.options
+        inspect = self.options.inspect
         if inspect is not None:
             for inner in dict.fromkeys([module, *self.modules.values()]):
                 inspect(inner)
+        self.lender.take_back()  # where a backward failed
         params = self.slots.take()
+        self.entered[-1] = self._lend(params) if self._is_lending(params) else self._exchange(params)
+        self.runs += 1
+
+    def after(self, module: Module, args: Any, output: Any) -> None:
+        self.lender.take_back()
+        entered = self.entered.pop() if self.entered else None
+        if entered is not None:
+            entered.leave(output)
+
+    def leave_all(self) -> None:
+        while self.entered:
+            self.after(self.module, (), None)
+        self.lender.end()
+
+    def _is_lending(self, params: Mapping[str, Tensor]) -> bool:
+        return (
+            self.lends
+            and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (no public name)
+            and all(is_lendable(param, self.options.out_dtype) for param in params.values())
+        )
+
+    def _lend(self, params: dict[str, Tensor]) -> "_Lent":
+        sources: list[_Source] = []
+        fakes: list[Tensor] = []
+        with torch.no_grad():
+            for group, scales in zip(self.groups, self.scales, strict=True):
+                fakes += quantize_group(params, group, scales, out_dtype=None, backward="pass_through")
+                sources.append(_Source(group, [params[name] for name in group.names], scales, self.options, True))
+        lent = _Lent(self.lender, sources, [] if self.options.recompute else fakes)
+        self.lender.lend(lent.params, fakes)
+        return lent
+
+    def _exchange(self, params: dict[str, Tensor]) -> "_Exchanged":
+        out_dtype, backward, recompute, *_ = self.options
         weights: dict[str, Tensor] = {}
         for group, scales in zip(self.groups, self.scales, strict=True):
             outs = quantize_group(params, group, scales, out_dtype=out_dtype, backward=backward)
@@ -146,21 +201,8 @@ class _Site:
             remake = self._remake(params, weights)
             if remake is not None:
                 leaving.enter_context(torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack))
-        self.runs += 1
-        self.entered[-1] = _Entered(leaving, remake, params)
         self.slots.put(weights)
-
-    def after(self, module: Module, args: Any, output: Any) -> None:
-        entered = self.entered.pop() if self.entered else None
-        if entered is not None:
-            self.slots.put(entered.params)
-            entered.leaving.close()
-            if entered.remake is not None:
-                entered.remake.forward_is_done(output)
-
-    def leave_all(self) -> None:
-        while self.entered:
-            self.after(self.module, (), None)
+        return _Exchanged(self.slots, params, leaving, remake)
 
     def _check_flags_return(self, params: Mapping[str, Tensor]) -> None:
         """Raise ValueError for layers that set `grad_added_to_main_grad` on the weight that they saved."""
@@ -190,12 +232,36 @@ class _Site:
         return remake
 
 
-class _Entered(NamedTuple):
-    """What `after` undoes."""
+class _Exchanged(NamedTuple):
+    """A forward with fake weights in the place of the parameters."""
 
+    slots: Slots
+    params: dict[str, Tensor]
     leaving: ExitStack
     remake: "_Remake | None"
-    params: dict[str, Tensor]
+
+    def leave(self, output: Any) -> None:
+        self.slots.put(self.params)
+        self.leaving.close()
+        if self.remake is not None:
+            self.remake.forward_is_done(output)
+
+
+class _Lent:
+    """A forward in which the parameters hold fake numbers, and its backward."""
+
+    def __init__(self, lender: Lender, sources: "list[_Source]", kept: list[Tensor]) -> None:
+        self.lender, self.sources, self.kept = lender, sources, kept
+        self.params = [param for source in sources for param in source.params]
+
+    def make(self) -> list[Tensor]:
+        """The fake numbers: those that were kept, once; else made of the parameters, which have not changed."""
+        kept, self.kept = self.kept, []
+        return kept or [fake for source in self.sources for fake in source.make_all()]
+
+    def leave(self, output: Any) -> None:
+        if output is not None:
+            self.lender.follow(output, self.params, self.make)
 
 
 class _Source:
@@ -215,8 +281,12 @@ class _Source:
         tensors = (*self.params, *self.scales)
         return [0 if t.is_inference() else t._version for t in tensors]  # pyright: ignore[reportPrivateUsage]
 
+    def make_all(self) -> Sequence[Tensor]:
+        """All fake weights, bit for bit as they were in forward."""
+        return self._quantize(slice(None))
+
     def make(self, number: int) -> Tensor:
-        """The fake weight, bit for bit as it was in forward."""
+        """One of them; all are kept as long as backward asks for the next."""
         if not self.together:
             return self._quantize(slice(number, number + 1))[0]
         self.to_come = (self.to_come or self.places) - 1  # a second backward starts over

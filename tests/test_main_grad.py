@@ -111,14 +111,23 @@ def run_once(model, params, fq, state, xs):
         functional_call(model, weights, (x,)).square().sum().backward()
 
 
-def run_layerwise(model, params, fq, state, xs, recompute=True):
+def run_layerwise(model, params, fq, state, xs, **options):
     for x in xs:
-        with fqt.layerwise(model, state, spec=fq.spec, recompute=recompute):
+        with fqt.layerwise(model, state, spec=fq.spec, **options):
             model(x).square().sum().backward()
 
 
 def run_layerwise_kept(*args):
     run_layerwise(*args, recompute=False)
+
+
+def run_lent(*args, recompute=True):
+    """The layer's own parameters hold the fake numbers, where it is one node."""
+    run_layerwise(*args, recompute=recompute, lends=lambda module: module.fused)
+
+
+def run_lent_kept(*args):
+    run_lent(*args, recompute=False)
 
 
 def run_value_and_grad(model, params, fq, state, xs):
@@ -127,7 +136,7 @@ def run_value_and_grad(model, params, fq, state, xs):
     assert all(grads[name] is param.main_grad for name, param in params.items())
 
 
-WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_value_and_grad]
+WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_lent, run_lent_kept, run_value_and_grad]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -150,7 +159,7 @@ def test_fused_equals_unfused(way, flags, dtype):
     assert not torch.allclose(found["experts.weight0"], params["experts.weight0"].main_grad, rtol=1e-2, atol=1e-1)
 
 
-@pytest.mark.parametrize("way", [run_layerwise, run_value_and_grad])
+@pytest.mark.parametrize("way", [run_layerwise, run_lent, run_value_and_grad])
 @pytest.mark.parametrize("fused", [True, False])
 def test_checkpointed_activations(way, fused):
     model, params, *rest, _kept = setup(fused, checkpointed=True)
