@@ -3,8 +3,8 @@
 NOTE what is saved: a layer saves its weights for the backward pass, and so keeps the fake ones. Within a layer's
 forward, saved-tensor hooks keep in their place what they are made of: the parameters and the amax, which live anyway.
 
-NOTE lent numbers: where a layer is one node of the graph, its parameters themselves hold the fake numbers for as long as
-it computes; see `fq_transforms.lend`.
+NOTE lent numbers: where a layer is one node of the graph, its parameters themselves hold the fake numbers while it
+computes, forward and backward; see `fq_transforms.lend`.
 
 NOTE who asks again: experts whose weights are one module's (Transformer Engine, stacked) need all of them at once, and
 one launch makes them; experts that are modules of their own need one at a time, and get it.
@@ -12,6 +12,7 @@ one launch makes them; experts that are modules of their own need one at a time,
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +70,10 @@ def layerwise(
             tensors are active already, as in a checkpointed layer, these decide.
         inspect: Called with each selected layer, and with each module below it that holds weights, before they are
             replaced; may raise.
-        lends: True for selected layers that are one node of the autograd graph and read their parameters themselves, as
-            Transformer Engine's GroupedLinear does: these parameters hold the fake numbers while forward and backward
-            of the layer run, which costs the host a fraction. Backward must run inside then. Under "clip", another
-            `out_dtype`, a torch.func transform, or if they are no leaves, fake weights take their place as in others.
+        lends: With `recompute`, True for layers that are one node of the autograd graph and read their parameters
+            themselves, as Transformer Engine's GroupedLinear does: the parameters hold the fake numbers while forward
+            and backward of the layer run, which costs the host less. Backward must run inside then. Under "clip",
+            another `out_dtype`, a torch.func transform, or if they are no leaves, it is as in other layers.
 
     Raises:
         KeyError: A parameter is not in the model; a group is not in the state.
@@ -142,9 +143,10 @@ class _Site:
                 self.slots.add(name, holder, name.rpartition(".")[2])
                 self.modules[name] = holder
         self.lender = Lender(type(module).__name__)
-        asks = options.lends is not None and options.backward == "pass_through"
+        can_lend = options.recompute and options.backward == "pass_through"
         is_own = all(holder is module for holder in self.modules.values())
-        self.lends = asks and is_own and options.lends is not None and options.lends(module)
+        self.lends = can_lend and is_own and options.lends is not None and options.lends(module)
+        self.lendable: tuple[Tensor, ...] = ()  # what was found so
         self.runs = 0
         self.entered: list[_Exchanged | _Lent | None] = []
 
@@ -171,11 +173,14 @@ class _Site:
         self.lender.end()
 
     def _is_lending(self, params: Mapping[str, Tensor]) -> bool:
-        return (
-            self.lends
-            and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (no public name)
-            and all(is_lendable(param, self.options.out_dtype) for param in params.values())
-        )
+        if not self.lends or torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (no public name)
+            return False
+        found = tuple(params.values())
+        if len(found) != len(self.lendable) or not all(map(is_, found, self.lendable)):
+            if not all(is_lendable(param, self.options.out_dtype) for param in found):
+                return False
+            self.lendable = found
+        return True
 
     def _lend(self, params: dict[str, Tensor]) -> "_Lent":
         sources: list[_Source] = []
@@ -184,7 +189,7 @@ class _Site:
             for group, scales in zip(self.groups, self.scales, strict=True):
                 fakes += quantize_group(params, group, scales, out_dtype=None, backward="pass_through")
                 sources.append(_Source(group, [params[name] for name in group.names], scales, self.options, True))
-        lent = _Lent(self.lender, sources, [] if self.options.recompute else fakes)
+        lent = _Lent(self.lender, sources)
         self.lender.lend(lent.params, fakes)
         return lent
 
@@ -247,21 +252,22 @@ class _Exchanged(NamedTuple):
             self.remake.forward_is_done(output)
 
 
-class _Lent:
+class _Lent(NamedTuple):
     """A forward in which the parameters hold fake numbers, and its backward."""
 
-    def __init__(self, lender: Lender, sources: "list[_Source]", kept: list[Tensor]) -> None:
-        self.lender, self.sources, self.kept = lender, sources, kept
-        self.params = [param for source in sources for param in source.params]
+    lender: Lender
+    sources: "list[_Source]"
 
-    def make(self) -> list[Tensor]:
-        """The fake numbers: those that were kept, once; else made of the parameters, which have not changed."""
-        kept, self.kept = self.kept, []
-        return kept or [fake for source in self.sources for fake in source.make_all()]
+    @property
+    def params(self) -> list[Tensor]:
+        return [param for source in self.sources for param in source.params]
 
     def leave(self, output: Any) -> None:
         if output is not None:
-            self.lender.follow(output, self.params, self.make)
+            self.lender.follow(output, self.params, self.fakes)
+
+    def fakes(self) -> list[Tensor]:
+        return [fake for source in self.sources for fake in source.make_all()]
 
 
 class _Source:
@@ -279,7 +285,10 @@ class _Source:
 
     def _versions(self) -> list[int]:
         tensors = (*self.params, *self.scales)
-        return [0 if t.is_inference() else t._version for t in tensors]  # pyright: ignore[reportPrivateUsage]
+        try:
+            return [tensor._version for tensor in tensors]  # pyright: ignore[reportPrivateUsage] (it has no public name)
+        except RuntimeError:  # made under inference mode: without a version
+            return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # pyright: ignore
 
     def make_all(self) -> Sequence[Tensor]:
         """All fake weights, bit for bit as they were in forward."""

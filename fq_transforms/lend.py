@@ -25,6 +25,7 @@ class Lender:
         self.layer = layer
         self.lent: Sequence[Tensor] = ()
         self.own: Sequence[Tensor] = ()
+        self.node_type: type | None = None
         self.is_over = False
 
     def lend(self, params: Sequence[Tensor], fakes: Sequence[Tensor]) -> None:
@@ -58,12 +59,9 @@ class Lender:
         node: Any = first.grad_fn
         if node is None:
             return
-        ends = {id(end.variable) for end, _ in node.next_functions if hasattr(end, "variable")}
-        if any(param.requires_grad and id(param) not in ends for param in params):
-            raise ValueError(
-                f"layer {self.layer}: found that {node.name()}, which made its output, is not what uses all of its "
-                "parameters, wanted a layer that is one node of the graph; pass lends=None"
-            )
+        if type(node) is not self.node_type:
+            self._check_ends(node, params)
+            self.node_type = type(node)
 
         def begin(grads: Any) -> None:
             if self.is_over:
@@ -72,6 +70,14 @@ class Lender:
 
         node.register_prehook(begin)
         node.register_hook(lambda inputs, outputs: self.take_back())
+
+    def _check_ends(self, node: Any, params: Sequence[Tensor]) -> None:
+        ends = {id(end.variable) for end, _ in node.next_functions if hasattr(end, "variable")}
+        if any(param.requires_grad and id(param) not in ends for param in params):
+            raise ValueError(
+                f"layer {self.layer}: found that {node.name()}, which made its output, is not what uses all of its "
+                "parameters, wanted a layer that is one node of the graph; pass lends=None"
+            )
 
 
 def is_lendable(param: Tensor, out_dtype: torch.dtype | None) -> bool:

@@ -4,14 +4,15 @@
 to fake-quantize it. Here a module's tensors are exchanged in one go.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["Slots", "slots_of", "tensors_in"]
+__all__ = ["Places", "Slots", "slots_of", "tensors_in"]
 
 
 class Slots:
@@ -95,3 +96,28 @@ def slots_of(model: Module, names: Collection[str]) -> Slots:
         missing = next(name for name in names if name not in found)
         raise KeyError(f"parameter {missing!r} is not in the {type(model).__name__}; pass its own named_parameters()")
     return slots
+
+
+class Places:
+    """The slots of a model, looked for again where its modules or tensors are not those of the last time."""
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self.names: list[str] = []
+        self.known: list[object] = []
+        self.slots = Slots()
+
+    def find(self, names: Iterable[str]) -> Slots:
+        """`slots_of` these names."""
+        wanted, found = list(names), list[object]()
+        names = [*wanted]
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            names.append(path)
+            found.append(module)
+            for kind in ("_parameters", "_buffers"):
+                tensors = tensors_in(module, kind)
+                names += tensors
+                found += tensors.values()
+        if names != self.names or len(found) != len(self.known) or not all(map(is_, found, self.known)):
+            self.slots, self.names, self.known = slots_of(self.model, wanted), names, found
+        return self.slots

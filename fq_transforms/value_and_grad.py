@@ -12,7 +12,7 @@ from fq_transforms.fakequant import fakequant
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.select import is_sharded
-from fq_transforms.slots import slots_of
+from fq_transforms.slots import Places, Slots
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 
@@ -64,6 +64,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
     check_not_fsdp("model", model.modules())
+    places = Places(model)
 
     def step(
         params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
@@ -71,20 +72,24 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
+        fused = {name: params[name] for name in trained if has_main_grad(params[name])}
         with torch.enable_grad():
-            leaves, pull = _fake_leaves(fq, params, state)
-            fused = [(params[name], leaves[name]) for name in trained if has_main_grad(params[name])]
-            losses = _run(loss_fn, model, leaves, microbatches, fused)
+            leaves, pull = _fake_leaves(fq, params, state, trained, fused)
+            losses = _run(loss_fn, model, places.find(leaves), leaves, microbatches, fused)
         if not losses:
             raise ValueError("microbatches: found none, wanted one at least")
-        grads = {name: _grad(params[name], leaves[name]) for name in trained}
-        return torch.stack(losses), grads | pull(grads)
+        grads = {name: leaves[name].grad for name in trained}
+        for name, grad in grads.items():
+            if grad is None:
+                grads[name] = torch.zeros_like(leaves[name])
+        found: dict[str, Any] = grads | {name: param.main_grad for name, param in fused.items()}
+        return torch.stack(losses), found | pull(found)
 
     return step
 
 
 def _fake_leaves(
-    fq: Transform, params: Mapping[str, Tensor], state: State
+    fq: Transform, params: Mapping[str, Tensor], state: State, trained: Sequence[str], fused: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
     needs_graph = not _is_identity(fq, params)
@@ -93,20 +98,24 @@ def _fake_leaves(
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
     with torch.set_grad_enabled(needs_graph):
         weights = fq.fakequant(primals, state)
-    leaves = {
-        name: (weight.detach() if weight.requires_grad else weight).requires_grad_(params[name].requires_grad)
-        for name, weight in weights.items()
-    }
-    quantized = {name: leaf for name, leaf in leaves.items() if weights[name] is not primals[name]}
-    trained = [name for name, leaf in quantized.items() if leaf.requires_grad]
-    others = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in quantized}
-    carry_main_grad(params, {name: quantized[name] for name in trained}, backward=fq.backward)
-    carry_main_grad(params, others)
-    pulled = [name for name in trained if not has_main_grad(params[name])]
+    leaves, quantized = dict(weights), list[str]()
+    for name, weight in weights.items() if needs_graph else ():
+        leaves[name] = weight.detach()
+    for name in trained:
+        if (weight := leaves[name]) is params[name]:
+            leaves[name] = weight = weight.detach()
+        elif weights[name] is not primals[name]:
+            quantized.append(name)
+        weight.requires_grad_()
+    if fused:
+        passed = set(quantized)
+        carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
+        carry_main_grad(params, {name: leaves[name] for name in fused if name not in passed})
 
     def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        pulled = [name for name in quantized if name not in fused] if fused else quantized
         if not needs_graph or not pulled:
-            return {name: grads[name].to(params[name].dtype) for name in pulled}
+            return {name: grads[name].to(p.dtype) for name in pulled if (p := params[name]).dtype != grads[name].dtype}
         ends, starts, cotangents = ([tree[name] for name in pulled] for tree in (weights, primals, grads))
         return dict(zip(pulled, torch.autograd.grad(ends, starts, cotangents), strict=True))
 
@@ -123,26 +132,29 @@ def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
 def _run(
     loss_fn: Callable[[Module, Any], Tensor],
     model: Module,
+    slots: Slots,
     leaves: Mapping[str, Tensor],
     microbatches: Iterable[Any],
-    fused: Sequence[tuple[Tensor, Tensor]],
+    fused: Mapping[str, Any],
 ) -> list[Tensor]:
     """Losses of all microbatches, and gradients in the leaves, which are the model's parameters for each of them."""
-    slots = slots_of(model, leaves.keys())
-    own = slots.take()
-    losses: list[Tensor] = []
-    for microbatch in microbatches:  # drawn with the model as it is
-        slots.put(leaves)
-        try:
+    own, losses = slots.take(), list[Tensor]()
+    is_drawn = isinstance(microbatches, list | tuple)  # else each is drawn with the model as it is
+    try:
+        for microbatch in microbatches:
+            if not losses or not is_drawn:
+                slots.put(leaves)
             loss = loss_fn(model, microbatch)
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
             loss.backward()
-        finally:
-            slots.put(own)
-        losses.append(loss.detach().reshape(()))
-        for param, leaf in fused:
-            _settle(param, leaf)
+            if not is_drawn:
+                slots.put(own)
+            losses.append(loss.detach().reshape(()))
+            for name, param in fused.items():
+                _settle(param, leaves[name])
+    finally:
+        slots.put(own)
     return losses
 
 
@@ -151,9 +163,3 @@ def _settle(param: Any, leaf: Tensor) -> None:
     if leaf.grad is not None and not getattr(leaf, "grad_added_to_main_grad", False):
         param.main_grad.add_(leaf.grad)
     leaf.grad = None
-
-
-def _grad(param: Tensor, leaf: Tensor) -> Tensor:
-    if has_main_grad(param):
-        return param.main_grad  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

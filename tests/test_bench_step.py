@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.bench.step import _Given, _ways
+from fq_transforms.bench.step import WAYS, _Given, _steps, _ways
 from tests.test_layerwise import EXPERTS, HIDDEN, GroupedMLP
 
 
 @pytest.mark.parametrize("format", [fqt.FP8, fqt.NVFP4], ids=["FP8", "NVFP4"])
 def test_every_way_has_the_same_gradients(format):
-    """Of all microbatches together, and those of the inputs; value_and_grad returns its own."""
+    """Of all microbatches together, and those of the inputs."""
     model = GroupedMLP()
     params = dict(model.named_parameters())
     fq = fqt.transform(fqt.select(params, {"*": format}))
@@ -34,10 +34,12 @@ def test_every_way_has_the_same_gradients(format):
         of_inputs.clear()
         way()
         found[name] = [param.grad.clone() for param in params.values()] + list(of_inputs)
+    every, once = _steps(fqt.value_and_grad(loss, model, fq), params, state, xs).values()
     of_inputs.clear()
-    _, grads = fqt.value_and_grad(loss, model, fq)(params, state, xs)
-    found["value_and_grad"] = list(grads.values()) + list(of_inputs)
-    assert found.keys() == {"whole", "kept", "recompute", "once", "value_and_grad"}
+    found["every"] = [*every(), *of_inputs]
+    of_inputs.clear()
+    found["once"] = [*once()[1].values(), *of_inputs]
+    assert found.keys() == WAYS.keys() - {"ModelOpt"}
     for name, gradients in found.items():
         assert all(map(torch.equal, gradients, found["whole"])), name
 

@@ -22,7 +22,7 @@ LAYERS = [
     ["ops.pack_kernel"],
     ["ops.launch"],
     ["ops.autograd"],
-    ["calibrate", "fakequant", "main_grad", "pack", "sync"],
+    ["calibrate", "fakequant", "lend", "main_grad", "pack", "sync"],
     ["layerwise", "transform"],
     ["value_and_grad"],
     ["interleave"],

@@ -121,13 +121,9 @@ def run_layerwise_kept(*args):
     run_layerwise(*args, recompute=False)
 
 
-def run_lent(*args, recompute=True):
+def run_lent(*args):
     """The layer's own parameters hold the fake numbers, where it is one node."""
-    run_layerwise(*args, recompute=recompute, lends=lambda module: module.fused)
-
-
-def run_lent_kept(*args):
-    run_lent(*args, recompute=False)
+    run_layerwise(*args, lends=lambda module: module.fused)
 
 
 def run_value_and_grad(model, params, fq, state, xs):
@@ -136,7 +132,7 @@ def run_value_and_grad(model, params, fq, state, xs):
     assert all(grads[name] is param.main_grad for name, param in params.items())
 
 
-WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_lent, run_lent_kept, run_value_and_grad]
+WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_lent, run_value_and_grad]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -18,6 +18,7 @@ from fq_transforms.bench.cases import ALL, Shape, fits
 from fq_transforms.bench.models import GroupedMLP, gpt, single_rank
 from fq_transforms.bench.peers import modelopt_model
 from fq_transforms.formats import Format
+from fq_transforms.integrations import te
 
 __all__ = ["layer_rows", "model_rows", "page"]
 
@@ -31,10 +32,11 @@ PEERS_EVERY = 3  # rounds, as they are slower
 MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
 
 WAYS = {
-    "whole": "fakequant at every microbatch, for the whole model",
-    "kept": "layerwise, recompute=False",
-    "recompute": "layerwise",
-    "once": "one fakequant for four microbatches: `value_and_grad`, in the model one `functional_call` around all",
+    "every": "fakequant at every microbatch: `value_and_grad` of one, gradients added up in one call",
+    "once": "one fakequant for four microbatches: `value_and_grad` of four",
+    "kept": "fakequant at every microbatch: `layerwise`, recompute=False",
+    "recompute": "two at every microbatch: `layerwise`",
+    "whole": "fakequant at every microbatch, into one `functional_call`",
     "ModelOpt": "ModelOpt's quantizers, one an expert; in the model without fused accumulation, which it switches off",
 }
 
@@ -60,7 +62,7 @@ def layer_rows(progress: Callable[..., Any]) -> list[Row]:
         state = fq.calibrate(params)
         kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
         peer = partial(_layer_peer, model, format, run, xs[0])
-        ways = _ways(model, fq, state, run) | {"once": partial(fqt.value_and_grad(loss, model, fq), params, state, xs)}
+        ways = _steps(fqt.value_and_grad(loss, model, fq), params, state, xs) | _ways(model, fq, state, run)
         rows.append(_measure(kind, format, model, ways, partial(run, model), peer))
     return rows
 
@@ -79,17 +81,23 @@ def model_rows(progress: Callable[..., Any]) -> list[Row]:
     batches = [torch.randint(0, 1024, (4, 1024), device="cuda") for _ in range(MICROBATCHES)]
     positions = torch.arange(1024, device="cuda").expand(4, -1)
 
+    def loss(forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        return forward(ids, positions, None, labels=ids).mean()
+
     def run(ddp: Any, forward: Callable[..., Tensor]) -> None:
         ddp.zero_grad_buffer()
         for ids in batches:
-            forward(ids, positions, None, labels=ids).mean().backward()
+            loss(forward, ids).backward()
 
     with tempfile.TemporaryDirectory() as folder, single_rank(folder):
         for format in progress(MODEL_FORMATS, desc="model step"):
             ddp = gpt(**options)
             params = dict(ddp.module.named_parameters())
             fq = fqt.transform(fqt.select(params, {"*.mlp.experts.*": format}))
-            ways = _ways(ddp.module, fq, fq.calibrate(params), partial(run, ddp))
+            state = fq.calibrate(params)
+            step = fqt.value_and_grad(loss, ddp.module, fq)
+            ways = _steps(step, params, state, batches, ddp.zero_grad_buffer)
+            ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             rows.append(_measure("model, 4 layers", format, ddp.module, ways, partial(run, ddp, ddp.module), peer))
             del ddp, params, ways, peer
@@ -114,31 +122,48 @@ def _model_peer(options: dict[str, Any], format: Format, run: Callable[..., None
     return None if found[0] is None else (ddp.module, partial(run, ddp, ddp.module))
 
 
+def _steps(
+    step: Callable[..., Any],
+    params: dict[str, Any],
+    state: fqt.State,
+    microbatches: list[Tensor],
+    begin: Callable[[], None] = lambda: None,
+) -> dict[str, Call]:
+    """The ways by `value_and_grad`. It adds to `main_grad` itself; other gradients are to be added up."""
+    added = [name for name, param in params.items() if not hasattr(param, "main_grad")]
+
+    def every() -> list[Tensor]:
+        begin()
+        total: list[Tensor] = []
+        for microbatch in microbatches:
+            _, grads = step(params, state, [microbatch])
+            found = [grads[name] for name in added]
+            if total and added:
+                torch._foreach_add_(total, found)  # pyright: ignore[reportPrivateUsage] (what optimizers call too)
+            total = total or found
+        return total
+
+    def once() -> object:
+        begin()
+        return step(params, state, microbatches)
+
+    return {"every": every, "once": once}
+
+
 def _ways(model: Module, fq: fqt.Transform, state: fqt.State, run: Callable[..., None]) -> dict[str, Call]:
-    """The ways to train under fake quantization, each a run of all microbatches."""
+    """The ways around a model's own forward and backward, each a run of all microbatches."""
 
-    def weights() -> dict[str, Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         params = dict(model.named_parameters())
-        made = fq.fakequant(params, state)
-        fqt.carry_main_grad(params, made)
-        return made
-
-    def forward(made: Callable[[], dict[str, Tensor]], *args: Any, **kwargs: Any) -> Tensor:
-        return functional_call(model, made(), args, kwargs)
-
-    def once() -> None:
-        functional_call(_Runs(model, run), {f"model.{name}": weight for name, weight in weights().items()}, ())
+        weights = fq.fakequant(params, state)
+        fqt.carry_main_grad(params, weights)
+        return functional_call(model, weights, args, kwargs)
 
     def by_layer(recompute: bool) -> None:
-        with fqt.layerwise(model, state, spec=fq.spec, recompute=recompute):
+        with te.layerwise(model, state, spec=fq.spec, recompute=recompute):
             run(model)
 
-    return {
-        "whole": partial(run, partial(forward, weights)),
-        "kept": partial(by_layer, False),
-        "recompute": partial(by_layer, True),
-        "once": once,
-    }
+    return {"kept": partial(by_layer, False), "recompute": partial(by_layer, True), "whole": partial(run, forward)}
 
 
 class _Given(torch.autograd.Function):
@@ -152,18 +177,6 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return ctx.grad, None
-
-
-class _Runs(Module):
-    """A model's run over all microbatches as a module's forward, for `functional_call` to surround."""
-
-    def __init__(self, model: Module, run: Callable[..., None]) -> None:
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self) -> None:
-        """All microbatches."""
-        self.run(self.model)
 
 
 def _measure(
@@ -194,9 +207,10 @@ def _measure(
             before = torch.cuda.memory_allocated()
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            call()
+            result = call()
             stop.record()
             stop.synchronize()
+            del result  # as the gradients of the others, which are let go above
             if measured >= 0:  # the first round compiles
                 times[name][measured] = start.elapsed_time(stop) / MICROBATCHES
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)

@@ -24,7 +24,7 @@ from torch.nn import Module
 import fq_transforms as fqt
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.fakequant import fakequant as _fakequant
-from fq_transforms.integrations.te import is_te, refuse_autocast
+from fq_transforms.integrations import te
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.select import Rule, Spec
@@ -126,22 +126,12 @@ def layerwise(
             `overlap_param_gather`, a group's weights are not one module's, as SequentialMLP's are not: they would be
             read before they are gathered.
     """
-    inner, inspect = unwrap(model), None
+    inner = unwrap(model)
     _check_unfused(inner, spec)
-    if any(map(is_te, inner.modules())):
-        inspect = refuse_autocast
     for group in spec.groups:
         if len({name.rpartition(".")[0] for name in group.names}) > 1:
             _check_gathered(model, "Transformer Engine's grouped experts")
-    return fqt.layerwise(
-        inner,
-        state,
-        spec=spec,
-        out_dtype=out_dtype,
-        backward=backward,
-        recompute=recompute,
-        inspect=inspect,
-    )
+    return te.layerwise(inner, state, spec=spec, out_dtype=out_dtype, backward=backward, recompute=recompute)
 
 
 def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
@@ -208,7 +198,7 @@ def _materialize(model: Module) -> None:
     made_of: dict[int, Tensor] = {}  # a parameter that two modules share stays one
     for module in model.modules():
         deferred = {name: p for name, p in module._parameters.items() if p is not None and p.is_meta}  # pyright: ignore[reportPrivateUsage]
-        if deferred and is_te(module):  # sets the attributes that it leaves out on meta
+        if deferred and te.is_te(module):  # sets the attributes that it leaves out on meta
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
             for name, tensor in deferred.items():
                 vars(module._parameters[name]).update(vars(tensor))  # pyright: ignore[reportPrivateUsage]

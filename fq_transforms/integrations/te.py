@@ -16,7 +16,7 @@ from torch.nn import Module
 
 import fq_transforms as fqt
 
-__all__ = ["functional_call", "is_te", "layerwise", "refuse_autocast"]
+__all__ = ["functional_call", "is_grouped_linear", "is_te", "layerwise", "refuse_autocast"]
 
 
 def is_te(module: Module) -> bool:
@@ -24,15 +24,24 @@ def is_te(module: Module) -> bool:
     return any(base.__module__.startswith("transformer_engine.") for base in type(module).__mro__)
 
 
+def is_grouped_linear(module: Module) -> bool:
+    """True for Transformer Engine's GroupedLinear, and what derives from it: one node of the autograd graph.
+
+    Source: Transformer Engine 2.20.2 `module/grouped_linear.py`, whose node saves the parameters as they are.
+    """
+    home = "transformer_engine.pytorch.module.grouped_linear"
+    return any((base.__module__, base.__name__) == (home, "GroupedLinear") for base in type(module).__mro__)
+
+
 def refuse_autocast(module: Module) -> None:
     """Raise ValueError if Transformer Engine would quantize what this module computes.
 
     Source: Transformer Engine 2.20.2 `FP8GlobalStateManager.is_fp8_enabled`, for all recipes, NVFP4 too.
     """
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyright: ignore[reportMissingImports]
-
     if not is_te(module):
         return
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyright: ignore[reportMissingImports]
+
     is_quantized = FP8GlobalStateManager.is_fp8_enabled()
     # Megatron's layers may have a recipe of their own, and enter its autocast, or leave it, within forward.
     ask = getattr(module, "will_execute_quantized", None)
@@ -69,5 +78,6 @@ def functional_call(
         return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
 
 
-# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast.
-layerwise = partial(fqt.layerwise, inspect=refuse_autocast)
+# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast; the parameters of
+# grouped layers hold the fake numbers themselves while these compute.
+layerwise = partial(fqt.layerwise, inspect=refuse_autocast, lends=is_grouped_linear)
