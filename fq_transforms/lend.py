@@ -68,8 +68,11 @@ class Lender:
                 raise RuntimeError(f"layer {self.layer}: found backward after layerwise, wanted it within")
             self.lend(params, make())
 
+        def end(inputs: Any, outputs: Any) -> None:
+            self.take_back()
+
         node.register_prehook(begin)
-        node.register_hook(lambda inputs, outputs: self.take_back())
+        node.register_hook(end)
 
     def _check_ends(self, node: Any, params: Sequence[Tensor]) -> None:
         ends = {id(end.variable) for end, _ in node.next_functions if hasattr(end, "variable")}

@@ -72,7 +72,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
-        fused = {name: params[name] for name in trained if has_main_grad(params[name])}
+        fused: dict[str, Any] = {name: params[name] for name in trained if has_main_grad(params[name])}
         with torch.enable_grad():
             leaves, pull = _fake_leaves(fq, params, state, trained, fused)
             losses = _run(loss_fn, model, places.find(leaves), leaves, microbatches, fused)

@@ -78,6 +78,6 @@ def functional_call(
         return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
 
 
-# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast; the parameters of
-# grouped layers hold the fake numbers themselves while these compute.
+# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast. Grouped layers
+# hold the fake numbers in their own parameters while they compute.
 layerwise = partial(fqt.layerwise, inspect=refuse_autocast, lends=is_grouped_linear)
