@@ -139,7 +139,7 @@ def _steps(
             _, grads = step(params, state, [microbatch])
             found = [grads[name] for name in added]
             if total and added:
-                torch._foreach_add_(total, found)  # pyright: ignore[reportPrivateImportUsage] (as in optimizers)
+                torch._foreach_add_(total, found)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             total = total or found
         return total
 
