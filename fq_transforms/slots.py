@@ -105,10 +105,10 @@ class Places:
         self.model = model
         self.names: list[str] = []
         self.known: list[object] = []
-        self.slots = Slots()
+        self.slots, self.own = Slots(), dict[str, Tensor]()
 
-    def find(self, names: Iterable[str]) -> Slots:
-        """`slots_of` these names."""
+    def find(self, names: Iterable[str]) -> tuple[Slots, dict[str, Tensor]]:
+        """`slots_of` these names, and what hangs there now."""
         wanted, found = list(names), list[object]()
         names = [*wanted]
         for path, module in self.model.named_modules(remove_duplicate=False):
@@ -120,4 +120,5 @@ class Places:
                 found += tensors.values()
         if names != self.names or len(found) != len(self.known) or not all(map(is_, found, self.known)):
             self.slots, self.names, self.known = slots_of(self.model, wanted), names, found
-        return self.slots
+            self.own = self.slots.take()
+        return self.slots, self.own

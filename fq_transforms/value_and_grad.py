@@ -72,18 +72,21 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
-        fused: dict[str, Any] = {name: params[name] for name in trained if has_main_grad(params[name])}
+        fused: dict[str, Any] = {name: params[name] for name in trained if hasattr(params[name], "main_grad")}
+        fused = {name: param for name, param in fused.items() if has_main_grad(param)}
         with torch.enable_grad():
             leaves, pull = _fake_leaves(fq, params, state, trained, fused)
-            losses = _run(loss_fn, model, places.find(leaves), leaves, microbatches, fused)
+            slots, own = places.find(leaves)
+            losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
         if not losses:
             raise ValueError("microbatches: found none, wanted one at least")
-        grads = {name: leaves[name].grad for name in trained}
+        grads: dict[str, Any] = {name: leaves[name].grad for name in trained}
+        grads.update((name, param.main_grad) for name, param in fused.items())
         for name, grad in grads.items():
             if grad is None:
                 grads[name] = torch.zeros_like(leaves[name])
-        found: dict[str, Any] = grads | {name: param.main_grad for name, param in fused.items()}
-        return torch.stack(losses), found | pull(found)
+        grads.update(pull(grads))
+        return torch.stack(losses) if len(losses) > 1 else losses[0].reshape(1), grads
 
     return step
 
@@ -98,15 +101,12 @@ def _fake_leaves(
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
     with torch.set_grad_enabled(needs_graph):
         weights = fq.fakequant(primals, state)
-    leaves, quantized = dict(weights), list[str]()
-    for name, weight in weights.items() if needs_graph else ():
-        leaves[name] = weight.detach()
+    leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
+    quantized = [name for name in trained if weights[name] is not primals[name]]
     for name in trained:
-        if (weight := leaves[name]) is params[name]:
-            leaves[name] = weight = weight.detach()
-        elif weights[name] is not primals[name]:
-            quantized.append(name)
-        weight.requires_grad_()
+        if (leaf := leaves[name]) is params[name]:
+            leaf = leaves[name] = leaf.detach()
+        leaf.requires_grad_()
     if fused:
         passed = set(quantized)
         carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
@@ -114,8 +114,11 @@ def _fake_leaves(
 
     def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pulled = [name for name in quantized if name not in fused] if fused else quantized
-        if not needs_graph or not pulled:
-            return {name: grads[name].to(p.dtype) for name in pulled if (p := params[name]).dtype != grads[name].dtype}
+        if not needs_graph:
+            is_cast = any(weights[group.names[0]].dtype != params[group.names[0]].dtype for group in fq.spec.groups)
+            return {name: grads[name].to(params[name].dtype) for name in pulled} if is_cast else {}
+        if not pulled:
+            return {}
         ends, starts, cotangents = ([tree[name] for name in pulled] for tree in (weights, primals, grads))
         return dict(zip(pulled, torch.autograd.grad(ends, starts, cotangents), strict=True))
 
@@ -130,21 +133,21 @@ def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
 
 
 def _run(
-    loss_fn: Callable[[Module, Any], Tensor],
-    model: Module,
-    slots: Slots,
-    leaves: Mapping[str, Tensor],
+    loss_of: Callable[[Any], Tensor],
     microbatches: Iterable[Any],
+    slots: Slots,
+    own: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
     fused: Mapping[str, Any],
 ) -> list[Tensor]:
     """Losses of all microbatches, and gradients in the leaves, which are the model's parameters for each of them."""
-    own, losses = slots.take(), list[Tensor]()
+    losses: list[Tensor] = []
     is_drawn = isinstance(microbatches, list | tuple)  # else each is drawn with the model as it is
     try:
         for microbatch in microbatches:
             if not losses or not is_drawn:
                 slots.put(leaves)
-            loss = loss_fn(model, microbatch)
+            loss = loss_of(microbatch)
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
             loss.backward()

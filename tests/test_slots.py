@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import BatchNorm1d, Embedding, Linear, Module, Sequential
 
-from fq_transforms.slots import slots_of
+from fq_transforms.slots import Places, slots_of
 
 
 class Tied(Module):
@@ -77,3 +77,35 @@ def test_faults():
     del model.bare
     with pytest.raises(KeyError, match="'bare' is not in Tied any more"):
         slots.take()
+
+
+def test_places_are_looked_for_again_where_the_model_has_changed():
+    """A module or a tensor that was replaced, a tie that came or went, a rename; else what was found before."""
+    model = Tied()
+    places = Places(model)
+    names = ["embedding.weight", "bare"]
+    slots, own = places.find(names)
+    assert places.find(names)[0] is slots
+    assert own["bare"] is model.bare
+
+    def check(names):
+        found, own = places.find(names)
+        assert found.attributes == slots_of(model, names).attributes
+        assert own.keys() == set(names)
+        assert all(tensor is model.get_parameter(name) for name, tensor in own.items())
+
+    check(["bare"])
+    model.bare = torch.nn.Parameter(torch.zeros(4))
+    check(["bare"])
+    model.norm = BatchNorm1d(4)
+    check(["norm.weight", "bare"])
+    model.head.weight = torch.nn.Parameter(torch.randn(8, 4))  # tied no more
+    check(names)
+    assert (model.head, "_parameters") not in places.find(names)[0].attributes
+    model.head.weight = model.embedding.weight
+    check(names)
+    assert (model.head, "_parameters") in places.find(names)[0].attributes
+    model.other = model.bare
+    check(["embedding.weight", "other"])
+    with pytest.raises(KeyError, match="missing"):
+        places.find(["missing"])
