@@ -187,8 +187,8 @@ def logits_of(model, state, spec):
 # %% [markdown]
 # ## The story
 # A tenth is taken off each amax before it is saved, as a search for a better one might do: what is restored cannot
-# have been calibrated anew. The restored model is wrapped as the first one is before logits are compared: on a GPU, where
-# a weight lies in memory decides by which of cuBLAS's algorithms it is multiplied.
+# have been calibrated anew. The restored model is wrapped as the first one is before logits are compared: on a GPU,
+# where a weight lies in memory decides by which of cuBLAS's algorithms it is multiplied.
 
 
 # %%
