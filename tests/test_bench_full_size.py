@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 import fq_transforms as fqt
 from fq_transforms.bench import full_size
@@ -22,7 +23,7 @@ def tiny():
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_packed_round_trip():
-    """One process, four, two and one: equal bytes, each stage timed, and a page where only one format has them."""
+    """Saved by four processes, loaded by two and by one: equal bytes, each stage timed, and a page with them."""
     params, state, spec = tiny()
     row, stages = {"format": "NVFP4"}, []
 
@@ -34,14 +35,30 @@ def test_packed_round_trip():
     full_size._packed_round_trip(row, timed, params, state, spec)
     assert [stage.removeprefix("packed: ") for stage in stages] == [
         "pack",
-        "save, EP=1",
-        "load and save by 4 processes, EP=1 to EP=4",
-        "load and save by 2 processes, EP=4 to EP=2",
-        "load, EP=1",
+        "copy for other processes",
+        "save at EP=4 by 4 processes",
+        "load at EP=2 by 2 processes, and compare",
+        "load by 1 process",
     ]
+    assert all(row[f"{stage}, without their start"] > 0 for stage in stages[2:4])
     assert row["bf16, GB"] == 2 * 2 * 8 * 48 * 64 * 2 / 1e9
     page = full_size.page({"date": "today"}, [row, {"format": "FP8", "select": 1}])
-    assert_names(page, "| packed on disk / bf16 | ", "| packed: load, EP=1 | 0.500 |  |", "| select |  | 1 |")
+    assert_names(page, "| packed on disk / bf16 | ", "| packed: load by 1 process | 0.500 |  |", "| select |  | 1 |")
+
+
+@pytest.mark.dist
+def test_a_process_finds_another_byte(tmp_path):
+    """What a process loads is compared with what was packed: with a byte of that changed it fails, and so does all."""
+    params, state, spec = tiny()
+    packed = fqt.pack(params, state, spec=spec)
+    checkpoint, source = tmp_path / "packed", tmp_path / "source"
+    fqt.checkpoint.save(packed, checkpoint, spec=spec)
+    leaves = fqt.state.flatten(packed)
+    full_size._share(leaves, source)
+    assert full_size.in_processes(full_size._load_rank, 1, source, checkpoint, spec) > 0
+    list(full_size._mapped(leaves, source).values())[-1].view(torch.uint8)[-1] ^= 1
+    with pytest.raises(ProcessExitedException, match="exit code 1"):
+        full_size.in_processes(full_size._load_rank, 1, source, checkpoint, spec)
 
 
 def test_another_byte_is_found():

@@ -277,7 +277,7 @@ def test_leftovers_make_room_first(tmp_path, monkeypatch):
         path.write_text("x")
     assert_same(checkpoint.load(tmp_path / "a", like=state, spec=spec), state)
     there, seal = [], storage.sealed
-    monkeypatch.setattr(storage, "sealed", lambda content: (there.append([p.exists() for p in left]), seal(content))[1])
+    monkeypatch.setattr(storage, "sealed", lambda *args: (there.append([p.exists() for p in left]), seal(*args))[1])
     checkpoint.save(state, tmp_path / "a", spec=spec)
     assert there[-1] == [False] * 3
     assert not any(path.parent.exists() for path in left[:2])
@@ -477,7 +477,7 @@ def kill_before(count):
     from fq_transforms.checkpoint import storage
 
     seal, sync = storage.sealed, os.fsync
-    storage.sealed = lambda content: (step(), seal(content))[1]
+    storage.sealed = lambda *args: (step(), seal(*args))[1]
     os.fsync = lambda descriptor: (step(), sync(descriptor))[1]
     sys.addaudithook(lambda event, _: step() if event in EVENTS else None)
     return left

@@ -1,10 +1,12 @@
 """Checkpoints of packed weights: the same bytes at any sharding, and an error for what does not fit."""
 
+import errno
 import os
 import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fq_transforms as fqt
 from fq_transforms import checkpoint
+from fq_transforms.checkpoint import dcp as dcp_of_ours
+from fq_transforms.checkpoint import storage
 from fq_transforms.formats import INT8, IntElement
 from fq_transforms.pack import Packed, packed_leaves
 from fq_transforms.sharding import Part, leaf_part
@@ -136,7 +140,78 @@ def test_any_reader_of_dcp(tmp_path):
     assert_same_bytes(unflatten(leaves, packed), packed)
 
 
+def test_large_in_parts(tmp_path, monkeypatch):
+    """Above a size: parts of whole experts, 2^n of them, in a file a thread; any reader of DCP and the crc32 see it."""
+    spec, packed, params = small(count=7)
+    monkeypatch.setattr(dcp_of_ours, "PART", 5 * 128 * 128)  # of codes: 5 experts, so 4 in a part
+    monkeypatch.setattr(storage, "BYTES_A_THREAD", 2**15)
+    path = tmp_path / "a"
+    checkpoint.save(packed, path, spec=spec)
+    metadata = storage.read_metadata(path)
+    chunks = metadata.state_dict_metadata["experts.*.w.codes"].chunks
+    assert [(*chunk.offsets, *chunk.sizes) for chunk in chunks] == [(0, 0, 0, 4, 128, 128), (4, 0, 0, 3, 128, 128)]
+    assert len(metadata.state_dict_metadata["experts.*.w.scale"].chunks) == 1
+    first = {file.name for file in path.iterdir()}
+    assert len(first) == 1 + storage.THREADS
+    assert_same_bytes(checkpoint.load(path, like=place_of(params, spec), spec=spec), packed)
+    leaves = {name: torch.empty_like(leaf) for name, leaf in flatten(packed).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(leaves, checkpoint_id=path)
+    assert_same_bytes(unflatten(leaves, packed), packed)
+    for file in path.glob("*.distcp"):
+        for _ in damaged(file, 4999):
+            message = message_of(ValueError, checkpoint.load, path, like=packed, spec=spec)
+            assert_names(message, file.name, "truncated, damaged")
+    checkpoint.save(packed, path, spec=spec)
+    assert {file.name for file in path.iterdir()} & first == {".metadata"}
+    assert len(list(path.iterdir())) == len(first)
+    # With a disk that is full for one of the threads, what was there before stays.
+    before, write = tree(path), storage._write_parts
+
+    def full(file, items, planner):
+        if file.stem.endswith("_2"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return write(file, items, planner)
+
+    monkeypatch.setattr(storage, "_write_parts", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.save(packed, path, spec=spec)
+    assert caught.value.errno == errno.ENOSPC
+    assert tree(path) == before
+
+
 # Ranks
+
+
+def _in_parts(rank, size, folder):
+    """Save and load at each parallelism with small parts and files; and what a rank reads of a file for its experts."""
+    fitting, tensor_of, read = [(1, 1), (4, 1), (2, 2)], storage._tensor_of, []
+
+    def counted(part, what):
+        read.append(len(part))
+        return tensor_of(part, what)
+
+    with mock.patch.object(dcp_of_ours, "PART", 2**15), mock.patch.object(storage, "BYTES_A_THREAD", 2**14):
+        _save_at(rank, size, folder, fitting)
+        torch.distributed.barrier()
+        _load_at(rank, size, folder, fitting)
+        params = whole_params(8, {"x.experts.w": fqt.NVFP4})
+        spec = fqt.select(params, {"*": fqt.NVFP4})
+        whole = packed_of(params, spec)
+        checkpoint.save(whole, folder / "whole", spec=spec)
+        torch.distributed.barrier()
+        like = packed_of(sharded(params, [Shard(0)], init_device_mesh("cpu", (size,))), spec)
+        with mock.patch.object(storage, "_tensor_of", counted):
+            assert_same_bytes(checkpoint.load(folder / "whole", like=like, spec=spec), like)
+        return sum(read), sum(leaf.to_local().nbytes for leaf in flatten(like).values())
+
+
+@pytest.mark.dist
+def test_ranks_in_parts(ranks, tmp_path):
+    """Large leaves at any sharding to any other; of what one has saved, four read their experts and little more."""
+    for read, wanted in ranks(_in_parts, tmp_path, size=4):
+        assert wanted < read < wanted + 8 * 2000
 
 
 def _save_at(rank, size, folder, parallelism):
@@ -362,10 +437,17 @@ def _faults_of_ranks(rank, size, folder):
     narrow_spec = fqt.select(narrow, {"*": odd})
     mesh = init_device_mesh("cpu", (size,))
     cut = sharded(narrow, [Shard(2)], mesh)
+    shards = packed_of(sharded(params, [Shard(0)], mesh), spec)
     said = {}
+
+    def in_parts_of_an_expert(packed):
+        with mock.patch.object(dcp_of_ours, "PART", 2**15):
+            checkpoint.save(packed, folder / "a", spec=spec)
+
     for name, call in {
         "kinds": lambda: checkpoint.save(state if rank == 2 else packed, folder / "a", spec=spec),
         "copies": lambda: checkpoint.save(other, folder / "a", spec=spec),
+        "mixed": lambda: in_parts_of_an_expert(other if rank == 1 else shards),
         "cut": lambda: packed_of(cut, narrow_spec),
         "unpack": lambda: fqt.unpack(packed_of(sharded(params, [Shard(0)], mesh), spec), spec=spec),
         "placed": lambda: fqt.pack(sharded(params, [Shard(0)], mesh), state, spec=spec),
@@ -383,6 +465,7 @@ def test_faults_of_ranks(ranks, tmp_path):
         assert left == []
         assert_names(said["kinds"], "found packed weights on rank 0 and a state on rank 2, wanted one kind")
         assert_names(said["copies"], "packed 'x.experts.w.codes': found different values on ranks 0 and 1")
+        assert_names(said["mixed"], "packed 'x.experts.w.codes': found different values on ranks", "wanted the same")
         assert_names(said["cut"], "'x.experts.w'", "0..3 of 12", "cuts a block of 2 of INT4")
         assert_names(said["unpack"], "packed 'x.experts.w.codes': found a DTensor", "unpack each rank's shard")
         assert_names(said["placed"], "state 'x.experts.w.amax': found a plain tensor, wanted a DTensor")

@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _write_page(what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any]) -> None:
-    """Measure steps or full size; print the page, and write it beside its JSON after each part."""
+    """Measure steps or full size; print the page, and write it beside its JSON after each row."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{environment['date']}-{what}"
     rows: list[Row] = []
@@ -100,9 +100,10 @@ def _write_page(what: str, folder: Path, environment: dict[str, str], progress: 
             "full-size": ((full_size.rows,), full_size.page),
         }[what]
         for part in parts:
-            rows += part(progress)
-            stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
-            stem.with_suffix(".md").write_text(page(environment, rows))
+            for row in part(progress):
+                rows.append(row)
+                stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+                stem.with_suffix(".md").write_text(page(environment, rows))
     print(page(environment, rows))
 
 

@@ -1,24 +1,28 @@
 """Nemotron-3-Nano's experts at full size on one GPU: every stage from weights to files, with its time."""
 
+import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._pytree import tree_map
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint import modelopt
+from fq_transforms.checkpoint.storage import in_threads
 from fq_transforms.formats import Format
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.pack import PackedTree
 
 __all__ = ["page", "rows"]
 
@@ -26,16 +30,22 @@ Row = dict[str, Any]
 
 LAYERS, EXPERTS, RANKS = 23, 128, 4
 SHAPES = {"linear_fc1": (1856, 2688), "linear_fc2": (2688, 1856)}
-FORMATS = [fqt.NVFP4, fqt.FP8, fqt.INT8_PER_CHANNEL]
+FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
 
 
-def rows(progress: Callable[..., Any]) -> list[Row]:
-    """One row a format; each stage in seconds. Raises SystemExit where a number is not what it should be."""
+def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
+    """One row a format, then one of packed weights; each stage in seconds, said as it begins and ends.
+
+    Raises:
+        SystemExit: A number is not what it should be.
+    """
     wanted, found = 2 * 2 * LAYERS * EXPERTS * 2 * 1856 * 2688, torch.cuda.mem_get_info()[0]  # weights and fake ones
     if found < wanted:
         raise SystemExit(f"found {found / 1e9:.0f} GB free on the GPU, wanted {wanted / 1e9:.0f}: an H200 has them")
     params = _weights(progress)
-    return [_stages(params, format) for format in progress(FORMATS, desc="formats")]
+    for format in FORMATS:
+        yield _stages(params, format)
+    yield _packed_stages(params)
 
 
 def _weights(progress: Callable[..., Any], layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Tensor]:
@@ -52,17 +62,25 @@ def _weights(progress: Callable[..., Any], layers: int = LAYERS, experts: int = 
     return params
 
 
-def _stages(params: dict[str, Tensor], format: Format) -> Row:
-    row: Row = {"format": format.name, "experts": len(params)}
+def _timer(row: Row) -> Callable[[str, Callable[[], Any]], Any]:
+    """Calls what it is given, times it, and says on stderr which stage a run that is cut off was in."""
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
+        print(f"{row['format']}: {stage} ... ", end="", file=sys.stderr, flush=True)
         torch.cuda.synchronize()
         start = time.perf_counter()
         result = call()
         torch.cuda.synchronize()
         row[stage] = time.perf_counter() - start
+        print(f"{row[stage]:.2f} s", file=sys.stderr, flush=True)
         return result
 
+    return timed
+
+
+def _stages(params: dict[str, Tensor], format: Format) -> Row:
+    row: Row = {"format": format.name, "experts": len(params)}
+    timed = _timer(row)
     spec = timed("select", lambda: fqt.select(params, {"*": format}))
     fq = fqt.transform(spec)
     with torch.no_grad():
@@ -77,8 +95,6 @@ def _stages(params: dict[str, Tensor], format: Format) -> Row:
         timed("fakequant again", lambda: fq.fakequant(params, state))
     row["amax"] = sum(leaf.shape[0] for leaf in fqt.state.flatten(state).values())
     _round_trip(row, timed, params, state, format)
-    if format == fqt.NVFP4:
-        _packed_round_trip(row, timed, params, state, spec)
     return row
 
 
@@ -126,55 +142,113 @@ def _round_trip(
     row["native shape"] = str([experts, *shape])
 
 
+def _packed_stages(params: dict[str, Tensor]) -> Row:
+    """All experts packed, in NVFP4, from weights to a checkpoint and back."""
+    row: Row = {"format": "NVFP4, packed", "experts": len(params)}
+    spec = fqt.select(params, {"*": fqt.NVFP4})
+    with torch.no_grad():
+        _packed_round_trip(row, _timer(row), params, fqt.calibrate(params, spec=spec), spec)
+    return row
+
+
 def _packed_round_trip(
     row: Row, timed: Callable[..., Any], params: dict[str, Tensor], state: fqt.State, spec: fqt.Spec
 ) -> None:
-    """All experts packed: saved by one process, by four at EP=4, by two at EP=2, and read back by one, byte for byte.
+    """Packed weights, saved at EP=4 by four processes and loaded at EP=2 by two, and by one, byte for byte.
 
-    The four and the two are real processes of a gloo group, each of which loads its experts from the checkpoint before,
-    and saves them: each pair of neighbours is a load at another expert parallelism than the save's.
+    The four and the two are real processes of a gloo group. They map one copy of what this process has packed: the four
+    save their experts of it, and the two compare what they have loaded with theirs.
     """
     packed = timed("packed: pack", lambda: fqt.pack(params, state, spec=spec))
-    here = sum(leaf.nbytes for leaf in fqt.state.flatten(packed).values())
+    leaves = fqt.state.flatten(packed)
+    here = sum(leaf.nbytes for leaf in leaves.values())
+    memory = os.memfd_create("packed")  # of no disk, no limit of /dev/shm, and gone with this process
+    source = Path(f"/proc/{os.getpid()}/fd/{memory}")
     with tempfile.TemporaryDirectory() as folder:
         free = shutil.disk_usage(folder).free
-        if free < 2.1 * here:
-            raise SystemExit(f"found {free / 1e9:.0f} GB free in {folder}, wanted {2.1 * here / 1e9:.0f}")
-        path = {ranks: Path(folder) / f"ep{ranks}" for ranks in (1, RANKS, 2)}
-        timed("packed: save, EP=1", partial(fqt.checkpoint.save, packed, path[1], spec=spec))
-        for source, ranks in ((1, RANKS), (RANKS, 2)):
-            stage = f"packed: load and save by {ranks} processes, EP={source} to EP={ranks}"
-            timed(stage, partial(reshard, path[source], path[ranks], ranks))
-            shutil.rmtree(path[source])
-        loaded = timed("packed: load, EP=1", lambda: fqt.checkpoint.load(path[2], like=packed, spec=spec, device="cpu"))
+        if free < 1.1 * here:
+            raise SystemExit(f"found {free / 1e9:.0f} GB free in {folder}, wanted {1.1 * here / 1e9:.0f}")
+        path = Path(folder) / "packed"
+
+        def by_processes(rank: Callable[..., None], ranks: int) -> float:
+            return in_processes(rank, ranks, source, path, spec)
+
+        timed("packed: copy for other processes", lambda: _share(leaves, source))
+        stage = f"packed: save at EP={RANKS} by {RANKS} processes"
+        row[f"{stage}, without their start"] = timed(stage, lambda: by_processes(_save_rank, RANKS))
+        stage = "packed: load at EP=2 by 2 processes, and compare"
+        row[f"{stage}, without their start"] = timed(stage, lambda: by_processes(_load_rank, 2))
+        loaded = timed("packed: load by 1 process", lambda: fqt.checkpoint.load(path, like=packed, spec=spec))
         _same(loaded, packed, "packed checkpoint")
-        row["packed on disk, GB"] = sum(file.stat().st_size for file in path[2].iterdir()) / 1e9
+        row["packed on disk, GB"] = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+    os.close(memory)
     row["bf16, GB"] = sum(params[name].nbytes for group in spec.groups for name in group.names) / 1e9
     row["packed on disk / bf16"] = row["packed on disk, GB"] / row["bf16, GB"]
 
 
-def reshard(source: Path, target: Path, ranks: int) -> None:
-    """Load packed weights at EP=`ranks` by as many processes, and save them at that; CPU and gloo."""
+def _share(leaves: dict[str, Tensor], source: Path) -> None:
+    """Copy leaves to where other processes map them."""
+    mapped = _mapped(leaves, source)
+    in_threads(lambda name: mapped[name].copy_(leaves[name]), list(leaves), sum(x.nbytes for x in leaves.values()))
+
+
+def _mapped(leaves: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes of `leaves` in the memory of a file, which all that map it see."""
+    sizes = [-(-leaf.nbytes // 64) * 64 for leaf in leaves.values()]  # a view of another dtype must be aligned
+    memory = torch.from_file(str(source), shared=True, size=sum(sizes), dtype=torch.uint8).split(sizes)
+    return {
+        name: part[: leaf.nbytes].view(leaf.dtype).view(leaf.shape)
+        for part, (name, leaf) in zip(memory, leaves.items(), strict=True)
+    }
+
+
+def in_processes(rank: Callable[..., None], ranks: int, source: Path, path: Path, spec: fqt.Spec) -> float:
+    """Seconds that the slowest of several processes took for `rank(own, path, spec)`; `own` are its experts, packed."""
+    seconds = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_reshard_rank, (ranks, folder, source, target), nprocs=ranks, start_method="spawn")
+        start_processes(_process, (rank, ranks, folder, source, path, spec, seconds), nprocs=ranks)
+    return max(seconds.get() for _ in range(ranks))
 
 
-def _reshard_rank(rank: int, ranks: int, folder: str, source: Path, target: Path) -> None:
+def _process(
+    number: int,
+    rank: Callable[..., None],
+    ranks: int,
+    folder: str,
+    source: Path,
+    path: Path,
+    spec: fqt.Spec,
+    seconds: Any,
+) -> None:
     group = torch.distributed
-    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=ranks)
     try:
-        spec, mesh = fqt.checkpoint.read_spec(source), init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh("cpu", (ranks,))
         meta = {name: torch.empty(g.parameter_shape, device="meta") for g in spec.groups for name in g.names}
-        whole = fqt.pack(meta, fqt.transform(spec).init(meta), spec=spec)
+        place = fqt.pack(meta, fqt.transform(spec).init(meta), spec=spec)
+        whole = fqt.state.unflatten(_mapped(fqt.state.flatten(place), source), place)
 
-        def placed(leaf: Tensor) -> Tensor:
-            return distribute_tensor(leaf, mesh, [Shard(0)], src_data_rank=None)
+        def sharded(leaf: Tensor) -> DTensor:
+            return DTensor.from_local(leaf.chunk(ranks)[number], mesh, [Shard(0)])
 
-        like = tree_map(placed, whole)
-        fqt.checkpoint.save(fqt.checkpoint.load(source, like=like, spec=spec), target, spec=spec)
+        own = tree_map(sharded, whole)
+        group.barrier()
+        start = time.perf_counter()
+        rank(own, path, spec)
+        seconds.put(time.perf_counter() - start)
         group.barrier()  # gloo aborts a process whose peer leaves while it still receives
     finally:
         group.destroy_process_group()
+
+
+def _save_rank(own: PackedTree, path: Path, spec: fqt.Spec) -> None:
+    fqt.checkpoint.save(own, path, spec=spec)
+
+
+def _load_rank(own: PackedTree, path: Path, spec: fqt.Spec) -> None:
+    _require(fqt.checkpoint.read_spec(path) == spec, "stored spec")
+    loaded = fqt.checkpoint.load(path, like=own, spec=spec)
+    _same(tree_map(DTensor.to_local, loaded), tree_map(DTensor.to_local, own), "packed experts of a rank")
 
 
 def _same(found: Any, wanted: Any, what: str) -> None:
@@ -183,7 +257,7 @@ def _same(found: Any, wanted: Any, what: str) -> None:
     _require(a.keys() == b.keys(), f"leaves of {what}")
     for name, leaf in b.items():
         _require((a[name].shape, a[name].dtype) == (leaf.shape, leaf.dtype), f"{name} of {what}")
-        x, y = (t.cpu().contiguous().view(torch.uint8) for t in (a[name], leaf))
+        x, y = (t.to(leaf.device).contiguous().view(torch.uint8) for t in (a[name], leaf))
         _require(torch.equal(x, y), f"{name} of {what}")
 
 
@@ -208,8 +282,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"{LAYERS} layers, {EXPERTS} experts, fc1 [1856, 2688], fc2 [2688, 1856], bf16, on one GPU. Seconds where "
             "a row says no other unit. The first and the last expert of every group equalled the reference. Keys and "
-            "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved by one process, then "
-            "loaded and saved by four at EP=4 and by two at EP=2, real processes, and read back by one, byte for byte.",
+            "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four "
+            "processes, then loaded at EP=2 by two and by one, and each byte of all compared with what was packed.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

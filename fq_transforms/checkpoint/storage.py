@@ -4,6 +4,7 @@ A checkpoint is a directory as torch.distributed.checkpoint (DCP) writes it, whi
 
     .metadata                   what is stored and in which file; written last, and by one rank
     {save}_{rank}.distcp        the parts of leaves that one rank has written, one after another
+    {save}_{rank}_{n}.distcp    more of them, where they are many bytes: a file a thread
 
 Two things are added, and need no collective. Each part, and `.metadata`, is followed by the crc32 of its bytes. And all
 is written into a staging directory first. For a new name it is a sibling, whose renaming is the commit. To replace a
@@ -18,17 +19,19 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -43,12 +46,19 @@ from fq_transforms.checkpoint.staging import (
     sync_directory,
 )
 
-__all__ = ["Reader", "Writer", "read_metadata", "sealed", "unsealed"]
+__all__ = ["Reader", "Writer", "in_threads", "read_metadata", "sealed", "unsealed"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 filesystem: Any = import_module("torch.distributed.checkpoint.filesystem")  # where a part lies has no public name
 
 METADATA = ".metadata"
-_DATA_FILE = re.compile(r"[0-9a-f]{32}_\d+\.distcp")
+_DATA_FILE = re.compile(r"[0-9a-f]{32}_\d+(_\d+)?\.distcp")
+
+# How many threads a rank hashes and moves bytes with, and how many bytes are worth another. Hashing and files let go of
+# the interpreter, so that four are nearly four times one; hosts have more than four cores a GPU.
+THREADS, BYTES_A_THREAD = 4, 2**26
 
 # All that DCP's metadata is made of. It is pickled, and a pickle can name any function to call: these are harmless.
 _METADATA_GLOBALS = {
@@ -71,14 +81,16 @@ _METADATA_GLOBALS = {
 }
 
 
-def sealed(content: bytes | memoryview) -> bytes:
-    """What follows `content` in a file: its crc32, in 16 bytes.
+def sealed(content: bytes | memoryview, crc: int = 0) -> bytes:
+    """What follows `content` in a file: its crc32, in 16 bytes; `crc` is that of what went before.
 
     Example:
         >>> sealed(b"amax").decode().strip()
         'crc32=c0e9b4e1'
+        >>> sealed(b"ax", zlib.crc32(b"am")) == sealed(b"amax")
+        True
     """
-    return b"\ncrc32=%08x\n" % zlib.crc32(content)
+    return b"\ncrc32=%08x\n" % zlib.crc32(content, crc)
 
 
 SEAL = len(sealed(b""))
@@ -95,11 +107,36 @@ def unsealed(content: bytes, what: str) -> memoryview:
         b'amax'
     """
     inside = memoryview(content)[:-SEAL]
-    if content[-SEAL:] != sealed(inside):
+    _check_seal(inside, content[-SEAL:], what)
+    return inside
+
+
+def _check_seal(content: bytes | memoryview, seal: bytes, what: str) -> None:
+    if seal != sealed(content):
         raise ValueError(
             f"{what}: found bytes that are not those written (crc32): truncated, damaged, or not of a state"
         )
-    return inside
+
+
+def in_threads(call: Callable[[A], B], entries: Sequence[A], size: int) -> list[B]:
+    """`[call(entry) for entry in entries]`, by as many threads as `size` bytes are worth; none for a small state.
+
+    Raises:
+        Exception: What the first of the entries raised whose call did.
+
+    Example:
+        >>> in_threads(abs, [-1, 2], 2**40)
+        [1, 2]
+    """
+    count = _threads(size, len(entries))
+    if count <= 1:
+        return [call(entry) for entry in entries]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, entries))
+
+
+def _threads(size: int, most: int) -> int:
+    return min(THREADS, most, 1 + size // BYTES_A_THREAD)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -189,21 +226,17 @@ class Writer(FileSystemWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's parts to one file, each with its seal."""
+        """Write this rank's parts, each with its seal, to one file, or to one a thread if they are large."""
         place: _Place = plan.storage_data
-        results: list[WriteResult] = []
-        file = Path(place.stage, place.file)
-        if plan.items:
-            with naming(file), file.open("wb") as stream:
-                for item in plan.items:
-                    part = _bytes_of(planner.resolve_data(item))
-                    where = filesystem._StorageInfo(place.file, stream.tell(), len(part))
-                    stream.write(part)
-                    stream.write(sealed(part))
-                    results.append(WriteResult(item.index, len(part), where))
-                sync(stream)
+        size = sum(_nbytes(item) for item in plan.items)
+        files = _threads(size, len(plan.items))
+
+        def write(number: int) -> list[WriteResult]:
+            name = place.file if not number else place.file.replace(".", f"_{number}.")
+            return _write_parts(Path(place.stage, name), plan.items[number::files], planner)
+
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([result for results in in_threads(write, range(files), size) for result in results])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -276,7 +309,7 @@ class Reader(FileSystemReader):
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the parts that this rank needs, each file once from front to back."""
+        """Read the parts that this rank needs, each once; files from front to back, large ones by several threads."""
         files: dict[str, list[tuple[Any, list[Any]]]] = {}
         parts: dict[Any, list[Any]] = {}
         for item in plan.items:
@@ -284,43 +317,101 @@ class Reader(FileSystemReader):
         for index, items in parts.items():
             where = self.storage_data[index]
             files.setdefault(where.relative_path, []).append((where, items))
+        runs: list[tuple[str, list[tuple[Any, list[Any]]]]] = []
         for name, wanted in files.items():
-            file = self._target / name
-            if file.name != name:
+            if Path(name).name != name:
                 raise ValueError(f"file {METADATA!r}: found the data file {name!r}, wanted one in the directory")
-            with naming(file), file.open("rb") as stream:
-                for where, items in sorted(wanted, key=lambda entry: entry[0].offset):
-                    stream.seek(where.offset)
-                    what = f"leaf {items[0].storage_index.fqn!r} in file {name!r}"
-                    part = _tensor_of(unsealed(stream.read(where.length + SEAL), what), what)
-                    for item in items:
-                        box = _box(item.storage_offsets, item.lengths)
-                        tensor = planner.resolve_tensor(item).detach()
-                        if part.dtype != tensor.dtype or part[box].shape != tensor.shape:
-                            raise ValueError(f"{what}: found {tuple(part.shape)} {part.dtype}, not what is wanted")
-                        tensor.copy_(part[box])
-                        planner.commit_tensor(item, tensor)
+            count = _threads(sum(where.length for where, _ in wanted), len(wanted))
+            wanted.sort(key=lambda entry: entry[0].offset)
+            runs += [(name, wanted[number::count]) for number in range(count)]
+
+        def read(run: tuple[str, list[tuple[Any, list[Any]]]]) -> list[tuple[ReadItem, Tensor]]:
+            return _read_parts(self._target / run[0], run[1], planner)
+
+        for done in in_threads(read, runs, sum(where.length for _, wanted in runs for where, _ in wanted)):
+            for item, tensor in done:
+                planner.commit_tensor(item, tensor)
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
 
-def _bytes_of(data: Any) -> bytes:
+def _write_parts(file: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """Write parts to a new file, one after another, each with its seal."""
+    results: list[WriteResult] = []
+    with naming(file), file.open("wb") as stream:
+        for item in items:
+            part, start = _Summed(stream), stream.tell()
+            _write_tensor(planner.resolve_data(item), part)
+            where = filesystem._StorageInfo(file.name, start, stream.tell() - start)
+            stream.write(sealed(b"", part.crc))
+            results.append(WriteResult(item.index, where.length, where))
+        sync(stream)
+    return results
+
+
+def _read_parts(
+    file: Path, wanted: Sequence[tuple[Any, Sequence[ReadItem]]], planner: LoadPlanner
+) -> list[tuple[ReadItem, Tensor]]:
+    """Read parts of a file, each where it lies, check them, and copy what is wanted of them to where it is wanted."""
+    done: list[tuple[ReadItem, Tensor]] = []
+    with naming(file), file.open("rb") as stream:
+        for where, items in wanted:
+            what = f"leaf {items[0].storage_index.fqn!r} in file {file.name!r}"
+            stream.seek(where.offset)
+            content = stream.read(where.length)
+            _check_seal(content, stream.read(SEAL), what)
+            part = _tensor_of(content, what)
+            for item in items:
+                box = _box(item.storage_offsets, item.lengths)
+                tensor = planner.resolve_tensor(item).detach()
+                if part.dtype != tensor.dtype or part[box].shape != tensor.shape:
+                    raise ValueError(f"{what}: found {tuple(part.shape)} {part.dtype}, not what is wanted")
+                tensor.copy_(part[box])
+                done.append((item, tensor))
+    return done
+
+
+class _Summed:
+    """A stream that sums up, by crc32, what is written to it: no copy is made, and the bytes are read once."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.crc = stream, 0
+
+    def write(self, content: Any) -> int:
+        self.crc = zlib.crc32(content, self.crc)
+        return self._stream.write(content)
+
+    def flush(self) -> None:
+        """Nothing: whoever opened the stream flushes it, once."""
+
+
+def _write_tensor(data: Any, stream: Any) -> None:
     """A tensor as torch.save writes it, in the older of its two layouts: 0.3 KB more than the numbers, not 1.6.
 
     float8 is in the newer one: what the older names is a storage of the dtype, and there is none for it.
     """
     assert isinstance(data, Tensor), "a tree has only tensors"
-    tensor = data.detach().cpu()
+    tensor = data.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # or all of the memory that it is a view of would be written
-    stream = io.BytesIO()
+        tensor = _alone(tensor)  # or all of the memory that it is a view of would be written
     is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
     torch.save(tensor, stream, _use_new_zipfile_serialization=is_float8)
-    return stream.getvalue()
 
 
-def _tensor_of(content: memoryview, what: str) -> Tensor:
+def _alone(tensor: Tensor) -> Tensor:
+    """The same numbers, in the same memory, as a tensor whose storage is no more than they are."""
+    if not tensor.numel():
+        return tensor.clone()
+    return torch.frombuffer(tensor.view(-1).view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
+
+
+def _nbytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None, "a tree has only tensors"
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _tensor_of(content: bytes, what: str) -> Tensor:
     try:
         tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load can fail in any way
