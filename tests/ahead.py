@@ -21,22 +21,23 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
 SCALE_DTYPES = {"fp32": "fp32", "e4m3": "u8", "e8m0": "u8"}
 
-# The most instructions a weight (bf16) of packing; NVFP4 counts its path for tiny experts too. Of four bytes a weight,
-# an H200 moves one while it issues 28 instructions, 14 if they are logic.
+# The most instructions a weight (bf16) of packing; NVFP4 counts its path for tiny and huge experts too, and
+# issues about half of them. Of four bytes a weight, an H200 moves one while it issues 28 instructions, 14 if they are
+# logic.
 MOST_INSTRUCTIONS = {
-    "FP8": 7,
-    "FP8_PER_CHANNEL": 9,
-    "FP8_BLOCK": 10,
-    "INT8": 10,
-    "INT8_PER_CHANNEL": 12,
-    "INT4_BLOCK32": 11,
-    "INT4_BLOCK128": 12,
-    "MXFP8": 8,
-    "MXFP6_E3M2": 16,
-    "MXFP6_E2M3": 16,
-    "MXFP4": 16,
-    "NVFP4": 34,
-    "NVFP4_STATIC": 34,
+    "FP8": 6,
+    "FP8_PER_CHANNEL": 8,
+    "FP8_BLOCK": 9,
+    "INT8": 9,
+    "INT8_PER_CHANNEL": 11,
+    "INT4_BLOCK32": 9,
+    "INT4_BLOCK128": 10,
+    "MXFP8": 7,
+    "MXFP6_E3M2": 14,
+    "MXFP6_E2M3": 15,
+    "MXFP4": 13,
+    "NVFP4": 30,
+    "NVFP4_STATIC": 31,
 }
 
 
@@ -61,7 +62,7 @@ def check_packing(format, plan, compiled):
     assert not exchanges, f"{format.name}: {exchanges}"
     assert names.count("LDG.E.128") == weights / 8, f"{format.name}: {names.count('LDG.E.128')} wide loads"
     stores = [name for name in names if name.startswith("STG.E")]
-    assert len(stores) <= 4, f"{format.name}: {stores}"
+    assert len(stores) <= 4 * max(1, weights / launch.STRAND), f"{format.name}: {stores}"
 
 
 def compile_ahead(kernel, plan, dtypes):

@@ -257,6 +257,34 @@ def test_the_kernel_on_any_magnitudes(format, device):
 
 
 @on_each_device
+@pytest.mark.parametrize("format", [fqt.NVFP4, fqt.NVFP4_STATIC], ids=name_of)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_the_kernel_at_ties_under_any_global_scale(format, device):
+    """Scales next to powers of two, where quotients are hardest, from the smallest normal g to the largest; both signs.
+
+    So no step of a quotient underflows, and weights far above a stale amax are the largest value, infinite ones too.
+    """
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    for significand in (1.0, 1 + 2.0**-23, 1.5 - 2.0**-23, 1.5, 2 - 2.0**-23):
+        exponents = torch.tensor([-126, -90, -63, -62, -61, -20, 0, 40, 61, 62, 63, 90, 115])
+        g = significand * exponents.float().exp2()
+        middle = (g[:, None] * ties).view(torch.int32)
+        near = torch.cat([(middle + ulps).view(torch.float32) for ulps in range(-3, 4)], dim=1)
+        blocks = near.view(len(g), 7, 7)
+        largest = (6 * g)[:, None, None].expand(-1, 7, 1)
+        weight = torch.cat([largest, blocks, -largest, -blocks], dim=2).flatten(1)[:, None].to(device)
+        amax = (2688 * g).to(device)
+        block_amax = largest.view(len(g), 1, 7).to(device)
+        if not format.dynamic:
+            weight[..., 3], weight[..., 12] = torch.inf, -torch.inf
+        for stale in (1.0, 2.0**-30, 2.0**-170, 2.0**-200):
+            smaller = (amax.double() * stale).float()  # in fp32 the factor itself would be zero
+            stale_amax = torch.where(smaller > 2.0**-120, smaller, amax)
+            state = (stale_amax, None) if format.dynamic else (block_amax, stale_amax)
+            assert_kernel_equals_reference(weight, *state, format, False)
+
+
+@on_each_device
 @pytest.mark.parametrize("format", [f for f in PACKABLE if f.dynamic], ids=name_of)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 def test_nan_stays_in_its_block(format, device):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fq_transforms.ops import kernels
+from fq_transforms.ops import kernels, pack_kernel
 from tests.conftest import HAS_GPU
 
 SIGNIFICANDS = 2**23 if HAS_GPU else 2**9
@@ -58,6 +58,19 @@ def rounded_kernel(
     tl.store(exact + i, kernels._round_magnitude(tl.div_rn(a, b), MIN_EXPONENT, MANTISSA), mask=i < n)
 
 
+@triton.jit
+def codes_kernel(dividends, divisors, fast, exact, n, ERROR: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes of E2M1 as packing makes them, from a reciprocal with an error; and those of the IEEE quotient."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(dividends + i, mask=i < n, other=1.0)
+    b = tl.load(divisors + i, mask=i < n, other=1.0)
+    approximate = kernels._float(kernels._bits(kernels._reciprocal(b + b)) + ERROR)
+    high, low = pack_kernel._split_reciprocal(b + b, approximate)
+    tl.store(fast + i, (pack_kernel._half_quotient_codes(a, high, low) & 15).to(tl.float32), mask=i < n)
+    codes = pack_kernel._magnitude_codes(tl.minimum(tl.div_rn(a, b), 6.0), 4, 0, 1)
+    tl.store(exact + i, (codes & 15).to(tl.float32), mask=i < n)
+
+
 def count_differences(kernel, *inputs, **constants):
     fast, exact = torch.empty_like(inputs[-1]), torch.empty_like(inputs[-1])
     n = fast.numel()
@@ -104,3 +117,17 @@ def test_quotients_fall_on_the_right_side_of_every_tie(ties, min_exponent, manti
             dividend = (middle + ulps).view(torch.float32)
             found = count_differences(rounded_kernel, dividend, s, MIN_EXPONENT=min_exponent, MANTISSA=mantissa)
             assert found == 0, (tie, ulps)
+
+
+@pytest.mark.parametrize("error", [-2, -1, 0, 1, 2])
+def test_codes_are_those_of_the_quotient(error):
+    """As above for packing's quotient in two steps, whatever the error of the reciprocal; and above the largest value.
+
+    With the rest of the reciprocal as it is, or with its square, 2 - 2**-23 fails.
+    """
+    s = significands()
+    for tie in [*E2M1_TIES, 6.0, 7.0, 1000.0]:
+        middle = (s * tie).view(torch.int32)
+        for ulps in range(-5, 6):
+            dividend = (middle + ulps).view(torch.float32)
+            assert count_differences(codes_kernel, dividend, s, ERROR=error) == 0, (tie, ulps)

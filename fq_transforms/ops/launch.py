@@ -50,6 +50,7 @@ FORWARD = Tile(1024, 1)
 FORWARD_WIDE = Tile(2048, 2)  # per channel, and NVFP4
 BACKWARD = Tile(2048, 8)
 PACK = Tile(4096, 4)  # one strand of 32 weights a thread, so that its scale is where its weights are
+PACK_WORDS = Tile(4096, 2)  # two such strands where codes are less than a byte: fewer instructions a weight
 PACK_TRANSPOSED = Tile(2048, 1)  # fewest exchanges between threads
 AMAX = {
     "expert": Tile(1024, 4, 8),
@@ -354,8 +355,8 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, til
 def _pack_plan(
     format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, tile: Tile | None = None
 ) -> _Plan:
-    """A thread takes a strand: the pieces of one chunk, or of two, and stores its codes as words."""
-    tile = tile or (PACK_TRANSPOSED if transposed else PACK)
+    """A thread takes a strand or two: the pieces of one chunk, or of two, and stores a strand's codes as words."""
+    tile = tile or (PACK_TRANSPOSED if transposed else PACK if code_bits(format) == 8 else PACK_WORDS)
     constants = _forward_plan(format, matrix, transposed, None).constants
     out_features, in_features = shape = _shape(matrix, transposed)
     bits, block = code_bits(format), format.block[1] or STRAND

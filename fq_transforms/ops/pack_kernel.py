@@ -19,6 +19,20 @@ throughput of arithmetic on the chip: three sums and two minima beat the five op
 NOTE words: codes come as the low bits of a sum with a magic number, whose other bits are always the same. So words are
 sums of such sums, and the magic numbers are taken off once a word.
 
+NOTE three parts: E2M1's codes are 0 .. 4 for magnitudes 0 .. 2, then 4 .. 6 for 2 .. 4 and 6, 7 for 4 and 6, linear in
+each. So a code is 4 sat(v/2) + 2 sat(v/2 - 1) + sat(v/2 - 2), rounded, where sat, between 0 and 1, is a modifier of an
+instruction. Each part begins at an even number, so ties go to the even code, and what is larger saturates by itself. It
+takes no logic, where three lines and the larger magnitudes take three minima.
+
+NOTE quotient in two steps: with 1 / b = high + low, v = fma(a, high, a * low) is on the same side of every tie of E2M1
+as the rounded quotient a / b, and is the tie where that is. It hangs on low's last bit: of the series rest + rest**2,
+rest = 1 - b * high, the first term is too little for b = 2 - 2**-23, the second may be lost in rounding, and twice the
+second is right. tests/test_quotients.py shows so for all fp32 significands and all errors of an approximate reciprocal.
+Where v / 2 overflows, a * low may be infinite with either sign, which the magnitude of v does not show.
+
+NOTE signs of a word: a byte permutation takes two weights' signs, spread over a byte each. Eight weights give a word of
+the even ones' signs and one of the odd ones', which are in the low and the high half of each byte of codes.
+
 NOTE no code: where the scale of a granule is NaN its codes are bits without a meaning, which stay within the granule. A
 NaN under a static scale becomes NaN in FP8, else the largest value or the lowest integer.
 """
@@ -37,7 +51,6 @@ from fq_transforms.ops.kernels import (
     _largest,
     _mx_exponent,
     _power_of_two,
-    _quotient,
     _reciprocal,
     _scale,
     _two_level_scale,
@@ -142,6 +155,17 @@ def _strands(
 
 
 @triton.jit
+def _widened(x, PAIRS: tl.constexpr):
+    """As fp32. Where a thread has PAIRS of bf16, fp32's high half, each pair takes two instructions and not three."""
+    if PAIRS and x.dtype == tl.bfloat16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _block_amax(a):
     """Maximum of the magnitudes of each block [TILE, BLOCKS]; NaN if one is NaN or infinite."""
     largest = _largest(_largest(a, 3), 1).permute(1, 0)
@@ -149,19 +173,24 @@ def _block_amax(a):
 
 
 @triton.jit
-def _float_codes(a, x, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """Codes of the nearest values to magnitudes a with the signs of x, ties to even, in the low BITS of MAGIC_BITS."""
+def _magnitude_codes(a, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes of the nearest values to magnitudes a, ties to even, in the low bits of MAGIC_BITS."""
     if MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
         t = tl.fma(a, 2.0**MANTISSA, MAGIC)
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
-        magnitude = _bits(t)
+        return _bits(t)
     else:  # see NOTE rounding to a code
         OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
         power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
         t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
-        magnitude = ((t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)) | MAGIC_BITS
-    return magnitude | ((_bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
+        return ((t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)) | MAGIC_BITS
+
+
+@triton.jit
+def _sign_bit(x, BITS: tl.constexpr):
+    """The sign of x, as the highest of BITS."""
+    return (_bits(x) >> (32 - BITS)) & (1 << (BITS - 1))
 
 
 @triton.jit
@@ -172,7 +201,7 @@ def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.
     elif MANTISSA == 2 and QMAX == 57344.0 and not INTERPRETED:
         return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
     else:  # the interpreter rounds subnormals wrongly
-        codes = _float_codes(tl.minimum(tl.abs(y), QMAX), y, 8, MIN_EXPONENT, MANTISSA)
+        codes = _magnitude_codes(tl.minimum(tl.abs(y), QMAX), 8, MIN_EXPONENT, MANTISSA) | _sign_bit(y, 8)
         return tl.where(tl.abs(y) >= 0, codes, 127).to(tl.uint8)
 
 
@@ -185,11 +214,53 @@ def _join(codes, BITS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _bytes(a, b, SELECTOR: tl.constexpr):
+    """A word of four bytes, by SELECTOR's nibbles, the lowest first: 0..3 are a's, 4..7 b's, 8 more for their signs."""
+    if INTERPRETED:
+        word = a * 0
+        for i in tl.static_range(4):
+            PICK: tl.constexpr = SELECTOR >> (4 * i) & 15
+            byte = (b if PICK & 4 else a) << (24 - 8 * (PICK & 3)) >> (31 if PICK & 8 else 24)
+            word |= (byte & 0xFF) << (8 * i)
+        return word
+    else:
+        return tl.inline_asm_elementwise(
+            f"prmt.b32 $0, $1, $2, {SELECTOR};", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _halves(x):
+    """The even numbers along the last axis, and the odd ones."""
+    return tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2))
+
+
+@triton.jit
+def _sign_bytes(x):
+    """The signs of four numbers along the last axis, a byte each, in a word."""
+    even, odd = _halves(_bits(x))
+    first, second = _halves(_bytes(even, odd, 0xFBFB))
+    return _bytes(first, second, 0x5410).reshape(x.shape[0], x.shape[1], x.shape[2])
+
+
+@triton.jit
+def _signs(x, COUNT: tl.constexpr):
+    """The signs of COUNT numbers along the last axis, each the highest of its four bits, in a word."""
+    if COUNT == 8:  # see NOTE signs of a word
+        even, odd = _halves(x)
+        return (_sign_bytes(even) & 0x08080808) | (_sign_bytes(odd) & -0x7F7F7F80)
+    else:
+        return tl.sum(_sign_bit(x, 4) << (4 * tl.arange(0, COUNT)), axis=len(x.shape) - 1)
+
+
+@triton.jit
 def _store_words(
     codes_ptr,
     codes,
+    x,
     place,
     exists,
+    SIGNED: tl.constexpr,
     BITS: tl.constexpr,
     PIECES: tl.constexpr,
     PIECE: tl.constexpr,
@@ -197,17 +268,20 @@ def _store_words(
 ):
     """Codes of less than a byte [BLOCKS, PIECES, TILE, PIECE], a strand to consecutive words of memory.
 
-    PIECES are those of a strand. Rows of codes have no padding, and a strand is a power of two of weights within
-    one, so its words are aligned.
+    With SIGNED they are those of magnitudes, and get the signs of x. PIECES are those of a strand. Rows of codes have
+    no padding, and a strand is a power of two of weights within one, so its words are aligned.
     """
     if BITS == 4:
         words = _join(codes, 4, PIECE)
+        if SIGNED:
+            words |= _signs(x, PIECE)
         words = words.permute(2, 0, 1).reshape(TILE, PIECES)
         word_type: tl.constexpr = tl.int32 if PIECE == 8 else tl.int16 if PIECE == 4 else tl.int8
         at = codes_ptr.to(tl.pointer_type(word_type), bitcast=True) + (place // PIECE)[:, None]
         tl.store(at + tl.arange(0, PIECES)[None, :], words.to(word_type), mask=exists[:, None])
     else:
         QUADS: tl.constexpr = PIECES * PIECE // 4
+        codes |= _sign_bit(x, 6)  # no integer has six
         quads = _join(codes.reshape(codes.shape[0], codes.shape[1], TILE, PIECE // 4, 4), 6, 4)
         quads = quads.permute(2, 0, 1, 3).reshape(TILE, QUADS)
         if QUADS == 8:  # 32 codes: four times 48 bits to three words of 64
@@ -226,6 +300,29 @@ def _store_words(
 
 
 @triton.jit
+def _saturated(x):
+    """X between 0 and 1, NaN to 0: a modifier of the instruction that made x."""
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def _split_reciprocal(b, approximate):
+    """1 / b as the sum of two numbers, for 2**-78 <= 1 / b <= 2**126; see NOTE quotient in two steps."""
+    high = tl.fma(tl.fma(approximate, -b, 1.0), approximate, approximate)
+    rest = tl.fma(high, -b, 1.0)
+    return high, high * tl.fma(rest + rest, rest, rest)
+
+
+@triton.jit
+def _half_quotient_codes(x, high, low):
+    """E2M1 codes of magnitudes of 2 * x * (high + low), in the low bits of MAGIC_BITS; see NOTE three parts."""
+    half = tl.abs(tl.fma(x, high, x * low))
+    t = tl.fma(_saturated(half), 4.0, MAGIC)
+    t = tl.fma(_saturated(half - 1.0), 2.0, t)
+    return _bits(_saturated(half - 2.0) + t)
+
+
+@triton.jit
 def _two_level_codes(
     x,
     block_amax,
@@ -233,24 +330,27 @@ def _two_level_codes(
     scale_ptr,
     granule,
     begins,
-    LIFT: tl.constexpr,
+    LIFTED: tl.constexpr,
     QMAX: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-    MANTISSA: tl.constexpr,
     MIN_SCALE: tl.constexpr,
     UNIT_SCALE_BELOW: tl.constexpr,
     DYNAMIC: tl.constexpr,
-    BITS: tl.constexpr,
 ):
-    """Codes under E4M3 scales, which it stores; under a scale of zero they are those of 1, under NaN zeros."""
-    s, s8 = _two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+    """E2M1 codes of magnitudes under E4M3 scales, which it stores; under a scale of zero those of 1, under NaN zeros.
+
+    With LIFTED, for a g so small or large that a step of a quotient would leave fp32's normal range, x and its scale
+    are multiplied by a power of two.
+    """
+    lift = tl.where(g < 1.0, 2.0**64, 2.0**-64) if LIFTED else 1.0
+    s, s8 = _two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
     s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
     tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
     s = tl.where(s == 0, 1.0, s)
-    divisor = tl.maximum(s * LIFT, SMALLEST_DIVISOR)
-    a = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * LIFT
-    v = _quotient(a, _each(divisor), _each(_reciprocal(divisor)))
-    return _float_codes(v, x, BITS, MIN_EXPONENT, MANTISSA)
+    if LIFTED or not DYNAMIC:  # else nothing is infinite, or the scale is NaN
+        x = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * lift
+    twice = tl.maximum(s * lift, SMALLEST_DIVISOR) * 2.0
+    high, low = _split_reciprocal(twice, _reciprocal(twice))
+    return _half_quotient_codes(x, _each(high), _each(low))
 
 
 @triton.jit
@@ -297,7 +397,8 @@ def pack_kernel(
     PIECES: tl.constexpr = BLOCKS * (CHUNK // PIECE)
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
     codes_ptr = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
-    x = tl.load(weight, mask=mask, other=0.0).to(tl.float32).reshape(BLOCKS, CHUNK // PIECE, TILE, PIECE)
+    x = _widened(tl.load(weight, mask=mask, other=0.0), not TRANSPOSED)
+    x = x.reshape(BLOCKS, CHUNK // PIECE, TILE, PIECE)
     if DYNAMIC:
         block_amax = _block_amax(tl.abs(x))
     else:
@@ -313,43 +414,17 @@ def pack_kernel(
             a = tl.abs(x) * factor
             if EXPONENT_ROUNDING != "up":  # rounded up, none is larger
                 a = tl.minimum(a, QMAX)
-            codes = _float_codes(a, x, BITS, MIN_EXPONENT, MANTISSA)
+            codes = _magnitude_codes(a, BITS, MIN_EXPONENT, MANTISSA)
     elif SCALE == "e4m3":
         g = tl.load(global_scale_ptr + tl.program_id(1))
-        if g < 2.0**-62:  # leaves at once, as in the forward kernel
+        if (g < 2.0**-62) | (g > 2.0**62):  # leaves at once, as in the forward kernel
             codes = _two_level_codes(
-                x,
-                block_amax,
-                g,
-                scale_ptr,
-                granule,
-                begins,
-                2.0**64,
-                QMAX,
-                MIN_EXPONENT,
-                MANTISSA,
-                MIN_SCALE,
-                UNIT_SCALE_BELOW,
-                DYNAMIC,
-                BITS,
+                x, block_amax, g, scale_ptr, granule, begins, True, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
             )
-            _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
+            _store_words(codes_ptr, codes, x, place, exists, True, BITS, PIECES, PIECE, TILE)
             return
         codes = _two_level_codes(
-            x,
-            block_amax,
-            g,
-            scale_ptr,
-            granule,
-            begins,
-            1.0,
-            QMAX,
-            MIN_EXPONENT,
-            MANTISSA,
-            MIN_SCALE,
-            UNIT_SCALE_BELOW,
-            DYNAMIC,
-            BITS,
+            x, block_amax, g, scale_ptr, granule, begins, False, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
         )
     elif ELEMENT == "int":
         zero = block_amax < TINY_AMAX
@@ -363,10 +438,11 @@ def pack_kernel(
         if BITS == 8:
             codes = _byte_codes(x * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
         else:
-            codes = _float_codes(tl.minimum(tl.abs(x * _each(s)), QMAX), x, BITS, MIN_EXPONENT, MANTISSA)
+            a = tl.minimum(tl.abs(x * _each(s)), QMAX)
+            codes = _magnitude_codes(a, BITS, MIN_EXPONENT, MANTISSA)
 
     if BITS == 8:
         codes = codes.to(codes_ptr.dtype.element_ty).reshape(PIECES * TILE, PIECE)
         tl.store(codes_ptr + codes_offsets, codes, mask=mask)
     else:
-        _store_words(codes_ptr, codes, place, exists, BITS, PIECES, PIECE, TILE)
+        _store_words(codes_ptr, codes, x, place, exists, ELEMENT != "int", BITS, PIECES, PIECE, TILE)
