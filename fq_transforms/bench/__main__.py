@@ -11,6 +11,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -21,13 +22,12 @@ import triton
 from torch import Tensor
 
 import fq_transforms as fqt
-from fq_transforms.bench import full_size, peers, report, step, sweep
-from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
+from fq_transforms.bench import full_size, packing, peers, report, step, sweep
+from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import expert_amax, fake_quantize
-from fq_transforms.ops.launch import clip_backward_triton, pack_triton
-from fq_transforms.ops.packing import pack_reference
+from fq_transforms.ops.launch import clip_backward_triton
 from fq_transforms.ops.reference import (
     clip_backward_reference,
     expert_amax_reference,
@@ -37,13 +37,14 @@ from fq_transforms.ops.reference import (
 Row = dict[str, Any]
 
 HOST_PASSES = 3
-WHAT = "kernels against their floors and peers; training steps (needs Transformer Engine); a whole model's experts"
+PARTS = ["kernels", "pack", "step", "full-size"]
+WHAT = "kernels against their floors and peers; packing alone; training steps (needs Transformer Engine); a whole model"
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["kernels", "step", "full-size"], default="kernels", help=WHAT)
+    parser.add_argument("what", nargs="?", choices=PARTS, default="kernels", help=WHAT)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
@@ -65,7 +66,7 @@ def main() -> None:
     }
     rows: list[Row] = []
     if options.what != "kernels":
-        _write_page(options.what, options.out, environment, tqdm)
+        _write_page(options.what, options.out, environment, tqdm, peers=not options.no_peers)
         return
     if options.sweep:
         with torch.no_grad():
@@ -88,15 +89,18 @@ def main() -> None:
     print(report.table(rows))
 
 
-def _write_page(what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any]) -> None:
-    """Measure steps or full size; print the page, and write it beside its JSON after each row."""
+def _write_page(
+    what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any], *, peers: bool
+) -> None:
+    """Measure packing, steps or full size; print the page, and write it beside its JSON after each row."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{environment['date']}-{what}"
     rows: list[Row] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts, page = {
-            "step": ((step.layer_rows, step.model_rows), step.page),
+            "pack": ((packing.rows,), packing.page),
+            "step": ((partial(step.layer_rows, peers=peers), partial(step.model_rows, peers=peers)), step.page),
             "full-size": ((full_size.rows,), full_size.page),
         }[what]
         for part in parts:
@@ -109,7 +113,7 @@ def _write_page(what: str, folder: Path, environment: dict[str, str], progress: 
 
 def measure(shape: Shape) -> list[Row]:
     """All operations and formats on one shape, each checked against the reference before it is timed."""
-    master = _weights(shape)
+    master = expert_weights(shape)
     inputs = {"bf16": [w.bfloat16() for w in master], "fp32 to bf16": [w.clone() for w in master]}
     grads = [torch.randn_like(w) for w in inputs["bf16"]]
     floors = _floors(master, grads)
@@ -126,7 +130,7 @@ def measure_host(shape: Shape, rows: list[Row]) -> None:
     What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them,
     and each round of a pass is on the core that is fastest then.
     """
-    weights = [w.bfloat16() for w in _weights(shape)]
+    weights = [w.bfloat16() for w in expert_weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         row = _forward_row(rows, shape, format)
         passes: list[Row] = row.setdefault("passes", [])
@@ -136,7 +140,7 @@ def measure_host(shape: Shape, rows: list[Row]) -> None:
 
 def measure_peers(shape: Shape, rows: list[Row]) -> None:
     """Add the peers' times to the forward rows of a shape, and ours in turn with them."""
-    weights = [w.bfloat16() for w in _weights(shape)]
+    weights = [w.bfloat16() for w in expert_weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         params, fq, state = _user(weights, format)
         amax, global_amax = (None, None) if format.is_stateless else expert_amax(weights, format=format)
@@ -189,7 +193,7 @@ def _measure_format(
     amax = global_amax = None
     if not format.is_stateless:
         amax, global_amax = expert_amax(weights, format=format)
-        _same(amax, torch.stack([expert_amax_reference(w, format=format)[0] for w in weights]), f"amax, {where}")
+        check_same(amax, torch.stack([expert_amax_reference(w, format=format)[0] for w in weights]), f"amax, {where}")
         rows.append(_row("amax", shape, format, device_us(lambda: expert_amax(weights, format=format)), floors["bf16"]))
     for kind, tensors in inputs.items():
 
@@ -199,7 +203,7 @@ def _measure_format(
         for e, y in enumerate(forward()):
             a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
             wanted = fake_quantize_reference(tensors[e], a, g, format=format, out_dtype=torch.bfloat16)
-            _same(y, wanted, f"forward, {kind}, {where}")
+            check_same(y, wanted, f"forward, {kind}, {where}")
         rows.append(_row(f"forward, {kind}", shape, format, device_us(forward), floors[kind]))
     if format.clips and amax is not None:
         half = amax * 0.5
@@ -209,43 +213,12 @@ def _measure_format(
 
         for e, y in enumerate(backward()):
             wanted = clip_backward_reference(grads[e], weights[e], half[e], format=format)
-            _same(y, wanted, f"clip backward, {where}")
+            check_same(y, wanted, f"clip backward, {where}")
         rows.append(_row("clip backward", shape, format, device_us(backward), floors["three streams"]))
     if not format.unit_scale_below:  # whose scales cannot be stored
-        rows.append(_measure_pack(shape, format, weights, amax, global_amax, floors["bf16"]))
+        packed = packing.measure(shape, format, weights, amax, global_amax, floors["bf16"])
+        rows.append(_row("pack", shape, format, *packed))
     return rows
-
-
-def _measure_pack(
-    shape: Shape, format: Format, weights: list[Tensor], amax: Tensor | None, global_amax: Tensor | None, copy_us: float
-) -> Row:
-    def pack() -> tuple[Tensor, Tensor, Tensor | None]:
-        return pack_triton(weights, amax, global_amax, format=format, transposed=False)
-
-    packed = pack()
-    for e, weight in enumerate(weights):
-        a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
-        wanted = pack_reference(weight, a, g, format=format)
-        for found, leaf in zip(packed, wanted, strict=True):
-            assert (found is None) == (leaf is None)
-            if found is not None and leaf is not None:
-                _same(
-                    found[e].flatten().view(torch.uint8),
-                    leaf.flatten().view(torch.uint8),
-                    f"pack, {format.name}, {shape}",
-                )
-    read = sum(t.nbytes for t in (*weights, amax, global_amax) if t is not None)
-    written = sum(leaf.nbytes for leaf in packed if leaf is not None)
-    copied = 2 * sum(weight.nbytes for weight in weights)
-    return _row("pack", shape, format, device_us(pack), copy_us * (read + written) / copied)
-
-
-def _weights(shape: Shape) -> Tensor:
-    """fp32 weights [E, out, in], each expert at a magnitude of its own."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    size = (shape.experts, shape.out_features, shape.in_features)
-    scale = torch.logspace(-3, 0, shape.experts, device="cuda")[:, None, None]
-    return torch.randn(size, generator=generator, device="cuda").mul_(scale)
 
 
 def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Row:
@@ -293,12 +266,6 @@ def _host(weights: list[Tensor], format: Format) -> Row:
         "unbind_us": host_us(stacked.unbind),
         "separate_us": host_us(lambda: apart.fakequant(params, state)),
     }
-
-
-def _same(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Raise unless equal bit for bit: nothing is timed that is not right."""
-    if not torch.equal(found, wanted):
-        raise SystemExit(f"{what}: {int((found != wanted).sum())} of {wanted.numel()} differ from the reference")
 
 
 def _commit() -> str:

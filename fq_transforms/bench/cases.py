@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS, Format
 
@@ -38,3 +41,17 @@ def fits(format: Format, shape: Shape) -> bool:
     """True if the format's block divides `in`."""
     columns = format.block[1]
     return not format.has_blocks_along_in or columns is None or shape.in_features % columns == 0
+
+
+def expert_weights(shape: Shape) -> Tensor:
+    """fp32 weights [E, out, in], each expert at a magnitude of its own."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (shape.experts, shape.out_features, shape.in_features)
+    scale = torch.logspace(-3, 0, shape.experts, device="cuda")[:, None, None]
+    return torch.randn(size, generator=generator, device="cuda").mul_(scale)
+
+
+def check_same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raise unless equal bit for bit: nothing is timed that is not right."""
+    if not torch.equal(found, wanted):
+        raise SystemExit(f"{what}: {int((found != wanted).sum())} of {wanted.numel()} differ from the reference")

@@ -154,7 +154,7 @@ def _packed_stages(params: dict[str, Tensor]) -> Row:
 def _packed_round_trip(
     row: Row, timed: Callable[..., Any], params: dict[str, Tensor], state: fqt.State, spec: fqt.Spec
 ) -> None:
-    """Packed weights, saved at EP=4 by four processes and loaded at EP=2 by two, and by one, byte for byte.
+    """Packed weights, saved at EP=4 by four processes and loaded at EP=2 by two, byte for byte.
 
     The four and the two are real processes of a gloo group. They map one copy of what this process has packed: the four
     save their experts of it, and the two compare what they have loaded with theirs.
@@ -176,14 +176,12 @@ def _packed_round_trip(
         timed("packed: copy for other processes", lambda: _share(leaves, source))
         stage = f"packed: save at EP={RANKS} by {RANKS} processes"
         row[f"{stage}, without their start"] = timed(stage, lambda: by_processes(_save_rank, RANKS))
+        row["packed on disk, GB"] = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+        row["bf16, GB"] = sum(params[name].nbytes for group in spec.groups for name in group.names) / 1e9
+        row["packed on disk / bf16"] = row["packed on disk, GB"] / row["bf16, GB"]
         stage = "packed: load at EP=2 by 2 processes, and compare"
         row[f"{stage}, without their start"] = timed(stage, lambda: by_processes(_load_rank, 2))
-        loaded = timed("packed: load by 1 process", lambda: fqt.checkpoint.load(path, like=packed, spec=spec))
-        _same(loaded, packed, "packed checkpoint")
-        row["packed on disk, GB"] = sum(file.stat().st_size for file in path.iterdir()) / 1e9
     os.close(memory)
-    row["bf16, GB"] = sum(params[name].nbytes for group in spec.groups for name in group.names) / 1e9
-    row["packed on disk / bf16"] = row["packed on disk, GB"] / row["bf16, GB"]
 
 
 def _share(leaves: dict[str, Tensor], source: Path) -> None:
@@ -283,7 +281,7 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"{LAYERS} layers, {EXPERTS} experts, fc1 [1856, 2688], fc2 [2688, 1856], bf16, on one GPU. Seconds where "
             "a row says no other unit. The first and the last expert of every group equalled the reference. Keys and "
             "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four "
-            "processes, then loaded at EP=2 by two and by one, and each byte of all compared with what was packed.",
+            "processes, then loaded at EP=2 by two, and each byte compared with what was packed.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

@@ -3,7 +3,7 @@
 import copy
 import gc
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from statistics import median
 from typing import Any
@@ -41,7 +41,7 @@ WAYS = {
 }
 
 
-def layer_rows(progress: Callable[..., Any]) -> list[Row]:
+def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
     """Forward and backward of two GroupedLinears, 32 experts, 512 tokens each, four microbatches, by format and way."""
     model = GroupedMLP(EXPERTS, HIDDEN, FFN, TOKENS)
     xs = [torch.randn(EXPERTS * TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(MICROBATCHES)]
@@ -54,7 +54,6 @@ def layer_rows(progress: Callable[..., Any]) -> list[Row]:
         for x in xs:
             loss(forward, x).backward()
 
-    rows: list[Row] = []
     shapes = [Shape(EXPERTS, FFN, HIDDEN, ""), Shape(EXPERTS, HIDDEN, FFN, "")]
     for format in progress([f for f in ALL if all(fits(f, shape) for shape in shapes)], desc="layer step"):
         params = dict(model.named_parameters())
@@ -63,11 +62,10 @@ def layer_rows(progress: Callable[..., Any]) -> list[Row]:
         kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
         peer = partial(_layer_peer, model, format, run, xs[0])
         ways = _steps(fqt.value_and_grad(loss, model, fq), params, state, xs) | _ways(model, fq, state, run)
-        rows.append(_measure(kind, format, model, ways, partial(run, model), peer))
-    return rows
+        yield _measure(kind, format, model, ways, partial(run, model), peer if peers else None)
 
 
-def model_rows(progress: Callable[..., Any]) -> list[Row]:
+def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
     """Forward, backward and DDP's `main_grad` of Megatron's GPTModel, fused accumulation on, four microbatches."""
     options: dict[str, Any] = {
         "num_layers": 4,
@@ -77,7 +75,6 @@ def model_rows(progress: Callable[..., Any]) -> list[Row]:
         "moe_router_topk": 4,
         "moe_ffn_hidden_size": FFN,
     }
-    rows: list[Row] = []
     batches = [torch.randint(0, 1024, (4, 1024), device="cuda") for _ in range(MICROBATCHES)]
     positions = torch.arange(1024, device="cuda").expand(4, -1)
 
@@ -99,9 +96,9 @@ def model_rows(progress: Callable[..., Any]) -> list[Row]:
             ways = _steps(step, params, state, batches, ddp.zero_grad_buffer)
             ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
-            rows.append(_measure("model, 4 layers", format, ddp.module, ways, partial(run, ddp, ddp.module), peer))
-            del ddp, params, ways, peer
-    return rows
+            plain = partial(run, ddp, ddp.module)
+            yield _measure("model, 4 layers", format, ddp.module, ways, plain, peer if peers else None)
+            del ddp, params, state, step, ways, plain, peer
 
 
 def _layer_peer(model: Module, format: Format, run: Callable[..., None], x: Tensor) -> tuple[Module, Call] | None:
@@ -180,13 +177,13 @@ class _Given(torch.autograd.Function):
 
 
 def _measure(
-    kind: str, format: Format, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any]
+    kind: str, format: Format, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any] | None
 ) -> Row:
     """Each way in turn with bf16, round after round, and the peak of memory of each."""
     calls = {"bf16": plain, **ways}
     models, row = [model], Row(kind=kind, format=format.name)
     try:
-        if (theirs := peer()) is not None:
+        if peer is not None and (theirs := peer()) is not None:
             models.append(theirs[0])
             calls["ModelOpt"] = theirs[1]
     except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
