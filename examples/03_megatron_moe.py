@@ -187,8 +187,8 @@ def logits_of(model, state, spec):
 # %% [markdown]
 # ## The story
 # A tenth is taken off each amax before it is saved, as a search for a better one might do: what is restored cannot
-# have been calibrated anew. The restored model is wrapped as the first one is before logits are compared: on a GPU,
-# where a weight lies in memory decides by which of cuBLAS's algorithms it is multiplied.
+# have been calibrated anew. The restored model is wrapped as the first one is before logits are compared, so
+# that its weights are aligned alike, on which matrix products may depend in the last bit.
 
 
 # %%
@@ -204,13 +204,13 @@ def main():
     from fq_transforms.integrations import megatron
 
     parallel_state.initialize_model_parallel(size, expert_model_parallel_size=size, expert_tensor_parallel_size=1)
+    torch.manual_seed(7)  # position embeddings are drawn on the CPU, and are to be the same on all ranks
     if ON_GPU:
         torch.cuda.set_device(rank)
         tensor_parallel.model_parallel_cuda_manual_seed(7)
     else:
         without_a_gpu()
         torch.set_num_threads(1)
-        torch.manual_seed(7)
 
     if options.load:
         for format in FORMATS:
