@@ -204,7 +204,7 @@ def main():
     from fq_transforms.integrations import megatron
 
     parallel_state.initialize_model_parallel(size, expert_model_parallel_size=size, expert_tensor_parallel_size=1)
-    torch.manual_seed(7)  # position embeddings are drawn on the CPU, and are to be the same on all ranks
+    torch.manual_seed(7)  # routers and position embeddings are drawn on the CPU, alike on all ranks
     if ON_GPU:
         torch.cuda.set_device(rank)
         tensor_parallel.model_parallel_cuda_manual_seed(7)
