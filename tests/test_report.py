@@ -350,3 +350,21 @@ def test_a_gpu_reports_what_a_cpu_does(format):
         for a, b in zip(getattr(group, field).tolist(), getattr(wanted, field).tolist(), strict=True):
             assert abs(a - b) <= 2 * group.weights * 2.0**-53 * b
     assert str(found).splitlines()[0].startswith("group")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+def test_no_fake_weight_is_stored(format):
+    """What a group's measures take is a few numbers a program: less than a fortieth of its weights in bf16."""
+    from fq_transforms.ops import launch
+
+    weights = [torch.randn(1024, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
+    params = {"experts.w": torch.stack(weights)}
+    state = fqt.calibrate(params, spec=fqt.select(params, {"*": format}))
+    leaves = [*state["experts.w"], None, None]
+    measured = {"format": format, "transposed": False}
+    launch.report_triton(weights, leaves[0], leaves[1], **measured)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    launch.report_triton(weights, leaves[0], leaves[1], **measured)
+    assert torch.cuda.max_memory_allocated() - before < sum(w.nbytes for w in weights) / 40

@@ -312,10 +312,10 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench full-size`: {facts}.",
             "",
             f"{LAYERS} layers, {EXPERTS} experts, fc1 [1856, 2688], fc2 [2688, 1856], bf16, on one GPU. Seconds where "
-            "a row says no other unit. The first and the last expert of every group equalled the reference. Report: all "
-            "experts measured, and the time of its kernels alone, from the profiler. Keys and "
-            "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four "
-            "processes, then loaded at EP=2 by two, and each byte compared with what was packed.",
+            "a row says no other unit. The first and the last expert of every group equalled the reference. Report: "
+            "all experts; on the GPU, the own time of its kernels, from the profiler. Keys and files: the 32 experts "
+            "of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four processes, then loaded at "
+            "EP=2 by two, and each byte compared with what was packed.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
