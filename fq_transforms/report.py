@@ -14,8 +14,8 @@ from fq_transforms.formats import Format
 from fq_transforms.ops.reporting import Measures, histogram_reference, report_reference
 from fq_transforms.ops.shards import layout_of
 from fq_transforms.report_plot import Histogram, Row, plot
-from fq_transforms.select import Group, Spec, is_mapped, is_sharded, weights_of
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, local_group
+from fq_transforms.select import Group, Spec, is_sharded, weights_of
+from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete, local_group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,8 +191,8 @@ def report(
     Raises:
         KeyError: A parameter or a group of the state is missing.
         ValueError: As `fakequant`, and on a GPU, too, for an amax that is NaN, infinite or negative, since a report
-            waits for its numbers anyway; the spec has no group; a tensor is on meta or mapped by vmap; `tokens` has a
-            group that the spec has not, or other shapes than [E].
+            waits for its numbers anyway; the spec has no group; a tensor is on meta; it is called under
+            a transform of torch.func; `tokens` has a group that the spec has not, or other shapes than [E].
 
     Example:
         >>> from fq_transforms.calibrate import calibrate
@@ -208,7 +208,9 @@ def report(
     """
     if not spec.groups:
         raise ValueError("spec: found no group, wanted at least one; select(params, rules) makes a spec")
-    check(state, spec)
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+        raise ValueError("report: found a call under torch.func, wanted plain tensors, whose values it reads")
+    check(state, spec, values=is_concrete)
     counted = _checked_tokens(tokens or {}, spec)
     found: list[tuple[Group, tuple[int, ...], Measures, Tensor]] = []
     local: dict[str, tuple[Sequence[Tensor], GroupState]] = {}
@@ -269,9 +271,8 @@ def _local(
     """This rank's weights, scales and experts of a group; plain tensors are all its own."""
     weights: Sequence[Tensor] = weights_of(params, group)
     for name, weight in zip(group.names, weights, strict=True):
-        if weight.is_meta or is_mapped(weight):
-            where = "on meta" if weight.is_meta else "under torch.func.vmap"
-            raise ValueError(f"parameter {name!r}: found a tensor {where}, wanted values to measure")
+        if weight.is_meta:
+            raise ValueError(f"parameter {name!r}: found a tensor on meta, wanted values to measure")
     for leaf in scales:
         if leaf.device != weights[0].device:
             raise ValueError(

@@ -224,9 +224,25 @@ def test_bad_input_is_refused_by_name():
     meta = {n: w.to("meta") for n, w in params.items()}
     stateless = fqt.select(params, {"*": fqt.MXFP4})
     assert_names(message(ValueError, params=meta, state={key: fqt.state.Stateless()}, spec=stateless), "meta", "values")
-    batch = {n: torch.stack([w, w]) for n, w in params.items()}
-    with pytest.raises(ValueError, match=r"under torch\.func\.vmap"):
-        torch.func.vmap(lambda p: fqt.report(p, state, spec=spec).groups[key].sqnr)(batch)
+    uncounted = {key: fqt.state.ExpertAmax(state[key].amax.to("meta"))}
+    assert_names(message(ValueError, state=uncounted), key, "meta", "cpu")
+
+
+def test_it_is_refused_under_torch_func():
+    """Where a tensor has no values of its own: mapped weights, mapped states, and weights that are differentiated."""
+    params, state, spec = model([fqt.INT8], layers=1)
+    key = spec.groups[0].key
+
+    def noise(params, state):
+        return fqt.report(params, state, spec=spec).groups[key].noise.sum()
+
+    twice = optree.tree_map(lambda leaf: torch.stack([leaf, leaf]), (params, state))
+    for call in (
+        lambda: torch.func.vmap(noise, in_dims=(0, None))(twice[0], state),
+        lambda: torch.func.vmap(noise, in_dims=(None, 0))(params, twice[1]),
+        lambda: torch.func.grad(noise)(params, state),
+    ):
+        assert_names(message_of(ValueError, call), "report", "torch.func", "plain tensors")
 
 
 def test_the_figure_has_a_heat_map_and_a_histogram_a_role(tmp_path):

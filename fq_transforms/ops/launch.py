@@ -183,7 +183,7 @@ def report_triton(
     largest = counts[3].amax(-1).view(torch.float32)
     if format.scale == "fp32":
         assert amax is not None
-        underflow = scale_underflows(amax, format).view(inputs.experts, -1).sum(1)
+        underflow = scale_underflows(amax, format).reshape(inputs.experts, -1).sum(1)
     return Measures(signal, noise, clipped, zeroed, underflow, largest)
 
 
