@@ -23,6 +23,7 @@ from fq_transforms.interleave import deinterleave, interleave
 from fq_transforms.layerwise import layerwise
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
+from fq_transforms.report import Report, report
 from fq_transforms.select import Rule, Spec, select
 from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
@@ -49,6 +50,7 @@ __all__ = [
     "Packed",
     "PackedTree",
     "PackedTwoLevel",
+    "Report",
     "Rule",
     "Spec",
     "State",
@@ -65,6 +67,7 @@ __all__ = [
     "merge",
     "pack",
     "presets",
+    "report",
     "select",
     "state",
     "sync",

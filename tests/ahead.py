@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops import kernels, launch, pack_kernel
+from fq_transforms.ops import kernels, launch, pack_kernel, report_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
@@ -105,7 +105,10 @@ def main():
                 packed = compile_ahead(pack_kernel.pack_kernel, plan, operands)
                 if dtype == "bf16" and not transposed:
                     check_packing(format, plan, packed)
-            compiled += 3
+            plan = launch._report_plan(format, SHAPE, transposed, None)
+            found = {"sums_ptr": "fp64", "counts_ptr": "i32"}
+            compile_ahead(report_kernel.report_kernel, plan, weights | amax | found)
+            compiled += 4
             if not format.is_stateless:
                 integers = {name: dtype and "i32" for name, dtype in amax.items()}
                 plan = launch._amax_plan(format, SHAPE, transposed, None)

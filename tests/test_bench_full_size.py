@@ -6,7 +6,7 @@ from torch.multiprocessing import ProcessExitedException
 
 import fq_transforms as fqt
 from fq_transforms.bench import full_size
-from tests.cases import assert_names, experts
+from tests.cases import assert_names, experts, name_of
 
 
 def tiny():
@@ -78,3 +78,17 @@ def test_another_byte_is_found():
             full_size._same({**packed, key: packed[key]._replace(codes=other)}, packed, "it")
     with pytest.raises(SystemExit, match="leaves of it"):
         full_size._same({key: packed[key]}, packed, "it")
+
+
+@pytest.mark.parametrize("format", full_size.FORMATS, ids=name_of)
+def test_the_check_of_a_report_finds_one_count_that_is_off(format):
+    """It compares the last expert of a group as well."""
+    params, _, _ = tiny()
+    spec = fqt.select(params, {"*": format})
+    state = fqt.calibrate(params, spec=spec)
+    found = fqt.report(params, state, spec=spec)
+    full_size._check_report(params, state, found, spec)
+    group = spec.groups[-1]
+    found.groups[group.key].zeroed[-1] += 1
+    with pytest.raises(SystemExit, match=f"zeroed of {group.names[-1]} is not"):
+        full_size._check_report(params, state, found, spec)

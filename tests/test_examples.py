@@ -55,3 +55,18 @@ def test_export_is_read_back_by_the_real_libraries():
     assert any(line.startswith("refused: state 'model.layers.0.self_attn.q_proj.weight'") for line in lines)
     assert lines[-2].endswith("the same logits")
     assert lines[-1].endswith("the same weights")
+
+
+def test_sensitivity_chooses_a_spec_under_its_budget():
+    """The script itself asserts that a state stands for INT4; at small settings it says what each choice costs."""
+    lines = said("07_sensitivity.py", "--small")
+    assert lines[0].startswith("INT4 by its state and by its format: all equal but ")
+    size = {}
+    for line in lines[lines.index(next(line for line in lines if "held-out loss" in line)) + 1 :]:
+        for name in ("8 bits for all", "mixed, by expert (a state)", "mixed, by group (a spec)", "4 bits for all"):
+            if line.startswith(name):
+                size[name] = int(line.removeprefix(name).split()[0].replace(",", ""))
+    budget = (size["8 bits for all"] + size["4 bits for all"]) // 2
+    assert size["4 bits for all"] < size["mixed, by group (a spec)"] <= budget
+    assert size["mixed, by expert (a state)"] <= budget
+    assert any(line.startswith("group ") and "SQNR dB" in line for line in lines)

@@ -17,12 +17,13 @@ LAYERS = [
     ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
-    ["ops.packing"],
+    ["ops.packing", "ops.reporting"],
     ["ops.kernels"],
-    ["ops.pack_kernel"],
+    ["ops.pack_kernel", "ops.report_kernel"],
     ["ops.launch"],
     ["ops.autograd"],
-    ["calibrate", "fakequant", "lend", "main_grad", "pack", "sync"],
+    ["calibrate", "fakequant", "lend", "main_grad", "pack", "report_plot", "sync"],
+    ["report"],
     ["layerwise", "transform"],
     ["value_and_grad"],
     ["interleave"],
@@ -45,7 +46,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "ops.pack_kernel", "bench.__main__"},
+    "triton": {"ops.kernels", "ops.pack_kernel", "ops.report_kernel", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},

@@ -22,6 +22,7 @@ from fq_transforms.checkpoint import modelopt
 from fq_transforms.checkpoint.storage import in_threads
 from fq_transforms.formats import Format
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.reporting import report_reference
 from fq_transforms.pack import PackedTree
 
 __all__ = ["page", "rows"]
@@ -93,6 +94,7 @@ def _stages(params: dict[str, Tensor], format: Format) -> Row:
         _check(params, state, weights, spec)
         del weights
         timed("fakequant again", lambda: fq.fakequant(params, state))
+        _report_stage(row, timed, params, state, spec)
     row["amax"] = sum(leaf.shape[0] for leaf in fqt.state.flatten(state).values())
     _round_trip(row, timed, params, state, format)
     return row
@@ -108,6 +110,37 @@ def _check(params: dict[str, Tensor], state: fqt.State, weights: dict[str, Tenso
             found: Any = state[group.key]
             _require(torch.equal(found.amax[expert], amax), f"amax of {name}")
             _require(torch.equal(weights[name], wanted), f"fake weight {name}")
+
+
+def _report_stage(
+    row: Row, timed: Callable[..., Any], params: dict[str, Tensor], state: fqt.State, spec: fqt.Spec
+) -> None:
+    """A report of all experts, and the time of the GPU in it: its kernels, without the host between them."""
+    timed("report", lambda: fqt.report(params, state, spec=spec))  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = timed("report again", lambda: fqt.report(params, state, spec=spec))
+    row["report, GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        fqt.report(params, state, spec=spec)
+        torch.cuda.synchronize()
+    row["report, on the GPU"] = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    _check_report(params, state, found, spec)
+    print(found, file=sys.stderr)
+
+
+def _check_report(params: dict[str, Tensor], state: fqt.State, found: fqt.Report, spec: fqt.Spec) -> None:
+    """The first and the last expert of every group equal the reference: counts exactly, sums to their order's bound."""
+    for group in spec.groups:
+        scales: Any = state[group.key]
+        for expert in (0, group.experts - 1):
+            weight, measured = params[group.names[expert]], found.groups[group.key]
+            wanted = report_reference(weight, scales.amax[expert], None, format=group.format)
+            for field, value in wanted._asdict().items():
+                exact, number = value.item(), getattr(measured, field)[expert].item()
+                slack = 2 * weight.numel() * 2.0**-53 * exact if field in ("signal", "noise") else 0
+                _require(abs(number - exact) <= slack, f"{field} of {group.names[expert]}")
 
 
 def _round_trip(
@@ -279,9 +312,10 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench full-size`: {facts}.",
             "",
             f"{LAYERS} layers, {EXPERTS} experts, fc1 [1856, 2688], fc2 [2688, 1856], bf16, on one GPU. Seconds where "
-            "a row says no other unit. The first and the last expert of every group equalled the reference. Keys and "
-            "files: the 32 experts of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four "
-            "processes, then loaded at EP=2 by two, and each byte compared with what was packed.",
+            "a row says no other unit. The first and the last expert of every group equalled the reference. Report: "
+            "all experts; on the GPU, the own time of its kernels, from the profiler. Keys and files: the 32 experts "
+            "of rank 1 at EP=4, read back equal. Packed: all experts, saved at EP=4 by four processes, then loaded at "
+            "EP=2 by two, and each byte compared with what was packed.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

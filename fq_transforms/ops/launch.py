@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops import kernels, pack_kernel
+from fq_transforms.ops import kernels, pack_kernel, report_kernel
 from fq_transforms.ops.packing import code_bits, code_dtype
+from fq_transforms.ops.reporting import Measures, half_step_beyond, scale_underflows
 
 __all__ = [
     "clip_backward_operator",
@@ -34,6 +35,7 @@ __all__ = [
     "fake_quantize_separate_triton",
     "fake_quantize_triton",
     "pack_triton",
+    "report_triton",
 ]
 
 
@@ -52,6 +54,7 @@ BACKWARD = Tile(2048, 8)
 PACK = Tile(4096, 4)  # one strand of 32 weights a thread, so that its scale is where its weights are
 PACK_WORDS = Tile(4096, 2)  # two such strands where codes are less than a byte: fewer instructions a weight
 PACK_TRANSPOSED = Tile(2048, 1)  # fewest exchanges between threads
+REPORT = Tile(2048, 2)  # the fewest instructions a weight with two warps or more; not timed yet
 AMAX = {
     "expert": Tile(1024, 4, 8),
     "blocks": Tile(4096, 8, 2),
@@ -157,6 +160,31 @@ def pack_triton(
     if format.scale == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
     return codes.view(code_dtype(format)), scale, global_scale
+
+
+def report_triton(
+    weights: Sequence[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *,
+    format: Format,
+    transposed: bool,
+    tile: Tile | None = None,
+) -> Measures:
+    """`report_reference` of every expert of a group, [E] each: one launch, and sums over what its programs found."""
+    inputs = _group(weights)
+    plan = _report_plan(format, inputs.matrix, transposed, tile)
+    places, device = (inputs.experts, plan.blocks), inputs.base.device
+    sums = torch.empty((2, *places), dtype=torch.float64, device=device)
+    counts = torch.empty((4, *places), dtype=torch.int32, device=device)
+    _launch(report_kernel.report_kernel, plan, (inputs,), (amax, global_amax, sums, counts))
+    signal, noise = sums.sum(-1)
+    clipped, zeroed, underflow = counts[:3].sum(-1, dtype=torch.int64)
+    largest = counts[3].amax(-1).view(torch.float32)
+    if format.scale == "fp32":
+        assert amax is not None
+        underflow = scale_underflows(amax, format).reshape(inputs.experts, -1).sum(1)
+    return Measures(signal, noise, clipped, zeroed, underflow, largest)
 
 
 # Scales that a program makes, of those that the state alone decides.
@@ -349,6 +377,13 @@ def _forward_plan(format: Format, matrix: tuple[int, int], transposed: bool, til
         "MAX_BITS": 0 if is_int else element.max_bits,
     }
     return _visit(format, _shape(matrix, transposed), transposed, tile, constants)
+
+
+@cache
+def _report_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None) -> _Plan:
+    plan = _forward_plan(format, matrix, transposed, tile or REPORT)
+    lowest, highest = half_step_beyond(format)
+    return plan._replace(constants=plan.constants | {"LOWEST": lowest, "HIGHEST": highest})
 
 
 @cache
