@@ -21,7 +21,7 @@ import torch
 
 from fq_transforms.formats import Format
 
-__all__ = ["FourOverSix", "Max", "Method", "Mse", "Percentile", "check_format"]
+__all__ = ["MAX", "FourOverSix", "Max", "Method", "Mse", "Percentile", "check_format"]
 
 MOST_RATIOS = 4096
 
@@ -152,6 +152,8 @@ class FourOverSix:
 
 
 Method: TypeAlias = Max | Percentile | Mse | FourOverSix
+
+MAX = Max()
 
 
 def check_format(method: Method, format: Format, key: str) -> None:
