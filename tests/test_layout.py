@@ -43,7 +43,7 @@ LAYERS = [
     ["integrations.__init__", "integrations.te"],
     ["integrations.megatron"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers", "bench.models"],
-    ["bench.full_size", "bench.step", "bench.sweep"],
+    ["bench.full_size", "bench.mse", "bench.step", "bench.sweep"],
     ["bench.__init__", "bench.__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

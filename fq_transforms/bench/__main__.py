@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 import fq_transforms as fqt
-from fq_transforms.bench import full_size, peers, report, step, sweep
+from fq_transforms.bench import full_size, mse, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, fits
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -37,13 +37,18 @@ from fq_transforms.ops.reference import (
 Row = dict[str, Any]
 
 HOST_PASSES = 3
-WHAT = "kernels against their floors and peers; training steps (needs Transformer Engine); a whole model's experts"
+WHAT = (
+    "kernels against their floors and peers; training steps (needs Transformer Engine); a whole model's experts; the "
+    "sweep over amax"
+)
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["kernels", "step", "full-size"], default="kernels", help=WHAT)
+    parser.add_argument(
+        "what", nargs="?", choices=["kernels", "step", "full-size", "mse"], default="kernels", help=WHAT
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
@@ -89,7 +94,7 @@ def main() -> None:
 
 
 def _write_page(what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any]) -> None:
-    """Measure steps or full size; print the page, and write it beside its JSON after each row."""
+    """Measure steps, full size or the mse sweep; print the page, and write it beside its JSON after each row."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{environment['date']}-{what}"
     rows: list[Row] = []
@@ -98,6 +103,7 @@ def _write_page(what: str, folder: Path, environment: dict[str, str], progress: 
         parts, page = {
             "step": ((step.layer_rows, step.model_rows), step.page),
             "full-size": ((full_size.rows,), full_size.page),
+            "mse": ((mse.rows,), mse.page),
         }[what]
         for part in parts:
             for row in part(progress):

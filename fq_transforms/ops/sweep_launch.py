@@ -49,7 +49,7 @@ def sweep_triton(
     plan = _sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search)
     shape, count = _shape(inputs.matrix, transposed), search.count
     device = inputs.base.device
-    ratios = torch.tensor((1.0, *search.ratios), dtype=torch.float32, device=device)
+    ratios = _ratios(search, device)
     amax = amax.contiguous()
     if format.has_blocks_along_in:
         result = torch.empty_like(amax)
@@ -60,6 +60,12 @@ def sweep_triton(
     sums = sums.view(*amax.shape, count)
     trials = ((amax * ratios[k], sums[..., k]) for k in range(1, count))
     return pick(amax, units_of(amax)[1], sums[..., 0], trials, format, shape)
+
+
+@cache
+def _ratios(search: Search, device: torch.device) -> Tensor:
+    """The ratios on the device, that of max first; copied once, since a copy waits for the host."""
+    return torch.tensor((1.0, *search.ratios), dtype=torch.float32, device=device)
 
 
 @cache
