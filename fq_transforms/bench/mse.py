@@ -145,8 +145,8 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
             f"# The sweep over amax, {environment['date']}",
             "",
             f"`python -m fq_transforms.bench mse`: {facts}. Each amax equalled the reference's bit for bit before it "
-            "was timed. Device time is the median of graph replays, bf16; with max: the pass for the largest magnitudes "
-            f"before it, too. The limit is {MOST:.0f} times the larger floor.",
+            "was timed. Device time is the median of graph replays, bf16; with max: the pass for the largest "
+            f"magnitudes before it, too. The limit is {MOST:.0f} times the larger floor.",
             "",
             "Bytes: each weight read once, the leaves read and written, at `copy_`'s bandwidth. Arithmetic: weights * "
             f"tried * instructions / (SMs * {LANES} * clock), {chip}; instructions of a weight and candidate: "
