@@ -31,8 +31,8 @@ def calibrate(
         batch: Not read: calibration of weights needs only the weights. It has its place in the signature so that a
             training loop calls every calibration alike, and folds them with `merge`.
         spec: What to calibrate.
-        method: How an amax is chosen, see `fq_transforms.methods`. `merge` is a maximum, so it folds states of `Max`;
-            the others choose for one set of weights.
+        method: How an amax is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they fold states
+            of `Max`; the others choose for the weights at hand, which must hold whole granules.
         statistics: For `Mse`: by group key, the mean square of each input channel, floats [E, in] or [in] on the device
             of the weights. Squared errors are weighted by them, the diagonal of the Hessian of the layer's output.
 

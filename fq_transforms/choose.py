@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Method, Mse, Percentile, check_format
 from fq_transforms.ops.search import percentile_amax, swept_amax
 from fq_transforms.ops.shards import Layout, local_tensors
-from fq_transforms.ops.sweep import Search
+from fq_transforms.ops.sweep import WINDOW_COLUMNS, Search
 from fq_transforms.select import Group, Spec, is_mapped, is_sharded
 from fq_transforms.state import is_concrete
 
-__all__ = ["check_method", "check_whole", "chosen_leaves", "importance_of", "progress"]
+__all__ = ["check_method", "check_whole", "chosen_leaves", "importance_of", "progress", "scale_search"]
 
 T = TypeVar("T")
 
@@ -126,11 +127,23 @@ def chosen_leaves(
     if isinstance(method, FourOverSix):
         search = FOUR
     elif group.format.scale == "e4m3":
-        search = Search("window" if importance is None else "scales")
+        search = scale_search(group.format, is_weighted=importance is not None)
     else:
         search = Search("ratios", method.ratios)
     chosen["amax"] = swept_amax(weights, amax, global_amax, importance, search=search, **options)
     return chosen
+
+
+def scale_search(format: Format, *, is_weighted: bool) -> Search:
+    """The sweep over scales of a two-level format: the window, where it is sure to have the best of all.
+
+    Example:
+        >>> from fq_transforms.formats import NVFP4_STATIC
+        >>> scale_search(NVFP4_STATIC, is_weighted=False)
+        Search(kind='window', ratios=())
+    """
+    is_sure = not is_weighted and (format.block[1] or 0) <= WINDOW_COLUMNS
+    return Search("window" if is_sure else "scales")
 
 
 def progress(items: Sequence[T], method: Method) -> Iterable[T]:

@@ -8,7 +8,8 @@ import torch
 from torch.func import grad, vmap
 
 import fq_transforms as fqt
-from fq_transforms.formats import FORMATS, Format
+from fq_transforms.choose import check_method, scale_search
+from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 from fq_transforms.state import BlockAmax, Stateless, flatten
 from tests.cases import CORE_FORMATS, STATIC_FORMATS, assert_names, experts, message_of, name_of
@@ -297,7 +298,21 @@ def test_weights_that_are_not_finite(format, method):
     assert_names(message, "experts.2.weight", "expert 2", "nan", "finite")
 
 
-def test_vmap_and_compile_are_refused():
+def test_wide_blocks_try_all_scales():
+    """The window is shown to have the best for blocks of 16 only: wider ones, and weighted errors, try all."""
+    wide = Format("NVFP4_WIDE", fqt.NVFP4.element, (1, 32), scale="e4m3")
+    assert scale_search(fqt.NVFP4_STATIC, is_weighted=False).kind == "window"
+    assert scale_search(fqt.NVFP4_STATIC, is_weighted=True).kind == "scales"
+    assert scale_search(wide, is_weighted=False).kind == "scales"
+    params = params_of(2)
+    spec = fqt.select(params, {"*": wide})
+    before, after = (
+        errors_of(params, fqt.calibrate(params, spec=spec, method=method), spec) for method in (Max(), Mse())
+    )
+    assert all(after[name] < before[name] for name in before)
+
+
+def test_vmap_and_compile_are_refused(monkeypatch):
     """Under vmap and torch.compile only Max is taken, and the message says so."""
     weight = experts(1, (4, 32))[0]
     spec = fqt.select({"w": weight}, {"*": fqt.FP8})
@@ -305,6 +320,9 @@ def test_vmap_and_compile_are_refused():
         ValueError, vmap(lambda w: fqt.calibrate({"w": w}, spec=spec, method=Mse())["w"].amax), weight[None]
     )
     assert_names(message, "Mse", "vmap", "Max")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_names(message_of(ValueError, check_method, Mse(), None, spec), "Mse", "torch.compile", "Max")
+    check_method(Max(), None, spec)
 
 
 def test_meta_parameters():
@@ -342,4 +360,3 @@ def test_inputs_are_not_written_and_states_stay_apart():
         assert isinstance(state["experts.*.weight"], Stateless) == format.is_stateless
         fqt.state.check(state, fqt.select(params, {"*": format}))
     assert [t._version for t in (*params.values(), *statistics.values())] == versions
-    assert FORMATS["FP8"] is fqt.FP8

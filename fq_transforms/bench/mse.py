@@ -19,6 +19,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench.cases import SHAPES, Shape
 from fq_transforms.bench.timing import device_us, floor_us
+from fq_transforms.choose import scale_search
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.methods import Mse
 from fq_transforms.ops.autograd import expert_amax
@@ -161,7 +162,7 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
 def _search(format: Format, importance: Tensor | None) -> Search:
     """What `Mse()` tries."""
     if format.scale == "e4m3":
-        return Search("window" if importance is None else "scales")
+        return scale_search(format, is_weighted=importance is not None)
     return Search("ratios", Mse().ratios)
 
 

@@ -6,7 +6,7 @@ What is tried of a granule, by a `Search`:
     "scales"    two-level formats: global_amax * (s / 448), for every E4M3 scale s, 126 of them
     "window"    the 24 of these around the scale of amax, among which the best of all is always found
 
-NOTE window: let s be the scale of a block's largest weight a, so 6 * s is within a sixteenth of a. A scale below s / 4
+NOTE window, for blocks of at most 16 weights: let s be the scale of a block's largest weight a, so 6 * s is within a sixteenth of a. A scale below s / 4
 clips a by more than 0.73 * a, which alone is more than all errors of 16 weights under s. A scale from 2 * s on has, up
 to a, no value that half of it has not. So the best is from 16 codes below that of s to 7 above, where E4M3's codes are
 8 to a binade; at its bottom they are coarser, and the window is the lowest 24. Weighted errors have no such bound.
@@ -45,10 +45,22 @@ from fq_transforms.ops.reference import (
     spread,
 )
 
-__all__ = ["MARGIN", "SCALES", "WINDOW", "Search", "chunk_of", "pick", "shift_of", "sweep_reference", "units_of"]
+__all__ = [
+    "MARGIN",
+    "SCALES",
+    "WINDOW",
+    "WINDOW_COLUMNS",
+    "Search",
+    "chunk_of",
+    "pick",
+    "shift_of",
+    "sweep_reference",
+    "units_of",
+]
 
 SCALES = 126  # positive finite values of E4M3, codes 1 to 126
 WINDOW = 24
+WINDOW_COLUMNS = 16  # the widest block of which it is shown that the window has the best
 BELOW = 16  # how many codes under that of max the window begins
 MARGIN = 16
 CHUNK = 16
