@@ -122,7 +122,7 @@ def chosen_leaves(
         weights = local_tensors(layout, weights)
     options: dict[str, Any] = {"format": group.format, "transposed": group.transposed}
     if isinstance(method, Percentile):
-        chosen["amax"] = percentile_amax(weights, amax, percentile=method.percentile, **options)
+        chosen["amax"] = percentile_amax(weights, amax, percentile=float(method.percentile), **options)
         return chosen
     if isinstance(method, FourOverSix):
         search = FOUR

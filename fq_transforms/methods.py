@@ -55,7 +55,7 @@ class Percentile:
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.percentile <= 100:  # False for NaN
+        if not _is_number(self.percentile) or not 0 < self.percentile <= 100:  # False for NaN
             raise ValueError(f"percentile: found {self.percentile!r}, wanted a number within (0, 100]")
 
 
@@ -97,7 +97,7 @@ class Mse:
     def __post_init__(self) -> None:
         for name in ("start", "stop", "step"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not _is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"Mse: found {name}={value!r}, wanted a finite number above 0")
         if self.start > self.stop:
             raise ValueError(f"Mse: found an empty sweep from {self.start} to {self.stop}, wanted start <= stop")
@@ -155,6 +155,10 @@ class FourOverSix:
 Method: TypeAlias = Max | Percentile | Mse | FourOverSix
 
 MAX = Max()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_format(method: Method, format: Format, key: str) -> None:

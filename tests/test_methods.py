@@ -8,7 +8,7 @@ import torch
 from torch.func import grad, vmap
 
 import fq_transforms as fqt
-from fq_transforms.choose import check_method, scale_search
+from fq_transforms.choose import check_method, importance_of, scale_search
 from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 from fq_transforms.state import BlockAmax, Stateless, flatten
@@ -202,6 +202,8 @@ BAD_NUMBERS = [
     (lambda: Percentile(-1.0), ("found -1.0", "(0, 100]")),
     (lambda: Percentile(100.1), ("found 100.1", "(0, 100]")),
     (lambda: Percentile(float("nan")), ("found nan", "(0, 100]")),
+    (lambda: Percentile("99"), ("found '99'", "(0, 100]")),
+    (lambda: Mse(step=None), ("step=None", "above 0")),
     (lambda: Mse(start=1.0, stop=0.5), ("empty sweep from 1.0 to 0.5", "start <= stop")),
     (lambda: Mse(step=0.0), ("step=0.0", "above 0")),
     (lambda: Mse(start=-0.5), ("start=-0.5", "above 0")),
@@ -241,7 +243,7 @@ def test_other_formats_that_a_method_cannot_use():
     unstored = Format("NVFP4_ODD", fqt.NVFP4.element, (1, 16), scale="e4m3", unit_scale_below=1e-5)
     message = message_of(ValueError, fqt.calibrate, params, spec=fqt.select(params, {"*": unstored}), method=Mse())
     assert_names(message, "NVFP4_ODD", "unit_scale_below=1e-05")
-    message = message_of(ValueError, fqt.calibrate, params, spec=fqt.select(params, {"*": fqt.FP8}), method="mse")
+    message = message_of(ValueError, fqt.transform, fqt.select(params, {"*": fqt.FP8}), method="mse")
     assert_names(message, "found 'mse'", "Mse()")
 
 
@@ -266,8 +268,10 @@ def test_bad_statistics(bad, error, fragments):
     params = params_of()
     spec = fqt.select(params, {"*": fqt.INT8})
     statistics = {"experts.*.weight": bad}
-    message = message_of(error, fqt.calibrate, params, spec=spec, method=Mse(), statistics=statistics)
+    message = message_of(error, importance_of, spec.groups[0], list(params.values()), statistics)
     assert_names(message, "experts.*.weight", *fragments)
+    if isinstance(bad, torch.Tensor):
+        assert message_of(error, fqt.calibrate, params, spec=spec, method=Mse(), statistics=statistics) == message
 
 
 def test_statistics_of_other_groups_or_methods():

@@ -6,10 +6,11 @@ What is tried of a granule, by a `Search`:
     "scales"    two-level formats: global_amax * (s / 448), for every E4M3 scale s, 126 of them
     "window"    the 24 of these around the scale of amax, among which the best of all is always found
 
-NOTE window, for blocks of at most 16 weights: let s be the scale of a block's largest weight a, so 6 * s is within a sixteenth of a. A scale below s / 4
-clips a by more than 0.73 * a, which alone is more than all errors of 16 weights under s. A scale from 2 * s on has, up
-to a, no value that half of it has not. So the best is from 16 codes below that of s to 7 above, where E4M3's codes are
-8 to a binade; at its bottom they are coarser, and the window is the lowest 24. Weighted errors have no such bound.
+NOTE window, for blocks of at most 16 weights: let s be the scale of a block's largest weight a, so 6 * s is within a
+sixteenth of a. A scale below s / 4 clips a by more than 0.73 * a, and the square of that is more than all 16 errors
+under s together. A scale from 2 * s on has, up to a, no value that half of it has not. So the best is from 16 codes
+below that of s to 7 above, where E4M3's codes are 8 to a binade; at its bottom they are coarser, and the window is the
+lowest 24. Weighted errors have no such bound.
 
 NOTE units: all is computed on weights divided by a power of two, so that the granule's amax (two-level: the expert's)
 is within [1, 2). That changes no significand, and no square overflows or vanishes.
