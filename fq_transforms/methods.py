@@ -72,8 +72,8 @@ class Mse:
     Errors are those of results in fp32; a bf16 or fp16 result is rounded once more.
     With `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square.
 
-    ModelOpt's defaults are (0.25, 4.0, 0.1), in which most ratios lie where nothing can be gained: above 1.5 every
-    format but a float's loses resolution, and below 0.3 what is clipped outweighs all else.
+    ModelOpt's defaults are (0.25, 4.0, 0.1); here ratios are twice as close, and few are above 1, where integers only
+    lose resolution. A granule of many weights with one far outlier may want a smaller `start`.
 
     Attributes:
         start: The smallest ratio, above 0.

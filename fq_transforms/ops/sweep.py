@@ -100,7 +100,7 @@ def sweep_reference(
         search: What is tried.
 
     Returns:
-        A new tensor like `amax`. Memory: at most ten fp32 copies of this one weight, however many are tried.
+        A new tensor like `amax`. Memory: at most twelve fp32 copies of this one weight, however many are tried.
 
     Source: ModelOpt 0.47 `MseCalibrator`, `NVFP4MSECalibrator`; the order of sums and the margin are this package's.
 
