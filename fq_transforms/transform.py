@@ -56,7 +56,7 @@ class Transform(NamedTuple):
 
     Attributes:
         init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
-        calibrate: `calibrate(params, batch, statistics=None) -> state`, by the method; see `fq_transforms.calibrate.calibrate`.
+        calibrate: `calibrate(params, batch, statistics=None) -> state`; see `fq_transforms.calibrate.calibrate`.
         fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
         pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
         unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
