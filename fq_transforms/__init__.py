@@ -1,6 +1,6 @@
 """Per-expert fake quantization of Mixture-of-Experts weights, as pure functions on torch.func."""
 
-from fq_transforms import checkpoint, export, formats, presets, state
+from fq_transforms import checkpoint, export, formats, methods, presets, state
 from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import (
@@ -65,6 +65,7 @@ __all__ = [
     "interleave",
     "layerwise",
     "merge",
+    "methods",
     "pack",
     "presets",
     "report",

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fq_transforms.choose import check_method, check_whole, chosen_leaves, importance_of, progress
+from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.select import Group, Spec, weights_of
@@ -14,14 +16,25 @@ from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
 __all__ = ["calibrate"]
 
 
-def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) -> State:
-    """The largest absolute value of each expert's weight, at the granularity of its format: amax = max(abs(w)).
+def calibrate(
+    params: Mapping[str, Tensor],
+    batch: Any = None,
+    *,
+    spec: Spec,
+    method: Method = MAX,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> State:
+    """An amax for each granule of each expert's weight, chosen by a method: by `Max`, amax = max(abs(w)).
 
     Args:
         params: Names to tensors; may hold more than the spec names.
-        batch: Not read: max calibration needs only the weights. It has its place in the signature so that a training
-            loop calls every calibration alike, and folds them with `merge`.
+        batch: Not read: calibration of weights needs only the weights. It has its place in the signature so that a
+            training loop calls every calibration alike, and folds them with `merge`.
         spec: What to calibrate.
+        method: How an amax is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they fold states
+            of `Max`; the others choose for the weights at hand, which must hold whole granules.
+        statistics: For `Mse`: by group key, the mean square of each input channel, floats [E, in] or [in] on the device
+            of the weights. Squared errors are weighted by them, the diagonal of the Hessian of the layer's output.
 
     Returns:
         A new state, detached from autograd, on the device of the weights. An expert of zeros has amax 0, which
@@ -29,13 +42,17 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
         a sharded axis takes one all-reduce(max), together with all others over the same dimension of the mesh.
 
     Raises:
-        KeyError: A parameter is missing.
-        ValueError: A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
+        KeyError: A parameter is missing; statistics lack a group.
+        ImportError: tqdm is not installed, and the method is not `Max`.
+        ValueError: A format has no amax that the method could choose; statistics are not as above, or all 0 for an
+            expert; a method other than `Max` meets vmap, torch.compile, or a DTensor whose shard cuts a granule. A
+            shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
             the parameter and expert are named. The values are read once, at the end, for all groups; under
             torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
             `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
 
-    Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`.
+    Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`; of the other methods in
+    `fq_transforms.methods`.
 
     Example:
         >>> from fq_transforms.formats import INT8
@@ -45,25 +62,33 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
         {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
     """
     del batch
+    check_method(method, statistics, spec)
     layouts: list[Layout | None] = []
+    held: list[list[Tensor]] = []
+    importances: list[Tensor | None] = []
     found: list[dict[str, Tensor]] = []
     for group in spec.groups:
         weights = [weight.detach() for weight in weights_of(params, group)]
         layouts.append(layout_of(group, weights))
+        check_whole(method, group, layouts[-1])
+        held.append(weights)
+        importances.append(importance_of(group, weights, statistics))
         found.append(_local_leaves(group, weights, layouts[-1]))
     _reduce(found, layouts)
 
     state: State = {}
     largest: list[tuple[Tensor, Group, Sequence[int]]] = []
-    for group, leaves, layout in zip(spec.groups, found, layouts, strict=True):
+    groups = list(zip(spec.groups, held, layouts, found, importances, strict=True))
+    for group, weights, layout, leaves, importance in progress(groups, method):
         experts = range(group.experts) if layout is None else layout.experts
         # A stateless format keeps no amax, but its weights are held to the same rule: finite.
         most = leaves.get("global_amax", leaves.get("amax"))
         if most is not None and is_concrete(most) and most.numel():
             largest.append((most if most.dim() == 1 else most.flatten(1).amax(1), group, experts))
+        chosen = chosen_leaves(method, group, weights, layout, leaves, importance)
         placed = (
             leaf if layout is None else sharded_tensors(layout, [leaf], field)[0]
-            for field, leaf in leaves.items()
+            for field, leaf in chosen.items()
             if field in group.leaf_shapes
         )
         state[group.key] = group_state(group.format, *placed)

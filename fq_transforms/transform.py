@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import calibrate
+from fq_transforms.choose import check_method
 from fq_transforms.fakequant import check_options, fakequant
+from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.select import Spec
@@ -24,9 +26,11 @@ class Init(Protocol):
 
 
 class Calibrate(Protocol):
-    """`calibrate(params, batch) -> state`."""
+    """`calibrate(params, batch, statistics=None) -> state`."""
 
-    def __call__(self, params: Mapping[str, Tensor], batch: Any = None) -> State: ...
+    def __call__(
+        self, params: Mapping[str, Tensor], batch: Any = None, *, statistics: Mapping[str, Tensor] | None = None
+    ) -> State: ...
 
 
 class Fakequant(Protocol):
@@ -52,7 +56,7 @@ class Transform(NamedTuple):
 
     Attributes:
         init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
-        calibrate: `calibrate(params, batch) -> state`; see `fq_transforms.calibrate.calibrate`.
+        calibrate: `calibrate(params, batch, statistics=None) -> state`; see `fq_transforms.calibrate.calibrate`.
         fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
         pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
         unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
@@ -75,6 +79,7 @@ def transform(
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
     separate: bool = False,
+    method: Method = MAX,
 ) -> Transform:
     """The functions that quantize by a spec.
 
@@ -83,9 +88,11 @@ def transform(
         out_dtype: dtype of the fake-quantized weights; their own if None.
         backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
         separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
+        method: How `calibrate` chooses an amax; see `fq_transforms.methods`.
 
     Raises:
-        ValueError: `spec` is no Spec, or an option is not one of its choices.
+        ValueError: `spec` is no Spec, an option is not one of its choices, or a format has no amax that the method
+            could choose.
 
     Example:
         >>> import fq_transforms as fqt
@@ -100,9 +107,10 @@ def transform(
     if not isinstance(spec, Spec):  # pyright: ignore[reportUnnecessaryIsInstance] (rules are passed by mistake)
         raise ValueError(f"spec: found {type(spec).__name__}, wanted a Spec; call transform(select(params, rules))")
     check_options(out_dtype, backward)
+    check_method(method, None, spec)
     return Transform(
         init=partial(init, spec=spec),
-        calibrate=partial(calibrate, spec=spec),
+        calibrate=partial(calibrate, spec=spec, method=method),
         fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate),
         pack=partial(pack, spec=spec),
         unpack=partial(unpack, spec=spec),

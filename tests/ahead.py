@@ -15,7 +15,9 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops import kernels, launch, pack_kernel, report_kernel
+from fq_transforms.methods import Mse
+from fq_transforms.ops import kernels, launch, pack_kernel, report_kernel, sweep_kernel, sweep_launch
+from fq_transforms.ops.sweep import Search
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
@@ -40,16 +42,48 @@ MOST_INSTRUCTIONS = {
     "NVFP4_STATIC": 31,
 }
 
+# The most instructions a weight and candidate of the sweep, in the loop over candidates; `fq_transforms.bench.mse` has
+# the least that the formulas need.
+MOST_SWEEP_INSTRUCTIONS = {"INT": 12.7, "FP8": 11.9, "NVFP4": 13.9}
+SEARCHES = [Search("ratios", Mse().ratios), Search("window"), Search("scales")]
 
-def instructions_of(compiled):
-    """The names of a kernel's machine instructions, padding aside."""
+
+def listing_of(compiled):
+    """A kernel's machine instructions as (address, name, operands), padding aside."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
-    return [name for name in names if name != "NOP"]
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
+    return [(int(address, 16), name, operands) for address, name, operands in found if name != "NOP"]
+
+
+def instructions_of(compiled):
+    """The names of a kernel's machine instructions, padding aside."""
+    return [name for _, name, _ in listing_of(compiled)]
+
+
+def check_sweep(format, plan, compiled):
+    """Weights are loaded once, before a loop over candidates that exchanges none, and has few instructions a weight."""
+    listing = listing_of(compiled)
+    jumps = [
+        (int(target.group(1), 16), address)
+        for address, name, operands in listing
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands)) and int(target.group(1), 16) < address
+    ]
+    (loop,) = jumps
+    body = [name for address, name, _ in listing if loop[0] <= address <= loop[1]]
+    weights = plan.constants["CHUNK"] * plan.constants["TILE"] / (32 * plan.warps)
+    found = len(body) / weights
+    most = next(most for name, most in MOST_SWEEP_INSTRUCTIONS.items() if format.name.startswith(name))
+    assert found <= most, f"{format.name}: {found:.2f} instructions a weight and candidate"
+    exchanges = [name for name in body if name.startswith(("LDS", "STS", "SHFL", "BAR", "LDL", "STL"))]
+    assert not exchanges, f"{format.name}: {exchanges}"
+    loads = [name for name in body if name.startswith("LDG")]
+    assert len(loads) <= 1, f"{format.name}: {loads}"  # the candidate's ratio
+    before = [name for address, name, _ in listing if address < loop[0]]
+    assert before.count("LDG.E.128") == weights / 8, f"{format.name}: {before.count('LDG.E.128')} wide loads"
 
 
 def check_packing(format, plan, compiled):
@@ -81,6 +115,20 @@ def compile_ahead(kernel, plan, dtypes):
                 attributes[(number,)] = [["tt.divisibility", 16]]
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
+
+
+def compile_sweeps(format, transposed, amax):
+    """Every sweep that a format can have; how many."""
+    operands = amax | {"ratios_ptr": "fp32", "result_ptr": "fp32" if format.has_blocks_along_in else "i64"}
+    searches = SEARCHES if format.scale == "e4m3" else SEARCHES[:1]
+    for search in searches:
+        for dtype, size, importance in (("bf16", 2, None), ("fp32", 4, "fp32")):
+            plan = sweep_launch._sweep_plan(format, SHAPE, transposed, size, search)
+            operands |= {"weight_base": dtype, "importance_ptr": importance}
+            swept = compile_ahead(sweep_kernel.sweep_kernel, plan, operands)
+            if dtype == "bf16" and not transposed:
+                check_sweep(format, plan, swept)
+    return 2 * len(searches)
 
 
 def main():
@@ -115,6 +163,7 @@ def main():
                 compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
                 compiled += 1
             if format.clips:
+                compiled += compile_sweeps(format, transposed, amax)
                 plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
                 compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
                 compiled += 1

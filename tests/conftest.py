@@ -15,7 +15,17 @@ from tests.ranks import ranks  # noqa: F401 (a fixture)
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one
 
 # Not ops.kernels and ops.launch: Triton reads the source of its functions, and PyTorch the signatures of its operators.
-CHECKED = ("select", "state", "calibrate", "fakequant", "ops.reference", "ops.autograd")
+CHECKED = (
+    "select",
+    "state",
+    "calibrate",
+    "fakequant",
+    "ops.reference",
+    "ops.autograd",
+    "ops.search",
+    "ops.sweep",
+    "ops.percentile",
+)
 
 
 def pytest_addoption(parser):

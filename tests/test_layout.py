@@ -12,16 +12,19 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
     ["formats"],
+    ["methods"],
     ["sharding", "slots"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
-    ["ops.packing", "ops.reporting"],
+    ["ops.packing", "ops.percentile", "ops.reporting", "ops.sweep"],
     ["ops.kernels"],
-    ["ops.pack_kernel", "ops.report_kernel"],
+    ["ops.pack_kernel", "ops.report_kernel", "ops.sweep_kernel"],
     ["ops.launch"],
-    ["ops.autograd"],
+    ["ops.sweep_launch"],
+    ["ops.autograd", "ops.search"],
+    ["choose"],
     ["calibrate", "fakequant", "lend", "main_grad", "pack", "report_plot", "sync"],
     ["report"],
     ["layerwise", "transform"],
@@ -41,12 +44,12 @@ LAYERS = [
     ["integrations.__init__", "integrations.te"],
     ["integrations.megatron"],
     ["bench.timing", "bench.cases", "bench.report", "bench.peers", "bench.models"],
-    ["bench.full_size", "bench.packing", "bench.step", "bench.sweep"],
+    ["bench.full_size", "bench.mse", "bench.packing", "bench.step", "bench.sweep"],
     ["bench.__init__", "bench.__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "ops.pack_kernel", "ops.report_kernel", "bench.__main__"},
+    "triton": {"ops.kernels", "ops.pack_kernel", "ops.report_kernel", "ops.sweep_kernel", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 import fq_transforms as fqt
-from fq_transforms.bench import full_size, packing, peers, report, step, sweep
+from fq_transforms.bench import full_size, mse, packing, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -37,8 +37,11 @@ from fq_transforms.ops.reference import (
 Row = dict[str, Any]
 
 HOST_PASSES = 3
-PARTS = ["kernels", "pack", "step", "full-size"]
-WHAT = "kernels against their floors and peers; packing alone; training steps (needs Transformer Engine); a whole model"
+PARTS = ["kernels", "pack", "mse", "step", "full-size"]
+WHAT = (
+    "kernels against their floors and peers; packing alone; the sweep over amax; training steps (needs Transformer "
+    "Engine); a whole model"
+)
 
 
 def main() -> None:
@@ -92,7 +95,7 @@ def main() -> None:
 def _write_page(
     what: str, folder: Path, environment: dict[str, str], progress: Callable[..., Any], *, peers: bool
 ) -> None:
-    """Measure packing, steps or full size; print the page, and write it beside its JSON after each row."""
+    """Measure one of the other parts; print the page, and write it beside its JSON after each row."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{environment['date']}-{what}"
     rows: list[Row] = []
@@ -102,6 +105,7 @@ def _write_page(
             "pack": ((packing.rows,), packing.page),
             "step": ((partial(step.layer_rows, peers=peers), partial(step.model_rows, peers=peers)), step.page),
             "full-size": ((full_size.rows,), full_size.page),
+            "mse": ((mse.rows,), mse.page),
         }[what]
         for part in parts:
             for row in part(progress):

@@ -1,0 +1,162 @@
+"""A method, the weights of a group and their largest magnitudes to the amax leaves of its state."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fq_transforms.formats import Format
+from fq_transforms.methods import FourOverSix, Max, Method, Mse, Percentile, check_format
+from fq_transforms.ops.search import percentile_amax, swept_amax
+from fq_transforms.ops.shards import Layout, local_tensors
+from fq_transforms.ops.sweep import WINDOW_COLUMNS, Search
+from fq_transforms.select import Group, Spec, is_mapped, is_sharded
+from fq_transforms.state import is_concrete
+
+__all__ = ["check_method", "check_whole", "chosen_leaves", "importance_of", "progress", "scale_search"]
+
+T = TypeVar("T")
+
+FOUR = Search("ratios", (1.5,))  # of an amax that becomes 6, the one that becomes 4
+
+
+def check_method(method: Any, statistics: Mapping[str, Tensor] | None, spec: Spec) -> None:
+    """Raise unless a method fits every format of a spec, and statistics the method and the groups' keys.
+
+    Raises:
+        KeyError: Statistics lack a group.
+        ValueError: `method` is none, or a format has nothing that it could choose; statistics are given to a method
+            that does not weigh errors, or of an unknown group; torch.compile traces anything but `Max`.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"method: found {method!r}, wanted Max(), Percentile(p), Mse() or FourOverSix()")
+    name = type(method).__name__
+    for group in spec.groups:
+        check_format(method, group.format, group.key)
+    if not isinstance(method, Max) and torch.compiler.is_compiling():
+        raise ValueError(f"method {name}: found torch.compile, wanted Max there; calibrate before you compile")
+    if statistics is None:
+        return
+    if not isinstance(method, Mse):
+        raise ValueError(f"statistics: found some for {name}, wanted none, or method Mse, which weighs errors by them")
+    keys = {group.key for group in spec.groups}
+    if missing := sorted(keys - statistics.keys()):
+        raise KeyError(f"statistics: found none of group {missing[0]!r}, {len(missing)} of {len(keys)} missing")
+    if unknown := sorted(statistics.keys() - keys):
+        raise ValueError(f"statistics: found unknown groups {unknown[:4]}, wanted the spec's, such as {min(keys)!r}")
+
+
+def check_whole(method: Method, group: Group, layout: Layout | None) -> None:
+    """Raise ValueError if a rank holds only a part of a granule: sums over ranks are not made. On all ranks alike."""
+    if layout is None or isinstance(method, Max):
+        return
+    cut = [dim for dim in layout.leaves["amax"].reduced if layout.mesh.size(dim) > 1]
+    if cut:
+        raise ValueError(
+            f"method {type(method).__name__}: found group {group.key!r} sharded over mesh dimension {cut[0]} within "
+            f"the granules of {group.format.name}, wanted whole ones on each rank; use Max, or shard the experts"
+        )
+
+
+def importance_of(group: Group, weights: Sequence[Tensor], statistics: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Statistics of a group as fp32 [E, in], on the device of its weights.
+
+    Raises:
+        ValueError: They are no floats [E, in] or [in] on the device of the weights, are negative or not finite, or all
+            zero for an expert; the weights are DTensors.
+    """
+    if statistics is None:
+        return None
+    found: Any = statistics[group.key]
+    what, wanted = f"statistics {group.key!r}", ((group.experts, group.shape[1]), (group.shape[1],))
+    if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) not in wanted:
+        is_tensor = isinstance(found, Tensor)
+        text = f"{tuple(found.shape)} {found.dtype}" if is_tensor else type(found).__name__
+        raise ValueError(f"{what}: found {text}, wanted floats {wanted[0]} or {wanted[1]}: mean squares of the inputs")
+    if is_sharded(weights[0]) or is_sharded(found):
+        raise ValueError(
+            f"{what}: found DTensors, wanted plain weights and statistics; or calibrate without statistics"
+        )
+    if found.device != weights[0].device:
+        raise ValueError(f"{what}: found on {found.device}, wanted on {weights[0].device} as the weights")
+    importance = found.detach().float().expand(wanted[0])
+    if is_concrete(importance):
+        usable = ((importance >= 0) & (importance < torch.inf)).all(-1) & (importance > 0).any(-1)
+        if not bool(usable.all()):
+            expert = int(usable.logical_not().nonzero()[0])
+            row = importance[expert]
+            raise ValueError(
+                f"{what}: found values from {row.min().item()} to {row.max().item()} for expert {expert}, "
+                f"{group.expert_name(expert)!r}, wanted finite ones, at least 0 and not all 0; give an expert without "
+                "tokens ones, or the mean of its peers"
+            )
+    return importance
+
+
+def chosen_leaves(
+    method: Method,
+    group: Group,
+    weights: Sequence[Tensor],
+    layout: Layout | None,
+    leaves: dict[str, Tensor],
+    importance: Tensor | None,
+) -> dict[str, Tensor]:
+    """The leaves of a group by field, from those of max on this rank, which are left as they are.
+
+    Raises:
+        ValueError: The weights are mapped by vmap.
+    """
+    if isinstance(method, Max):
+        return leaves
+    if any(map(is_mapped, weights)):
+        raise ValueError(f"method {type(method).__name__}: found weights under torch.func.vmap, wanted Max there")
+    amax, global_amax = leaves["amax"], leaves.get("global_amax")
+    chosen = dict(leaves)
+    if isinstance(method, FourOverSix) and method.e4m3_max != 448:
+        assert global_amax is not None
+        chosen["global_amax"] = global_amax = global_amax * (448 / method.e4m3_max)
+    if layout is not None:
+        if layout.is_empty:
+            return chosen
+        weights = local_tensors(layout, weights)
+    options: dict[str, Any] = {"format": group.format, "transposed": group.transposed}
+    if isinstance(method, Percentile):
+        chosen["amax"] = percentile_amax(weights, amax, percentile=float(method.percentile), **options)
+        return chosen
+    if isinstance(method, FourOverSix):
+        search = FOUR
+    elif group.format.scale == "e4m3":
+        search = scale_search(group.format, is_weighted=importance is not None)
+    else:
+        search = Search("ratios", method.ratios)
+    chosen["amax"] = swept_amax(weights, amax, global_amax, importance, search=search, **options)
+    return chosen
+
+
+def scale_search(format: Format, *, is_weighted: bool) -> Search:
+    """The sweep over scales of a two-level format: the window, where it is sure to have the best of all.
+
+    Example:
+        >>> from fq_transforms.formats import NVFP4_STATIC
+        >>> scale_search(NVFP4_STATIC, is_weighted=False)
+        Search(kind='window', ratios=())
+    """
+    is_sure = not is_weighted and (format.block[1] or 0) <= WINDOW_COLUMNS
+    return Search("window" if is_sure else "scales")
+
+
+def progress(items: Sequence[T], method: Method) -> Iterable[T]:
+    """The same items; if the method is not `Max`, with a bar on standard error once a second has passed.
+
+    Raises:
+        ImportError: tqdm is not installed, and the method is not `Max`.
+    """
+    if isinstance(method, Max):
+        return items
+    name = type(method).__name__
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(f"method {name} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
+    return tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)
