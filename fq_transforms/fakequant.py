@@ -1,12 +1,16 @@
 """Fake quantization: parameters and state to parameters, as a pure function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.ops.shards import layout_of, sharded_tensors
+from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
+from fq_transforms.ops.stochastic import fake_quantize_stochastic
+from fq_transforms.rounding import Stochastic, Stream, check_rounding, group_number
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
 
@@ -21,6 +25,7 @@ def fakequant(
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
     separate: bool = False,
+    rounding: Stochastic | None = None,
 ) -> dict[str, Tensor]:
     """The parameters with each selected weight quantized and dequantized by its own expert's scales.
 
@@ -36,6 +41,8 @@ def fakequant(
             every gradient, also where a stale NVFP4 amax saturates a weight.
         separate: On a GPU the new tensors of a group are views of one allocation, the fastest to make, of which one
             that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
+        rounding: To the nearest if None, else `Stochastic(seed)`: up or down by chance, in every format, equal bit for
+            bit on CPU and GPU. The gradient does not see it.
 
     Returns:
         A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
@@ -61,12 +68,20 @@ def fakequant(
         tensor([[ 0.9971, -2.0100]])
     """
     check_options(out_dtype, backward)
+    if rounding is not None:
+        check_rounding(rounding)
     check(state, spec, values=is_read)
 
     quantized = dict(params)
     for group in spec.groups:
         outs = quantize_group(
-            params, group, state[group.key], out_dtype=out_dtype, backward=backward, separate=separate
+            params,
+            group,
+            state[group.key],
+            out_dtype=out_dtype,
+            backward=backward,
+            separate=separate,
+            rounding=rounding,
         )
         quantized.update(zip(group.names, outs, strict=True))
     return quantized
@@ -80,6 +95,7 @@ def quantize_group(
     out_dtype: torch.dtype | None,
     backward: Backward,
     separate: bool = False,
+    rounding: Stochastic | None = None,
 ) -> tuple[Tensor, ...]:
     """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
     weights = weights_of(params, group)
@@ -90,22 +106,52 @@ def quantize_group(
                 "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
             )
     layout = layout_of(group, weights)
+    stream = None if rounding is None else _stream(rounding, group, layout, weights)
     if layout is not None or any(map(is_sharded, scales)):
         weights, scales = local_group(group, layout, weights, scales)
+    amax = None if isinstance(scales, Stateless) else scales.amax
+    global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
+    options: dict[str, Any] = {
+        "format": group.format,
+        "transposed": group.transposed,
+        "out_dtype": out_dtype,
+        "backward": backward,
+        "separate": separate,
+    }
     if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
+    elif rounding is not None and stream is not None:
+        seed = _seed(rounding.seed, weights[0].device)
+        outs = fake_quantize_stochastic(weights, amax, global_amax, seed, stream=stream, **options)
     else:
-        outs = fake_quantize(
-            weights,
-            None if isinstance(scales, Stateless) else scales.amax,
-            scales.global_amax if isinstance(scales, BlockAmax) else None,
-            format=group.format,
-            transposed=group.transposed,
-            out_dtype=out_dtype,
-            backward=backward,
-            separate=separate,
-        )
+        outs = fake_quantize(weights, amax, global_amax, **options)
     return outs if layout is None else sharded_tensors(layout, outs)
+
+
+def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait for it
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if seed.device != device:
+        raise ValueError(f"seed: found on {seed.device}, wanted on {device} as the weights; move it, or pass an int")
+    return seed
+
+
+def _stream(rounding: Stochastic, group: Group, layout: Layout | None, weights: Sequence[Tensor]) -> Stream:
+    """Which random bits this rank's weights of a group draw: a dense weight is the same one on every rank."""
+    is_dense = not group.stacked and "*" not in group.key
+    stream = Stream(group_number(group.key), 0 if is_dense else rounding.first_expert)
+    if layout is None or layout.is_empty:
+        return stream
+    shape = layout.weights.local_shape
+    first, last = (position(weights[0], index) for index in ([0] * len(shape), [size - 1 for size in shape]))
+    if [b - a + 1 for a, b in zip(first, last, strict=True)] != list(shape):
+        raise ValueError(
+            f"parameter {group.names[0]!r}: found a shard of {list(shape)} from {first} to {last}, wanted one without "
+            "gaps for stochastic rounding"
+        )
+    row, column = reversed(first[-2:]) if group.transposed else first[-2:]
+    expert = first[0] if group.stacked else 0
+    return replace(stream, first_expert=stream.first_expert + expert, row=row, column=column)
 
 
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:

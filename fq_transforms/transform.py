@@ -11,6 +11,7 @@ from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import check_options, fakequant
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
+from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Spec
 from fq_transforms.state import State, init
 
@@ -30,9 +31,11 @@ class Calibrate(Protocol):
 
 
 class Fakequant(Protocol):
-    """`fakequant(params, state) -> params`."""
+    """`fakequant(params, state, rounding=None) -> params`."""
 
-    def __call__(self, params: Mapping[str, Tensor], state: State) -> dict[str, Tensor]: ...
+    def __call__(
+        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
+    ) -> dict[str, Tensor]: ...
 
 
 class Pack(Protocol):

@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops import kernels, launch, pack_kernel
+from fq_transforms.ops import kernels, launch, pack_kernel, stochastic_kernel, stochastic_launch
+from fq_transforms.rounding import Stream
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
@@ -96,6 +97,12 @@ def main():
             scale = {"scale_ptr": SCALE_DTYPES[format.scale]}
             plan = launch._forward_plan(format, SHAPE, transposed, None)
             compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
+            for seeds in (False, True):
+                stream = Stream(1, column=2 * seeds)
+                tile = stochastic_launch.STOCHASTIC
+                plan = stochastic_launch._stochastic_plan(format, SHAPE, transposed, stream, seeds, tile)
+                compile_ahead(stochastic_kernel.stochastic_kernel, plan, weights | amax | {"seed_ptr": "i64"})
+                compiled += 1
             for dtype, size in (("bf16", 2), ("fp32", 4)):
                 plan = launch._pack_plan(format, SHAPE, transposed, size)
                 operands = amax | codes | scale | {"weight_base": dtype}

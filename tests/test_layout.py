@@ -11,17 +11,19 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
-    ["formats"],
+    ["formats", "rounding"],
     ["sharding", "slots"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
-    ["ops.packing"],
+    ["ops.packing", "ops.stochastic_reference"],
     ["ops.kernels"],
-    ["ops.pack_kernel"],
+    ["ops.pack_kernel", "ops.stochastic_kernel"],
     ["ops.launch"],
+    ["ops.stochastic_launch"],
     ["ops.autograd"],
+    ["ops.stochastic"],
     ["calibrate", "fakequant", "lend", "main_grad", "pack", "sync"],
     ["layerwise", "transform"],
     ["value_and_grad"],
@@ -45,7 +47,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "ops.pack_kernel", "bench.__main__"},
+    "triton": {"ops.kernels", "ops.pack_kernel", "ops.stochastic_kernel", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
