@@ -38,7 +38,7 @@ class Stochastic(NamedTuple):
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
         >>> state = fq.calibrate(params)
         >>> nearest = fq.fakequant(params, state)["weight"]
-        >>> by_chance = fq.fakequant(params, state, rounding=Stochastic(seed=0))["weight"]
+        >>> by_chance = fq.fakequant(params, state, rounding=fqt.Stochastic(seed=0))["weight"]
         >>> nearest[0, 1:].mean(), by_chance[0, :6], by_chance[0, 1:].mean()
         (tensor(0.), tensor([127.,   1.,   0.,   1.,   0.,   1.]), tensor(0.3025))
     """
