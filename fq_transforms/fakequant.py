@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.ops.autograd import Backward, fake_quantize
+from fq_transforms.ops.lsq import fake_quantize_lsq
 from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
 from fq_transforms.ops.stochastic import fake_quantize_stochastic
-from fq_transforms.rounding import Stochastic, Stream, check_rounding, group_number
+from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
 
@@ -38,7 +39,9 @@ def fakequant(
         out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
             bf16 is one pass. The other parameters keep their dtype.
         backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
-            every gradient, also where a stale NVFP4 amax saturates a weight.
+            every gradient, also where a stale NVFP4 amax saturates a weight. "lsq": that of "clip", and a gradient to the
+            state, so that scales are learned: give the state as a primal of `torch.func.grad` or vjp, or leaves with
+            `requires_grad`. See NOTE learned scales.
         separate: On a GPU the new tensors of a group are views of one allocation, the fastest to make, of which one
             that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
         rounding: To the nearest if None, else `Stochastic(seed)`: up or down by chance, in every format, equal bit for
@@ -52,11 +55,20 @@ def fakequant(
     Raises:
         KeyError: A parameter or a group of the state is missing.
         ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block, its state is not placed
-            as it is, or it is mapped by vmap or compiled; on the CPU, an amax is NaN, infinite or negative. On a
+            as it is, or it is mapped by vmap or compiled; "lsq" with `rounding`, without a format that has a state, or
+            with DTensors that cut what one scale covers; a seed is none, or on another device; on the CPU, an amax is NaN, infinite or negative. On a
             GPU the values are not read, since that would wait for the device: there such an amax makes the weights
             that it scales NaN, and `state.check` says which it was.
 
-    Source: ModelOpt 0.47 `TensorQuantizer` with `pass_through_bwd` True (default) or False.
+    NOTE learned scales: d fakequant(w) / d amax = (q - v) / qmax within the range, v the weight in steps and q what it
+    is rounded to, and +-1 beyond it, as Learned Step Size Quantization has it; for NVFP4 at both of its levels
+    (`fq_transforms.ops.lsq_reference`). It is not divided by sqrt(N * qmax), N the weights of a granule, as that paper
+    proposes: multiply the gradients so, or choose the learning rate. An amax must stay positive: learn its logarithm,
+    or clamp it after a step. MX formats have no state, so nothing is learned there. Where ranks hold parts of what one
+    scale covers, as under tensor parallelism, each has its part of the gradient: add them up; DTensors placed so are
+    refused.
+
+    Source: ModelOpt 0.47 `TensorQuantizer` with `pass_through_bwd` True (default) or False; Esser et al. 2020.
 
     Example:
         >>> from fq_transforms.calibrate import calibrate
@@ -70,6 +82,8 @@ def fakequant(
     check_options(out_dtype, backward)
     if rounding is not None:
         check_rounding(rounding)
+    if backward == "lsq":
+        _check_lsq(spec, rounding)
     check(state, spec, values=is_read)
 
     quantized = dict(params)
@@ -111,18 +125,24 @@ def quantize_group(
         weights, scales = local_group(group, layout, weights, scales)
     amax = None if isinstance(scales, Stateless) else scales.amax
     global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
+    is_learned = backward == "lsq" and amax is not None
+    if is_learned and layout is not None:
+        _check_whole_granules(group, layout)
     options: dict[str, Any] = {
         "format": group.format,
         "transposed": group.transposed,
         "out_dtype": out_dtype,
-        "backward": backward,
         "separate": separate,
     }
+    if not is_learned:
+        options["backward"] = "pass_through" if backward == "lsq" else backward
     if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
     elif rounding is not None and stream is not None:
         seed = _seed(rounding.seed, weights[0].device)
         outs = fake_quantize_stochastic(weights, amax, global_amax, seed, stream=stream, **options)
+    elif is_learned and amax is not None:
+        outs = fake_quantize_lsq(weights, amax, global_amax, **options)
     else:
         outs = fake_quantize(weights, amax, global_amax, **options)
     return outs if layout is None else sharded_tensors(layout, outs)
@@ -138,8 +158,8 @@ def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
 
 def _stream(rounding: Stochastic, group: Group, layout: Layout | None, weights: Sequence[Tensor]) -> Stream:
     """Which random bits this rank's weights of a group draw: a dense weight is the same one on every rank."""
-    is_dense = not group.stacked and "*" not in group.key
-    stream = Stream(group_number(group.key), 0 if is_dense else rounding.first_expert)
+    is_dense = not group.stacked and group.names == (group.key,)
+    stream = Stream(group.number, 0 if is_dense else rounding.first_expert)
     if layout is None or layout.is_empty:
         return stream
     shape = layout.weights.local_shape
@@ -154,9 +174,29 @@ def _stream(rounding: Stochastic, group: Group, layout: Layout | None, weights: 
     return replace(stream, first_expert=stream.first_expert + expert, row=row, column=column)
 
 
+def _check_lsq(spec: Spec, rounding: Stochastic | None) -> None:
+    if rounding is not None:
+        raise ValueError(f"rounding: found {rounding} with backward='lsq', wanted None, or backward='clip'")
+    if all(group.format.is_stateless for group in spec.groups):
+        names = sorted({group.format.name for group in spec.groups})
+        raise ValueError(f"backward 'lsq': found {', '.join(names)} only, wanted a format with a state to learn")
+
+
+def _check_whole_granules(group: Group, layout: Layout) -> None:
+    """Raise ValueError where ranks hold parts of what one scale covers: its gradient would be a sum over them."""
+    for field, leaf in layout.leaves.items():
+        cut = [dim for dim in leaf.reduced if layout.mesh.size(dim) > 1]
+        if cut:
+            raise ValueError(
+                f"state '{group.key}.{field}': found weights sharded by {layout.weights.placements} with "
+                f"backward='lsq', wanted whole granules on each rank: dimension {cut[0]} of the mesh cuts what one "
+                "scale covers; shard experts, or choose a format of smaller granules"
+            )
+
+
 def check_options(out_dtype: torch.dtype | None, backward: str) -> None:
     """Raise ValueError unless both are what `fakequant` takes."""
     if out_dtype is not None and out_dtype not in DTYPES:
         raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
-    if backward not in ("pass_through", "clip"):
-        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through' or 'clip'")
+    if backward not in ("pass_through", "clip", "lsq"):
+        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through', 'clip' or 'lsq'")

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-__all__ = ["Stochastic", "Stream", "check_rounding", "group_number"]
+__all__ = ["Stochastic", "Stream", "check_rounding"]
 
 
 class Stochastic(NamedTuple):
@@ -71,11 +70,6 @@ class Stream:
     def numbers(self) -> tuple[int, ...]:
         """All of them, in the order of a kernel's arguments."""
         return self.group, self.first_expert, self.row, self.column, self.experts, self.copies
-
-
-def group_number(key: str) -> int:
-    """31 bits of a group's name; two names that share them round alike, which biases neither."""
-    return crc32(key.encode()) & 0x7FFFFFFF
 
 
 def check_rounding(rounding: Any) -> None:

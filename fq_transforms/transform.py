@@ -60,7 +60,7 @@ class Transform(NamedTuple):
         pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
         unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
         spec: What is quantized, and how.
-        backward: The rule of the gradient, "pass_through" or "clip".
+        backward: The rule of the gradient: "pass_through", "clip" or "lsq".
     """
 
     init: Init
@@ -84,7 +84,7 @@ def transform(
     Args:
         spec: From `select`.
         out_dtype: dtype of the fake-quantized weights; their own if None.
-        backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
+        backward: "pass_through", "clip" or "lsq"; see `fq_transforms.fakequant.fakequant`.
         separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
 
     Raises:

@@ -17,13 +17,13 @@ LAYERS = [
     ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
-    ["ops.packing", "ops.stochastic_reference"],
+    ["ops.packing", "ops.stochastic_reference", "ops.lsq_reference"],
     ["ops.kernels"],
-    ["ops.pack_kernel", "ops.stochastic_kernel"],
+    ["ops.pack_kernel", "ops.stochastic_kernel", "ops.lsq_kernel"],
     ["ops.launch"],
-    ["ops.stochastic_launch"],
+    ["ops.lsq_launch", "ops.stochastic_launch"],
     ["ops.autograd"],
-    ["ops.stochastic"],
+    ["ops.lsq", "ops.stochastic"],
     ["calibrate", "fakequant", "lend", "main_grad", "pack", "sync"],
     ["layerwise", "transform"],
     ["value_and_grad"],
@@ -47,7 +47,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "ops.pack_kernel", "ops.stochastic_kernel", "bench.__main__"},
+    "triton": {"ops.kernels", "ops.pack_kernel", "ops.stochastic_kernel", "ops.lsq_kernel", "bench.__main__"},
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},
