@@ -39,9 +39,9 @@ def fakequant(
         out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
             bf16 is one pass. The other parameters keep their dtype.
         backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
-            every gradient, also where a stale NVFP4 amax saturates a weight. "lsq": that of "clip", and a gradient to the
-            state, so that scales are learned: give the state as a primal of `torch.func.grad` or vjp, or leaves with
-            `requires_grad`. See NOTE learned scales.
+            every gradient, also where a stale NVFP4 amax saturates a weight. "lsq": that of "clip", and a gradient to
+            the state, so that scales are learned: give the state as a primal of `torch.func.grad` or vjp, or leaves
+            with `requires_grad`. See NOTE learned scales.
         separate: On a GPU the new tensors of a group are views of one allocation, the fastest to make, of which one
             that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
         rounding: To the nearest if None, else `Stochastic(seed)`: up or down by chance, in every format, equal bit for
@@ -56,9 +56,9 @@ def fakequant(
         KeyError: A parameter or a group of the state is missing.
         ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block, its state is not placed
             as it is, or it is mapped by vmap or compiled; "lsq" with `rounding`, without a format that has a state, or
-            with DTensors that cut what one scale covers; a seed is none, or on another device; on the CPU, an amax is NaN, infinite or negative. On a
-            GPU the values are not read, since that would wait for the device: there such an amax makes the weights
-            that it scales NaN, and `state.check` says which it was.
+            with DTensors that cut what one scale covers; a seed is none, or on another device; on the CPU, an amax is
+            NaN, infinite or negative. On a GPU the values are not read, since that would wait for the device: there
+            such an amax makes the weights that it scales NaN, and `state.check` says which it was.
 
     NOTE learned scales: d fakequant(w) / d amax = (q - v) / qmax within the range, v the weight in steps and q what it
     is rounded to, and +-1 beyond it, as Learned Step Size Quantization has it; for NVFP4 at both of its levels

@@ -76,7 +76,8 @@ def check_rounding(rounding: Any) -> None:
     """Raise ValueError unless it is a `Stochastic` of a seed and a number of an expert."""
     if not isinstance(rounding, Stochastic):
         raise ValueError(f"rounding: found {type(rounding).__name__}, wanted None or fqt.Stochastic(seed)")
-    seed, first = rounding
+    seed: Any = rounding.seed
+    first: Any = rounding.first_expert
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise ValueError(f"seed: found {tuple(seed.shape)} {seed.dtype}, wanted an int64 tensor of no dimensions")

@@ -15,7 +15,15 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops import kernels, launch, pack_kernel, stochastic_kernel, stochastic_launch
+from fq_transforms.ops import (
+    kernels,
+    launch,
+    lsq_kernel,
+    lsq_launch,
+    pack_kernel,
+    stochastic_kernel,
+    stochastic_launch,
+)
 from fq_transforms.rounding import Stream
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -116,7 +124,14 @@ def main():
                 integers = {name: dtype and "i32" for name, dtype in amax.items()}
                 plan = launch._amax_plan(format, SHAPE, transposed, None)
                 compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
-                compiled += 1
+                plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
+                is_of_expert = format.dynamic or format.block == (None, None)
+                sums = {
+                    "chunk_sum_ptr": None if is_of_expert else "fp32",
+                    "program_sum_ptr": "fp32" if is_of_expert or format.has_global_amax else None,
+                }
+                compile_ahead(lsq_kernel.lsq_backward_kernel, plan, weights | amax | sums)
+                compiled += 2
             if format.clips:
                 plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
                 compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)

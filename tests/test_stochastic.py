@@ -19,7 +19,6 @@ from tests.cases import (
     CORE_FORMATS,
     DTYPES,
     ONE_OF_EACH_LEAF,
-    STATIC_FORMATS,
     adversarial,
     assert_names,
     experts,
@@ -31,7 +30,9 @@ from tests.cases import (
 from tests.conftest import HAS_GPU
 
 CPU = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")
-on_each_device = pytest.mark.parametrize("device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)])
+on_each_device = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
 
 # numpy, inside the interpreter: 0 / 0 and NaN casts in lanes that are selected away.
@@ -258,7 +259,9 @@ def test_other_seeds_experts_and_groups_draw_independently():
     weight, amax = torch.full((16, 1024), 0.3), torch.tensor([127.0])
 
     def ups(seed=0, **places):
-        (out,) = fake_quantize_stochastic([weight], amax, None, seed_on("cpu", seed), stream=Stream(**places), format=INT8)
+        (out,) = fake_quantize_stochastic(
+            [weight], amax, None, seed_on("cpu", seed), stream=Stream(**places), format=INT8
+        )
         assert set(out.unique().tolist()) == {0.0, 1.0}
         return out == 1.0
 
@@ -354,7 +357,7 @@ def test_what_was_rounded_by_chance_can_be_packed(format):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @every_format
 def test_fakequant_is_reproducible(format, dtype):
-    """Same seed, same result; an int is the tensor of it; another seed differs; the state and the weights are unchanged."""
+    """Same seed, same result; an int is the tensor of it; another seed differs; no input is written to."""
     params = parameters(dtype=dtype)
     fq = transform_of(params, format)
     state = fq.calibrate(params)
@@ -376,7 +379,7 @@ def test_fakequant_is_reproducible(format, dtype):
 
 
 def test_a_rank_with_some_of_the_experts():
-    """`first_expert` gives a rank's own experts the bits that they have in the whole; a dense weight has none to shift."""
+    """`first_expert` gives a rank's own experts the bits that they have in the whole; dense weights keep theirs."""
     params = parameters() | {"router.weight": torch.randn(8, 128)}
     whole_fq = transform_of(params, FP8)
     state = whole_fq.calibrate(params)
@@ -458,7 +461,9 @@ def test_vmap_over_weights_states_and_seeds(format, group):
             wanted = fq(seed, factor, *(b.select(1, i) for b in batch))
             assert all(torch.equal(out[i, j], right) for out, right in zip(seeds_inside, wanted, strict=True))
     for j, seed in enumerate(seeds):
-        assert all(torch.equal(out[j], right) for out, right in zip(over_seeds, fq(seed, factors[1], *weights), strict=True))
+        assert all(
+            torch.equal(out[j], right) for out, right in zip(over_seeds, fq(seed, factors[1], *weights), strict=True)
+        )
 
 
 @on_each_device

@@ -235,9 +235,7 @@ class _Push(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         amax, global_amax, *weights = ctx.saved_tensors
         filled = _filled(grads, weights, ctx.dtype)
-        of_amax, of_global, *pulled = _Pull.apply(
-            ctx.statics, ctx.tangent_dtype, amax, global_amax, *filled, *weights
-        )
+        of_amax, of_global, *pulled = _Pull.apply(ctx.statics, ctx.tangent_dtype, amax, global_amax, *filled, *weights)
         of_global = None if global_amax is None else of_global
         return None, None, None, None, of_amax, of_global, *pulled, *(None,) * ctx.half
 

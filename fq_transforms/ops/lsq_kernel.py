@@ -24,7 +24,6 @@ from fq_transforms.ops.kernels import (
     _scale,
     _two_level_scale,
     _valid,
-    _with_sign_of,
 )
 
 __all__ = ["lsq_backward_kernel"]

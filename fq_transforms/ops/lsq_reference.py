@@ -84,7 +84,7 @@ def lsq_backward_reference(
     if format.clips:
         kept = clip_backward_reference(grad, weight, amax, format=format)
     else:
-        kept = grad.to(weight.dtype).contiguous()
+        kept = grad.to(weight.dtype, copy=True).contiguous()
     steps = _steps(weight.float(), amax, global_amax, format)
     terms = grad.float() * steps.e
     if format.scale != "e4m3":

@@ -2,8 +2,8 @@
 # A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """The Triton kernel of stochastic rounding: `fq_transforms.ops.stochastic_reference`, bit for bit.
 
-It is the forward kernel of `ops.kernels`, whose functions it calls, but for the rounding. There, a quotient need only be
-on the right side of the boundaries between values; here each bit of it may decide, so elements are divided exactly.
+It is the forward kernel of `ops.kernels`, whose functions it calls, but for the rounding. There, a quotient need only
+be on the right side of the boundaries between values; here each bit of it may decide, so elements are divided exactly.
 
 NOTE random words: one call to Philox serves four neighbours along `in`. Where a chunk may begin between its four, as
 with an odd `in` or a shard that begins at an odd column, each weight makes its own call and takes its word of it.

@@ -89,7 +89,7 @@ def stochastic_reference(
 
 def random_words(
     seed: Int64[Tensor, "..."],
-    expert: Int64[Tensor, "experts"],
+    expert: Int64[Tensor, " experts"],
     group: int,
     rows: tuple[int, int],
     columns: tuple[int, int],
@@ -142,7 +142,7 @@ def _high(factor: int, word: Tensor) -> Tensor:
 
 
 def _round_steps(t: Tensor, u: Tensor) -> Tensor:
-    """t >= 0 to an integer beside it."""
+    """An integer beside t >= 0, or that which it is."""
     nearest, lower = t.round(), t.floor()
     return torch.where((t - nearest).abs() <= t * ON_GRID, nearest, lower + (t - lower >= u))
 
