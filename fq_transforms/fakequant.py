@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,26 +124,44 @@ def quantize_group(
         weights, scales = local_group(group, layout, weights, scales)
     amax = None if isinstance(scales, Stateless) else scales.amax
     global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
-    is_learned = backward == "lsq" and amax is not None
-    if is_learned and layout is not None:
+    if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
-    options: dict[str, Any] = {
-        "format": group.format,
-        "transposed": group.transposed,
-        "out_dtype": out_dtype,
-        "separate": separate,
-    }
-    if not is_learned:
-        options["backward"] = "pass_through" if backward == "lsq" else backward
     if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
+    elif backward == "lsq" and amax is not None:
+        outs = fake_quantize_lsq(
+            weights,
+            amax,
+            global_amax,
+            format=group.format,
+            transposed=group.transposed,
+            out_dtype=out_dtype,
+            separate=separate,
+        )
     elif rounding is not None and stream is not None:
-        seed = _seed(rounding.seed, weights[0].device)
-        outs = fake_quantize_stochastic(weights, amax, global_amax, seed, stream=stream, **options)
-    elif is_learned and amax is not None:
-        outs = fake_quantize_lsq(weights, amax, global_amax, **options)
+        outs = fake_quantize_stochastic(
+            weights,
+            amax,
+            global_amax,
+            _seed(rounding.seed, weights[0].device),
+            stream=stream,
+            format=group.format,
+            transposed=group.transposed,
+            out_dtype=out_dtype,
+            backward=backward,
+            separate=separate,
+        )
     else:
-        outs = fake_quantize(weights, amax, global_amax, **options)
+        outs = fake_quantize(
+            weights,
+            amax,
+            global_amax,
+            format=group.format,
+            transposed=group.transposed,
+            out_dtype=out_dtype,
+            backward=backward,
+            separate=separate,
+        )
     return outs if layout is None else sharded_tensors(layout, outs)
 
 

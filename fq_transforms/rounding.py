@@ -21,6 +21,7 @@ class Stochastic(NamedTuple):
     the number of its expert and its row and column in [out, in], and of nothing else: not of how a kernel is tiled, how
     the matrix is stored, which other groups there are, or how a DTensor is sharded. Plain parameters of a rank that
     holds some of the experts count from zero: give `first_expert`, or ranks draw the same bits for different experts.
+    So do rows and columns of plain slices, as under tensor parallelism: give each such rank a seed of its own.
 
     Attributes:
         seed: An int, or an int64 tensor of no dimensions on the device of the weights, which a CUDA graph and a

@@ -16,6 +16,7 @@ torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each
 
 # Not ops.kernels and ops.launch: Triton reads the source of its functions, and PyTorch the signatures of its operators.
 CHECKED = ("select", "state", "calibrate", "fakequant", "ops.reference", "ops.autograd")
+CHECKED += ("rounding", "ops.lsq", "ops.lsq_reference", "ops.stochastic", "ops.stochastic_reference")
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,7 @@
 """Stochastic rounding: two neighbours, the right mean, the same bits for the same place, kernel and reference alike."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -580,3 +582,33 @@ def test_a_cuda_graph_reads_the_seed_anew(format):
         wanted = fq.fakequant(params, state, rounding=fqt.Stochastic(value))
         for name, weight in wanted.items():
             assert torch.equal(captured[name], weight), name
+
+
+def test_a_step_of_training_rounds_by_its_number():
+    """`value_and_grad` takes a transform whose `fakequant` has its rounding: losses are of the rounded weights."""
+    model = torch.nn.Linear(64, 3, bias=False)
+    params = dict(model.named_parameters())
+    fq = transform_of(params, INT8)
+    state, x = fq.calibrate(params), torch.randn(2, 64)
+    losses = []
+    for step in range(3):
+        rounding = fqt.Stochastic(step)
+        by_chance = fq._replace(fakequant=partial(fq.fakequant, rounding=rounding))
+        loss, grads = fqt.value_and_grad(lambda m, x: m(x).sum(), model, by_chance)(params, state, [x])
+        weight = fq.fakequant(params, state, rounding=rounding)["weight"]
+        assert torch.equal(loss[0], (x @ weight.detach().mT).sum())
+        assert torch.allclose(grads["weight"], x.sum(0).expand(3, 64))
+        losses.append(float(loss[0]))
+    assert len(set(losses)) == 3
+
+
+def test_along_the_amax_there_is_no_tangent():
+    """As backward gives it none."""
+    weight, amax = torch.randn(2, 8), torch.tensor([1.0])
+    out, tangent = jvp(
+        lambda a: fake_quantize_stochastic([weight], a, None, torch.tensor(1), stream=Stream(0), format=INT8)[0],
+        (amax,),
+        (torch.ones(1),),
+    )
+    assert out.shape == weight.shape
+    assert torch.equal(tangent, torch.zeros_like(weight))

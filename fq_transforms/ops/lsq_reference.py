@@ -117,15 +117,16 @@ def lsq_push_reference(
     kept = clip_backward_reference(tangent, weight, amax, format=format) if format.clips else tangent
     steps = _steps(weight.float(), amax, global_amax, format)
     if format.scale != "e4m3":
-        along = steps.e * (spread(amax_tangent, weight, format) / steps.qmax)
+        along = steps.e * spread(amax_tangent / torch.full_like(amax_tangent, steps.qmax), weight, format)
         return (kept.float() + along).to(out_dtype).contiguous()
     assert steps.r is not None
     assert steps.is_free is not None
     of_expert = amax_tangent if format.dynamic else global_amax_tangent
     assert of_expert is not None
-    scale = steps.r * of_expert[..., None, None] / (steps.qmax * E4M3.max)
+    scale = steps.r * of_expert[..., None, None]
+    scale = scale / torch.full_like(scale, steps.qmax * E4M3.max)
     if not format.dynamic:
-        scale = scale + torch.where(steps.is_free, amax_tangent / steps.qmax, 0.0)
+        scale = scale + torch.where(steps.is_free, amax_tangent / torch.full_like(amax_tangent, steps.qmax), 0.0)
     return (kept.float() + steps.e * spread(scale, weight, format)).to(out_dtype).contiguous()
 
 

@@ -128,7 +128,7 @@ class _TracedStochastic(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         statics, _, _, amax, _, *weights = inputs
         ctx.statics = statics
-        ctx.dtype = weights[0].dtype
+        ctx.dtype, ctx.shape, ctx.device = weights[0].dtype, weights[0].shape, weights[0].device
         ctx.set_materialize_grads(False)
         if statics.clip:
             ctx.save_for_backward(amax, *weights)
@@ -143,7 +143,9 @@ class _Stochastic(_TracedStochastic):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         # As in `ops.autograd`: forward-mode autograd asks for all tangents or for none.
-        some = next(tangent for tangent in tangents[5:] if tangent is not None)
+        some = next((tangent for tangent in tangents[5:] if tangent is not None), None)
+        if some is None:  # along the amax alone, which has no gradient
+            some = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
         filled = [torch.zeros_like(some) if tangent is None else tangent for tangent in tangents[5:]]
         return tuple(_pull(ctx, filled, ctx.statics.out_dtype))
 
