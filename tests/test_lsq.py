@@ -81,12 +81,46 @@ def test_the_published_formula(format):
         # Where fp32's product lies beside a tie, or an end, its rounding may choose otherwise than fp64's.
         is_beyond = (v > element.high + 1) | (v < element.low - 1)
         decided = is_beyond | (((v - v.floor() - 0.5).abs() > 1e-4) & ((v - element.high).abs() > 1e-4))
-        wanted = (v.round() - v).where((v >= element.low) & (v <= element.high), v.clamp(element.low, element.high))
+        wanted = (v.round() - v).where((v > element.low) & (v < element.high), v.clamp(element.low, element.high))
         wanted = torch.where(step * element.qmax < 2.0**-24, 0.0, wanted / element.qmax)
         found, _ = elementwise(weight, amax[0], None, format)
         assert decided.double().mean() > 0.9
         error = (found.double() - wanted).abs()[decided]
         assert error.max() <= 2.0**-23 * 2, "two roundings of v, which is at most qmax, over qmax"
+
+
+@on_each_device
+@pytest.mark.parametrize("format", CORE, ids=name_of)
+def test_a_weight_on_the_end_of_the_range(format, device):
+    """Counts as beyond it, as published: v = qmax and v = -qmax exactly owe +1 and -1; int8's -128 lies farther out."""
+    columns = format.block[1] or 128
+    weight = torch.full((1, columns), 0.5, device=device)
+    weight[0, :3] = torch.tensor([1.0, -1.0, 1.0 - 2.0**-12])
+    weights, amax = [weight * 2.0**e for e in (0, 3)], torch.tensor([1.0, 8.0], device=device)
+    global_amax = None
+    if format.scale == "e4m3":  # u = 448 / 7 = 64, of which E4M3 has it exactly; of dynamic blocks u = 448
+        global_amax = None if format.dynamic else amax * 7
+    shape = format.amax_shape(1, columns)
+    leaf = amax.view(-1, *(1,) * len(shape)).expand(2, *shape).contiguous()
+    for column in range(4):
+        grads = [torch.zeros_like(w) for w in weights]
+        for g in grads:
+            g[0, column] = 1.0
+        _, found, _ = lsq_backward_triton(grads, weights, leaf, global_amax, format=format, transposed=False)
+        for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
+            expert = None if global_amax is None else global_amax[i]
+            _, wanted, _ = lsq_backward_reference(g, w, leaf[i], expert, format=format)
+            assert torch.equal(found[i], wanted)
+        if format.scale == "e4m3" and format.dynamic:
+            continue
+        is_int = isinstance(format.element, IntElement)
+        owed = found.reshape(2, -1).sum(1).tolist()
+        if column == 0:
+            assert owed == [1.0, 1.0]
+        elif column == 1:
+            assert owed == ([0.0, 0.0] if is_int else [-1.0, -1.0])
+        else:
+            assert all(abs(o) < 0.1 for o in owed)
 
 
 def surrogate(weight, amax, global_amax, format, y):

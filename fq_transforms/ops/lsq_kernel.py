@@ -33,7 +33,7 @@ __all__ = ["lsq_backward_kernel"]
 def _float_error(a, x, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """Error of a float element of magnitude a, in steps, with the sign of x; the largest value beyond it."""
     q = _round_magnitude(_min(a, QMAX), MIN_EXPONENT, MANTISSA)
-    e = tl.where(a <= QMAX, q - a, q)
+    e = tl.where(a < QMAX, q - a, q)
     return tl.where(x < 0, -e, e)
 
 
@@ -110,7 +110,7 @@ def lsq_backward_kernel(
         constant = block_amax < TINY_AMAX
         v = x * _each(_scale(QMAX, tl.where(constant, 1.0, block_amax)))
         q = _round_integer(v, LOW, HIGH)
-        e = tl.where((v >= LOW) & (v <= HIGH), q - v, q)
+        e = tl.where((v > LOW) & (v < HIGH), q - v, q)
     else:
         constant = block_amax <= TINY_AMAX
         s = _scale(QMAX, tl.where(constant, 1.0, block_amax))
