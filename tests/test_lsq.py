@@ -322,15 +322,6 @@ def test_kernel_equals_reference(format, dtype, transposed, device):
             wanted = clip_backward_reference(g, weight, amax[i], format=format) if format.clips else g
             assert same_bits(out[i].mT if transposed else out[i], wanted)
         assert_sums_agree(format, weights, grads, amax, global_amax, found, found_global)
-        again = lsq_backward_triton(
-            stored(grads, transposed),
-            stored(weights, transposed),
-            amax,
-            global_amax,
-            format=format,
-            transposed=transposed,
-        )
-        assert same_bits(again[1], found), "no atomics: the same sum each time"
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
@@ -338,11 +329,13 @@ def test_kernel_equals_reference(format, dtype, transposed, device):
 @on_each_device
 def test_one_weight_at_a_time(format, transposed, device):
     """A cotangent for a single weight leaves nothing to add: its amax gets the reference's number, the others zero."""
-    shape = shapes_of(format)[-1]
+    if device == "cpu" and transposed and format not in CORE:
+        pytest.skip("the interpreter is slow")
+    shape = shapes_of(format)[0 if device == "cpu" and transposed and format.has_blocks_along_in else -1]
     weights = experts(2, shape, device=device)
     amax, global_amax = scales_of(weights, format)
     out_features, in_features = shape
-    places = [(0, 0), (out_features - 1, in_features - 1), (out_features // 2, in_features // 3), (1, in_features - 2)]
+    places = [(0, 0), (out_features - 1, in_features - 1), (out_features // 2, in_features // 3), (0, in_features - 2)]
     for row, column in places[: 2 if device == "cpu" and shape[0] > 100 else 4]:
         grads = [torch.zeros_like(w) for w in weights]
         grads[1][row, column] = -1.3
@@ -794,4 +787,7 @@ def test_tiles_do_not_change_what_is_owed():
         for n in (256, 4096)
     )
     assert torch.allclose(small, large, rtol=1e-4)
+    again = lsq_backward_triton(grads, weights, amax, None, format=INT8, transposed=False)[1]
+    once = lsq_backward_triton(grads, weights, amax, None, format=INT8, transposed=False)[1]
+    assert same_bits(again, once), "no atomics: the same sum each time"
     assert math.isfinite(float(small.sum()))
