@@ -24,6 +24,7 @@ from fq_transforms.layerwise import layerwise
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.report import Report, report
+from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Rule, Spec, select
 from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
@@ -54,6 +55,7 @@ __all__ = [
     "Rule",
     "Spec",
     "State",
+    "Stochastic",
     "Transform",
     "calibrate",
     "carry_main_grad",

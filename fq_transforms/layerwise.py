@@ -95,6 +95,8 @@ def layerwise(
         tensor([0.9971, 0.5065], grad_fn=<SqueezeBackward4>)
     """
     check_options(out_dtype, backward)
+    if backward == "lsq":
+        raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fakequant")
     check(state, spec, values=is_read)
     options = _Options(out_dtype, backward, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]

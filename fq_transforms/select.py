@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from math import prod
 from typing import Any, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Group:
         stacked: One parameter holds all experts along dimension 0.
         transposed: Matrices are stored [in, out].
         leaf_shapes: Shape of each leaf of the group's state, by field.
+        number: 31 bits of the key, by which stochastic rounding tells groups apart.
     """
 
     key: str
@@ -80,6 +82,7 @@ class Group:
     transposed: bool = False
     # Made once, as a field: each call of `fakequant` compares the state with it.
     leaf_shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    number: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -88,6 +91,7 @@ class Group:
         if self.format.has_global_amax:
             shapes["global_amax"] = (self.experts,)
         object.__setattr__(self, "leaf_shapes", shapes)
+        object.__setattr__(self, "number", crc32(self.key.encode()) & 0x7FFFFFFF)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from fq_transforms.fakequant import check_options, fakequant
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
+from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Spec
 from fq_transforms.state import State, init
 
@@ -34,9 +35,11 @@ class Calibrate(Protocol):
 
 
 class Fakequant(Protocol):
-    """`fakequant(params, state) -> params`."""
+    """`fakequant(params, state, rounding=None) -> params`."""
 
-    def __call__(self, params: Mapping[str, Tensor], state: State) -> dict[str, Tensor]: ...
+    def __call__(
+        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
+    ) -> dict[str, Tensor]: ...
 
 
 class Pack(Protocol):
@@ -61,7 +64,7 @@ class Transform(NamedTuple):
         pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
         unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
         spec: What is quantized, and how.
-        backward: The rule of the gradient, "pass_through" or "clip".
+        backward: The rule of the gradient: "pass_through", "clip" or "lsq".
     """
 
     init: Init
@@ -86,7 +89,7 @@ def transform(
     Args:
         spec: From `select`.
         out_dtype: dtype of the fake-quantized weights; their own if None.
-        backward: "pass_through" or "clip"; see `fq_transforms.fakequant.fakequant`.
+        backward: "pass_through", "clip" or "lsq"; see `fq_transforms.fakequant.fakequant`.
         separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
         method: How `calibrate` chooses an amax; see `fq_transforms.methods`.
 

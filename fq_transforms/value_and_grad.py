@@ -64,6 +64,11 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
     check_not_fsdp("model", model.modules())
+    if fq.backward == "lsq":
+        raise ValueError(
+            "fq: found backward='lsq', whose gradient of the state is not among what value_and_grad gives, wanted "
+            "'pass_through' or 'clip'; take torch.func.vjp of fq.fakequant in params and state"
+        )
     places = Places(model)
 
     def step(

@@ -16,8 +16,20 @@ from triton.compiler import ASTSource
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
 from fq_transforms.methods import Mse
-from fq_transforms.ops import kernels, launch, pack_kernel, report_kernel, sweep_kernel, sweep_launch
+from fq_transforms.ops import (
+    kernels,
+    launch,
+    lsq_kernel,
+    lsq_launch,
+    pack_kernel,
+    report_kernel,
+    stochastic_kernel,
+    stochastic_launch,
+    sweep_kernel,
+    sweep_launch,
+)
 from fq_transforms.ops.sweep import Search
+from fq_transforms.rounding import Stream
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = (1856, 2688)
@@ -145,6 +157,12 @@ def main():
             scale = {"scale_ptr": SCALE_DTYPES[format.scale]}
             plan = launch._forward_plan(format, SHAPE, transposed, None)
             compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
+            for seeds in (False, True):
+                stream = Stream(1, column=2 * seeds)
+                tile = stochastic_launch.STOCHASTIC
+                plan = stochastic_launch._stochastic_plan(format, SHAPE, transposed, stream, seeds, tile)
+                compile_ahead(stochastic_kernel.stochastic_kernel, plan, weights | amax | {"seed_ptr": "i64"})
+                compiled += 1
             for dtype, size in (("bf16", 2), ("fp32", 4)):
                 plan = launch._pack_plan(format, SHAPE, transposed, size)
                 operands = amax | codes | scale | {"weight_base": dtype}
@@ -161,7 +179,14 @@ def main():
                 integers = {name: dtype and "i32" for name, dtype in amax.items()}
                 plan = launch._amax_plan(format, SHAPE, transposed, None)
                 compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
-                compiled += 1
+                plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
+                is_of_expert = format.dynamic or format.block == (None, None)
+                sums = {
+                    "chunk_sum_ptr": None if is_of_expert else "fp32",
+                    "program_sum_ptr": "fp32" if is_of_expert or format.has_global_amax else None,
+                }
+                compile_ahead(lsq_kernel.lsq_backward_kernel, plan, weights | amax | sums)
+                compiled += 2
             if format.clips:
                 compiled += compile_sweeps(format, transposed, amax)
                 plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)

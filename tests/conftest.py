@@ -26,6 +26,7 @@ CHECKED = (
     "ops.sweep",
     "ops.percentile",
 )
+CHECKED += ("rounding", "ops.lsq", "ops.lsq_reference", "ops.stochastic", "ops.stochastic_reference")
 
 
 def pytest_addoption(parser):

@@ -11,20 +11,20 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
-    ["formats"],
+    ["formats", "rounding"],
     ["methods"],
     ["sharding", "slots"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],
     ["ops.reference"],
-    ["ops.packing", "ops.percentile", "ops.reporting", "ops.sweep"],
+    ["ops.lsq_reference", "ops.packing", "ops.percentile", "ops.reporting", "ops.stochastic_reference", "ops.sweep"],
     ["ops.kernels"],
-    ["ops.pack_kernel", "ops.report_kernel", "ops.sweep_kernel"],
+    ["ops.lsq_kernel", "ops.pack_kernel", "ops.report_kernel", "ops.stochastic_kernel", "ops.sweep_kernel"],
     ["ops.launch"],
-    ["ops.sweep_launch"],
+    ["ops.lsq_launch", "ops.stochastic_launch", "ops.sweep_launch"],
     ["ops.autograd", "ops.search"],
-    ["choose"],
+    ["choose", "ops.lsq", "ops.stochastic"],
     ["calibrate", "fakequant", "lend", "main_grad", "pack", "report_plot", "sync"],
     ["report"],
     ["layerwise", "transform"],
@@ -49,7 +49,15 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ONLY_IMPORTER = {
-    "triton": {"ops.kernels", "ops.pack_kernel", "ops.report_kernel", "ops.sweep_kernel", "bench.__main__"},
+    "triton": {
+        "bench.__main__",
+        "ops.kernels",
+        "ops.lsq_kernel",
+        "ops.pack_kernel",
+        "ops.report_kernel",
+        "ops.stochastic_kernel",
+        "ops.sweep_kernel",
+    },
     "optree": {"state"},
     "modelopt": {"bench.peers"},
     "megatron": {"checkpoint.megatron", "integrations.megatron", "bench.models"},

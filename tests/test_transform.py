@@ -206,7 +206,7 @@ def test_mistakes_are_refused_at_the_door(params):
     with pytest.raises(ValueError, match="spec: found dict, wanted a Spec"):
         fqt.transform({"*": fqt.FP8})
     spec = fqt.select(params, {"experts.*": fqt.FP8})
-    with pytest.raises(ValueError, match="backward: found 'clp', wanted 'pass_through' or 'clip'"):
+    with pytest.raises(ValueError, match="backward: found 'clp', wanted 'pass_through', 'clip' or 'lsq'"):
         fqt.transform(spec, backward="clp")
     with pytest.raises(ValueError, match="out_dtype: found torch.float64"):
         fqt.transform(spec, out_dtype=torch.float64)

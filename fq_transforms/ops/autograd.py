@@ -26,7 +26,8 @@ from fq_transforms.ops.reference import clip_backward_reference, expert_amax_ref
 
 __all__ = ["Backward", "expert_amax", "fake_quantize"]
 
-Backward = Literal["pass_through", "clip"]
+# "lsq" is that of `ops.lsq`; here it passes gradients through, for formats with nothing to learn.
+Backward = Literal["pass_through", "clip", "lsq"]
 
 
 def fake_quantize(

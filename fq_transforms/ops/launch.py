@@ -352,7 +352,7 @@ class _Plan(NamedTuple):
     """
 
     blocks: int
-    numbers: tuple[int, int, int, int]
+    numbers: tuple[int, ...]
     constants: dict[str, Any]
     warps: int
 
