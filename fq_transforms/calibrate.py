@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
+from fq_transforms.inputs import Forward, observe
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.select import Group, Spec, weights_of
@@ -14,14 +16,30 @@ from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
 __all__ = ["calibrate"]
 
 
-def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) -> State:
+def calibrate(
+    params: Mapping[str, Tensor],
+    batch: Any = None,
+    *,
+    spec: Spec,
+    model: Module | None = None,
+    forward: Forward | None = None,
+) -> State:
     """The largest absolute value of each expert's weight, at the granularity of its format: amax = max(abs(w)).
+
+    Where the spec has inputs with calibrated scales, `functional_call(model, params, batch)` runs for each batch,
+    nothing quantized and without gradients, and amax = max(abs(x)) over all tokens that a weight was multiplied with,
+    its sharers' and experts' as the spec says. The states of parts of the batches `merge` to that of all, exactly.
 
     Args:
         params: Names to tensors; may hold more than the spec names.
-        batch: Not read: max calibration needs only the weights. It has its place in the signature so that a training
-            loop calls every calibration alike, and folds them with `merge`.
+        batch: What the model runs on: a tensor, a tuple of arguments or a dict of keyword arguments is one batch; any
+            other iterable is many of them. Not read without inputs: amax of weights needs only the weights. It has its
+            place in the signature so that a training loop calls every calibration alike.
         spec: What to calibrate.
+        model: For inputs, the module whose parameters are `params`, in the mode (`eval()`) that it shall run in. It is
+            not changed; what it writes into buffers is lost.
+        forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed; `call` takes the
+            arguments of the model.
 
     Returns:
         A new state, detached from autograd, on the device of the weights. An expert of zeros has amax 0, which
@@ -30,7 +48,9 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
+        ValueError: With inputs: there is no batch, or no model; an input is NaN or infinite, and the first such layer is
+            named, and the batch by its number from 0; a layer never ran; a weight is multiplied in a way that cannot be
+            followed, or is a DTensor. An expert without tokens keeps the amax -inf, see `finish`. A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
             the parameter and expert are named. The values are read once, at the end, for all groups; under
             torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
             `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
@@ -44,7 +64,7 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
         >>> calibrate(params, spec=select(params, {"*": INT8}))
         {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
     """
-    del batch
+    inputs = observe(params, batch, spec=spec, model=model, forward=forward)
     layouts: list[Layout | None] = []
     found: list[dict[str, Tensor]] = []
     for group in spec.groups:
@@ -69,7 +89,7 @@ def calibrate(params: Mapping[str, Tensor], batch: Any = None, *, spec: Spec) ->
         state[group.key] = group_state(group.format, *placed)
     # Last: ranks may differ in what they find, and none may wait for one that has raised.
     _check_finite(largest)
-    return state
+    return state | inputs
 
 
 def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fq_transforms.fakequant import check_options, quantize_group
 from fq_transforms.lend import Lender, is_lendable
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.select import Group, Spec, is_sharded
+from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs
 from fq_transforms.slots import Slots, tensors_in
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
 
@@ -95,6 +95,7 @@ def layerwise(
         tensor([0.9971, 0.5065], grad_fn=<SqueezeBackward4>)
     """
     check_options(out_dtype, backward)
+    refuse_inputs(spec, "layerwise")
     check(state, spec, values=is_read)
     options = _Options(out_dtype, backward, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
