@@ -81,11 +81,11 @@ def apply(
 
     with products(model, weights, spec.inputs, quantize) as seen:
         out = functional_call(model, weights, args, dict(kwargs))
-    if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen]:
+    if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen and inputs.always_runs]:
         raise ValueError(
-            f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} groups "
-            "did not), or used another tensor than its parameter, wanted every selected layer to run; take it out of "
-            "`inputs` with a rule to None"
+            f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} "
+            "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take it "
+            "out of `inputs` with a rule to None"
         )
     return out
 
@@ -99,8 +99,8 @@ def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> No
     if x.requires_grad or any(weights[name].requires_grad for name in use.inputs.names):
         raise ValueError(
             f"inputs {use.inputs.key!r}: found its layer under activation checkpointing, saved-tensor hooks or "
-            "torch.no_grad, wanted it as the rest of the call: backward would compute it again with inputs that are not "
-            "quantized; switch checkpointing off, or call `apply` within what sets the hooks"
+            "torch.no_grad, wanted it as the rest of the call: backward would compute it again with inputs that are "
+            "not quantized; switch checkpointing off, or call `apply` within what sets the hooks"
         )
 
 

@@ -48,12 +48,14 @@ def calibrate(
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: With inputs: there is no batch, or no model; an input is NaN or infinite, and the first such layer is
-            named, and the batch by its number from 0; a layer never ran; a weight is multiplied in a way that cannot be
-            followed, or is a DTensor. An expert without tokens keeps the amax -inf, see `finish`. A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
+        ValueError: A shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
             the parameter and expert are named. The values are read once, at the end, for all groups; under
             torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
             `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
+            With inputs: there is no batch, or no model; an input is NaN or infinite, and the first such layer is named,
+            and the batch by its number from 0; a layer never ran; a weight is used in another way than a product with
+            an input, or is a DTensor. An expert without tokens is no error yet: it keeps the amax -inf, see `finish`.
+            What the model raises comes through, with a note of the batch.
 
     Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`.
 

@@ -1,6 +1,6 @@
 """Inputs of the selected weights: what a model multiplies them with, observed in calibration, quantized in `apply`."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -40,7 +40,7 @@ def observe(
     ran: set[str] = set()
     found = {inputs.key: _Seen(inputs, params[inputs.names[0]].device) for inputs in wanted}
     number = -1
-    for number, one in enumerate(_batches(batch, wanted[0])):  # noqa: B007 (the number of batches, too)
+    for number, one in enumerate(_batches(batch, wanted[0])):
         of_batch: dict[str, _Seen] = {}  # in the order in which the layers ran
 
         def see(use: Use, x: Tensor, of_batch: dict[str, _Seen] = of_batch) -> Tensor:
@@ -49,24 +49,28 @@ def observe(
             return x
 
         with torch.no_grad(), products(model, values, wanted, see) as keys:
-            _run(lambda *args, **kwargs: functional_call(model, values, args, kwargs), one, forward)
+            try:
+                _run(lambda *args, **kwargs: functional_call(model, values, args, kwargs), one, forward)
+            except Exception as error:
+                error.add_note(f"calibrate: in batch {number}")
+                raise
         ran |= keys
         _check_finite(of_batch.values(), number)
         for key, seen in of_batch.items():
             found[key].merge(seen)
     if number < 0:
         raise ValueError(f"batch: found no batch in {type(batch).__name__}, wanted at least one")
-    if idle := [inputs for inputs in wanted if inputs.key not in ran]:
+    if idle := [inputs for inputs in wanted if inputs.key not in ran and inputs.always_runs]:
         raise ValueError(
             f"inputs {idle[0].key!r}: found that its layer never ran in {number + 1} batches ({len(idle)} of "
-            f"{len(wanted)} groups did not), wanted every selected layer to run; take it out of `inputs` with a rule to "
-            "None"
+            f"{len(wanted)} groups did not), or used another tensor than its parameter, wanted every selected layer to "
+            "run; take it out of `inputs` with a rule to None"
         )
     return {i.key: found[i.key].entry() if i.leaf_shapes else Stateless() for i in spec.inputs}
 
 
 class _Seen:
-    """Largest magnitude and count of tokens of each expert of a group; the last entry is of rows that are no expert's."""
+    """Largest magnitude and count of tokens of each expert of a group; the last entry is of no expert."""
 
     def __init__(self, inputs: Inputs, device: torch.device) -> None:
         self.inputs = inputs
@@ -121,8 +125,8 @@ def _batches(batch: Any, inputs: Inputs) -> Generator[Any]:
     """One batch (a tensor, a tuple, a mapping), or each of many."""
     if batch is None:
         raise ValueError(
-            f"batch: found None, wanted batches for {inputs.key!r}: calibrate(params, batch), with a tensor, a tuple of "
-            "arguments, a dict of keyword arguments, or a list of these"
+            f"batch: found None, wanted batches for {inputs.key!r}: calibrate(params, batch), with a tensor, a tuple "
+            "of arguments, a dict of keyword arguments, or a list of these"
         )
     if isinstance(batch, Tensor | tuple | Mapping):
         yield batch

@@ -5,8 +5,11 @@
     spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*", None)])
 
 `*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts.
-A name without `_CFG` is a `Preset`, the whole of ModelOpt 0.47's configuration of the name with `_CFG`: the same weights
-and inputs in the same formats. Those of a name that says weights, or A16, have no inputs.
+A name without `_CFG` is a `Preset`, the whole of ModelOpt 0.47's configuration of the name with `_CFG`: the same
+weights and inputs, in the same formats. Those of a name that says weights, or A16, have no inputs.
+
+NOTE only what a matrix is multiplied with: where a model has `nn.LayerNorm`, batch norms or pooling, ModelOpt's
+configurations quantize their inputs as well. RMSNorm, which mixtures of experts have, has none there.
 
 Where ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are
 made after its NVFP4_EXPERTS_ONLY_CFG.

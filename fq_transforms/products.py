@@ -282,7 +282,7 @@ def _place(group: Inputs, number: int, name: str, weight: Tensor) -> _Place:
     strides = weight.stride()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, strides, strict=True))
     in_stride = strides[-2] if group.transposed else strides[-1]
-    return _Place(group, name, number, start, start + extent, strides[0] if group.stacked else 0, in_stride)
+    return _Place(group, name, number, int(start), int(start + extent), strides[0] if group.stacked else 0, in_stride)
 
 
 def _check_visible(name: str, weight: Tensor) -> None:
@@ -335,8 +335,8 @@ def _hook(
             continue
         if any("LayerNorm" in kind.__name__ for kind in kinds):
             raise ValueError(
-                f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its input "
-                "itself, so that nobody sees what its weight gets; take it out of `inputs` with a rule to None"
+                f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its "
+                "input itself, so that nobody sees what its weight gets; take it out of `inputs` with a rule to None"
             )
         hook = _PreHook(module, list(held.values()), see, is_ours)
         leaving.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -345,7 +345,7 @@ def _hook(
 
 
 class _PreHook:
-    """Replaces the first argument of a module that holds one weight, or the weights of a group and takes their splits."""
+    """Replaces the first argument of a module that holds one weight, or a group's weights and takes their splits."""
 
     def __init__(
         self, module: Module, held: list[tuple[Inputs, int]], see: OnInput, is_ours: Callable[[], bool]

@@ -159,6 +159,11 @@ class Inputs(Group):
         return self.format.block == (None, None) or self.format.scale == "e4m3"
 
     @property
+    def always_runs(self) -> bool:
+        """False for experts that are modules of their own: where none of a rank's has a token, none runs."""
+        return self.stacked or self.experts == 1
+
+    @property
     def scope(self) -> str:
         """How many scales there are, in words."""
         if self.is_calibrated:
@@ -280,9 +285,10 @@ def select(
 
     Args:
         params: `dict(model.named_parameters())`, names to tensors.
-        rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s; or a `Preset`, of weights and inputs.
-        inputs: As `rules`, over the names of weights: those that are multiplied with quantized inputs, and their format;
-            None takes the preset's, or none. By tensor (FP8, INT8), with an amax from calibration; by channel
+        rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s, such as a preset's; or a `Preset`,
+            of weights and inputs.
+        inputs: As `rules`, over the names of weights: those that are multiplied with quantized inputs, and the format
+            of these; None takes the preset's, or none. By tensor (FP8, INT8), with an amax from calibration; by channel
             (FP8_PER_CHANNEL), with a scale a token; in dynamic blocks (NVFP4, with a calibrated global amax; MX).
         per_expert: Globs of weights whose inputs have an amax for each expert. Without, the experts of a group share
             one, as ModelOpt's do.
@@ -343,8 +349,8 @@ def refuse_inputs(spec: Spec, what: str) -> None:
     """Raise ValueError if a spec has inputs, which `what` has no place for: to leave them out must be the user's."""
     if spec.inputs:
         raise ValueError(
-            f"{what}: found the inputs of {len(spec.inputs)} groups in the spec, such as {spec.inputs[0].key!r}, wanted "
-            "weights only; pass dataclasses.replace(spec, inputs=()), and a state without the entries '*.input'"
+            f"{what}: found the inputs of {len(spec.inputs)} groups in the spec, such as {spec.inputs[0].key!r}, "
+            "wanted weights only; pass dataclasses.replace(spec, inputs=()), and a state without the entries '*.input'"
         )
 
 

@@ -134,8 +134,8 @@ def plain_weights_of(params: Mapping[str, Tensor], inputs: Inputs) -> list[Tenso
     weights = weights_of(params, inputs)
     if is_sharded(weights[0]):
         raise ValueError(
-            f"inputs {inputs.key!r}: found the DTensor {inputs.names[0]!r}, wanted plain tensors, of which each rank has "
-            "its own; quantized inputs of DTensors are not supported"
+            f"inputs {inputs.key!r}: found the DTensor {inputs.names[0]!r}, wanted plain tensors, of which each "
+            "rank has its own; quantized inputs of DTensors are not supported"
         )
     return weights
 

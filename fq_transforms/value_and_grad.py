@@ -11,7 +11,7 @@ from torch.nn import Module
 from fq_transforms.fakequant import fakequant
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
-from fq_transforms.select import is_sharded
+from fq_transforms.select import is_sharded, refuse_inputs
 from fq_transforms.slots import Places, Slots
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
@@ -95,6 +95,7 @@ def _fake_leaves(
     fq: Transform, params: Mapping[str, Tensor], state: State, trained: Sequence[str], fused: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
+    refuse_inputs(fq.spec, "value_and_grad")
     needs_graph = not _is_identity(fq, params)
     primals = params
     if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph

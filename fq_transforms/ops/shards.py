@@ -199,7 +199,7 @@ def largest_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> tuple[Tens
 
 
 def sum_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Elementwise sum of fp64 tensors over the ranks of a group: new tensors, by one all-reduce; none for no element."""
+    """Elementwise sum of fp64 tensors over the ranks of a group: new tensors, by one all-reduce, or none for none."""
     if not sum(tensor.numel() for tensor in tensors):
         return list(tensors)
     total = torch.cat([tensor.flatten() for tensor in tensors])
