@@ -114,7 +114,7 @@ def test_a_list_of_experts_equals_modelopt(modelopt, moe, preset):
 @pytest.mark.parametrize("preset", NAMES)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_fused_experts_equal_modelopt(modelopt, implementation, preset):
-    """transformers' Mixtral: ModelOpt's eager experts exactly; other implementations observe the same amax."""
+    """Mixtral of transformers 5: ModelOpt's eager experts exactly; other implementations observe the same amax."""
     from tests.test_huggingface import CASES, build
 
     model, params = build(CASES[0])
@@ -309,7 +309,7 @@ def test_without_inputs_it_is_functional_call():
 
 
 def test_mistakes_are_named():
-    model, params, fq, state = prepared(per_expert="*.experts.*")
+    _, params, fq, state = prepared(per_expert="*.experts.*")
     few = fq.calibrate(params, BATCHES[0][:1, :1])
     message = message_of(ValueError, fq.apply, params, few, BATCHES[0])
     assert_names(message, "layers.", "found no token for expert ", " of 4", "finish(state, spec=spec, unseen=...)")
@@ -318,7 +318,7 @@ def test_mistakes_are_named():
     missing = {key: entry for key, entry in state.items() if not key.endswith("layers.0.proj.weight.input")}
     assert_names(message_of(KeyError, fq.apply, params, missing, BATCHES[0]), "layers.0.proj.weight.input")
     idle = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
-    idle.forward = lambda x: idle["used"](x)
+    idle.forward = idle["used"].forward
     params = dict(idle.named_parameters())
     fq = fqt.transform(fqt.select(params, {}, inputs={"*": fqt.MXFP8, "*weight": fqt.FP8_PER_CHANNEL}), model=idle)
     message = message_of(ValueError, fq.apply, params, fq.calibrate(params), torch.ones(1, 4))
