@@ -9,6 +9,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
+from fq_transforms.ops.reference import fake_quantize_reference
 from fq_transforms.products import products
 from tests.cases import assert_names, message_of
 
@@ -287,7 +288,7 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
     state = fq.finish(state, unseen=1.0)
     out = fq.apply(weights, state, *args, **kwargs)
     quantized = torch.cat(
-        [fqt.ops.reference.fake_quantize_reference(part, amax, None, format=fqt.INT8, out_dtype=torch.float32)
+        [fake_quantize_reference(part, amax, None, format=fqt.INT8, out_dtype=torch.float32)
          for part, amax in ((args[0][:2], rows[:2].max()), (args[0][2:], rows[2:].max()))]
     )  # fmt: skip
     assert torch.equal(out[:2], quantized[:2] @ weights["weight0"].T)
@@ -306,11 +307,52 @@ def test_layers_that_normalize_their_input_are_refused(engine):
     )
 
 
-def test_megatrons_linear_layers_are_hooked_for_the_call():
-    """ColumnParallelLinear and RowParallelLinear save their input for backward: it is the quantized one."""
-    tensor_parallel = pytest.importorskip("megatron.core.tensor_parallel")
-    assert tensor_parallel.ColumnParallelLinear.__module__.startswith("megatron.core.tensor_parallel.")
-    assert tensor_parallel.RowParallelLinear.__module__.startswith("megatron.core.tensor_parallel.")
+def _megatron(rank, size):
+    from megatron.core import tensor_parallel
+
+    from tests.test_checkpoint_megatron import Layout, share
+    from tests.test_integrations_megatron import initialized, tokens
+
+    share(Layout(ep=2))
+    model = initialized(Layout(ep=2), gated=True).eval()
+    weights = dict(model.named_parameters())
+    rules = {"*.local_experts.*weight": fqt.FP8, "*linear_proj.weight": fqt.FP8}
+    fq = fqt.transform(fqt.select(weights, rules, inputs=rules, per_expert="*experts*"), model=model)
+    state = fq.calibrate(weights, tokens())
+    counts = {i.key: state[i.key].tokens for i in fq.spec.inputs}
+    amaxes = {i.key: state[i.key].amax for i in fq.spec.inputs}
+    assert all(torch.isfinite(amaxes[key][n > 0]).all() for key, n in counts.items() if len(amaxes[key]) == len(n))
+    out = fq.apply(weights, fq.finish(state, unseen="max-of-peers"), *tokens())
+    assert not torch.equal(out, functional_call(model, fq.fakequant(weights, fq.finish(state, unseen=1.0)), tokens()))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    # The layer alone: what it saves for backward is the quantized input.
+    layer = tensor_parallel.ColumnParallelLinear(
+        IN, OUT, config=model.config, init_method=lambda w: w, bias=False, gather_output=False, is_expert=True
+    )
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(OUT, IN))
+    own = dict(layer.named_parameters())
+    fq = fqt.transform(fqt.select(own, {}, inputs={"*": fqt.INT8}), model=layer)
+    at = fq.calibrate(own, x(T))
+    fq.apply(own, at, x(T))[0].sum().backward()
+    quantized = fake_quantize_reference(x(T), x(T).abs().max(), None, format=fqt.INT8, out_dtype=torch.float32)
+    assert torch.equal(own["weight"].grad, torch.ones(T, OUT).T @ quantized)
+    assert not torch.equal(quantized, x(T))
+    return counts
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore")
+def test_megatrons_linear_layers_are_hooked_for_the_call(ranks):
+    """SequentialMLP at EP=2, every expert's tokens counted; ColumnParallelLinear saves the quantized input."""
+    pytest.importorskip("megatron.core")
+    first, second = ranks(_megatron, size=2)
+    for key, tokens_here in first.items():
+        if "experts" in key:
+            assert tokens_here.sum() + second[key].sum() == 2 * 16 * 2, key  # ranks, tokens each, experts a token
+        else:
+            assert tokens_here.tolist() == [16]
 
 
 def test_meta_weights_are_refused():
