@@ -38,7 +38,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         loss_fn: `loss_fn(model, microbatch)` gives a scalar. Scale it as for any gradient accumulation: gradients add
             up over the microbatches.
         model: What the weights are put into. Its own parameters are neither used nor changed, nor is its `grad`.
-        fq: From `transform`.
+        fq: From `transform`, for weights only.
 
     Returns:
         `(params, state, microbatches) -> (losses, grads)`. `losses` is [microbatches], detached. `grads` has an entry
@@ -63,6 +63,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         >>> step(params, fq.calibrate(params), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
+    refuse_inputs(fq.spec, "value_and_grad")
     check_not_fsdp("model", model.modules())
     places = Places(model)
 
@@ -95,7 +96,6 @@ def _fake_leaves(
     fq: Transform, params: Mapping[str, Tensor], state: State, trained: Sequence[str], fused: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
-    refuse_inputs(fq.spec, "value_and_grad")
     needs_graph = not _is_identity(fq, params)
     primals = params
     if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph

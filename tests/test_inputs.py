@@ -34,7 +34,7 @@ BATCHES = [tokens(1, 1 + seed, seed=seed) for seed in range(8)]  # the first lea
 
 @pytest.mark.parametrize("per_expert", [(), "*.experts.*"])
 def test_the_state_is_what_the_layers_get(per_expert):
-    """amax and tokens of each expert, by forward hooks on the linear layers."""
+    """The amax and the tokens of each expert, by forward hooks on the linear layers."""
     model, params, fq = prepared(per_expert)
     state = fq.calibrate(params, BATCHES)
     found = {}

@@ -274,7 +274,7 @@ def engine(monkeypatch):
 
 @pytest.mark.parametrize("as_keyword", [False, True])
 def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_keyword):
-    """Its product lies in an autograd.Function: rows have their experts by m_splits, and the gradient is the input's."""
+    """Its product lies in an autograd.Function: rows have their experts by m_splits, and gradients the fake input."""
     model = GroupedLinear(3)
     weights = dict(model.named_parameters())
     spec = fqt.select(weights, {}, inputs={"*": fqt.INT8}, per_expert="*")

@@ -78,7 +78,7 @@ def equals_merge(rank, size):
 @pytest.mark.dist
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_it_is_merge_of_all_ranks(ranks, size):
-    """amax by maximum, tokens by sum; with other experts a rank, only what experts share."""
+    """The amax by maximum, tokens by sum; with other experts a rank, only what experts share."""
     ranks(equals_merge, size=size)
 
 
