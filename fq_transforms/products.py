@@ -59,10 +59,11 @@ class _Place(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A tensor that a model made of a weight: of one expert (or all of a stacked one), or gathered by `experts` [n]."""
+    """A tensor that a model made of a weight: of one expert, or gathered by `experts` [n]."""
 
     place: _Place
     experts: int | Tensor
+    is_first: bool
 
 
 # Functions that multiply: (position, names of the keyword) of left and right, and the dimension of `in` on the right.
@@ -140,9 +141,10 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name: str = getattr(func, "__name__", "").removesuffix(".default")
-        if (name == "__get__" and not self.copies) or _running.modes[-1] is not self:
+        # Other threads may inherit the mode: those of a backward pass within the call, which multiply nothing of ours.
+        if (name == "__get__" and not self.copies) or _running.__dict__.get("modes", [None])[-1] is not self:
             return func(*args, **kwargs)
-        found = [(t, at) for t in _tensors((args, kwargs.values())) if (at := self.find(t)) is not None]
+        found = [(t, at) for t in _tensors((*args, *kwargs.values())) if (at := self.find(t)) is not None]
         if not found:
             return func(*args, **kwargs)
         if name in _PRODUCTS:
@@ -177,8 +179,7 @@ class _Products(TorchFunctionMode):
         if isinstance(at, _Copy) and _address(out) == _address(of) and out.shape[-2:] in sides:
             self.copies[out] = at
         elif name in _CASTS and of.dim() == 2:
-            expert = at.experts if isinstance(at, _Copy) else _expert(at, of)
-            self.copies[out] = _Copy(place, expert)
+            self.copies[out] = at if isinstance(at, _Copy) else _Copy(at, _expert(at, of), _begins_an_expert(at, of))
         elif name in _GATHERS and isinstance(at, _Place) and of.dim() == 3 and place.inputs.stacked:
             index = args[-1] if args[1:] else kwargs.get("index")
             index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
@@ -186,7 +187,7 @@ class _Products(TorchFunctionMode):
                 raise _not_followed(place, f"{name} with {index!r:.60}")
             if of.shape[0] != place.inputs.experts:
                 raise _not_followed(place, f"{name} of {of.shape[0]} of its {place.inputs.experts} experts")
-            self.copies[out] = _Copy(place, index)
+            self.copies[out] = _Copy(place, index, _begins_an_expert(place, of))
         else:
             raise _not_followed(place, f"{name} of {tuple(of.shape)}")
 
@@ -209,7 +210,7 @@ class _Products(TorchFunctionMode):
         _check_contraction(name, place, w, in_dim)
         rows = x.mT if side == 1 and x.dim() > 1 else x
         rows, experts = _experts_of_rows(name, place, at, w, rows, _offsets(name, args, kwargs))
-        is_first = isinstance(at, _Copy) or _begins_an_expert(place, w)
+        is_first = at.is_first if isinstance(at, _Copy) else _begins_an_expert(place, w)
         rows = self.see(Use(place.inputs, experts, is_first), rows)
         x = rows.mT if side == 1 and x.dim() > 1 else rows
         slot = slots[side]
@@ -273,7 +274,7 @@ def _slot(args: Any, kwargs: Any, position: int, keywords: Sequence[str]) -> Any
 
 
 def _one(mode: _Products, args: Any, kwargs: Any) -> _Place:
-    at = next(at for t in _tensors((args, kwargs.values())) if (at := mode.find(t)) is not None)
+    at = next(at for t in _tensors((*args, *kwargs.values())) if (at := mode.find(t)) is not None)
     return at.place if isinstance(at, _Copy) else at
 
 
@@ -303,7 +304,7 @@ def _tensors(values: Any) -> Generator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, tuple | list) or type(value).__name__ == "dict_values":
+        elif isinstance(value, tuple | list):
             yield from _tensors(value)
 
 

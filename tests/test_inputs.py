@@ -138,8 +138,9 @@ def test_no_data_is_needed_where_nothing_is_calibrated():
 @pytest.mark.parametrize("per_expert", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", INPUT_FORMATS, ids=name_of)
-def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert):
+def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert, monkeypatch):
     """Rows of many experts at once, as grouped_mm has them, are bit for bit those of each expert alone."""
+    monkeypatch.setattr("fq_transforms.inputs.MOST_ROWS", 3)
     name = "mlp.experts.up"
     (inputs,) = fqt.select(
         {name: torch.ones(3, 2, 64)}, {}, inputs={"*": format}, per_expert=name if per_expert else ()
