@@ -187,7 +187,7 @@ class _Products(TorchFunctionMode):
                 raise _not_followed(place, f"{name} with {index!r:.60}")
             if of.shape[0] != place.inputs.experts:
                 raise _not_followed(place, f"{name} of {of.shape[0]} of its {place.inputs.experts} experts")
-            self.copies[out] = _Copy(place, index, _begins_an_expert(place, of))
+            self.copies[out] = _Copy(place, index % place.inputs.experts, _begins_an_expert(place, of))
         else:
             raise _not_followed(place, f"{name} of {tuple(of.shape)}")
 
@@ -224,8 +224,9 @@ def _experts_of_rows(
 ) -> tuple[Tensor, int | Tensor]:
     """The input, and the expert of each of its rows: w is one matrix, or one for each of x's first dimension."""
     if w.dim() == 2:
-        experts = at.experts if isinstance(at, _Copy) else _expert(at, w)
-        return x, experts
+        if isinstance(at, _Place) and not _is_within_an_expert(at, w):
+            raise _not_followed(place, f"{name} with several experts as one matrix {tuple(w.shape)}")
+        return x, at.experts if isinstance(at, _Copy) else _expert(at, w)
     if w.dim() != 3 or x.dim() not in (2, 3):
         raise _not_followed(place, f"{name} of {tuple(x.shape)} with {tuple(w.shape)}")
     if isinstance(at, _Copy):
@@ -252,6 +253,18 @@ def _expert(place: _Place, view: Tensor) -> int:
     if not place.expert_stride:
         return place.expert
     return (unwrapped(view).storage_offset() - place.start) // place.expert_stride
+
+
+def _is_within_an_expert(place: _Place, view: Tensor) -> bool:
+    if not place.expert_stride:
+        return True
+    offset = (unwrapped(view).storage_offset() - place.start) % place.expert_stride
+    return offset + _extent(view) <= place.expert_stride
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements of storage from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _begins_an_expert(place: _Place, view: Tensor) -> bool:
@@ -281,9 +294,9 @@ def _one(mode: _Products, args: Any, kwargs: Any) -> _Place:
 def _place(group: Inputs, number: int, name: str, weight: Tensor) -> _Place:
     start = unwrapped(weight).storage_offset()
     strides = weight.stride()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, strides, strict=True))
     in_stride = strides[-2] if group.transposed else strides[-1]
-    return _Place(group, name, number, int(start), int(start + extent), strides[0] if group.stacked else 0, in_stride)
+    stop = start + _extent(weight)
+    return _Place(group, name, number, int(start), int(stop), strides[0] if group.stacked else 0, in_stride)
 
 
 def _check_visible(name: str, weight: Tensor) -> None:

@@ -254,3 +254,41 @@ def test_mistakes_are_named():
         assert_names(message, f"calibrate: batch {batch}: the input of '{layer}.weight' is the first", "wanted finite")
     message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4, dtype=torch.float64))
     assert_names(message, "inputs 'first.weight.input': found torch.float64, wanted bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", INPUT_FORMATS, ids=name_of)
+def test_a_gpu_quantizes_rows_as_the_reference_does(format, dtype, per_expert):
+    """The kernels on [tokens, in], on one row an expert, and by row: bit for bit what the CPU gives."""
+    name = "mlp.experts.up"
+    weights = {name: torch.ones(3, 2, 64)}
+    (inputs,) = fqt.select(weights, {}, inputs={"*": format}, per_expert=name if per_expert else ()).inputs
+    x = torch.stack(cases.experts(70, (64,), dtype))
+    amax = torch.tensor([0.3, 1.0, 5.0] if per_expert else [0.7])
+    for experts in (torch.arange(70) % 4, 1):
+        found = []
+        for device in ("cpu", "cuda"):
+            scales = (
+                InputAmax(amax.to(device), torch.ones(3, device=device).double()) if inputs.leaf_shapes else Stateless()
+            )
+            use = Use(inputs, experts if isinstance(experts, int) else experts.to(device), True)
+            found.append(quantize_input(use, x.to(device), scales, backward="pass_through").cpu())
+        assert same_bits(*found)
+
+
+@pytest.mark.gpu
+def test_a_gpu_observes_what_a_cpu_does():
+    """Of the first layer, whose input no product has made: amax and tokens of each expert."""
+    states = []
+    for device in ("cpu", "cuda"):
+        model, params, fq = prepared()
+        model.to(device)
+        params = dict(model.named_parameters())
+        state = fq.calibrate(params, [batch.to(device) for batch in BATCHES])
+        fq.apply(params, state, BATCHES[0].to(device))
+        states.append({key: entry for key, entry in state.items() if key.endswith("0.mlp.experts.*.w1.weight.input")})
+    (cpu,), (gpu,) = (list(state.values()) for state in states)
+    assert torch.equal(cpu.tokens, gpu.tokens.cpu())
+    torch.testing.assert_close(cpu.amax, gpu.amax.cpu(), rtol=1e-4, atol=0)

@@ -38,7 +38,7 @@ def x(*shape):
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second expert has no token, and the last row no expert
 BY_OFFSETS = [0, 0, 2, 2, 2, 3]
-PICKED = torch.tensor([2, 0, 1, 0, 2, 2])
+PICKED = torch.tensor([2, 0, 1, 0, -1, 2])
 
 
 class Case(NamedTuple):
@@ -96,15 +96,15 @@ CASES = [
         lambda m, x: torch.bmm(m.experts["up"][PICKED], x.unsqueeze(-1)),
         (x(T),),
         "experts.up",
-        PICKED[:, None].tolist(),
+        (PICKED % E)[:, None].tolist(),
         (T, 1),
     ),
     Case(
         "gathered, transposed",
-        lambda m, x: torch.bmm(x.unsqueeze(1), m.experts["down"].index_select(0, PICKED)),
+        lambda m, x: torch.bmm(x.unsqueeze(1), m.experts["down"].index_select(0, PICKED % E)),
         (x(T),),
         "experts.down",
-        PICKED[:, None].tolist(),
+        (PICKED % E)[:, None].tolist(),
         (T, 1),
     ),
     Case(
@@ -207,6 +207,7 @@ REFUSED = {
     "as a bias": lambda m, x: torch.addmm(m.dense[:, :1], torch.ones(OUT, 2), torch.ones(2, 1)),
     "cast of all experts": lambda m, x: F.linear(x, m.experts["up"].half().float()[1]),
     "mask of experts": lambda m, x: x @ m.experts["up"][torch.tensor([True, False, True])].mT,
+    "all experts as one matrix": lambda m, x: x @ m.experts["up"].view(E * OUT, IN).T,
     "every second expert": lambda m, x: x @ m.experts["up"][::2].mT,
 }
 
