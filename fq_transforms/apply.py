@@ -9,11 +9,10 @@ from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.fakequant import fakequant
-from fq_transforms.inputs import quantize_input
+from fq_transforms.inputs import quantized_inputs
 from fq_transforms.ops.autograd import Backward
-from fq_transforms.products import Use, products
 from fq_transforms.select import Spec
-from fq_transforms.state import InputAmax, State, check, plain_weights_of
+from fq_transforms.state import State
 
 __all__ = ["apply"]
 
@@ -67,46 +66,5 @@ def apply(
         tensor([[0.5039, 2.0000]], grad_fn=<MmBackward0>)
     """
     weights = fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate)
-    if not spec.inputs:
+    with quantized_inputs(model, weights, state, spec=spec, backward=backward):
         return functional_call(model, weights, args, dict(kwargs))
-    for inputs in spec.inputs:
-        plain_weights_of(params, inputs)
-    _check_seen(state, spec)
-    differentiates, hooks = torch.is_grad_enabled(), _saved_tensors_hooks()
-
-    def quantize(use: Use, x: Tensor) -> Tensor:
-        if differentiates and (not torch.is_grad_enabled() or _saved_tensors_hooks() != hooks):
-            _refuse_recomputed(use, x, weights)
-        return quantize_input(use, x, state[use.inputs.key], backward=backward)
-
-    with products(model, weights, spec.inputs, quantize) as seen:
-        out = functional_call(model, weights, args, dict(kwargs))
-    if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen and inputs.always_runs]:
-        raise ValueError(
-            f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} "
-            "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take it "
-            "out of `inputs` with a rule to None"
-        )
-    return out
-
-
-def _saved_tensors_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-
-
-def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a layer whose forward will run again in backward, outside of the call."""
-    if x.requires_grad or any(weights[name].requires_grad for name in use.inputs.names):
-        raise ValueError(
-            f"inputs {use.inputs.key!r}: found its layer under activation checkpointing, saved-tensor hooks or "
-            "torch.no_grad, wanted it as the rest of the call: backward would compute it again with inputs that are "
-            "not quantized; switch checkpointing off, or call `apply` within what sets the hooks"
-        )
-
-
-def _check_seen(state: State, spec: Spec) -> None:
-    """Raise ValueError unless every input has an amax. Those on a CPU `fakequant` has checked; others wait once."""
-    leaves = [entry.amax for entry in state.values() if isinstance(entry, InputAmax)]
-    for device in {leaf.device for leaf in leaves if leaf.device.type not in ("cpu", "meta")}:
-        if not bool(torch.cat([leaf for leaf in leaves if leaf.device == device]).isfinite().all()):
-            check(state, spec)

@@ -1,6 +1,7 @@
 """Inputs of the selected weights: what a model multiplies them with, observed in calibration, quantized in `apply`."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -14,9 +15,9 @@ from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import Backward, expert_amax, fake_quantize
 from fq_transforms.products import Use, products
 from fq_transforms.select import DTYPES, Inputs, Spec
-from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, Stateless, plain_weights_of
+from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stateless, check, plain_weights_of
 
-__all__ = ["Forward", "observe", "quantize_input"]
+__all__ = ["Forward", "observe", "quantize_input", "quantized_inputs"]
 
 # Below the most experts of one launch, `ops.launch.MOST_EXPERTS`.
 MOST_ROWS = 32768
@@ -155,6 +156,64 @@ def _run(call: Callable[..., Any], one: Any, forward: Forward | None) -> None:
             f"batch: found {type(one).__name__} as one of them, wanted a tensor, a tuple of arguments or a dict of "
             "keyword arguments; pass forward=lambda call, batch: call(...) for others"
         )
+
+
+@contextmanager
+def quantized_inputs(
+    model: Module,
+    weights: Mapping[str, Tensor],
+    state: State,
+    *,
+    spec: Spec,
+    backward: Backward,
+) -> Generator[None]:
+    """Within, the model computes with each selected input quantized, if `weights` are what it has as parameters.
+
+    One call or several. Raises ValueError as `fq_transforms.apply.apply` does; for a layer that never ran, on leaving.
+    """
+    if not spec.inputs:
+        yield
+        return
+    for inputs in spec.inputs:
+        plain_weights_of(weights, inputs)
+    _check_seen(state, spec)
+    differentiates, hooks = torch.is_grad_enabled(), _saved_tensors_hooks()
+
+    def quantize(use: Use, x: Tensor) -> Tensor:
+        if differentiates and (not torch.is_grad_enabled() or _saved_tensors_hooks() != hooks):
+            _refuse_recomputed(use, x, weights)
+        return quantize_input(use, x, state[use.inputs.key], backward=backward)
+
+    with products(model, weights, spec.inputs, quantize) as seen:
+        yield
+    if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen and inputs.always_runs]:
+        raise ValueError(
+            f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} "
+            "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take it "
+            "out of `inputs` with a rule to None"
+        )
+
+
+def _saved_tensors_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+
+
+def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a layer whose forward will run again in backward, where nothing is seen."""
+    if x.requires_grad or any(weights[name].requires_grad for name in use.inputs.names):
+        raise ValueError(
+            f"inputs {use.inputs.key!r}: found its layer under activation checkpointing, saved-tensor hooks or "
+            "torch.no_grad, wanted it as the rest of the call: backward would compute it again with inputs that are "
+            "not quantized; switch checkpointing off, or call `apply` within what sets the hooks"
+        )
+
+
+def _check_seen(state: State, spec: Spec) -> None:
+    """Raise ValueError unless every input has an amax. Those on a CPU `fakequant` has checked; others wait once."""
+    leaves = [entry.amax for entry in state.values() if isinstance(entry, InputAmax)]
+    for device in {leaf.device for leaf in leaves if leaf.device.type not in ("cpu", "meta")}:
+        if not bool(torch.cat([leaf for leaf in leaves if leaf.device == device]).isfinite().all()):
+            check(state, spec)
 
 
 def quantize_input(use: Use, x: Tensor, scales: GroupState, *, backward: Backward) -> Tensor:

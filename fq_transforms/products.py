@@ -15,13 +15,15 @@ for the time of the call instead. Other uses of a selected weight raise: none is
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import local
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage] (it has no public name)
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fq_transforms.select import Inputs, is_mapped, unwrapped
@@ -82,8 +84,6 @@ _GROUPED_NAMES = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 _CASTS = ("to", "type", "type_as", "float", "bfloat16", "half", "contiguous", "clone")
 _GATHERS = ("__getitem__", "index_select")
 
-_running = local()  # the modes of this thread, innermost last
-
 
 @contextmanager
 def products(
@@ -96,6 +96,8 @@ def products(
         weights: Names to the tensors that it computes with.
         inputs: Which of them.
         on_input: Called with each input, [..., in], in the order of the computation.
+
+    A further call within is its own: what this one quantizes is left alone there. A backward pass within is not seen.
 
     Yields:
         The keys of the inputs that were seen so far.
@@ -110,13 +112,13 @@ def products(
         seen.add(use.inputs.key)
         return on_input(use, x)
 
-    modes: list[Any] = _running.__dict__.setdefault("modes", [])
+    outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Products)]
     with ExitStack() as leaving:
         mode = _Products(see)
-        hooked = _hook(model, inputs, see, lambda: modes[-1] is mode, leaving)
-        mode.add(weights, inputs, hooked)
-        modes.append(mode)
-        leaving.callback(modes.pop)
+        mode.add(weights, inputs, _hook(model, inputs, see, mode.is_resting, leaving))
+        for other in outer:
+            other.resting += 1
+            leaving.callback(other.wake)
         leaving.enter_context(mode)
         yield seen
 
@@ -125,8 +127,15 @@ class _Products(TorchFunctionMode):
     def __init__(self, see: OnInput) -> None:
         super().__init__()
         self.see = see
+        self.resting = 0  # calls within this one
         self.places: dict[int, list[_Place]] = {}  # by address of the storage, in order
         self.copies: Any = WeakIdKeyDictionary()
+
+    def is_resting(self) -> bool:
+        return self.resting > 0
+
+    def wake(self) -> None:
+        self.resting -= 1
 
     def add(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], hooked: set[str]) -> None:
         for group in inputs:
@@ -141,8 +150,7 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name: str = getattr(func, "__name__", "").removesuffix(".default")
-        # Other threads may inherit the mode: those of a backward pass within the call, which multiply nothing of ours.
-        if (name == "__get__" and not self.copies) or _running.__dict__.get("modes", [None])[-1] is not self:
+        if (name == "__get__" and not self.copies) or self.resting:
             return func(*args, **kwargs)
         found = [(t, at) for t in _tensors((*args, *kwargs.values())) if (at := self.find(t)) is not None]
         if not found:
@@ -333,7 +341,7 @@ _OPAQUE = ("transformer_engine.", "megatron.core.tensor_parallel.")
 
 
 def _hook(
-    model: Module, inputs: Sequence[Inputs], see: OnInput, is_ours: Callable[[], bool], leaving: ExitStack
+    model: Module, inputs: Sequence[Inputs], see: OnInput, is_resting: Callable[[], bool], leaving: ExitStack
 ) -> set[str]:
     """Hook the modules that hold selected weights and whose products cannot be seen; the names of those weights."""
     where = {name: (group, number) for group in inputs for number, name in enumerate(group.names)}
@@ -352,7 +360,7 @@ def _hook(
                 f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its "
                 "input itself, so that nobody sees what its weight gets; take it out of `inputs` with a rule to None"
             )
-        hook = _PreHook(module, list(held.values()), see, is_ours)
+        hook = _PreHook(module, list(held.values()), see, is_resting)
         leaving.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         hooked |= held.keys()
     return hooked
@@ -362,16 +370,16 @@ class _PreHook:
     """Replaces the first argument of a module that holds one weight, or a group's weights and takes their splits."""
 
     def __init__(
-        self, module: Module, held: list[tuple[Inputs, int]], see: OnInput, is_ours: Callable[[], bool]
+        self, module: Module, held: list[tuple[Inputs, int]], see: OnInput, is_resting: Callable[[], bool]
     ) -> None:
-        self.held, self.see, self.is_ours = held, see, is_ours
+        self.held, self.see, self.is_resting = held, see, is_resting
         if {group.key for group, _ in held} != {held[0][0].key} or any(group.stacked for group, _ in held):
             raise ValueError(
                 f"inputs {held[0][0].key!r}: found {type(module).__name__} with weights of several roles, wanted one"
             )
 
     def __call__(self, module: Module, args: Any, kwargs: Any) -> Any:
-        if not self.is_ours():
+        if self.is_resting():
             return None
         group, expert = self.held[0]
         name = next((k for k in ("inp", "input_", "input", "x", "hidden_states") if k in kwargs), None)

@@ -930,7 +930,6 @@ def test_what_has_no_place_for_inputs_says_so(tmp_path):
             state | {"experts.*.w1.weight.input": InputAmax(torch.ones(1), torch.ones(1).double())}, spec
         ),
         "layerwise": lambda: fqt.layerwise(model, state, spec=spec).__enter__(),
-        "value_and_grad": lambda: fqt.value_and_grad(None, model, fq),
         "packed weights": lambda: fqt.checkpoint.save(packed, tmp_path / "packed", spec=spec),
     }
     for what, door in doors.items():
