@@ -896,7 +896,6 @@ def test_a_preset_has_rules_for_both():
         ({"inputs": {"*.q.*": FP8_BLOCK}}, ["inputs of 'layers.0.q.weight': found FP8_BLOCK", "(128, 128)"]),
         ({"inputs": {"*.q.*": INT4_BLOCK32}}, ["inputs of 'layers.0.q.weight': found INT4_BLOCK32", "static scales"]),
         ({"inputs": {"*.q.*": NVFP4_STATIC}}, ["found NVFP4_STATIC", "of dynamic blocks such as NVFP4"]),
-        ({"inputs": {"*.q.*": "FP8"}}, ["rules: found Rule(", "wanted a mapping from patterns to formats"]),
         ({"inputs": {"*.0.w1.*": FP8}}, ["'layers.0.experts.*.w1.weight': its experts get different formats"]),
         ({"inputs": {"*.odd.*": MXFP4}}, ["'layers.0.odd.weight'", "`in` to be a multiple of 32"]),
         ({"inputs": {"*.q.*": FP8}, "per_expert": "*.w1.*"}, ["per_expert='*.w1.*' matches no weight with inputs"]),
