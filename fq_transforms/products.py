@@ -7,9 +7,14 @@ PyTorch shows every call of its functions to a `TorchFunctionMode`, so no functi
 is known by its memory: `experts[i]`, `weight.T` and one allocation for many experts are views of it, whose offset says
 which expert it is. Copies that a model makes (a cast, the gathered weights of `batched_mm`) are followed.
 
-NOTE what is not seen: a kernel that is called inside an `autograd.Function` would get its input quantized in forward
-and keep the other for backward. Transformer Engine's and Megatron's linear layers are such, and have a forward pre-hook
-for the time of the call instead. Other uses of a selected weight raise: none is skipped in silence.
+Any other use of a selected weight by a function of PyTorch raises: a product may hide in it.
+
+NOTE what is not seen: a product inside an `autograd.Function` would get its input quantized in forward, and keep the
+other for backward. Transformer Engine's and Megatron's linear layers are such, and have a forward pre-hook for the time
+of the call instead. A kernel that is no function of PyTorch's shows nothing: layers that never ran are an error, but
+experts that are modules of their own may have had no token.
+
+NOTE cost: about 12 us of the host for each call of a PyTorch function, measured on a CPU; no wait for a device.
 """
 
 from bisect import bisect_right
