@@ -25,10 +25,12 @@ from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.report import Report, report
 from fq_transforms.rounding import Stochastic
-from fq_transforms.select import Rule, Spec, select
+from fq_transforms.select import Preset, Rule, Spec, select
 from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
+from fq_transforms.sync_inputs import sync_inputs
 from fq_transforms.transform import Transform, transform
+from fq_transforms.unseen import finish
 from fq_transforms.value_and_grad import value_and_grad
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ __all__ = [
     "Packed",
     "PackedTree",
     "PackedTwoLevel",
+    "Preset",
     "Report",
     "Rule",
     "Spec",
@@ -63,6 +66,7 @@ __all__ = [
     "deinterleave",
     "export",
     "fakequant",
+    "finish",
     "formats",
     "interleave",
     "layerwise",
@@ -74,6 +78,7 @@ __all__ = [
     "select",
     "state",
     "sync",
+    "sync_inputs",
     "tie",
     "transform",
     "unpack",

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from fq_transforms.choose import check_method, check_whole, chosen_leaves, importance_of, progress
+from fq_transforms.inputs import Forward, observe
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
@@ -23,18 +25,29 @@ def calibrate(
     spec: Spec,
     method: Method = MAX,
     statistics: Mapping[str, Tensor] | None = None,
+    model: Module | None = None,
+    forward: Forward | None = None,
 ) -> State:
     """An amax for each granule of each expert's weight, chosen by a method: by `Max`, amax = max(abs(w)).
 
+    Where the spec has inputs with calibrated scales, `functional_call(model, params, batch)` runs for each batch,
+    nothing quantized and without gradients, and amax = max(abs(x)) over all tokens that a weight was multiplied with,
+    its sharers' and experts' as the spec says. The states of parts of the batches `merge` to that of all, exactly.
+
     Args:
         params: Names to tensors; may hold more than the spec names.
-        batch: Not read: calibration of weights needs only the weights. It has its place in the signature so that a
-            training loop calls every calibration alike, and folds them with `merge`.
+        batch: What the model runs on: a tensor, a tuple of arguments or a dict of keyword arguments is one batch; any
+            other iterable is many of them. Not read without inputs: amax of weights needs only the weights. It has its
+            place in the signature so that a training loop calls every calibration alike, and folds them with `merge`.
         spec: What to calibrate.
-        method: How an amax is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they fold states
-            of `Max`; the others choose for the weights at hand, which must hold whole granules.
+        method: How an amax of weights is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they
+            fold states of `Max`; the others choose for the weights at hand, which must hold whole granules.
         statistics: For `Mse`: by group key, the mean square of each input channel, floats [E, in] or [in] on the device
             of the weights. Squared errors are weighted by them, the diagonal of the Hessian of the layer's output.
+        model: For inputs, the module whose parameters are `params`, in the mode (`eval()`) that it shall run in. It is
+            not changed; what it writes into buffers is lost.
+        forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed; `call` takes the
+            arguments of the model.
 
     Returns:
         A new state, detached from autograd, on the device of the weights. An expert of zeros has amax 0, which
@@ -50,6 +63,10 @@ def calibrate(
             the parameter and expert are named. The values are read once, at the end, for all groups; under
             torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
             `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
+            With inputs: there is no batch, or no model; an input is NaN or infinite, and the first such layer is named,
+            and the batch by its number from 0; a layer never ran; a weight is used in another way than a product with
+            an input, or is a DTensor. An expert without tokens is no error yet: it keeps the amax -inf, see `finish`.
+            What the model raises comes through, with a note of the batch.
 
     Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`; of the other methods in
     `fq_transforms.methods`.
@@ -61,8 +78,8 @@ def calibrate(
         >>> calibrate(params, spec=select(params, {"*": INT8}))
         {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
     """
-    del batch
     check_method(method, statistics, spec)
+    inputs = observe(params, batch, spec=spec, model=model, forward=forward)
     layouts: list[Layout | None] = []
     held: list[list[Tensor]] = []
     importances: list[Tensor | None] = []
@@ -94,7 +111,7 @@ def calibrate(
         state[group.key] = group_state(group.format, *placed)
     # Last: ranks may differ in what they find, and none may wait for one that has raised.
     _check_finite(largest)
-    return state
+    return state | inputs
 
 
 def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None) -> dict[str, Tensor]:

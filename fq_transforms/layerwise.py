@@ -24,7 +24,7 @@ from fq_transforms.fakequant import check_options, quantize_group
 from fq_transforms.lend import Lender, is_lendable
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.select import Group, Spec, is_sharded
+from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs
 from fq_transforms.slots import Slots, tensors_in
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
 
@@ -97,6 +97,7 @@ def layerwise(
     check_options(out_dtype, backward)
     if backward == "lsq":
         raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fakequant")
+    refuse_inputs(spec, "layerwise")
     check(state, spec, values=is_read)
     options = _Options(out_dtype, backward, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]

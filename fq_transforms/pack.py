@@ -9,7 +9,7 @@ from torch import Tensor
 from fq_transforms.formats import Format, code_bits
 from fq_transforms.ops.packing import code_dtype, pack_reference, pack_scales, unpack_reference
 from fq_transforms.ops.shards import Layout, layout_of, sharded_tensors
-from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
+from fq_transforms.select import DTYPES, Group, Spec, is_sharded, refuse_inputs, weights_of
 from fq_transforms.state import (
     BlockAmax,
     GroupState,
@@ -86,6 +86,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
         >>> pack(params, calibrate(params, spec=spec), spec=spec)
         {'experts.*.weight': Packed(codes=tensor([[[  64, -127]]], dtype=torch.int8), scale=tensor([63.5000]))}
     """
+    refuse_inputs(spec, "pack")
     check(state, spec, values=is_read)
     packed: PackedTree = {}
     for group in spec.groups:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import import_module
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -26,7 +26,19 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 
-__all__ = ["Group", "Rule", "Skipped", "Spec", "is_mapped", "is_sharded", "select", "weights_of"]
+__all__ = [
+    "Group",
+    "Inputs",
+    "Preset",
+    "Rule",
+    "Skipped",
+    "Spec",
+    "is_mapped",
+    "is_sharded",
+    "refuse_inputs",
+    "select",
+    "weights_of",
+]
 
 functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
 guards: Any = import_module("torch._C._dynamo.guards")  # torch.compile's own check of many tensors in one call
@@ -55,6 +67,23 @@ class Rule:
     pattern: str
     format: Format | None
     required: bool = True
+
+
+class Preset(NamedTuple):
+    """What a whole model is quantized to: `select(params, preset)`.
+
+    Attributes:
+        rules: For the weights.
+        inputs: For what the weights are multiplied with; none if empty.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> Preset((Rule("*", FP8),)).inputs
+        ()
+    """
+
+    rules: tuple[Rule, ...]
+    inputs: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +140,51 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Inputs(Group):
+    """What the weights of one role in one layer are multiplied with: tokens [tokens, in], and how they are quantized.
+
+    The fields of `Group`, of these weights; `key` is theirs with `.input` behind it, `format` that of the inputs. A row
+    of a matrix [tokens, in] is a token, so a format by channel has a scale a token, made when the model runs.
+
+    Attributes:
+        per_expert: Each expert has an amax of its own; else they share one, the largest.
+    """
+
+    per_expert: bool = False
+
+    def __post_init__(self) -> None:
+        # Where nothing is calibrated there is nothing to keep.
+        shapes = {"amax": (self.experts if self.per_expert else 1,), "tokens": (self.experts,)}
+        object.__setattr__(self, "leaf_shapes", shapes if self.is_calibrated else {})
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if an amax is state: formats by tensor, and NVFP4's global amax."""
+        return self.format.block == (None, None) or self.format.scale == "e4m3"
+
+    @property
+    def always_runs(self) -> bool:
+        """False for experts that are modules of their own: where none of a rank's has a token, none runs."""
+        return self.stacked or self.experts == 1
+
+    @property
+    def scope(self) -> str:
+        """How many scales there are, in words."""
+        if self.is_calibrated:
+            return "an amax an expert" if self.per_expert else "one amax"
+        return "a scale a token" if self.format.block == (1, None) else "a scale a block"
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A parameter that is not quantized, and why."""
 
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 
 @dataclass(frozen=True)
@@ -139,22 +207,34 @@ class Spec:
 
     groups: tuple[Group, ...]
     skipped: tuple[Skipped, ...] = ()
+    inputs: tuple[Inputs, ...] = ()
+
+    @property
+    def all_groups(self) -> tuple[Group, ...]:
+        """Everything that a state has an entry for: weights, then inputs."""
+        return (*self.groups, *self.inputs)
 
     def to_json(self) -> str:
         """The spec as one line of JSON, formats with all of their numbers."""
-        groups = [_group_to_dict(group) for group in self.groups]
-        return json.dumps({"groups": groups, "skipped": [asdict(skipped) for skipped in self.skipped]})
+        data: dict[str, Any] = {
+            "groups": [_group_to_dict(group) for group in self.groups],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+        }
+        if self.inputs:
+            data["inputs"] = [_group_to_dict(inputs) for inputs in self.inputs]
+        return json.dumps(data)
 
     @staticmethod
     def from_json(text: str) -> "Spec":
         """The spec that `to_json` wrote. Raises ValueError if the text is not one."""
         try:
             data = json.loads(text)
-            groups = tuple(_group_from_json(**group) for group in data["groups"])
+            groups = tuple(_group_from_json(Group, **group) for group in data["groups"])
+            inputs = tuple(_group_from_json(Inputs, **group) for group in data.get("inputs", ()))
             skipped = tuple(Skipped(shape=tuple(s.pop("shape")), **s) for s in data["skipped"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a stored Spec: {error!r} in {text[:80]!r}") from error
-        return Spec(groups, skipped)
+        return Spec(groups, skipped, inputs)
 
     def __str__(self) -> str:
         quantized = [
@@ -163,6 +243,10 @@ class Spec:
         ]
         rows = [("quantized", "format", "experts", "out x in", "layout")]
         rows += [(name, *cells) for name, cells in _collapse(quantized)]
+        if self.inputs:
+            rows += [("inputs", "format", "experts", "in", "scales")]
+            of_inputs = [(i.key, (i.format.name, str(i.experts), str(i.shape[1]), i.scope)) for i in self.inputs]
+            rows += [(name, *cells) for name, cells in _collapse(of_inputs)]
         if self.skipped:
             rows += [("not quantized", "why", "", "shape", "")]
             not_quantized = [(_group_key(s.name, ())[0], (s.reason, "", _by(s.shape), "")) for s in self.skipped]
@@ -191,8 +275,10 @@ class Spec:
 
 def select(
     params: Mapping[str, Tensor],
-    rules: Mapping[str, Format | None] | Sequence[Rule],
+    rules: Mapping[str, Format | None] | Sequence[Rule] | Preset,
     *,
+    inputs: Mapping[str, Format | None] | Sequence[Rule] | None = None,
+    per_expert: str | Sequence[str] = (),
     experts: str | Sequence[str] = (),
     transposed: str | Sequence[str] = (),
 ) -> Spec:
@@ -203,7 +289,13 @@ def select(
 
     Args:
         params: `dict(model.named_parameters())`, names to tensors.
-        rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s, such as a preset.
+        rules: Glob patterns to formats, later ones win, None excludes; or `Rule`s, such as a preset's; or a `Preset`,
+            of weights and inputs.
+        inputs: As `rules`, over the names of weights: those that are multiplied with quantized inputs, and the format
+            of these; None takes the preset's, or none. By tensor (FP8, INT8), with an amax from calibration; by channel
+            (FP8_PER_CHANNEL), with a scale a token; in dynamic blocks (NVFP4, with a calibrated global amax; MX).
+        per_expert: Globs of weights whose inputs have an amax for each expert. Without, the experts of a group share
+            one, as ModelOpt's do.
         experts: Regular expressions (full match) for names that are not found by themselves. With a named group
             `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter.
         transposed: Globs of parameters whose matrices are stored [in, out]. Found by itself where the shapes of
@@ -212,7 +304,8 @@ def select(
     Raises:
         ValueError: A rule or a glob matches nothing, or nothing is selected; the numbers of a group's experts are not
             0..N-1; its experts differ in shape, dtype or format; a 3-D parameter is not known to be experts; `in` is
-            not a multiple of the block; a dtype is not bf16, fp16 or fp32; a weight is empty.
+            not a multiple of the block; a dtype is not bf16, fp16 or fp32; a weight is empty; a format of inputs has
+            static scales along tokens or blocks.
 
     Example:
         >>> from fq_transforms.formats import FP8, NVFP4
@@ -221,13 +314,14 @@ def select(
         >>> [(group.key, group.format.name, group.experts) for group in spec.groups]
         [('mlp.experts.down_proj', 'NVFP4', 4), ('attn.q.weight', 'FP8', 1)]
     """
-    if isinstance(rules, Mapping):
-        rules = [Rule(pattern, format) for pattern, format in rules.items()]
-    for rule in rules:
-        _check_rule(rule)
+    if isinstance(rules, Preset):
+        rules, inputs = rules.rules, rules.inputs if inputs is None else inputs
+    rules, input_rules = _rules(rules), _rules(inputs or ())
     patterns = (experts,) if isinstance(experts, str) else tuple(experts)
+    per_expert = (per_expert,) if isinstance(per_expert, str) else tuple(per_expert)
     transposed = (transposed,) if isinstance(transposed, str) else tuple(transposed)
     _check_patterns(params, rules, patterns, transposed)
+    _check_patterns(params, input_rules, (), ())
 
     members: dict[str, list[tuple[int, str, Format | None]]] = {}
     skipped: dict[str, Skipped] = {}
@@ -247,11 +341,21 @@ def select(
         for key, found in members.items()
         if any(chosen is not None for _, _, chosen in found)
     ]
-    if not groups:
+    found_inputs = _inputs(params, input_rules, patterns, transposed, per_expert)
+    if not groups and not found_inputs:
         raise ValueError(
             f"the rules select no weight among {len(params)} parameters; patterns: {[r.pattern for r in rules]}"
         )
-    return Spec(tuple(groups), tuple(skipped.values()))
+    return Spec(tuple(groups), tuple(skipped.values()), found_inputs)
+
+
+def refuse_inputs(spec: Spec, what: str) -> None:
+    """Raise ValueError if a spec has inputs, which `what` has no place for: to leave them out must be the user's."""
+    if spec.inputs:
+        raise ValueError(
+            f"{what}: found the inputs of {len(spec.inputs)} groups in the spec, such as {spec.inputs[0].key!r}, "
+            "wanted weights only; pass dataclasses.replace(spec, inputs=()), and a state without the entries '*.input'"
+        )
 
 
 def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
@@ -323,6 +427,61 @@ def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tens
             )
 
 
+def _rules(rules: Mapping[str, Format | None] | Sequence[Rule]) -> Sequence[Rule]:
+    if isinstance(rules, Mapping):
+        rules = [Rule(pattern, format) for pattern, format in rules.items()]
+    for rule in rules:
+        _check_rule(rule)
+    return rules
+
+
+def _inputs(
+    params: Mapping[str, Tensor],
+    rules: Sequence[Rule],
+    patterns: Sequence[str],
+    transposed: Sequence[str],
+    per_expert: Sequence[str],
+) -> tuple[Inputs, ...]:
+    """Of each group of weights whose inputs a rule takes, those inputs."""
+    members: dict[str, list[tuple[int, str, Format | None]]] = {}
+    for name, param in params.items() if rules else ():
+        if not _not_a_weight(name, param):
+            rule = next((r for r in reversed(rules) if fnmatchcase(name, r.pattern)), None)
+            key, expert = _group_key(name, patterns)
+            members.setdefault(key, []).append((expert, name, rule.format if rule else None))
+    groups = [
+        _group(key, sorted(found), params, patterns, transposed)
+        for key, found in members.items()
+        if any(chosen is not None for _, _, chosen in found)
+    ]
+    for glob in per_expert:
+        if not any(fnmatchcase(name, glob) for group in groups for name in group.names):
+            raise ValueError(
+                f"per_expert={glob!r} matches no weight with inputs, among {len(groups)} groups such as "
+                f"{[group.key for group in groups[:3]]}"
+            )
+    return tuple(_inputs_of(group, per_expert, params) for group in groups)
+
+
+def _inputs_of(group: Group, per_expert: Sequence[str], params: Mapping[str, Tensor]) -> Inputs:
+    format, key = group.format, f"{group.key}.input"
+    if not (format.block in ((None, None), (1, None)) or format.dynamic):
+        raise ValueError(
+            f"inputs of {group.key!r}: found {format.name}, whose blocks {format.block} have static scales, wanted a "
+            "format by tensor such as FP8, by channel for a scale a token, or of dynamic blocks such as NVFP4"
+        )
+    if key in params:
+        raise ValueError(f"inputs of {group.key!r}: found a parameter {key!r}, which is their own name")
+    marked = [name for name in group.names if any(fnmatchcase(name, glob) for glob in per_expert)]
+    if marked and len(marked) < len(group.names):
+        raise ValueError(
+            f"group {group.key!r}: per_expert= matches {len(marked)} of {len(group.names)} experts, such as "
+            f"{marked[0]!r}; let it match all"
+        )
+    shapes = (group.shape, group.stacked, group.transposed)
+    return Inputs(key, group.names, format, group.experts, *shapes, per_expert=bool(marked))
+
+
 def _check_rule(rule: Any) -> None:
     if not isinstance(rule, Rule) or not (rule.format is None or isinstance(cast("Any", rule.format), Format)):
         raise ValueError(
@@ -390,9 +549,9 @@ def _group(
     wanted = range(numbers[-1] + 1)
     if numbers != list(wanted):
         missing, twice = set(wanted) - set(numbers), {n for n in numbers if numbers.count(n) > 1}
-        what = f"{_ranges(missing)} missing" if missing else f"{_ranges(twice)} twice"
+        what = f"{ranges(missing)} missing" if missing else f"{ranges(twice)} twice"
         raise ValueError(
-            f"group {key!r}: found experts {_ranges(set(numbers))}, wanted {_ranges(wanted)}, each once: {what}"
+            f"group {key!r}: found experts {ranges(set(numbers))}, wanted {ranges(wanted)}, each once: {what}"
         )
     formats = {chosen for _, _, chosen in found}
     if len(formats) > 1:
@@ -502,15 +661,17 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
     return {f.name: getattr(group, f.name) for f in fields(group) if f.init} | {"format": group.format.to_dict()}
 
 
-def _group_from_json(format: dict[str, Any], names: list[str], shape: list[int], **others: Any) -> Group:
-    return Group(format=Format.from_dict(format), names=tuple(names), shape=(shape[0], shape[1]), **others)
+def _group_from_json(
+    kind: type[AnyGroup], format: dict[str, Any], names: list[str], shape: list[int], **others: Any
+) -> AnyGroup:
+    return kind(format=Format.from_dict(format), names=tuple(names), shape=(shape[0], shape[1]), **others)
 
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """[0, 1, 2, 5] as '0-2, 5'."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
@@ -529,6 +690,6 @@ def _collapse(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tu
         head, tail = (name[: match.start()], name[match.end() :]) if match else (name, "")
         merged.setdefault((head, tail, cells), []).extend([int(match.group())] if match else [])
     return [
-        (head + (f"{{{_ranges(n)}}}" if len(n) > 1 else "".join(map(str, n))) + tail, cells)
+        (head + (f"{{{ranges(n)}}}" if len(n) > 1 else "".join(map(str, n))) + tail, cells)
         for (head, tail, cells), n in merged.items()
     ]

@@ -1,6 +1,7 @@
-"""The quantizer state: a dict from group key to a NamedTuple of fp32 tensors, each [E, ...]. Nothing else.
+"""The quantizer state: a dict from group key to a NamedTuple of floating tensors, [E, ...]. Nothing else.
 
-    {"layers.0.mlp.experts.*.w1.weight": ExpertAmax(amax=[E, *format.amax_shape(out, in)]), ...}
+    {"layers.0.mlp.experts.*.w1.weight": ExpertAmax(amax=[E, *format.amax_shape(out, in)]),
+     "layers.0.mlp.experts.*.w1.weight.input": InputAmax(amax=[1] or [E], tokens=[E]), ...}
 
 A state is a plain pytree: optree and torch.utils._pytree map over it, torch.func closes over it or maps along it, and a
 checkpoint stores its tensors. Formats, names and shapes are static and live in the `Spec`.
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from fq_transforms.formats import Format
@@ -28,9 +29,31 @@ from fq_transforms.ops.shards import (
     position,
     sharded_tensors,
 )
-from fq_transforms.select import Group, Spec, is_mapped, spread_in_words, spread_of, weights_of
+from fq_transforms.select import (
+    Group,
+    Inputs,
+    Spec,
+    is_mapped,
+    is_sharded,
+    ranges,
+    spread_in_words,
+    spread_of,
+    weights_of,
+)
 
-__all__ = ["BlockAmax", "ExpertAmax", "State", "Stateless", "check", "flatten", "init", "merge", "tie", "unflatten"]
+__all__ = [
+    "BlockAmax",
+    "ExpertAmax",
+    "InputAmax",
+    "State",
+    "Stateless",
+    "check",
+    "flatten",
+    "init",
+    "merge",
+    "tie",
+    "unflatten",
+]
 
 
 class ExpertAmax(NamedTuple):
@@ -46,11 +69,21 @@ class BlockAmax(NamedTuple):
     global_amax: Float32[Tensor, "..."]
 
 
+class InputAmax(NamedTuple):
+    """Inputs: `amax`, fp32 [1] for all experts of a group, or [E]; and how many `tokens` each has seen, fp64 [E].
+
+    A count is a float, which torch.func takes anywhere in a tree; fp64 counts exactly up to 2**53.
+    """
+
+    amax: Float32[Tensor, "..."]
+    tokens: Float64[Tensor, "..."]
+
+
 class Stateless(NamedTuple):
-    """MX formats: every scale comes from the weight, so there is no leaf."""
+    """MX formats, and inputs by token: every scale comes from the values themselves, so there is no leaf."""
 
 
-GroupState: TypeAlias = ExpertAmax | BlockAmax | Stateless
+GroupState: TypeAlias = ExpertAmax | BlockAmax | InputAmax | Stateless
 State: TypeAlias = dict[str, GroupState]
 Tree = TypeVar("Tree", bound=Mapping[str, Any])  # a state, or packed weights
 LeafType: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # a leaf's shape and dtype
@@ -83,11 +116,32 @@ def init(params: Mapping[str, Tensor], *, spec: Spec) -> State:
             leaf = torch.full(here, UNCALIBRATED, dtype=torch.float32, device=device)
             leaves += [leaf] if layout is None else sharded_tensors(layout, [leaf], field)
         state[group.key] = group_state(group.format, *leaves)
+    for inputs in spec.inputs:
+        state[inputs.key] = unseen_inputs(inputs, plain_weights_of(params, inputs)[0].device)
     return state
 
 
+def unseen_inputs(inputs: Inputs, device: torch.device) -> GroupState:
+    """The entry of a state for inputs that no token was seen of."""
+    if not inputs.leaf_shapes:
+        return Stateless()
+    amax = torch.full(inputs.leaf_shapes["amax"], UNCALIBRATED, dtype=torch.float32, device=device)
+    return InputAmax(amax, torch.zeros(inputs.leaf_shapes["tokens"], dtype=torch.float64, device=device))
+
+
+def plain_weights_of(params: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """`weights_of`, refusing DTensors: whose inputs a rank sees, their placements do not say."""
+    weights = weights_of(params, inputs)
+    if is_sharded(weights[0]):
+        raise ValueError(
+            f"inputs {inputs.key!r}: found the DTensor {inputs.names[0]!r}, wanted plain tensors, of which each "
+            "rank has its own; quantized inputs of DTensors are not supported"
+        )
+    return weights
+
+
 def merge(a: State, b: State) -> State:
-    """Elementwise maximum: the state of both calibrations together. NaN wins.
+    """Elementwise maximum of amax, and the sum of tokens: the state of both calibrations together. NaN wins.
 
     Associative and commutative, with `init` as its identity, so microbatches, data-parallel ranks and resumed runs all
     fold in the same way.
@@ -116,7 +170,12 @@ def merge(a: State, b: State) -> State:
                 f"merge: group {key!r} is {_type_name(a.get(key))} and {_type_name(b.get(key))}, wanted one type"
             )
     # A dict of NamedTuples is a PyTree, which optree's own types do not say.
-    return optree.tree_map(torch.maximum, a, b)  # pyright: ignore[reportArgumentType, reportReturnType]
+    merged: Any = optree.tree_map(torch.maximum, a, b)  # pyright: ignore[reportArgumentType]
+    for key, group in a.items():
+        other = b[key]
+        if isinstance(group, InputAmax) and isinstance(other, InputAmax):
+            merged[key] = merged[key]._replace(tokens=group.tokens + other.tokens)
+    return merged
 
 
 def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
@@ -226,10 +285,10 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
         ...
         ValueError: state 'w.amax': found -1.0 for 'w', wanted a finite amax >= 0; calibrate again
     """
-    unknown = state.keys() - {group.key for group in spec.groups}
+    unknown = state.keys() - {group.key for group in spec.all_groups}
     if unknown:
         raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
-    for group in spec.groups:
+    for group in spec.all_groups:
         if group.key not in state:
             raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
         found: Any = state[group.key]
@@ -240,8 +299,8 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
                 f"state {group.key!r}: found {_type_name(found)} with {list(found._fields)}, and {group.format.name} "
                 f"wants {list(wanted)}; calibrate with this spec"
             )
-        for (field, shape), leaf in zip(wanted.items(), found, strict=True):
-            check_tensor(f"state '{group.key}.{field}'", leaf, shape, torch.float32)
+        for (field, (shape, dtype)), leaf in zip(leaf_types(group).items(), found, strict=True):
+            check_tensor(f"state '{group.key}.{field}'", leaf, shape, dtype)
             if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{field}", leaf, group)
 
@@ -251,6 +310,19 @@ def group_state(format: Format, *leaves: Tensor) -> GroupState:
     if format.is_stateless:
         return Stateless()
     return BlockAmax(*leaves) if len(leaves) == 2 else ExpertAmax(*leaves)
+
+
+def state_of(group: Group, leaves: Sequence[Tensor]) -> GroupState:
+    """The leaves of a group's weights or of inputs, in the order of `leaf_shapes`, in their type."""
+    if isinstance(group, Inputs):
+        return InputAmax(*leaves) if group.leaf_shapes else Stateless()
+    return group_state(group.format, *leaves)
+
+
+def leaf_types(group: Group) -> dict[str, LeafType]:
+    """Shape and dtype of each leaf, by field."""
+    dtypes = {"tokens": torch.float64}
+    return {field: (shape, dtypes.get(field, torch.float32)) for field, shape in group.leaf_shapes.items()}
 
 
 def local_group(
@@ -311,6 +383,8 @@ def _check_values(name: str, leaf: Tensor, group: Group) -> None:
     if not bool(invalid.any()):
         return
     first: list[int] = invalid.nonzero()[0].tolist()
+    if isinstance(group, Inputs):
+        raise ValueError(f"state {name!r}: {_wrong_input(name, here, invalid, group)}")
     value, index = here[tuple(first)].item(), position(leaf, first)
     advice = "it was never calibrated; call calibrate" if value == UNCALIBRATED else "calibrate again"
     at = f" at {index[1:]}" if len(index) > 1 else ""
@@ -319,10 +393,25 @@ def _check_values(name: str, leaf: Tensor, group: Group) -> None:
     )
 
 
+def _wrong_input(name: str, leaf: Tensor, invalid: Tensor, inputs: Inputs) -> str:
+    numbers: list[int] = invalid.nonzero().flatten().tolist()
+    value = leaf[numbers[0]].item()
+    of = f"expert {ranges(numbers)} of {inputs.experts}" if len(leaf) == inputs.experts else "all experts"
+    if name.endswith(".tokens"):
+        return f"found {value} for {of}, wanted counts >= 0; calibrate again"
+    if value == UNCALIBRATED:
+        return (
+            f"found no token for {of}, wanted an input for each; calibrate with more batches, or choose by "
+            "finish(state, spec=spec, unseen=...)"
+        )
+    return f"found {value} for {of}, wanted a finite amax >= 0; calibrate again"
+
+
 def _check_group(key: str, group: Any, leaves: str) -> None:
     if not isinstance(group, GroupState):
         raise ValueError(
-            f"state {key!r}: found {type(group).__name__}, wanted {leaves} in an ExpertAmax, BlockAmax or Stateless"
+            f"state {key!r}: found {type(group).__name__}, wanted {leaves} in an ExpertAmax, BlockAmax, InputAmax or "
+            "Stateless"
         )
 
 

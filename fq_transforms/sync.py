@@ -33,6 +33,9 @@ def sync(state: State, spec: Spec, group: "ProcessGroup", *, split: Mapping[str,
         "out"    maximum                                   kept           kept      no leaf
         "in"     maximum                                   maximum        kept      no leaf
 
+    The amax of inputs is the maximum for either split; their tokens, which all ranks see, are kept. Ranks that see
+    different tokens, `sync_inputs` joins.
+
     Args:
         state: From `calibrate`, of this rank's own weights. Leaves have the same names and shapes on all ranks.
         spec: This rank's, in the shapes of its own weights.
@@ -74,6 +77,8 @@ def sync(state: State, spec: Spec, group: "ProcessGroup", *, split: Mapping[str,
     _check_local(leaves)
     check(state, spec, values=False)
     axes = _split_axes(spec, split)
+    # Each rank sees a part of the tokens' features, or under sequence parallelism of the tokens.
+    axes_of_inputs = {i.key: axes.get(i.key.removesuffix(".input")) for i in spec.inputs if i.leaf_shapes}
     for of in spec.groups:
         if of.key in axes:
             _check_uncut(of, axes[of.key], group.size())
@@ -83,6 +88,7 @@ def sync(state: State, spec: Spec, group: "ProcessGroup", *, split: Mapping[str,
         for field in of.leaf_shapes
         if axes.get(of.key) in collapsed_axes(of.format, field)
     }
+    chosen |= {f"{key}.amax": leaves[f"{key}.amax"] for key, axis in axes_of_inputs.items() if axis is not None}
     _check_reducible(chosen)
     if chosen:
         leaves |= dict(zip(chosen, largest_over(group, list(chosen.values())), strict=True))
@@ -92,7 +98,7 @@ def sync(state: State, spec: Spec, group: "ProcessGroup", *, split: Mapping[str,
 def _split_axes(spec: Spec, split: Mapping[str, Any]) -> dict[str, int]:
     """Axis of [E, out, in] that is split, by key of the group."""
     axes: dict[str, int] = {}
-    keys = [group.key for group in spec.groups]
+    keys = list(dict.fromkeys(group.key.removesuffix(".input") for group in spec.all_groups))
     for glob, side in split.items():
         if side not in SPLITS:
             raise ValueError(f"split[{glob!r}]: found {side!r}, wanted 'out' or 'in'")

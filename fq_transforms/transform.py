@@ -6,16 +6,20 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
+from fq_transforms.apply import apply
 from fq_transforms.calibrate import calibrate
 from fq_transforms.choose import check_method
 from fq_transforms.fakequant import check_options, fakequant
+from fq_transforms.inputs import Forward
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Spec
 from fq_transforms.state import State, init
+from fq_transforms.unseen import finish
 
 __all__ = ["Transform", "transform"]
 
@@ -30,7 +34,12 @@ class Calibrate(Protocol):
     """`calibrate(params, batch, statistics=None) -> state`."""
 
     def __call__(
-        self, params: Mapping[str, Tensor], batch: Any = None, *, statistics: Mapping[str, Tensor] | None = None
+        self,
+        params: Mapping[str, Tensor],
+        batch: Any = None,
+        *,
+        statistics: Mapping[str, Tensor] | None = None,
+        forward: Forward | None = None,
     ) -> State: ...
 
 
@@ -54,6 +63,20 @@ class Unpack(Protocol):
     def __call__(self, packed: PackedTree, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]: ...
 
 
+class Apply(Protocol):
+    """`apply(params, state, *args, **kwargs)`."""
+
+    def __call__(self, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Finish(Protocol):
+    """`finish(state) -> state`."""
+
+    def __call__(
+        self, state: State, *, unseen: str | float = "raise", params: Mapping[str, Tensor] | None = None
+    ) -> State: ...
+
+
 class Transform(NamedTuple):
     """Pure functions closed over a spec, and what they are closed over.
 
@@ -65,6 +88,9 @@ class Transform(NamedTuple):
         unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
         spec: What is quantized, and how.
         backward: The rule of the gradient: "pass_through", "clip" or "lsq".
+        apply: `apply(params, state, *args, **kwargs)`, the output of the model with weights and inputs quantized; see
+            `fq_transforms.apply.apply`.
+        finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.unseen.finish`.
     """
 
     init: Init
@@ -74,11 +100,14 @@ class Transform(NamedTuple):
     unpack: Unpack
     spec: Spec
     backward: Backward
+    apply: Apply
+    finish: Finish
 
 
 def transform(
     spec: Spec,
     *,
+    model: Module | None = None,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
     separate: bool = False,
@@ -88,6 +117,7 @@ def transform(
 
     Args:
         spec: From `select`.
+        model: Whose parameters the spec was selected from: `apply` runs it, and `calibrate` where inputs are selected.
         out_dtype: dtype of the fake-quantized weights; their own if None.
         backward: "pass_through", "clip" or "lsq"; see `fq_transforms.fakequant.fakequant`.
         separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
@@ -111,12 +141,23 @@ def transform(
         raise ValueError(f"spec: found {type(spec).__name__}, wanted a Spec; call transform(select(params, rules))")
     check_options(out_dtype, backward)
     check_method(method, None, spec)
+    options: dict[str, Any] = {"out_dtype": out_dtype, "backward": backward, "separate": separate}
+
+    def run(params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
+        if model is None:
+            raise ValueError(
+                "model: found None, wanted the module that `apply` runs; call transform(spec, model=model)"
+            )
+        return apply(model, params, state, args, kwargs, spec=spec, **options)
+
     return Transform(
         init=partial(init, spec=spec),
-        calibrate=partial(calibrate, spec=spec, method=method),
-        fakequant=partial(fakequant, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate),
+        calibrate=partial(calibrate, spec=spec, method=method, model=model),
+        fakequant=partial(fakequant, spec=spec, **options),
         pack=partial(pack, spec=spec),
         unpack=partial(unpack, spec=spec),
         spec=spec,
         backward=backward,
+        apply=run,
+        finish=partial(finish, spec=spec),
     )

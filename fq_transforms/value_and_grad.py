@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.fakequant import fakequant
+from fq_transforms.inputs import quantized_inputs
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.select import is_sharded
@@ -38,7 +39,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         loss_fn: `loss_fn(model, microbatch)` gives a scalar. Scale it as for any gradient accumulation: gradients add
             up over the microbatches.
         model: What the weights are put into. Its own parameters are neither used nor changed, nor is its `grad`.
-        fq: From `transform`.
+        fq: From `transform`. Inputs that its spec has are quantized as `fq.apply` does, and layers with such
+            inputs cannot be checkpointed.
 
     Returns:
         `(params, state, microbatches) -> (losses, grads)`. `losses` is [microbatches], detached. `grads` has an entry
@@ -82,7 +84,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         with torch.enable_grad():
             leaves, pull = _fake_leaves(fq, params, state, trained, fused)
             slots, own = places.find(leaves)
-            losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
+            with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
+                losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
         if not losses:
             raise ValueError("microbatches: found none, wanted one at least")
         grads: dict[str, Any] = {name: leaves[name].grad for name in trained}

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import time
 import warnings
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.select import Spec
-from fq_transforms.state import BlockAmax, ExpertAmax, flatten, init
+from fq_transforms.state import BlockAmax, ExpertAmax, InputAmax, Stateless, flatten, init
 from tests.cases import ALL_FORMATS, experts, name_of
 
 RESHARDED = {
@@ -396,3 +397,70 @@ def test_state_types_are_named_tuples_again(tmp_path):
     spec, _, state, _ = small(fqt.NVFP4_STATIC)
     checkpoint.save_file(state, tmp_path / "a", spec=spec)
     assert isinstance(checkpoint.load_file(tmp_path / "a")["experts.*.w"], BlockAmax)
+
+
+def of_inputs():
+    """Weights, and inputs that experts share, that each has, and that keep nothing."""
+    params = {f"experts.{i}.{role}.w": w for role in ("up", "down") for i, w in enumerate(experts(3, (32, 32)))}
+    params |= {"q.w": torch.ones(32, 32)}
+    inputs = {"*.up.*": fqt.FP8, "*.down.*": fqt.NVFP4, "q*": fqt.MXFP8}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, inputs=inputs, per_expert="*.down.*"))
+    state = fqt.calibrate(params, spec=replace(fq.spec, inputs=()))
+    tokens = torch.tensor([2.0**52 + 1, 0.0, 3.0], dtype=torch.float64)
+    return (
+        params,
+        fq,
+        state
+        | {
+            "experts.*.up.w.input": InputAmax(torch.tensor([0.3]), tokens),
+            "experts.*.down.w.input": InputAmax(torch.tensor([0.3, 1.0, 7.0]), tokens / 3),
+            "q.w.input": Stateless(),
+        },
+    )
+
+
+def same_leaves(found, wanted):
+    a, b = flatten(found), flatten(wanted)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_inputs_round_trip(kind, tmp_path):
+    """Scales and tokens to the last bit, with the spec; unseen experts cannot be saved, other inputs not be loaded."""
+    params, fq, state = of_inputs()
+    meta = {name: w.to("meta") for name, w in params.items()}
+    save, load = (
+        (checkpoint.save, checkpoint.load) if kind == "directory" else (checkpoint.save_file, checkpoint.load_file)
+    )
+    path = tmp_path / "state"
+    save(state, path, spec=fq.spec)
+    assert checkpoint.read_spec(path) == fq.spec
+    found = load(path, like=fq.init(meta), spec=fq.spec)
+    assert same_leaves(found, state)
+    assert [type(entry) for entry in found.values()] == [type(entry) for entry in state.values()]
+    rules = {"*.up.*": fqt.FP8, "*.down.*": fqt.NVFP4, "q*": fqt.MXFP8}
+    for inputs, per_expert, fragment in [
+        (rules | {"*.up.*": fqt.INT8}, "*.down.*", "'experts.*.up.w.input': found format FP8"),
+        (rules, (), "'experts.*.down.w.input': found leaves {'amax': (3,), 'tokens': (3,)}"),
+        ({k: rules[k] for k in ("*.up.*", "*.down.*")}, "*.down.*", "['q.w.input']"),
+        ({}, (), "['experts.*.down.w.input', 'experts.*.up.w.input', 'q.w.input']"),
+    ]:
+        other = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, inputs=inputs, per_expert=per_expert))
+        with pytest.raises(ValueError, match=re.escape(fragment)):
+            load(path, like=other.init(meta), spec=other.spec)
+    unseen = state | {"experts.*.down.w.input": InputAmax(torch.tensor([0.3, -torch.inf, 7.0]), torch.ones(3).double())}
+    with pytest.raises(ValueError, match="found no token for expert 1 of 3"):
+        save(unseen, tmp_path / "unseen", spec=fq.spec)
+
+
+def save_inputs(rank, size, path):
+    _, fq, state = of_inputs()
+    checkpoint.save(state, path, spec=fq.spec)
+    assert same_leaves(checkpoint.load(path, like=state, spec=fq.spec), state)
+
+
+@pytest.mark.dist
+def test_inputs_are_saved_by_ranks_and_loaded_by_one(ranks, tmp_path):
+    ranks(save_inputs, tmp_path / "state", size=2)
+    _, fq, state = of_inputs()
+    assert same_leaves(checkpoint.load(tmp_path / "state", like=state, spec=fq.spec), state)

@@ -18,6 +18,7 @@ from fq_transforms.formats import (
     FP8_BLOCK,
     FP8_PER_CHANNEL,
     INT4_BLOCK128,
+    INT8,
     INT8_PER_CHANNEL,
     MXFP4,
     MXFP6_E3M2,
@@ -25,7 +26,7 @@ from fq_transforms.formats import (
     NVFP4,
     IntElement,
 )
-from fq_transforms.select import Rule, select
+from fq_transforms.select import Preset, Rule, select
 
 LAYERS, EXPERTS = range(2), range(3)
 HIDDEN = (256, 128)  # any matrix: every block of a format divides it
@@ -301,12 +302,13 @@ def modelopt():
         return importlib.import_module("modelopt.torch.quantization.config")
 
 
-def decide(config, name, shape):
+def decide(config, name, shape, role="weight"):
     """What a ModelOpt configuration makes of a parameter: its quantizer's numbers, or None. The last entry wins."""
     if len(shape) == 1:
         return None  # norms and biases have no quantizer
     quantizer = re.sub(r"\.weight\d*$", ".weight", name)
-    quantizer = f"{quantizer}_quantizer" if quantizer.endswith(".weight") else f"{quantizer}_weight_quantizer"
+    quantizer = quantizer.removesuffix("weight") if quantizer.endswith(".weight") else f"{quantizer}_"
+    quantizer = f"{quantizer}{role}_quantizer"
     decision = None
     for entry in config["quant_cfg"]:
         of_class = {"nn.Embedding": "embed" in name, None: True}.get(entry.get("parent_class"), False)
@@ -350,3 +352,49 @@ def test_modelopt_has_the_same_numbers(modelopt, preset):
 def test_the_other_names_are_not_modelopts(modelopt):
     """Kills a name that is taken from ModelOpt and means something else there."""
     assert not [preset for preset in WHOLE | EXPERTS_ONLY if preset not in MODELOPT and hasattr(modelopt, preset)]
+
+
+# Every whole preset, and the format of its inputs.
+PRESETS = {
+    "FP8_DEFAULT": FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": FP8_PER_CHANNEL,
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY": None,
+    "INT8_DEFAULT": INT8,
+    "INT8_WEIGHT_ONLY": None,
+    "INT4_BLOCKWISE_WEIGHT_ONLY": None,
+    "NVFP4_DEFAULT": NVFP4,
+    "NVFP4_EXPERTS_ONLY": NVFP4,
+    "W4A16_NVFP4": None,
+    "MXFP8_DEFAULT": MXFP8,
+    "MXFP6_DEFAULT": MXFP6_E3M2,
+    "MXFP4_DEFAULT": MXFP4,
+}
+
+
+def test_every_whole_preset_is_in_the_table():
+    assert {name for name, value in vars(presets).items() if isinstance(value, Preset)} == PRESETS.keys()
+
+
+@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_whole_preset_is_modelopts_configuration_of_the_name(modelopt, preset, model):
+    """Weights and inputs, layer by layer, enabled or not, in the same numbers."""
+    parts = parameters(model)
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    config = getattr(modelopt, f"{preset}_CFG")
+    spec = select(params, getattr(presets, preset))
+    for groups, role in ((spec.groups, "weight"), (spec.inputs, "input")):
+        theirs = {name for name, param in params.items() if decide(config, name, param.shape, role) is not None}
+        assert {name for group in groups for name in group.names} == theirs, role
+    assert {inputs.format for inputs in spec.inputs} == ({PRESETS[preset]} - {None})
+    if PRESETS[preset] is not None:
+        numbers = decide(config, "model.layers.0.mlp.experts.0.up_proj.weight", HIDDEN, "input")
+        blocks, format = dict(numbers.get("block_sizes") or {}), PRESETS[preset]
+        element, bits = format.element, numbers["num_bits"]
+        if isinstance(bits, int):
+            assert element.qmax == 2 ** (bits - 1) - 1
+        else:
+            assert (element.exponent_bits, element.mantissa_bits) == tuple(bits)
+        # A block of -1: None is a whole row, which is a token.
+        assert format.block == ((1, blocks[-1]) if -1 in blocks else (None, None))
+        assert (numbers.get("type") == "dynamic" or blocks.get("type") == "dynamic") == (format.block != (None, None))

@@ -8,8 +8,19 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from fq_transforms.formats import FORMATS, FP8, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4
-from fq_transforms.select import Group, Rule, Spec, select, weights_of
+import fq_transforms as fqt
+from fq_transforms.formats import (
+    FORMATS,
+    FP8,
+    FP8_BLOCK,
+    INT4_BLOCK32,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    NVFP4,
+    NVFP4_STATIC,
+)
+from fq_transforms.select import Group, Preset, Rule, Spec, select, weights_of
+from fq_transforms.state import InputAmax
 from tests.cases import ALL_FORMATS, assert_names, message_of, name_of
 
 
@@ -814,3 +825,113 @@ def test_a_parameter_that_changes_in_place_is_checked_again(change):
         weights_of(params, group)
     params["experts.2.w1.weight"] = torch.nn.Parameter(torch.ones(8, 32))
     assert weights_of(params, group) == list(params.values())
+
+
+def of_inputs():
+    """Weights of each layout; inputs by tensor, an expert and shared, by token, and in blocks."""
+    params = (
+        expert_list("layers.0.experts.{}.w1.weight")
+        | expert_list("layers.0.experts.{}.w2.weight", shape=(64, 48))
+        | {"layers.0.experts.down_proj": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
+    )
+    inputs = {"*": FP8, "*.w2.*": NVFP4, "*down_proj": INT8_PER_CHANNEL, "*.q.*": MXFP4}
+    return params, select(params, {"*.experts.*": NVFP4}, inputs=inputs, per_expert=["*.w2.*"])
+
+
+def test_inputs_are_groups_of_their_own():
+    """Their key is the weights' with `.input`; a format by channel and MX keep nothing, others amax and tokens."""
+    _, spec = of_inputs()
+    assert [group.key for group in spec.groups] == [
+        "layers.0.experts.*.w1.weight", "layers.0.experts.*.w2.weight", "layers.0.experts.down_proj"
+    ]  # fmt: skip
+    assert {i.key: (i.format.name, i.names[-1], i.shape, i.leaf_shapes) for i in spec.inputs} == {
+        "layers.0.experts.*.w1.weight.input": (
+            "FP8", "layers.0.experts.3.w1.weight", (48, 64), {"amax": (1,), "tokens": (4,)},
+        ),
+        "layers.0.experts.*.w2.weight.input": (
+            "NVFP4", "layers.0.experts.3.w2.weight", (64, 48), {"amax": (4,), "tokens": (4,)},
+        ),
+        "layers.0.experts.down_proj.input": ("INT8_PER_CHANNEL", "layers.0.experts.down_proj", (64, 32), {}),
+        "layers.0.q.weight.input": ("MXFP4", "layers.0.q.weight", (64, 64), {}),
+    }  # fmt: skip
+
+
+def test_a_spec_with_inputs_is_a_value_and_json():
+    """Equal, hashable, through JSON; a stored spec without inputs is one of an older version."""
+    params, spec = of_inputs()
+    again = Spec.from_json(spec.to_json())
+    assert (again, hash(again), str(again)) == (spec, hash(spec), str(spec))
+    assert [i.leaf_shapes for i in again.inputs] == [i.leaf_shapes for i in spec.inputs]
+    without = replace(spec, inputs=())
+    assert without == select(params, {"*.experts.*": NVFP4}) != spec
+    assert "inputs" not in json.loads(without.to_json())
+    assert Spec.from_json(without.to_json()) == without
+
+
+def test_the_table_has_inputs():
+    _, spec = of_inputs()
+    assert "\n".join(str(spec).splitlines()[4:9]) == (
+        "inputs                              format            experts  in        scales\n"
+        "layers.0.experts.*.w1.weight.input  FP8                     4  64        one amax\n"
+        "layers.0.experts.*.w2.weight.input  NVFP4                   4  48        an amax an expert\n"
+        "layers.0.experts.down_proj.input    INT8_PER_CHANNEL        4  32        a scale a token\n"
+        "layers.0.q.weight.input             MXFP4                   1  64        a scale a block"
+    )
+
+
+def test_a_preset_has_rules_for_both():
+    """`inputs` beside a preset replaces its own; rules alone have none."""
+    params, _ = of_inputs()
+    preset = Preset((Rule("*", FP8),), (Rule("*", FP8), Rule("*.q.*", None)))
+    assert [i.format.name for i in select(params, preset).inputs] == ["FP8"] * 3
+    assert [i.key for i in select(params, preset, inputs={"*.q.*": MXFP4}).inputs] == ["layers.0.q.weight.input"]
+    assert select(params, preset, inputs={}).inputs == select(params, preset.rules).inputs == ()
+    assert [g.key for g in select(params, {}, inputs={"*.q.*": FP8}).all_groups] == ["layers.0.q.weight.input"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"inputs": {"*nothing*": FP8}}, ["rule '*nothing*' matches no weight"]),
+        ({"inputs": {"*.q.*": FP8_BLOCK}}, ["inputs of 'layers.0.q.weight': found FP8_BLOCK", "(128, 128)"]),
+        ({"inputs": {"*.q.*": INT4_BLOCK32}}, ["inputs of 'layers.0.q.weight': found INT4_BLOCK32", "static scales"]),
+        ({"inputs": {"*.q.*": NVFP4_STATIC}}, ["found NVFP4_STATIC", "of dynamic blocks such as NVFP4"]),
+        ({"inputs": {"*.0.w1.*": FP8}}, ["'layers.0.experts.*.w1.weight': its experts get different formats"]),
+        ({"inputs": {"*.odd.*": MXFP4}}, ["'layers.0.odd.weight'", "`in` to be a multiple of 32"]),
+        ({"inputs": {"*.q.*": FP8}, "per_expert": "*.w1.*"}, ["per_expert='*.w1.*' matches no weight with inputs"]),
+        ({"inputs": {"*.w1.*": FP8}, "per_expert": "*.0.w1.*"}, ["per_expert= matches 1 of 4 experts"]),
+        ({"inputs": {"clash": FP8}}, ["inputs of 'clash': found a parameter 'clash.input'"]),
+        ({"inputs": {}}, ["the rules select no weight"]),
+    ],
+)
+def test_mistakes_in_inputs_are_refused_by_name(options, fragments):
+    params, _ = of_inputs()
+    params |= {"layers.0.odd.weight": meta(8, 33), "clash": meta(8, 32), "clash.input": meta(8, 32)}
+    assert_names(message_of(ValueError, select, params, {}, **options), *fragments)
+
+
+def test_what_has_no_place_for_inputs_says_so(tmp_path):
+    """Kills scales of inputs that are left out in silence: packing, export, modules of other engines' checkpoints."""
+    params = {"experts.0.w1.weight": torch.ones(32, 32)}
+    model = torch.nn.Linear(1, 1)
+    fq = fqt.transform(fqt.select(params, {"*": FP8}, inputs={"*": FP8}))
+    spec, state = fq.spec, fq.init(params)
+    packed = fqt.transform(replace(spec, inputs=())).pack(params, fqt.calibrate(params, spec=replace(spec, inputs=())))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    doors = {
+        "pack": lambda: fq.pack(params, state),
+        "export": lambda: fqt.export.modelopt_hf(params, state, tmp_path, spec=spec, config=config),
+        "checkpoint.megatron": lambda: fqt.checkpoint.megatron.sharded_state_dict(state, spec, {}),
+        "checkpoint.megatron ": lambda: fqt.checkpoint.megatron.load_state({}, spec, state),
+        "checkpoint.megatron  ": lambda: fqt.checkpoint.megatron.verify(tmp_path, spec, {}),
+        "checkpoint.modelopt": lambda: fqt.checkpoint.modelopt.read({}, spec),
+        "checkpoint.modelopt ": lambda: fqt.checkpoint.modelopt.write(
+            state | {"experts.*.w1.weight.input": InputAmax(torch.ones(1), torch.ones(1).double())}, spec
+        ),
+        "layerwise": lambda: fqt.layerwise(model, state, spec=spec).__enter__(),
+        "packed weights": lambda: fqt.checkpoint.save(packed, tmp_path / "packed", spec=spec),
+    }
+    for what, door in doors.items():
+        assert_names(
+            message_of(ValueError, door), what.strip(), "the inputs of 1 groups in the spec", "wanted weights only"
+        )

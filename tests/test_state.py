@@ -5,6 +5,7 @@ Also what stands between weights and state: `calibrate` and `fakequant` refuse w
 
 import inspect
 import itertools
+from dataclasses import replace
 from math import isnan
 
 import optree
@@ -16,7 +17,7 @@ from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, INT8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
 from fq_transforms.select import select
-from fq_transforms.state import BlockAmax, ExpertAmax, Stateless, check, flatten, init, merge, tie, unflatten
+from fq_transforms.state import BlockAmax, ExpertAmax, InputAmax, Stateless, check, flatten, init, merge, tie, unflatten
 from tests.cases import ALL_FORMATS, DTYPES, assert_names, experts, message_of, name_of, same_bits, shapes_of
 
 STATEFUL = [format for format in ALL_FORMATS if format.scale != "e8m0"]
@@ -646,3 +647,113 @@ def test_tie_names_what_has_no_partner():
     with pytest.raises(ValueError) as error:
         tie({key: group for key, group in state.items() if "w3" not in key}, [("w1", "w3")])
     assert_names(str(error.value), "layers.0.experts.*.w3.weight", "missing")
+
+
+def with_inputs(device="cpu"):
+    """Weights, and inputs that experts share, that each has, and that keep nothing."""
+    params = {f"experts.{i}.{role}.weight": torch.ones(4, 32, device=device) for i in range(3) for role in ("w1", "w2")}
+    params |= {"q.weight": torch.ones(4, 32, device=device)}
+    inputs = {"*.w1.*": FP8, "*.w2.*": NVFP4, "q.*": FP8_PER_CHANNEL}
+    return params, select(params, {"experts.*": FP8}, inputs=inputs, per_expert="*.w2.*")
+
+
+def of_inputs(seed):
+    """A state of `with_inputs` whose second expert has seen no token."""
+    params, spec = with_inputs()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 2**40, (3,), generator=generator).double()
+    amax = torch.rand(3, generator=generator)
+    amax[1], tokens[1] = -torch.inf, 0.0
+    return calibrate_weights(params, spec) | {
+        "experts.*.w1.weight.input": InputAmax(amax.amax().reshape(1), tokens),
+        "experts.*.w2.weight.input": InputAmax(amax, tokens),
+        "q.weight.input": Stateless(),
+    }
+
+
+def calibrate_weights(params, spec):
+    return calibrate(params, spec=replace(spec, inputs=()))
+
+
+def equal(a, b):
+    return optree.tree_structure(a) == optree.tree_structure(b) and optree.tree_all(optree.tree_map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_init_has_inputs(device):
+    """An amax of -inf and no token; counts are fp64, exact far beyond any calibration."""
+    params, spec = with_inputs(device)
+    state = init(params, spec=spec)
+    check(state, spec, values=False)
+    leaves = flatten(state)
+    assert leaves["experts.*.w1.weight.input.amax"].shape == (1,)
+    assert leaves["experts.*.w2.weight.input.amax"].shape == (3,)
+    assert leaves["experts.*.w2.weight.input.tokens"].dtype == torch.float64
+    assert {leaf.device.type for leaf in leaves.values()} == {device}
+    if device == "cpu":
+        assert equal(merge(of_inputs(0), state), of_inputs(0))
+
+
+def test_merge_of_inputs_is_a_commutative_monoid():
+    """The amax by maximum, tokens by sum, exactly: any order of any parts."""
+    a, b, c = map(of_inputs, range(3))
+    assert equal(merge(a, b), merge(b, a))
+    assert equal(merge(merge(a, b), c), merge(a, merge(b, c)))
+    both = merge(a, b)["experts.*.w2.weight.input"]
+    x, y = (s["experts.*.w2.weight.input"] for s in (a, b))
+    assert torch.equal(both.amax, torch.maximum(x.amax, y.amax))
+    assert torch.equal(both.tokens, x.tokens + y.tokens)
+
+
+def test_flat_leaves_of_inputs_go_back():
+    state = of_inputs(0)
+    assert equal(unflatten(flatten(state), init(with_inputs()[0], spec=with_inputs()[1])), state)
+
+
+def test_tied_roles_share_their_inputs_too():
+    """Gate and up get the same tokens: their inputs' scales are tied as the weights' are."""
+    params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(2) for role in ("w1", "w3")}
+    spec = select(params, {"*": FP8}, inputs={"*": FP8})
+    tokens = torch.ones(2, dtype=torch.float64)
+    state = calibrate_weights(params, spec) | {
+        f"experts.*.{role}.weight.input": InputAmax(torch.tensor([amax]), tokens)
+        for role, amax in (("w1", 1.0), ("w3", 2.0))
+    }
+    tied = tie(state, [("w1", "w3")])
+    assert [tied[f"experts.*.{role}.weight.input"].amax.item() for role in ("w1", "w3")] == [2.0, 2.0]
+    assert tied["experts.*.w1.weight.input"].tokens.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (lambda e: e._replace(amax=torch.tensor([1.0, torch.nan, 1.0])), ["found nan for expert 1 of 3"]),
+        (lambda e: e._replace(amax=torch.tensor([1.0, 1.0, -2.0])), ["found -2.0 for expert 2 of 3"]),
+        (lambda e: e, ["found no token for expert 1 of 3", "finish(state, spec=spec, unseen=...)"]),
+        (
+            lambda e: InputAmax(torch.ones(3), torch.tensor([1.0, -1.0, 0.0]).double()),
+            ["tokens': found -1.0", "counts >= 0"],
+        ),
+        (
+            lambda e: InputAmax(torch.ones(3), torch.ones(3)),
+            ["tokens': found (3,) torch.float32, wanted (3,) torch.float64"],
+        ),
+        (lambda e: e._replace(amax=torch.ones(1)), ["amax': found (1,) torch.float32, wanted (3,)"]),
+        (lambda e: ExpertAmax(torch.ones(3)), ["found ExpertAmax with ['amax']", "['amax', 'tokens']"]),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, fragments):
+    _, spec = with_inputs()
+    key = "experts.*.w2.weight.input"
+    state = of_inputs(0)
+    state["experts.*.w1.weight.input"] = InputAmax(torch.ones(1), torch.ones(3, dtype=torch.float64))
+    state[key] = change(state[key])
+    assert_names(message_of(ValueError, check, state, spec), f"state '{key}", *fragments)
+
+
+def test_inputs_of_a_group_that_is_missing_are_named():
+    params, spec = with_inputs()
+    state = of_inputs(0)
+    del state["q.weight.input"]
+    assert_names(message_of(KeyError, check, state, spec, values=False), "group 'q.weight.input' is not in the state")
+    assert_names(message_of(ValueError, fakequant, params, of_inputs(0), spec=spec), "found no token for expert 1 of 3")

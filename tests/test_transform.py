@@ -218,6 +218,8 @@ def test_rules_of_a_wrong_type_are_refused(params, rules, pytestconfig):
     error = Exception if pytestconfig.getoption("--shape-checks") else ValueError  # a type checker stands before it
     with pytest.raises(error, match="rules: found .* wanted a mapping from patterns to formats|Type-check error"):
         fqt.select(params, rules)
+    with pytest.raises(error, match="rules: found .* wanted a mapping from patterns to formats|Type-check error"):
+        fqt.select(params, {}, inputs=rules)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """`value_and_grad`: the gradients of a step, as if every microbatch had been quantized and pulled back on its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -216,3 +218,65 @@ def test_faults():
     with pytest.raises(KeyError, match="'absent.weight' is not in the Model"):
         step(params | {"absent.weight": torch.ones(1)}, state, batches)
     assert all(param is params[name] for name, param in model.named_parameters())
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(32, 32) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        again = self.reentrant is not None
+        x = checkpoint(self.second, x, use_reentrant=self.reentrant) if again else self.second(x)
+        return self.third(x.relu())
+
+
+def of_inputs(model, backward):
+    """The transform, a state whose inputs clip, parameters and microbatches."""
+    params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    spec = fqt.select(params, {"*": fqt.INT8}, inputs={"first.*": fqt.FP8, "second.*": fqt.INT8, "third.*": fqt.MXFP4})
+    fq = fqt.transform(spec, model=model, backward=backward)
+    batches = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    state = fq.calibrate(params, batches)
+    return (
+        fq,
+        {k: v._replace(amax=v.amax / 2) if hasattr(v, "tokens") else v for k, v in state.items()},
+        params,
+        batches,
+    )
+
+
+def loss_of(model, x):
+    return model(x).square().sum()
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+def test_inputs_are_quantized_as_apply_does(backward):
+    """Losses and gradients of all microbatches, and not those of quantized weights only."""
+    model = Layers()
+    fq, state, params, batches = of_inputs(model, backward)
+    losses, grads = fqt.value_and_grad(loss_of, model, fq)(params, state, batches)
+    by_hand = [fq.apply(params, state, x).square().sum() for x in batches]
+    assert torch.equal(losses, torch.stack(by_hand).detach())
+    own = torch.autograd.grad(sum(by_hand), list(params.values()))
+    for (name, found), gradient in zip(grads.items(), own, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-4, msg=name)
+    weights_only = fqt.transform(replace(fq.spec, inputs=()), backward=backward)
+    other = {group.key: state[group.key] for group in fq.spec.groups}
+    _, others = fqt.value_and_grad(loss_of, model, weights_only)(params, other, batches)
+    assert not torch.allclose(others["first.weight"], grads["first.weight"], rtol=1e-2)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # where calibration runs without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_with_inputs_are_refused(reentrant):
+    """In backward nothing would see their inputs as they are computed again; the model gets its own weights back."""
+    model = Layers(reentrant)
+    fq, state, params, batches = of_inputs(model, "pass_through")
+    own = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"'second.weight.input': found its layer under activation checkpointing"):
+        fqt.value_and_grad(loss_of, model, fq)(params, state, batches)
+    assert all(param is own[name] for name, param in model.named_parameters())

@@ -7,27 +7,27 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fq_transforms.select import Group, Skipped, Spec
+from fq_transforms.select import Group, Inputs, Skipped, Spec
 
 __all__ = ["check_groups", "check_no_others", "joined", "named", "naming"]
 
 
 def check_groups(stored: Spec, wanted: Spec) -> None:
     """Raise ValueError unless each wanted group is stored with the same format, number of experts and shape."""
-    found = {group.key: group for group in stored.groups}
-    missing = [group.key for group in wanted.groups if group.key not in found]
+    found = {group.key: group for group in stored.all_groups}
+    missing = [group.key for group in wanted.all_groups if group.key not in found]
     if missing:
         raise ValueError(
-            f"missing {len(missing)} of {len(wanted.groups)} groups: {sorted(missing)[:4]}; it holds {_some(found)}"
+            f"missing {len(missing)} of {len(wanted.all_groups)} groups: {sorted(missing)[:4]}; it holds {_some(found)}"
         )
-    for group in wanted.groups:
+    for group in wanted.all_groups:
         if differ := difference(found[group.key], group):
             raise ValueError(f"group {group.key!r}: found {differ[0]}, wanted {differ[1]} as the spec says")
 
 
 def check_no_others(stored: Spec, wanted: Collection[str]) -> None:
     """Raise ValueError if a group is stored that nobody wants."""
-    extra = {group.key for group in stored.groups} - set(wanted)
+    extra = {group.key for group in stored.all_groups} - set(wanted)
     if extra:
         raise ValueError(
             f"found {len(extra)} groups that the spec has not: {sorted(extra)[:4]}; wanted {_some(wanted)} only"
@@ -43,7 +43,7 @@ def joined(specs: Mapping[int, Spec]) -> Spec:
     first: dict[str, tuple[int, Group]] = {}
     skipped: dict[str, Skipped] = {}
     for rank, spec in specs.items():
-        for group in spec.groups:
+        for group in spec.all_groups:
             owner, known = first.setdefault(group.key, (rank, group))
             if differ := difference(known, group):
                 raise ValueError(
@@ -52,7 +52,9 @@ def joined(specs: Mapping[int, Spec]) -> Spec:
                 )
         for parameter in spec.skipped:
             skipped.setdefault(parameter.name, parameter)
-    return Spec(tuple(group for _, group in first.values()), tuple(skipped.values()))
+    groups = [group for _, group in first.values()]
+    inputs = tuple(group for group in groups if isinstance(group, Inputs))
+    return Spec(tuple(g for g in groups if not isinstance(g, Inputs)), tuple(skipped.values()), inputs)
 
 
 def difference(found: Group, wanted: Group) -> tuple[str, str] | None:
@@ -70,6 +72,8 @@ def difference(found: Group, wanted: Group) -> tuple[str, str] | None:
         return f"{found.experts} experts", f"{wanted.experts}"
     if found.shape != wanted.shape:
         return f"(out, in) = {found.shape}", f"{wanted.shape}"
+    if found.leaf_shapes != wanted.leaf_shapes:
+        return f"leaves {found.leaf_shapes}", f"{wanted.leaf_shapes}"
     return None
 
 

@@ -272,7 +272,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         check_stored_leaves(self.metadata, self._kind.leaves_of(stored))
         plan = super().create_local_plan()
         check_complete(plan.items, self.leaves)
-        plan.planner_data = tuple(group.key for group in self._spec.groups)
+        plan.planner_data = tuple(group.key for group in self._spec.all_groups)
         return plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:

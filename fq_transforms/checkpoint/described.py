@@ -40,7 +40,7 @@ def squeezed(spec: Spec) -> bytes:
 
     Example:
         >>> unsqueezed(squeezed(Spec(())))
-        Spec(groups=(), skipped=())
+        Spec(groups=(), skipped=(), inputs=())
     """
     return zlib.compress(spec.to_json().encode(), 9)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from fq_transforms.checkpoint.contents import check_groups, check_no_others, named
 from fq_transforms.checkpoint.trees import STATE
 from fq_transforms.select import Spec, is_sharded
-from fq_transforms.state import State, check, check_same_leaves, flatten, group_state, unflatten
+from fq_transforms.state import State, check, check_same_leaves, flatten, state_of, unflatten
 
 __all__ = ["load_file", "read_spec", "save_file"]
 
@@ -92,10 +92,10 @@ def load_file(path: str | os.PathLike[str], *, like: State | None = None, spec: 
     try:
         if spec is not None:
             check_groups(stored, spec)
-            check_no_others(stored, {group.key for group in spec.groups})
+            check_no_others(stored, {group.key for group in spec.all_groups})
         state: State = {
-            group.key: group_state(group.format, *(leaves[f"{group.key}.{field}"] for field in group.leaf_shapes))
-            for group in stored.groups
+            group.key: state_of(group, [leaves[f"{group.key}.{field}"] for field in group.leaf_shapes])
+            for group in stored.all_groups
         }
         check(state, stored)
         if like is None:

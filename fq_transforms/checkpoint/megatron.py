@@ -54,7 +54,7 @@ from fq_transforms.checkpoint.megatron_shards import (
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
 from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
 from fq_transforms.pack import PackedTree
-from fq_transforms.select import Group, Spec, is_sharded
+from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs
 from fq_transforms.sharding import Part
 from fq_transforms.state import State, flatten, unflatten
 
@@ -111,6 +111,7 @@ def sharded_state_dict(
         >>> leaf.key, leaf.global_shape, leaf.global_offset, leaf.local_shape
         ('experts.fc1.weight_quantizer._amax', (3, 8), (0, 2), (1, 2))
     """
+    refuse_inputs(spec, "checkpoint.megatron")
     kind, leaves = kind_of(tree), flatten(tree)
     for name, leaf in leaves.items():
         if is_sharded(leaf):
@@ -180,6 +181,7 @@ def load_state(loaded: Mapping[str, Any], spec: Spec, like: Tree) -> Tree:
         ValueError: group 'experts.*.weight': found format INT8 in the checkpoint, the spec wants FP8; select the format
         that it was saved with, or calibrate anew
     """
+    refuse_inputs(spec, "checkpoint.megatron")
     kind = kind_of(like)
     kind.check(like, spec, values=False)
     places = flatten(like)
@@ -236,6 +238,7 @@ def verify(
         ValueError: nowhere/metadata.json: found FileNotFoundError(2, 'No such file or directory'), wanted the directory
         of a Megatron distributed checkpoint
     """
+    refuse_inputs(spec, "checkpoint.megatron")
     folder, kind = Path(path), kind_of(like or {})
     format_field = FORMATS[kind.name]
     stored = read_index(folder)

@@ -49,7 +49,7 @@ from fq_transforms.checkpoint.modelopt_names import (
     native_shape,
     quantizer_name,
 )
-from fq_transforms.select import Group, Spec, is_sharded
+from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs
 from fq_transforms.state import State, check, flatten, group_state
 
 __all__ = ["read", "write"]
@@ -109,6 +109,7 @@ def read(
         >>> read(stored, select(params, {"*": FP8}), expert_offset=2, experts=4)
         {'experts.fc1.weight*': ExpertAmax(amax=tensor([3., 4.]))}
     """
+    refuse_inputs(spec, "checkpoint.modelopt")
     _check_choice("shared", shared, ("refuse", "expand"))
     index = index_of(entries)
     read_keys: set[str] = set()
@@ -178,6 +179,7 @@ def write(
     for name, leaf in leaves.items():
         if is_sharded(leaf):
             raise ValueError(f"state {name!r}: found a DTensor, wanted a plain tensor; take its full_tensor()")
+    refuse_inputs(spec, "checkpoint.modelopt")
     check(state, spec)
     leaves |= _tied(leaves, spec, untied)
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fq_transforms.ops.shards import local_values
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, check_packed, packed_leaves
-from fq_transforms.select import Group, Spec
-from fq_transforms.state import UNCALIBRATED, LeafType, State, check, flatten
+from fq_transforms.select import Group, Spec, refuse_inputs
+from fq_transforms.state import UNCALIBRATED, LeafType, State, check, flatten, leaf_types
 
 __all__ = ["KINDS", "PACKED", "STATE", "Kind", "Tree", "kind_of"]
 
@@ -42,25 +41,23 @@ class Kind:
 
     def leaves_of(self, spec: Spec) -> dict[str, LeafType]:
         """Shape and dtype of each leaf of a tree, by flat name as `state.flatten` has them."""
-        return {f"{g.key}.{field}": leaf for g in spec.groups for field, leaf in self.leaves(g).items()}
+        return {f"{g.key}.{field}": leaf for g in spec.all_groups for field, leaf in self.leaves(g).items()}
 
 
 def kind_of(tree: Mapping[str, Any]) -> Kind:
     """The kind of a tree: packed weights if any of its groups is packed. Whether all are, its `check` says.
 
     Example:
+        >>> import torch
         >>> kind_of({"w": Packed(torch.zeros(1, 2, 2), torch.ones(1))}).name
         'packed'
     """
     return PACKED if any(isinstance(group, Packed | PackedTwoLevel) for group in tree.values()) else STATE
 
 
-def _state_leaves(group: Group) -> dict[str, LeafType]:
-    return {field: (shape, torch.float32) for field, shape in group.leaf_shapes.items()}
-
-
 def _check_packed(packed: PackedTree, spec: Spec, *, values: bool = True) -> None:
     """Any byte is a code, and NaN marks a granule of NaN: numbers have to be there, and nothing else."""
+    refuse_inputs(spec, "packed weights")
     check_packed(packed, spec)
     for name, leaf in flatten(packed).items():
         if values and leaf.is_meta:
@@ -71,7 +68,7 @@ def _is_uncalibrated(leaf: Tensor) -> bool:
     return leaf.is_meta or bool((local_values(leaf) == UNCALIBRATED).all())
 
 
-STATE = Kind("state", "a state", "fq.init(params)", _state_leaves, check, _is_uncalibrated)
+STATE = Kind("state", "a state", "fq.init(params)", leaf_types, check, _is_uncalibrated)
 PACKED = Kind(
     "packed",
     "packed weights",

@@ -12,7 +12,7 @@ from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
 from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import PackedTwoLevel, check_packable, pack
-from fq_transforms.select import Group, Spec, is_sharded, weights_of
+from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs, weights_of
 from fq_transforms.state import BlockAmax, ExpertAmax, State, check
 
 __all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
@@ -104,6 +104,7 @@ def plan(
         ['lm_head.weight', 'norm.weight']
     """
     entries = _config(config)
+    refuse_inputs(spec, f"export to {target}")
     check(state, spec)
     for group in spec.groups:
         check_packable(group)

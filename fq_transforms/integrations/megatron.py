@@ -27,7 +27,7 @@ from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.ops.autograd import Backward
-from fq_transforms.select import Rule, Spec
+from fq_transforms.select import Rule, Spec, refuse_inputs
 from fq_transforms.state import State
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
@@ -68,6 +68,7 @@ def calibrate(model: Module, spec: Spec) -> State:
     """
     from megatron.core import parallel_state
 
+    refuse_inputs(spec, "integrations.megatron.calibrate")
     model = unwrap(model)
     state = fqt.calibrate(dict(model.named_parameters()), spec=spec)
     axes = leaves.split_axes(spec, _sharded_state_dict(model))
@@ -99,6 +100,7 @@ def fakequant(
             the experts; Megatron's DistributedDataParallel
             gathers parameters while the model runs (`overlap_param_gather`), before which they are stale.
     """
+    refuse_inputs(spec, "integrations.megatron.fakequant")
     _check_gathered(model, "layerwise")
     _check_unfused(unwrap(model), spec)
     params = dict(unwrap(model).named_parameters())

@@ -198,6 +198,16 @@ def largest_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> tuple[Tens
     return _LargestOver.apply(_Ranks(group), *tensors) if sum(t.numel() for t in tensors) else tuple(tensors)
 
 
+def sum_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Elementwise sum of fp64 tensors over the ranks of a group: new tensors, by one all-reduce, or none for none."""
+    if not sum(tensor.numel() for tensor in tensors):
+        return list(tensors)
+    total = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
+    parts = total.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Ranks:
     group: "ProcessGroup"
