@@ -43,7 +43,7 @@ def apply(
         spec: What is quantized, and how.
         out_dtype: Of the weights, as `fakequant`; an input keeps its dtype.
         backward: As `fakequant`, for weights and for inputs: "clip" stops the gradient of an input beyond a calibrated
-            amax by tensor.
+            amax by tensor; "lsq" only where no inputs are selected.
         separate: As `fakequant`.
 
     Returns:

@@ -174,6 +174,10 @@ def quantized_inputs(
     if not spec.inputs:
         yield
         return
+    if backward == "lsq":
+        raise ValueError(
+            "backward: found 'lsq' and inputs, whose scales are not learned, wanted 'pass_through' or 'clip'"
+        )
     for inputs in spec.inputs:
         plain_weights_of(weights, inputs)
     _check_seen(state, spec)

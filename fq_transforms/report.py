@@ -15,7 +15,7 @@ from fq_transforms.ops.reporting import Measures, histogram_reference, report_re
 from fq_transforms.ops.shards import layout_of
 from fq_transforms.report_plot import Histogram, Row, plot
 from fq_transforms.select import Group, Spec, is_sharded, weights_of
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_concrete, local_group
+from fq_transforms.state import BlockAmax, GroupState, InputAmax, State, Stateless, check, is_concrete, local_group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +178,8 @@ def report(
         params: Names to tensors; may hold more than the spec names.
         state: From `calibrate`, or loaded.
         spec: What is quantized, and how.
-        tokens: Group key to integers [E]: tokens that each expert saw, if they were counted; shown beside the rest.
+        tokens: Group key to integers [E]: tokens that each expert saw, shown beside the rest. If None, those that the
+            state has where inputs were calibrated.
 
     Returns:
         A `Report`, on the CPU; no input is changed. An outlier counts as signal, too: where it takes the scale of all
@@ -211,7 +212,10 @@ def report(
     if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
         raise ValueError("report: found a call under torch.func, wanted plain tensors, whose values it reads")
     check(state, spec, values=is_concrete)
-    counted = _checked_tokens(tokens or {}, spec)
+    if tokens is None:
+        entries = {group.key: state.get(f"{group.key}.input") for group in spec.groups}
+        tokens = {key: entry.tokens.long() for key, entry in entries.items() if isinstance(entry, InputAmax)}
+    counted = _checked_tokens(tokens, spec)
     found: list[tuple[Group, tuple[int, ...], Measures, Tensor]] = []
     local: dict[str, tuple[Sequence[Tensor], GroupState]] = {}
     with torch.no_grad():

@@ -323,3 +323,23 @@ def test_mistakes_are_named():
     fq = fqt.transform(fqt.select(params, {}, inputs={"*": fqt.MXFP8, "*weight": fqt.FP8_PER_CHANNEL}), model=idle)
     message = message_of(ValueError, fq.apply, params, fq.calibrate(params), torch.ones(1, 4))
     assert_names(message, "'idle.weight.input'", "never ran in this call (1 of 2 groups")
+
+
+def test_learned_scales_are_of_weights_only():
+    model = nn.Sequential(nn.Linear(32, 8, bias=False))
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}), model=model, backward="lsq")
+    state = fq.calibrate(params, torch.randn(4, 32))
+    with pytest.raises(ValueError) as error:
+        fq.apply(params, state, torch.randn(4, 32))
+    assert_names(str(error.value), "lsq", "inputs", "pass_through")
+
+
+def test_a_report_has_the_tokens_that_calibration_counted():
+    model = nn.Sequential(nn.Linear(32, 8, bias=False))
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}), model=model)
+    state = fq.calibrate(params, [torch.randn(4, 32), torch.randn(3, 32)])
+    found = fqt.report(params, state, spec=fq.spec)
+    assert found.groups["0.weight"].tokens.tolist() == [7]
+    assert "unseen" in str(found)
