@@ -10,6 +10,7 @@ if not HAS_GPU:
 
 import pytest
 
+from tests.books import books  # noqa: F401 (a fixture)
 from tests.ranks import ranks  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one

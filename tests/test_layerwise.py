@@ -1,14 +1,11 @@
 """`layerwise`: the numbers of the whole-model form, one layer's fake weights at a time, and nothing left behind."""
 
-import weakref
-
 import pytest
 import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
-from fq_transforms.ops import autograd
 from tests.cases import ALL_FORMATS, assert_names, name_of
 
 HIDDEN, FFN, EXPERTS = 128, 256, 4
@@ -167,36 +164,6 @@ def test_master_weights():
         loss.backward()
     assert_equal((loss.detach(), grads_of(model)), wanted)
     assert model.mlp[0].linear_fc1.weight0.dtype == torch.float32
-
-
-class Books:
-    """Bytes of fake weights: now, and at most since it was last set."""
-
-    def __init__(self):
-        self.now = self.most = self.calls = 0
-
-    def open(self, tensors):
-        self.calls += 1
-        for storage in {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}.values():
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.close, storage.nbytes())
-        self.most = max(self.most, self.now)
-
-    def close(self, size):
-        self.now -= size
-
-
-@pytest.fixture
-def books(monkeypatch):
-    found, original = Books(), autograd._run_fake_quantize
-
-    def counting(*args):
-        outs = original(*args)
-        found.open(outs)
-        return outs
-
-    monkeypatch.setattr(autograd, "_run_fake_quantize", counting)
-    return found
 
 
 GROUP = EXPERTS * FFN * HIDDEN * 4  # bytes of one group's fake weights

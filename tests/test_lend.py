@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 import fq_transforms as fqt
 from tests.cases import ALL_FORMATS, assert_names, name_of
-from tests.test_layerwise import (  # noqa: F401 (`books` is a fixture)
+from tests.test_layerwise import (
     EXPERTS,
     FFN,
     GROUP,
@@ -14,7 +14,6 @@ from tests.test_layerwise import (  # noqa: F401 (`books` is a fixture)
     Grouped,
     assert_equal,
     assert_untouched,
-    books,
     grads_of,
     setup,
     whole,
@@ -98,7 +97,7 @@ def test_numbers_of_the_whole_model_form(format):
         assert torch.equal(seen, fake)
 
 
-def test_memory(books):  # noqa: F811
+def test_memory(books):
     """One group's fake weights at a time."""
     model, fq, state, x = setup(OneNodeMLP)
     with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
@@ -169,7 +168,7 @@ def test_parameters_are_their_own_between():
     assert len(seen) == 2 * len(before)
 
 
-def test_frozen_weights_and_no_gradient(books):  # noqa: F811
+def test_frozen_weights_and_no_gradient(books):
     model, fq, state, x = setup(OneNodeMLP)
     for name, param in model.named_parameters():
         param.requires_grad_("mlp" not in name)

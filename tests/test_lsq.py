@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ pytestmark = [
     # Dynamo makes an instance of an autograd.Function when it traces one, and PyTorch warns that nobody should.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
+
+
+def on_each_kernel(is_interpreted, dtypes=DTYPES):
+    """All cases on a GPU; of the interpreter, which is slow, those that `is_interpreted` takes."""
+    cases = list(product(LEARNED, dtypes, [False, True]))
+    params = [pytest.param(*case, "cpu", marks=CPU) for case in cases if is_interpreted(*case)]
+    params += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in cases]
+    return pytest.mark.parametrize(("format", "dtype", "transposed", "device"), params, ids=name_of)
 
 
 def stored(weights, transposed):
@@ -296,14 +305,9 @@ def _over(terms, like, format):
     return padded.view(rows, r, columns, c).sum((1, 3))
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@learned
-@on_each_device
+@on_each_kernel(lambda format, dtype, transposed: dtype == torch.float32 or (format in CORE and not transposed))
 def test_kernel_equals_reference(format, dtype, transposed, device):
     """Odd shapes, each expert at its own magnitude; weights' gradients bit for bit, sums within their bound."""
-    if device == "cpu" and dtype != torch.float32 and (transposed or format not in CORE):
-        pytest.skip("the interpreter is slow")
     for shape in shapes_of(format):
         weights = experts(3, shape, dtype, device=device)
         amax, global_amax = scales_of(weights, format)
@@ -324,15 +328,11 @@ def test_kernel_equals_reference(format, dtype, transposed, device):
         assert_sums_agree(format, weights, grads, amax, global_amax, found, found_global)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
-@learned
-@on_each_device
-def test_one_weight_at_a_time(format, transposed, device):
+@on_each_kernel(lambda format, dtype, transposed: format in CORE or not transposed, [torch.float32])
+def test_one_weight_at_a_time(format, dtype, transposed, device):
     """A cotangent for a single weight leaves nothing to add: its amax gets the reference's number, the others zero."""
-    if device == "cpu" and transposed and format not in CORE:
-        pytest.skip("the interpreter is slow")
     shape = shapes_of(format)[0 if device == "cpu" and transposed and format.has_blocks_along_in else -1]
-    weights = experts(2, shape, device=device)
+    weights = experts(2, shape, dtype, device=device)
     amax, global_amax = scales_of(weights, format)
     out_features, in_features = shape
     places = [(0, 0), (out_features - 1, in_features - 1), (out_features // 2, in_features // 3), (0, in_features - 2)]
