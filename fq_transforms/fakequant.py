@@ -112,10 +112,11 @@ def quantize_group(
 ) -> tuple[Tensor, ...]:
     """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
     weights = weights_of(params, group)
+    device = weights[0].device
     for leaf in scales:
-        if leaf.device != weights[0].device:
+        if leaf.device != device:
             raise ValueError(
-                f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
+                f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
                 "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
             )
     layout = layout_of(group, weights)

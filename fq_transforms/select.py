@@ -618,9 +618,13 @@ def is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor, under torch.func too. torch.compile is given none: `weights_of` refuses them there."""
-    if hasattr(tensor, "to_local"):
+    # A name that a type has not is dear to ask a tensor for.
+    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
         return not torch.compiler.is_compiling()
     if not torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
         return False

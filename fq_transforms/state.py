@@ -84,6 +84,8 @@ class Stateless(NamedTuple):
 
 
 GroupState: TypeAlias = ExpertAmax | BlockAmax | InputAmax | Stateless
+_GROUP_STATES = (ExpertAmax, BlockAmax, InputAmax, Stateless)  # looked up at each call of `fakequant`
+_DTYPES = {"tokens": torch.float64}  # of leaves that are not fp32
 State: TypeAlias = dict[str, GroupState]
 Tree = TypeVar("Tree", bound=Mapping[str, Any])  # a state, or packed weights
 LeafType: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # a leaf's shape and dtype
@@ -285,22 +287,27 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
         ...
         ValueError: state 'w.amax': found -1.0 for 'w', wanted a finite amax >= 0; calibrate again
     """
-    unknown = state.keys() - {group.key for group in spec.all_groups}
-    if unknown:
-        raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
-    for group in spec.all_groups:
+    groups = spec.all_groups
+    if len(state) > len(groups) or not all(group.key in state for group in groups):
+        unknown = state.keys() - {group.key for group in groups}
+        if unknown:
+            raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
+    for group in groups:
         if group.key not in state:
             raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
         found: Any = state[group.key]
         wanted = group.leaf_shapes
-        _check_group(group.key, found, f"those of {group.format.name}")
+        if type(found) not in _GROUP_STATES:
+            _check_group(group.key, found, f"those of {group.format.name}")
         if found._fields != tuple(wanted):
             raise ValueError(
                 f"state {group.key!r}: found {_type_name(found)} with {list(found._fields)}, and {group.format.name} "
                 f"wants {list(wanted)}; calibrate with this spec"
             )
-        for (field, (shape, dtype)), leaf in zip(leaf_types(group).items(), found, strict=True):
-            check_tensor(f"state '{group.key}.{field}'", leaf, shape, dtype)
+        for field, leaf in zip(wanted, found, strict=True):
+            shape, dtype = wanted[field], _DTYPES.get(field, torch.float32)
+            if type(leaf) is not Tensor or leaf.shape != shape or leaf.dtype != dtype:
+                check_tensor(f"state '{group.key}.{field}'", leaf, shape, dtype)
             if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{field}", leaf, group)
 
@@ -321,8 +328,7 @@ def state_of(group: Group, leaves: Sequence[Tensor]) -> GroupState:
 
 def leaf_types(group: Group) -> dict[str, LeafType]:
     """Shape and dtype of each leaf, by field."""
-    dtypes = {"tokens": torch.float64}
-    return {field: (shape, dtypes.get(field, torch.float32)) for field, shape in group.leaf_shapes.items()}
+    return {field: (shape, _DTYPES.get(field, torch.float32)) for field, shape in group.leaf_shapes.items()}
 
 
 def local_group(

@@ -17,6 +17,7 @@ import fq_transforms as fqt
 from fq_transforms.bench.cases import ALL, Shape, fits
 from fq_transforms.bench.models import GroupedMLP, gpt, single_rank
 from fq_transforms.bench.peers import modelopt_model
+from fq_transforms.bench.timing import quiet_core
 from fq_transforms.formats import Format
 from fq_transforms.integrations import te
 
@@ -179,7 +180,7 @@ class _Given(torch.autograd.Function):
 def _measure(
     kind: str, format: Format, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any] | None
 ) -> Row:
-    """Each way in turn with bf16, round after round, and the peak of memory of each."""
+    """Each way between two of bf16, as hosts change their speed, round after round; and the peak of memory of each."""
     calls = {"bf16": plain, **ways}
     models, row = [model], Row(kind=kind, format=format.name)
     try:
@@ -188,35 +189,49 @@ def _measure(
             calls["ModelOpt"] = theirs[1]
     except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
         row["reason"] = f"{type(error).__name__}: {error}"[:200]
-    times: dict[str, dict[int, float]] = {name: {} for name in calls}
+    ratios: dict[str, list[float]] = {name: [] for name in calls if name != "bf16"}
+    plain_ms: list[float] = []
     peaks = dict.fromkeys(calls, 0)
     gc.collect()  # models in reference cycles, Megatron's among them, must not go while memory is measured
     torch.cuda.empty_cache()
     gc.disable()
-    for measured in range(-1, ROUNDS):
-        for name, call in calls.items():
-            if name == "ModelOpt" and measured % PEERS_EVERY:
-                continue
-            for param in (param for each in models for param in each.parameters()):
-                param.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            result = call()
-            stop.record()
-            stop.synchronize()
-            del result  # as the gradients of the others, which are let go above
-            if measured >= 0:  # the first round compiles
-                times[name][measured] = start.elapsed_time(stop) / MICROBATCHES
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+    for measured in range(-1, ROUNDS):  # the first round compiles
+        with quiet_core(whole=True):
+            before = _timed("bf16", calls, models, peaks)
+            for name, found in ratios.items():
+                if name == "ModelOpt" and measured % PEERS_EVERY:
+                    continue
+                took = _timed(name, calls, models, peaks)
+                after = _timed("bf16", calls, models, peaks)
+                if measured >= 0:
+                    found.append(2 * took / (before + after))
+                    plain_ms.append(after)
+                before = after
+        if measured < 0:
+            peaks = dict.fromkeys(calls, 0)
     gc.enable()
-    row["bf16_ms"] = median(times["bf16"].values())
-    for name, found in times.items():  # a round's bf16 is what it is compared with, as hosts change their speed
-        row[name] = median(time / times["bf16"][number] for number, time in found.items())
+    row["bf16"], row["bf16_ms"] = 1.0, median(plain_ms)
+    for name, found in ratios.items():
+        row[name] = median(found)
         row[f"{name}_mib"] = (peaks[name] - peaks["bf16"]) / 2**20
     return row
+
+
+def _timed(name: str, calls: dict[str, Call], models: list[Module], peaks: dict[str, int]) -> float:
+    """Milliseconds a microbatch of one way, from parameters without gradients; and its peak of memory, if higher."""
+    for param in (param for each in models for param in each.parameters()):
+        param.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    result = calls[name]()
+    stop.record()
+    stop.synchronize()
+    del result  # as the gradients of the others, which are let go above
+    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+    return start.elapsed_time(stop) / MICROBATCHES
 
 
 def page(environment: dict[str, str], rows: list[Row]) -> str:
@@ -236,8 +251,9 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
-            "Forward and backward, a microbatch, over bf16 in the same round: 1 is bf16's time; the median of "
-            f"{ROUNDS} rounds, for ModelOpt of every third. MiB: the peak of memory above bf16's; one group's fake "
+            "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time; the "
+            f"median of {ROUNDS} rounds, for ModelOpt of every third, each on the core that is fastest then. MiB: the "
+            "peak of memory above bf16's; one group's fake "
             f"weights are {group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),

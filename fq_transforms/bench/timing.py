@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
 
 import torch
@@ -65,21 +65,30 @@ def floor_us(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def quiet_core() -> Generator[None]:
+def quiet_core(*, whole: bool = False) -> Generator[None]:
     """Run this thread on the core that is fastest now, so that the host's other work is not what is timed.
 
     A core whose sibling works for somebody else is 1.7 times slower, and which ones are changes within seconds (H200
-    hosts). Where a thread cannot choose its core, on macOS or Windows, this does nothing.
+    hosts). With `whole` all threads of the process go there, autograd's too, which works while this one waits. Where
+    a thread cannot choose its core, on macOS or Windows, this does nothing.
     """
     if sys.platform != "linux":
         yield
         return
     allowed = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, {min(sorted(allowed), key=_probe)})
+        core = min(sorted(allowed), key=_probe)
+        _keep_to({core}, whole=whole)
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        _keep_to(allowed, whole=whole)
+
+
+def _keep_to(cores: set[int], *, whole: bool) -> None:
+    """Let this thread, or all threads of the process, run on these cores only."""
+    for thread in map(int, os.listdir("/proc/self/task")) if whole else (0,):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(thread, cores)
 
 
 def _probe(core: int) -> float:
