@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
+from fq_transforms.known import Known
 
 __all__ = [
     "Group",
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
-guards: Any = import_module("torch._C._dynamo.guards")  # torch.compile's own check of many tensors in one call
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -376,28 +376,14 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         _check_weights(group, weights, weights)
     elif torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
         _check_weights(group, weights, [unwrapped(weight) for weight in weights])
-    else:
-        found = _CHECKED.get(id(group))
-        if found is None or found[0] is not group or not found[1].check(*weights):
-            _check_weights(group, weights, weights)
-            if not is_sharded(weights[0]):  # placements are not among what a guard compares
-                _remember(group, weights)
+    elif not _CHECKED.are(group, weights):
+        _check_weights(group, weights, weights)
+        if not is_sharded(weights[0]):
+            _CHECKED.remember(group, weights)
     return weights
 
 
-# What each group's weights were when they were last checked: types, dtypes, devices and shapes, not the tensors. To
-# compare hundreds with it takes one call, where checking them in Python took a fifth of a call to `fakequant`.
-_CHECKED: dict[int, tuple[Group, Any]] = {}
-MOST_CHECKED = 16384
-
-
-def _remember(group: Group, weights: Sequence[Tensor]) -> None:
-    sizes = [list(weight.shape) for weight in weights]
-    any_stride: list[list[None]] = [[None] * weight.dim() for weight in weights]
-    guard = guards.TensorGuards(*weights, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_stride)
-    _CHECKED[id(group)] = (group, guard)
-    if len(_CHECKED) > MOST_CHECKED:
-        del _CHECKED[next(iter(_CHECKED))]
+_CHECKED = Known()
 
 
 def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tensor]) -> None:

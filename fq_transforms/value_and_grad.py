@@ -28,7 +28,9 @@ class ValueAndGrad(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: Transform) -> ValueAndGrad:
+def value_and_grad(
+    loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: Transform, *, keep: bool = False
+) -> ValueAndGrad:
     """The function that gives the losses and the gradients of a step under fake quantization.
 
     All microbatches see the same fake weights, which are made once, and the gradients are pulled back to the
@@ -41,6 +43,9 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
         model: What the weights are put into. Its own parameters are neither used nor changed, nor is its `grad`.
         fq: From `transform`. Inputs that its spec has are quantized as `fq.apply` does, and layers with such
             inputs cannot be checkpointed.
+        keep: Keep the fake weights from step to step, and write over them: as much memory as the quantized weights
+            take, between steps too, for about half of what quantizing costs the host. Only where the gradient passes
+            through, of plain tensors; elsewhere nothing is kept.
 
     Returns:
         `(params, state, microbatches) -> (losses, grads)`. `losses` is [microbatches], detached. `grads` has an entry
@@ -72,6 +77,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
             "'pass_through' or 'clip'; take torch.func.vjp of fq.fakequant in params and state"
         )
     places = Places(model)
+    kept = _Kept() if keep else None
 
     def step(
         params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
@@ -81,14 +87,18 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
         fused: dict[str, Any] = {name: params[name] for name in trained if hasattr(params[name], "main_grad")}
         fused = {name: param for name, param in fused.items() if has_main_grad(param)}
-        with torch.enable_grad():
-            leaves, pull = _fake_leaves(fq, params, state, trained, fused)
-            slots, own = places.find(leaves)
-            with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
-                losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
-        if not losses:
-            raise ValueError("microbatches: found none, wanted one at least")
-        grads: dict[str, Any] = {name: leaves[name].grad for name in trained}
+        try:
+            with torch.enable_grad():
+                leaves, pull = _fake_leaves(fq, params, state, trained, fused, kept)
+                slots, own = places.find(leaves)
+                with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
+                    losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
+            if not losses:
+                raise ValueError("microbatches: found none, wanted one at least")
+            grads: dict[str, Any] = {name: leaves[name].grad for name in trained}
+        finally:
+            if kept is not None:
+                kept.forget_gradients()
         grads.update((name, param.main_grad) for name, param in fused.items())
         for name, grad in grads.items():
             if grad is None:
@@ -99,22 +109,53 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: 
     return step
 
 
+class _Kept:
+    """The fake weights of the last step, and what they were made for."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.made_for: object = None
+
+    def find(self, made_for: object) -> dict[str, Tensor] | None:
+        """The leaves, if they were made for the same."""
+        if self.made_for != made_for:
+            self.leaves, self.made_for = {}, made_for
+        return self.leaves or None
+
+    def forget_gradients(self) -> None:
+        """The caller has them, or the step failed: the next one must not add to them."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+
 def _fake_leaves(
-    fq: Transform, params: Mapping[str, Tensor], state: State, trained: Sequence[str], fused: Mapping[str, Any]
+    fq: Transform,
+    params: Mapping[str, Tensor],
+    state: State,
+    trained: Sequence[str],
+    fused: Mapping[str, Any],
+    kept: _Kept | None,
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
     needs_graph = not _is_identity(fq, params)
     primals = params
     if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
+    out = None
+    if kept is not None and not needs_graph:
+        firsts = [params[group.names[0]] for group in fq.spec.groups if group.names[0] in params]
+        out = kept.find((trained, list(fused), [(first.shape, first.dtype, first.device) for first in firsts]))
     with torch.set_grad_enabled(needs_graph):
-        weights = fq.fakequant(primals, state)
+        weights = fq.fakequant(primals, state) if out is None else fq.fakequant(primals, state, out=out)
     leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
     quantized = [name for name in trained if weights[name] is not primals[name]]
     for name in trained:
         if (leaf := leaves[name]) is params[name]:
             leaf = leaves[name] = leaf.detach()
-        leaf.requires_grad_()
+        if not leaf.requires_grad:
+            leaf.requires_grad_()
+    if kept is not None and not needs_graph:
+        kept.leaves = {name: leaves[name] for group in fq.spec.groups for name in group.names}
     if fused:
         passed = set(quantized)
         carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(fq_transforms.__file__).parent
 
 # Lowest first. A module imports from lines above its own.
 LAYERS = [
-    ["formats", "rounding"],
+    ["formats", "known", "rounding"],
     ["methods"],
     ["sharding", "slots"],
     ["select"],

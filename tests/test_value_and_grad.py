@@ -48,6 +48,12 @@ def setup(format=fqt.NVFP4, dtype=torch.float32, checkpointed=False, **options):
     return model, params, fq, state, [{"x": torch.randn(8, 32, dtype=dtype)} for _ in range(4)]
 
 
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert torch.equal(found[name], grad), name
+
+
 def one_by_one(model, params, fq, state, batches):
     """What it must equal: each microbatch on its own, through autograd."""
     losses = []
@@ -280,3 +286,79 @@ def test_checkpointed_layers_with_inputs_are_refused(reentrant):
     with pytest.raises(ValueError, match=r"'second.weight.input': found its layer under activation checkpointing"):
         fqt.value_and_grad(loss_of, model, fq)(params, state, batches)
     assert all(param is own[name] for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_kept_weights_give_the_same(format, device):
+    """Law: with `keep`, step after step, as parameters and their amax change, losses and gradients are the same bits."""
+    model, params, fq, state, batches = setup(format)
+    model.to(device)
+    state = {key: type(group)(*(leaf.to(device) for leaf in group)) for key, group in state.items()}
+    batches = [{"x": batch["x"].to(device)} for batch in batches]
+    keeping, plain = (fqt.value_and_grad(loss_fn, model, fq, keep=keep) for keep in (True, False))
+    earlier = []
+    for number in range(3):
+        losses, grads = keeping(params, state, batches[number:])
+        wanted_losses, wanted = plain(params, state, batches[number:])
+        assert torch.equal(losses, wanted_losses)
+        assert_equal(grads, wanted)
+        earlier.append((grads, {name: grad.clone() for name, grad in grads.items()}))
+        with torch.no_grad():
+            for name, param in params.items():
+                param -= 0.1 * grads[name]
+        if number:  # other memory of the same weights
+            params["experts.1.weight"].data = params["experts.1.weight"].data.clone()
+        state = fq.calibrate(params)
+    for grads, copies in earlier:  # which a later step does not touch
+        assert_equal(grads, copies)
+
+
+def test_kept_weights_are_the_same_memory_until_something_changes():
+    """The fake weights of a step are those of the last one, written over; after another dtype or a frozen weight, new."""
+    model, params, fq, state, batches = setup()
+    seen = []
+
+    def watching(model, batch):
+        seen.append(model.experts[0].weight)
+        return loss_fn(model, batch)
+
+    step = fqt.value_and_grad(watching, model, fq, keep=True)
+    step(params, state, batches[:1])
+    step(params, state, batches[:1])
+    assert seen[0] is seen[1]
+    params["experts.1.weight"].requires_grad_(False)
+    _, grads = step(params, state, batches[:1])
+    assert seen[2] is not seen[0]
+    assert "experts.1.weight" not in grads
+    model.double().to(torch.bfloat16)
+    step(params, fq.calibrate(params), [{"x": batches[0]["x"].bfloat16()}])
+    assert seen[3].dtype == torch.bfloat16
+
+
+def test_a_step_that_fails_leaves_no_gradient_to_the_next():
+    """Named bug: the gradients of the microbatches before an error are not added to those of the next step."""
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    step(params, state, batches)
+    with pytest.raises(KeyError):
+        step(params, state, [batches[0], {}])
+    _, grads = step(params, state, batches)
+    _, wanted = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert_equal(grads, wanted)
+
+
+def test_a_graph_that_outlives_its_step_raises():
+    """What was computed with kept weights cannot be pulled back once they are written over."""
+    model, params, fq, state, batches = setup()
+    outputs = []
+
+    def leaking(model, batch):
+        outputs.append(model(batch["x"]))
+        return model(batch["x"]).sum()
+
+    step = fqt.value_and_grad(leaking, model, fq, keep=True)
+    step(params, state, batches[:1])
+    step(params, state, batches[:1])
+    with pytest.raises(RuntimeError, match="inplace"):
+        outputs[0].sum().backward()

@@ -33,8 +33,8 @@ PEERS_EVERY = 3  # rounds, as they are slower
 MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
 
 WAYS = {
-    "every": "fakequant at every microbatch: `value_and_grad` of one, gradients added up in one call",
-    "once": "one fakequant for four microbatches: `value_and_grad` of four",
+    "every": "fakequant at every microbatch: `value_and_grad(keep=True)` of one, gradients added up in one call",
+    "once": "one fakequant for four microbatches: `value_and_grad(keep=True)` of four",
     "kept": "fakequant at every microbatch: `layerwise`, recompute=False",
     "recompute": "two at every microbatch: `layerwise`",
     "whole": "fakequant at every microbatch, into one `functional_call`",
@@ -62,7 +62,8 @@ def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
         state = fq.calibrate(params)
         kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
         peer = partial(_layer_peer, model, format, run, xs[0])
-        ways = _steps(fqt.value_and_grad(loss, model, fq), params, state, xs) | _ways(model, fq, state, run)
+        step = fqt.value_and_grad(loss, model, fq, keep=True)
+        ways = _steps(step, params, state, xs) | _ways(model, fq, state, run)
         yield _measure(kind, format, model, ways, partial(run, model), peer if peers else None)
 
 
@@ -93,7 +94,7 @@ def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             params = dict(ddp.module.named_parameters())
             fq = fqt.transform(fqt.select(params, {"*.mlp.experts.*": format}))
             state = fq.calibrate(params)
-            step = fqt.value_and_grad(loss, ddp.module, fq)
+            step = fqt.value_and_grad(loss, ddp.module, fq, keep=True)
             ways = _steps(step, params, state, batches, ddp.zero_grad_buffer)
             ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)

@@ -24,7 +24,7 @@ from torch.autograd import Function, forward_ad
 from fq_transforms.formats import Format
 from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
 
-__all__ = ["Backward", "expert_amax", "fake_quantize"]
+__all__ = ["Backward", "expert_amax", "fake_quantize", "fake_quantize_into", "is_differentiated"]
 
 # "lsq" is that of `ops.lsq`; here it passes gradients through, for formats with nothing to learn.
 Backward = Literal["pass_through", "clip", "lsq"]
@@ -74,9 +74,32 @@ def fake_quantize(
     _check_not_empty(weights)
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
-    if not _is_differentiated(weights, amax, global_amax):
+    if not is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     return _apply_fake_quantize(statics, amax, global_amax, *weights)
+
+
+def fake_quantize_into(
+    outs: Sequence[Float[Tensor, "..."]],
+    weights: Sequence[Float[Tensor, "..."]],
+    amax: Float32[Tensor, "..."] | None,
+    global_amax: Float32[Tensor, "..."] | None,
+    *,
+    format: Format,
+    transposed: bool = False,
+) -> None:
+    """`fake_quantize` into memory that is there: contiguous tensors as it gives them. Not differentiable.
+
+    Their versions are counted up, as by any change in place: a graph that has kept them raises in backward.
+    """
+    if weights[0].is_cuda:
+        numbers: dict[str, Any] = {"format": format, "transposed": transposed}
+        _launchers().fake_quantize_into_triton(outs, weights, amax, global_amax, **numbers)
+        torch.autograd.graph.increment_version(outs)
+        return
+    statics = _known_statics(format, transposed, outs[0].dtype, False, False)
+    for out, result in zip(outs, _run_fake_quantize(statics, amax, global_amax, *weights), strict=True):
+        out.copy_(result)
 
 
 def expert_amax(
@@ -134,7 +157,7 @@ def _launchers() -> Any:
     return launch
 
 
-def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
+def is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
     """False if no transform and no gradient looks on: then the rules, and their cost to the host, can be left out."""
     return _is_transformed() or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *scales))

@@ -30,6 +30,7 @@ __all__ = [
     "clip_backward_triton",
     "expert_amax_operator",
     "expert_amax_triton",
+    "fake_quantize_into_triton",
     "fake_quantize_operator",
     "fake_quantize_separate_operator",
     "fake_quantize_separate_triton",
@@ -79,11 +80,44 @@ def fake_quantize_triton(
     tile: Tile | None = None,
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
+    what = (format, transposed, out_dtype, tile)
+    key = _call_key(what, weights, amax, global_amax)
+    call = _CALLS.get(key)
+    if call is not None:
+        result = torch.empty(call.shape, dtype=out_dtype, device=weights[0].device)
+        call.run(result.data_ptr())
+        return result
     inputs = _group(weights)
     out = _result(inputs, out_dtype)
     plan = _forward_plan(format, inputs.matrix, transposed, tile)
-    _launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
+    launched = _launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
+    _remember(key, launched, inputs, tuple(out.base.shape))
     return out.base
+
+
+def fake_quantize_into_triton(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *,
+    format: Format,
+    transposed: bool,
+) -> None:
+    """`fake_quantize_triton` into contiguous tensors of one dtype, one a weight, in its shape."""
+    out_dtype = outs[0].dtype
+    key = _call_key((format, transposed, out_dtype, None), weights, amax, global_amax)
+    call = _CALLS.get(key)
+    into = _group(outs)
+    is_known_form = into.table is None and into.start % 16 == 0 and into.stride == prod(into.matrix)
+    if call is not None and is_known_form:
+        call.run(into.start)
+        return
+    inputs = _group(weights)
+    plan = _forward_plan(format, inputs.matrix, transposed, None)
+    launched = _launch(kernels.fake_quantize_kernel, plan, (inputs, into), (amax, global_amax))
+    if is_known_form:
+        _remember(key, launched, inputs, (inputs.experts, *inputs.matrix))
 
 
 def fake_quantize_separate_triton(
@@ -96,10 +130,8 @@ def fake_quantize_separate_triton(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """`fake_quantize_triton` into one new tensor a weight, in its shape, none of which keeps another alive."""
-    inputs = _group(weights)
     outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
-    plan = _forward_plan(format, inputs.matrix, transposed, None)
-    _launch(kernels.fake_quantize_kernel, plan, (inputs, _group(outs)), (amax, global_amax))
+    fake_quantize_into_triton(outs, weights, amax, global_amax, format=format, transposed=transposed)
     return outs
 
 
@@ -496,8 +528,22 @@ MOST_EXPERTS = 65535
 _COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 
 
-def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]) -> None:
-    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest."""
+class _Launched(NamedTuple):
+    """A launch of a kernel that was compiled before, with all that it was given."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[object, ...]
+
+
+def _launch(
+    kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]
+) -> _Launched | None:
+    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest.
+
+    Returns:
+        What it was given, or None where the kernel was compiled for it, or was interpreted.
+    """
     first = groups[0]
     if first.experts > MOST_EXPERTS:
         raise ValueError(
@@ -525,8 +571,9 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
     if known is not None:  # a launcher that is given addresses asks no tensor for its own
         compiled, rest = known
         stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
-        kernels.run_compiled(compiled, grid, stream, (*addresses, *rest))
-        return
+        launched = _Launched(compiled, grid, (*addresses, *rest))
+        kernels.run_compiled(compiled, grid, stream, launched.arguments)
+        return launched
     names = kernel.arg_names[-len(plan.constants) - 1 :]
     assert names == [*plan.constants, "ALIGNED"], names
     tensors = [argument for group in groups for argument in (group.base, group.table, group.stride)] + dense
@@ -534,6 +581,62 @@ def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[
     compiled = kernel[grid](*tensors, *rest, num_warps=plan.warps, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter compiles nothing
         _COMPILED[key] = (compiled, rest)
+    return None
+
+
+class _Call(NamedTuple):
+    """A launch over weights and scales at known addresses: all of it but where the results go.
+
+    `shape` is that of the results, `table` what an argument points to.
+    """
+
+    launched: _Launched
+    stream: int
+    shape: tuple[int, ...]
+    table: Tensor | None
+
+    def run(self, start: int) -> None:
+        """Launch it, with results evenly spaced from an address on, which 16 divides."""
+        compiled, grid, arguments = self.launched
+        kernels.run_compiled(compiled, grid, self.stream, (*arguments[:3], start, *arguments[4:]))
+        if self.table is not None and torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(self.table)
+
+
+# Launches by the addresses of all that they read, so that a tensor that moves is another launch. To build one anew
+# costs the host as much as to run it. First in, first out.
+_CALLS: dict[object, _Call] = {}
+MOST_CALLS = 4096
+
+
+def _call_key(
+    what: tuple[object, ...], weights: Sequence[Tensor], amax: Tensor | None, global_amax: Tensor | None
+) -> tuple[Any, ...] | None:
+    """What tells launches of a kernel apart that differ in where their results go only; None where none is kept.
+
+    The addresses, shape and dtype of the weights, which are alike and contiguous, the addresses of their scales, and
+    the stream.
+    """
+    first = weights[0]
+    if first.dim() != 2 or not first.is_cuda or not all(map(Tensor.is_contiguous, weights)):
+        return None
+    if (index := first.device.index) != torch.cuda.current_device():
+        return None
+    scales = [scale for scale in (amax, global_amax) if scale is not None]
+    if not all(map(Tensor.is_contiguous, scales)):
+        return None
+    stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (it has no public name)
+    addresses = tuple(map(Tensor.data_ptr, weights))
+    return what, index, stream, first.shape, first.dtype, tuple(map(Tensor.data_ptr, scales)), addresses
+
+
+def _remember(key: tuple[Any, ...] | None, launched: _Launched | None, inputs: _Group, shape: tuple[int, ...]) -> None:
+    """Keep a launch whose results are evenly spaced, from an address that 16 divides."""
+    if key is None or launched is None or torch.cuda.is_current_stream_capturing():
+        return
+    _CALLS[key] = _Call(launched, key[2], shape, inputs.table)
+    if len(_CALLS) > MOST_CALLS:
+        del _CALLS[next(iter(_CALLS))]
 
 
 class _Table(NamedTuple):

@@ -24,7 +24,6 @@ from fq_transforms.ops.autograd import (
     _flat,
     _fold,
     _fold_amax,
-    _is_differentiated,
     _is_transformed,
     _known_statics,
     _matrix,
@@ -32,6 +31,7 @@ from fq_transforms.ops.autograd import (
     _split,
     _Statics,
     _unstack,
+    is_differentiated,
 )
 from fq_transforms.ops.lsq_reference import lsq_backward_reference, lsq_push_reference
 
@@ -63,7 +63,7 @@ def fake_quantize_lsq(
     _check_not_empty(weights)
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, format.clips, separate)
-    if not _is_differentiated(weights, amax, global_amax):
+    if not is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, *weights)
     has_rules = _is_transformed() and not torch.compiler.is_compiling()
     return (_Lsq if has_rules else _TracedLsq).apply(statics, amax, global_amax, *weights)
