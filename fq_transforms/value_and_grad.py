@@ -110,11 +110,13 @@ def value_and_grad(
 
 
 class _Kept:
-    """The fake weights of the last step, and what they were made for."""
+    """The fake weights of the last step, what they were made for, and which of all parameters that are trained."""
 
     def __init__(self) -> None:
         self.leaves: dict[str, Tensor] = {}
         self.made_for: object = None
+        self.quantized: list[str] = []
+        self.others: list[str] = []
 
     def find(self, made_for: object) -> dict[str, Tensor] | None:
         """The leaves, if they were made for the same."""
@@ -138,24 +140,28 @@ def _fake_leaves(
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
     needs_graph = not _is_identity(fq, params)
-    primals = params
+    primals, out = params, None
     if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
-    out = None
-    if kept is not None and not needs_graph:
+        kept = None
+    if kept is not None:
         firsts = [params[group.names[0]] for group in fq.spec.groups if group.names[0] in params]
         out = kept.find((trained, list(fused), [(first.shape, first.dtype, first.device) for first in firsts]))
     with torch.set_grad_enabled(needs_graph):
         weights = fq.fakequant(primals, state) if out is None else fq.fakequant(primals, state, out=out)
     leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
-    quantized = [name for name in trained if weights[name] is not primals[name]]
-    for name in trained:
-        if (leaf := leaves[name]) is params[name]:
-            leaf = leaves[name] = leaf.detach()
-        if not leaf.requires_grad:
-            leaf.requires_grad_()
-    if kept is not None and not needs_graph:
+    if kept is not None and out is not None:
+        quantized, others = kept.quantized, kept.others
+    else:
+        quantized = [name for name in trained if weights[name] is not primals[name]]
+        others = [name for name in trained if weights[name] is primals[name]]
+        for name in quantized:
+            leaves[name].requires_grad_()
+    for name in others:
+        leaves[name] = params[name].detach().requires_grad_()
+    if kept is not None and out is None:
         kept.leaves = {name: leaves[name] for group in fq.spec.groups for name in group.names}
+        kept.quantized, kept.others = quantized, others
     if fused:
         passed = set(quantized)
         carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)

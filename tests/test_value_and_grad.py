@@ -291,7 +291,7 @@ def test_checkpointed_layers_with_inputs_are_refused(reentrant):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_kept_weights_give_the_same(format, device):
-    """Law: with `keep`, step after step, as parameters and their amax change, losses and gradients are the same bits."""
+    """Law: with `keep`, as parameters and their amax change, losses and gradients of each step are the same bits."""
     model, params, fq, state, batches = setup(format)
     model.to(device)
     state = {key: type(group)(*(leaf.to(device) for leaf in group)) for key, group in state.items()}
@@ -306,7 +306,7 @@ def test_kept_weights_give_the_same(format, device):
         earlier.append((grads, {name: grad.clone() for name, grad in grads.items()}))
         with torch.no_grad():
             for name, param in params.items():
-                param -= 0.1 * grads[name]
+                param.sub_(0.1 * grads[name])
         if number:  # other memory of the same weights
             params["experts.1.weight"].data = params["experts.1.weight"].data.clone()
         state = fq.calibrate(params)
@@ -315,7 +315,7 @@ def test_kept_weights_give_the_same(format, device):
 
 
 def test_kept_weights_are_the_same_memory_until_something_changes():
-    """The fake weights of a step are those of the last one, written over; after another dtype or a frozen weight, new."""
+    """The fake weights of a step are those of the last one; after another dtype or a frozen weight, new ones."""
     model, params, fq, state, batches = setup()
     seen = []
 

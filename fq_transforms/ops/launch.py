@@ -108,7 +108,7 @@ def fake_quantize_into_triton(
     out_dtype = outs[0].dtype
     key = _call_key((format, transposed, out_dtype, None), weights, amax, global_amax)
     call = _CALLS.get(key)
-    into = _group(outs)
+    into = _group(outs, are_dense=True)
     is_known_form = into.table is None and into.start % 16 == 0 and into.stride == prod(into.matrix)
     if call is not None and is_known_form:
         call.run(into.start)
@@ -351,10 +351,12 @@ class _Group(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-def _group(tensors: Sequence[Tensor]) -> _Group:
-    """The group of some tensors [*experts, ., .]."""
+def _group(tensors: Sequence[Tensor], *, are_dense: bool = False) -> _Group:
+    """The group of some tensors [*experts, ., .], which may be known to be contiguous."""
     first = tensors[0]
-    if first.dim() == 2 and all(map(Tensor.is_contiguous, tensors)):  # the usual case, without a loop in Python
+    if first.dim() == 2 and (
+        are_dense or all(map(Tensor.is_contiguous, tensors))
+    ):  # the usual case, without a loop in Python
         addresses = list(map(Tensor.data_ptr, tensors))
     else:
         tensors = [_dense(t) for t in tensors]
