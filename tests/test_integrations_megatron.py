@@ -136,6 +136,36 @@ def test_a_method_chooses_as_in_one_process(ranks):
         assert_names(found[0][2][name], "linear_proj.weight' split along 'in' by tensor parallelism", name, "use Max")
 
 
+def _observes(rank, size, layout):
+    share(layout)
+    model = initialized(layout, gated=True).eval()
+    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4_STATIC})
+    params, batches = dict(model.named_parameters()), [tokens(), tokens(1)]
+    means = fqt.mean_squares(params, batches, spec=spec, model=model, unseen="ones")
+    seen = {}
+    for name in (name for group in spec.groups for name in group.names):
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
+        )
+    with torch.no_grad():
+        for batch in batches:
+            model(*batch)
+    for group in spec.groups:
+        for name, found in zip(group.names, means[group.key], strict=True):
+            assert found.shape == (128 // layout.etp if "linear_fc2" in name else 128,)
+            x = torch.cat(seen.get(name, [torch.ones(0, len(found))]))
+            wanted = x.square().mean(0).float() if len(x) else torch.ones_like(found)
+            torch.testing.assert_close(found, wanted, rtol=2**-23, atol=0)
+    megatron.calibrate(model, spec, method=Mse(), statistics=means)
+    return sum(len(torch.cat(x)) for x in seen.values())
+
+
+@pytest.mark.dist
+def test_mean_squares_are_of_the_ranks_part(ranks):
+    """By hooks: of its experts, and for fc2 of its input channels; and as such `calibrate` takes them."""
+    assert sum(ranks(_observes, Layout(ep=2, etp=2, tp=2))) > 0
+
+
 def _rounds(rank, size):
     """By chance: what `fqt.fakequant` gives, with `main_grad` carried; another seed is another rounding."""
     share(Layout())
