@@ -22,6 +22,7 @@ from fq_transforms.formats import (
 from fq_transforms.interleave import deinterleave, interleave
 from fq_transforms.layerwise import layerwise
 from fq_transforms.main_grad import carry_main_grad
+from fq_transforms.mean_squares import mean_squares
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.report import Report, report
 from fq_transforms.rounding import Stochastic
@@ -70,6 +71,7 @@ __all__ = [
     "formats",
     "interleave",
     "layerwise",
+    "mean_squares",
     "merge",
     "methods",
     "pack",

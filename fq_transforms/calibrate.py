@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.choose import check_method, check_whole, chosen_leaves, importance_of, progress
-from fq_transforms.inputs import Forward, observe
+from fq_transforms.inputs import calibrated_inputs
 from fq_transforms.methods import MAX, Method
+from fq_transforms.observe import Forward
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.select import Group, Spec, weights_of
@@ -43,7 +44,8 @@ def calibrate(
         method: How an amax of weights is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they
             fold states of `Max`; the others choose for the weights at hand, which must hold whole granules.
         statistics: For `Mse`: by group key, the mean square of each input channel, floats [E, in] or [in] on the device
-            of the weights. Squared errors are weighted by them, the diagonal of the Hessian of the layer's output.
+            of the weights, as `mean_squares` gives them. Squared errors are weighted by them, the diagonal of the
+            Hessian of the layer's output.
         model: For inputs, the module whose parameters are `params`, in the mode (`eval()`) that it shall run in. It is
             not changed; what it writes into buffers is lost.
         forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed; `call` takes the
@@ -79,7 +81,7 @@ def calibrate(
         {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
     """
     check_method(method, statistics, spec)
-    inputs = observe(params, batch, spec=spec, model=model, forward=forward)
+    inputs = calibrated_inputs(params, batch, spec=spec, model=model, forward=forward)
     layouts: list[Layout | None] = []
     held: list[list[Tensor]] = []
     importances: list[Tensor | None] = []

@@ -70,7 +70,8 @@ class Mse:
     Max itself is always tried, and stays unless another amax lowers the error by more than the sum may be off by, a
     part in 2**16 (see `fq_transforms.ops.sweep`); so the error is never larger than max's. Of equals the first wins.
     Errors are those of results in fp32; a bf16 or fp16 result is rounded once more.
-    With `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square.
+    With `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, which
+    `mean_squares` finds.
 
     ModelOpt's defaults are (0.25, 4.0, 0.1); here ratios are twice as close, and few are above 1, where integers only
     lose resolution. A granule of many weights with one far outlier may want a smaller `start`.

@@ -337,7 +337,7 @@ def _tensors(values: Any) -> Generator[Tensor]:
 def _not_followed(place: _Place, use: str) -> ValueError:
     return ValueError(
         f"inputs {place.inputs.key!r}: found the weight {place.name!r} in {use}, wanted x @ w.T by linear, matmul, "
-        "bmm or grouped_mm; take it out of `inputs` with a rule to None"
+        "bmm or grouped_mm; take it out with a rule to None"
     )
 
 
@@ -363,7 +363,7 @@ def _hook(
         if any("LayerNorm" in kind.__name__ for kind in kinds):
             raise ValueError(
                 f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its "
-                "input itself, so that nobody sees what its weight gets; take it out of `inputs` with a rule to None"
+                "input itself, so that nobody sees what its weight gets; take it out with a rule to None"
             )
         hook = _PreHook(module, list(held.values()), see, is_resting)
         leaving.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -137,7 +137,7 @@ def plain_weights_of(params: Mapping[str, Tensor], inputs: Inputs) -> list[Tenso
     if is_sharded(weights[0]):
         raise ValueError(
             f"inputs {inputs.key!r}: found the DTensor {inputs.names[0]!r}, wanted plain tensors, of which each "
-            "rank has its own; quantized inputs of DTensors are not supported"
+            "rank has its own; inputs of DTensors are not observed"
         )
     return weights
 

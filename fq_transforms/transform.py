@@ -12,8 +12,8 @@ from fq_transforms.apply import apply
 from fq_transforms.calibrate import calibrate
 from fq_transforms.choose import check_method
 from fq_transforms.fakequant import check_options, fakequant
-from fq_transforms.inputs import Forward
 from fq_transforms.methods import MAX, Method
+from fq_transforms.observe import Forward
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.rounding import Stochastic

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fq_transforms as fqt
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -55,6 +57,27 @@ def test_export_is_read_back_by_the_real_libraries():
     assert any(line.startswith("refused: state 'model.layers.0.self_attn.q_proj.weight'") for line in lines)
     assert lines[-2].endswith("the same logits")
     assert lines[-1].endswith("the same weights")
+
+
+def test_calibration_compares_every_method_in_every_format():
+    """The script itself asserts that no expert is worse off under mse; over all of them, the table says so again."""
+    lines = said("06_calibration.py", "--small")
+    table = lines[lines.index(next(line for line in lines if line.startswith("bf16"))) + 1 :]
+    plain, weighted = {}, {}
+    for line in table:
+        if line[:16].strip() in fqt.formats.FORMATS:
+            row = line[:16].strip(), line[16:38].strip()
+            plain[row], weighted[row] = map(float, line[38:].split()[:2])
+            assert "nan" not in line
+    methods = {"max", "percentile 99.99", "percentile 99.9", "percentile 99", "mse", "mse, weighted"}
+    assert plain.keys() == (
+        {(format, method) for format in ("INT4_BLOCK32", "NVFP4_STATIC", "FP8", "INT8") for method in methods}
+        | {("NVFP4_STATIC", "four over six, 256"), ("NVFP4_STATIC", "four over six, 448"), ("NVFP4", "max")}
+    )
+    for format in ("INT4_BLOCK32", "NVFP4_STATIC"):
+        assert plain[format, "mse"] < 0.9
+        assert weighted[format, "mse, weighted"] < weighted[format, "mse"]
+    assert any(line.startswith("mse: an error no larger than max's for all 24 experts' matrices") for line in lines)
 
 
 def test_sensitivity_chooses_a_spec_under_its_budget():

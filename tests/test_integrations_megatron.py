@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 import fq_transforms as fqt
 from fq_transforms.integrations import megatron
+from fq_transforms.methods import FourOverSix, Mse, Percentile
 from tests.cases import assert_names
 from tests.test_checkpoint_megatron import LAYERS, Layout, allow_writers, build, same, share, state_of
 
@@ -64,6 +65,125 @@ def _calibrates_as_by_hand(rank, size, layout):
 def test_calibrate_reduces_what_tensor_parallelism_splits(ranks, layout):
     """As calibrated and reduced by hand, leaf by leaf; over the experts' group and over the dense layers'."""
     ranks(_calibrates_as_by_hand, layout)
+
+
+# Format, rules and a method: tensor parallelism splits fc1 and qkv along `out`, fc2 and proj along `in`.
+FIRST = tuple(rule.replace("*.", "*.layers.0.*", 1) for rule in RULES)
+CHOICES = [
+    (fqt.NVFP4_STATIC, FIRST, Mse()),
+    (fqt.NVFP4_STATIC, FIRST, FourOverSix()),
+    (fqt.INT4_BLOCK32, FIRST, Mse()),
+    (fqt.INT4_BLOCK32, FIRST, Percentile(90)),
+    (fqt.INT8_PER_CHANNEL, ("*.layers.0.*.linear_fc1.weight", "*.layers.1.*.linear_qkv.weight"), Mse()),
+]
+
+
+def importance(key, columns):
+    """Statistics of a group's whole input, other for each."""
+    return torch.rand(columns, generator=torch.Generator().manual_seed(len(key) + int(key.split(".")[2]))) + 0.1
+
+
+def _chooses(rank, size, layout):
+    """For each choice, the leaves of this rank's state by name; with where the rank is, and what is refused."""
+    from megatron.core import parallel_state
+
+    share(layout)
+    model = build(layout, gated=False)
+    place = (
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    found = []
+    for format, rules, method in CHOICES:
+        spec = megatron.select(model, dict.fromkeys(rules, format))
+        for is_weighted in (False, True)[: 1 + isinstance(method, Mse)]:
+            statistics = {}
+            for group in spec.groups:
+                rank_of, ranks = (place[1], layout.etp) if "experts" in group.key else (place[2], layout.tp)
+                is_cut = "linear_fc2" in group.key or "linear_proj" in group.key
+                whole = importance(group.key, group.shape[1] * (ranks if is_cut else 1))
+                statistics[group.key] = whole.chunk(ranks)[rank_of] if is_cut else whole
+            given = statistics if is_weighted else None
+            found.append(fqt.state.flatten(megatron.calibrate(model, spec, method=method, statistics=given)))
+    refused = {}
+    for format, method in ((fqt.FP8, Mse()), (fqt.INT8_PER_CHANNEL, Percentile(90)), (fqt.NVFP4, Mse())):
+        try:
+            megatron.calibrate(model, megatron.select(model, dict.fromkeys(RULES, format)), method=method)
+        except ValueError as error:
+            refused[format.name] = str(error)
+    return place, found, refused
+
+
+@pytest.mark.dist
+def test_a_method_chooses_as_in_one_process(ranks):
+    """Law: at EP=2, TP=2 each rank has its part of the state of the whole model; a split granule is refused by all."""
+    ((_, whole, refused),) = ranks(_chooses, Layout(), size=1)
+    assert list(refused) == ["NVFP4"]
+    found = ranks(_chooses, Layout(ep=2, etp=2, tp=2))
+    for (ep, etp, tp), states, _ in found:
+        for wanted, state in zip(whole, states, strict=True):
+            assert state.keys() == wanted.keys()
+            for name, leaf in state.items():
+                is_expert = "experts" in name
+                part = wanted[name].chunk(2)[ep] if is_expert else wanted[name]
+                axis = 1 if "linear_fc1" in name or "linear_qkv" in name else 2
+                if not name.endswith("global_amax"):
+                    part = part.chunk(2, axis)[etp if is_expert else tp]
+                assert torch.equal(leaf, part), name
+    assert all(refusals == found[0][2] for *_, refusals in found)
+    for name in ("FP8", "INT8_PER_CHANNEL"):
+        assert_names(found[0][2][name], "linear_proj.weight' split along 'in' by tensor parallelism", name, "use Max")
+
+
+def _observes(rank, size, layout):
+    share(layout)
+    model = initialized(layout, gated=True).eval()
+    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4_STATIC})
+    params, batches = dict(model.named_parameters()), [tokens(), tokens(1)]
+    means = fqt.mean_squares(params, batches, spec=spec, model=model, unseen="ones")
+    seen = {}
+    for name in (name for group in spec.groups for name in group.names):
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
+        )
+    with torch.no_grad():
+        for batch in batches:
+            model(*batch)
+    for group in spec.groups:
+        for name, found in zip(group.names, means[group.key], strict=True):
+            assert found.shape == (128 // layout.etp if "linear_fc2" in name else 128,)
+            x = torch.cat(seen.get(name, [torch.ones(0, len(found))]))
+            wanted = x.square().mean(0).float() if len(x) else torch.ones_like(found)
+            torch.testing.assert_close(found, wanted, rtol=2**-23, atol=0)
+    megatron.calibrate(model, spec, method=Mse(), statistics=means)
+    return sum(len(torch.cat(x)) for x in seen.values())
+
+
+@pytest.mark.dist
+def test_mean_squares_are_of_the_ranks_part(ranks):
+    """By hooks: of its experts, and for fc2 of its input channels; and as such `calibrate` takes them."""
+    assert sum(ranks(_observes, Layout(ep=2, etp=2, tp=2))) > 0
+
+
+def _rounds(rank, size):
+    """By chance: what `fqt.fakequant` gives, with `main_grad` carried; another seed is another rounding."""
+    share(Layout())
+    ddp = wrapped(build(Layout(), gated=True))
+    spec = megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4})
+    state, params = megatron.calibrate(ddp, spec), dict(ddp.module.named_parameters())
+    by_chance = [megatron.fakequant(ddp, state, spec=spec, rounding=fqt.Stochastic(seed)) for seed in (1, 2)]
+    wanted = fqt.fakequant(params, state, spec=spec, rounding=fqt.Stochastic(1))
+    for group in spec.groups:
+        for name in group.names:
+            assert torch.equal(by_chance[0][name], wanted[name])
+            assert not torch.equal(by_chance[0][name], by_chance[1][name])
+            assert by_chance[0][name].main_grad is params[name].main_grad
+
+
+@pytest.mark.dist
+def test_fakequant_rounds_by_chance(ranks):
+    ranks(_rounds, size=1)
 
 
 def _trains(rank, size, folder, layout):

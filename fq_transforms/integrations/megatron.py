@@ -23,11 +23,15 @@ from torch.nn import Module
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint import megatron as leaves
+from fq_transforms.choose import check_method, chosen_leaves, importance_of, progress
 from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
 from fq_transforms.main_grad import carry_main_grad
+from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.autograd import Backward
-from fq_transforms.select import Rule, Spec, refuse_inputs
+from fq_transforms.rounding import Stochastic
+from fq_transforms.select import Rule, Spec, refuse_inputs, weights_of
+from fq_transforms.sharding import AXES, collapsed_axes
 from fq_transforms.state import State
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
@@ -56,22 +60,36 @@ def select(model: Module, rules: Mapping[str, fqt.Format | None] | Sequence[Rule
     return fqt.select(dict(unwrap(model).named_parameters()), rules)
 
 
-def calibrate(model: Module, spec: Spec) -> State:
+def calibrate(
+    model: Module, spec: Spec, *, method: Method = MAX, statistics: Mapping[str, Tensor] | None = None
+) -> State:
     """The amax of every selected weight, where tensor parallelism splits it over all ranks that hold a part.
 
     At most two collectives, an all-reduce(max) of all leaves that need it: over the experts' tensor-parallel group and
     over that of the dense layers. None over expert or data parallel ranks. What is split is read from
     `model.sharded_state_dict()`.
 
+    Args:
+        model: As above.
+        spec: From `select`.
+        method: How an amax is chosen, see `fq_transforms.methods`. Others than `Max` choose after the collectives, by
+            the global amax of NVFP4_STATIC of all ranks, and want whole granules on each.
+        statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. See
+            `fq_transforms.calibrate`.
+
     Raises:
-        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.sync`.
+        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.sync`; the method is not `Max`, and tensor
+            parallelism splits a granule, on all ranks alike.
     """
     from megatron.core import parallel_state
 
     refuse_inputs(spec, "integrations.megatron.calibrate")
+    check_method(method, statistics, spec)
     model = unwrap(model)
-    state = fqt.calibrate(dict(model.named_parameters()), spec=spec)
     axes = leaves.split_axes(spec, _sharded_state_dict(model))
+    _check_whole(method, spec, axes)
+    params = dict(model.named_parameters())
+    state = fqt.calibrate(params, spec=spec)
     experts: dict[str, Any] = {key: axis for key, axis in axes.items() if _EXPERTS.search(key)}
     dense: dict[str, Any] = {key: axis for key, axis in axes.items() if key not in experts}
     groups: Any = parallel_state  # whose functions are annotated as giving None or a number too
@@ -79,7 +97,7 @@ def calibrate(model: Module, spec: Spec) -> State:
         state = fqt.sync(state, spec, groups.get_expert_tensor_parallel_group(), split=experts)
     if dense:
         state = fqt.sync(state, spec, groups.get_tensor_model_parallel_group(), split=dense)
-    return state
+    return state if isinstance(method, Max) else _chosen(method, state, params, spec, statistics)
 
 
 def fakequant(
@@ -89,11 +107,17 @@ def fakequant(
     spec: Spec,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
+    rounding: Stochastic | None = None,
 ) -> dict[str, Tensor]:
     """The model's parameters, fake-quantized, for `functional_call(unwrap(model), weights, ...)`.
 
     Under pass-through they carry `main_grad`, and are good for all microbatches of a step: nothing of their graph is
     used up by a backward pass.
+
+    NOTE rounding by chance: all ranks take one seed, a new one a step, so that the replicas of a weight, over data or
+    tensor parallel ranks, stay equal. A rank of expert parallelism says `first_expert`, the number of its first, or its
+    experts round as those of other ranks do. Slices of tensor parallelism draw the same bits at the same places of
+    each: the mean is the weight, but their errors are not independent.
 
     Raises:
         KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Transformer Engine's op fuser computes
@@ -104,7 +128,7 @@ def fakequant(
     _check_gathered(model, "layerwise")
     _check_unfused(unwrap(model), spec)
     params = dict(unwrap(model).named_parameters())
-    weights = _fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward)
+    weights = _fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward, rounding=rounding)
     carry_main_grad(params, weights, backward=backward)
     return weights
 
@@ -183,6 +207,33 @@ def load(path: str | Path, model: Module, *, spec: Spec) -> State:
     state = leaves.load_state(loaded, spec, empty)
     model.load_state_dict({name: loaded[name] for name in entries})
     return state
+
+
+def _check_whole(method: Method, spec: Spec, axes: Mapping[str, str]) -> None:
+    """Raise ValueError if a rank holds only a part of a granule: sums over ranks are not made."""
+    if isinstance(method, Max):
+        return
+    for group in spec.groups:
+        axis = axes.get(group.key)
+        if axis is not None and AXES.index(axis) in collapsed_axes(group.format, "amax"):
+            raise ValueError(
+                f"method {type(method).__name__}: found group {group.key!r} split along {axis!r} by tensor parallelism "
+                f"within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or a format of "
+                "smaller granules"
+            )
+
+
+def _chosen(
+    method: Method, state: State, params: Mapping[str, Tensor], spec: Spec, statistics: Mapping[str, Tensor] | None
+) -> State:
+    """The state that a method chooses, from that of `Max` over all ranks."""
+    chosen: State = {}
+    for group in progress(spec.groups, method):
+        weights = [weight.detach() for weight in weights_of(params, group)]
+        importance = importance_of(group, weights, statistics)
+        most = state[group.key]
+        chosen[group.key] = most._replace(**chosen_leaves(method, group, weights, None, most._asdict(), importance))
+    return chosen
 
 
 def _sharded_state_dict(model: Module) -> dict[str, Any]:
