@@ -28,8 +28,8 @@ Call = Callable[[], object]
 
 EXPERTS, HIDDEN, FFN, TOKENS = 32, 2688, 1856, 512  # Nemotron-3-Nano at EP=4
 MICROBATCHES = 4
-ROUNDS = 15
-PEERS_EVERY = 3  # rounds, as they are slower
+ROUNDS = 31
+PEERS_EVERY = 6  # rounds, as they are slower
 MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
 
 WAYS = {
@@ -197,17 +197,14 @@ def _measure(
     torch.cuda.empty_cache()
     gc.disable()
     for measured in range(-1, ROUNDS):  # the first round compiles
-        with quiet_core(whole=True):
-            before = _timed("bf16", calls, models, peaks)
-            for name, found in ratios.items():
-                if name == "ModelOpt" and measured % PEERS_EVERY:
-                    continue
-                took = _timed(name, calls, models, peaks)
-                after = _timed("bf16", calls, models, peaks)
-                if measured >= 0:
-                    found.append(2 * took / (before + after))
-                    plain_ms.append(after)
-                before = after
+        for name, found in ratios.items():
+            if name == "ModelOpt" and measured % PEERS_EVERY:
+                continue
+            with quiet_core(whole=True):
+                before, took, after = (_timed(each, calls, models, peaks) for each in ("bf16", name, "bf16"))
+            if measured >= 0:
+                found.append(2 * took / (before + after))
+                plain_ms += [before, after]
         if measured < 0:
             peaks = dict.fromkeys(calls, 0)
     gc.enable()
@@ -253,7 +250,7 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
             "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time; the "
-            f"median of {ROUNDS} rounds, for ModelOpt of every third, each on the core that is fastest then. MiB: the "
+            f"median of {ROUNDS} rounds, for ModelOpt of every sixth, each on the core that is fastest then. MiB: the "
             "peak of memory above bf16's; one group's fake "
             f"weights are {group:.0f} MiB.",
             "",
