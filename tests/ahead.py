@@ -22,6 +22,8 @@ from fq_transforms.ops import (
     lsq_kernel,
     lsq_launch,
     pack_kernel,
+    percentile_kernel,
+    percentile_launch,
     report_kernel,
     stochastic_kernel,
     stochastic_launch,
@@ -123,7 +125,7 @@ def compile_ahead(kernel, plan, dtypes):
             attributes[(number,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-            if name in ("out_features", "in_features") or name.endswith("_stride"):
+            if name in ("out_features", "in_features", "height", "width", "size") or name.endswith("_stride"):
                 attributes[(number,)] = [["tt.divisibility", 16]]
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
@@ -141,6 +143,31 @@ def compile_sweeps(format, transposed, amax):
             if dtype == "bf16" and not transposed:
                 check_sweep(format, plan, swept)
     return 2 * len(searches)
+
+
+PERCENTILE = {"positions_ptr": "i64", "fractions_ptr": "fp64", "amax_ptr": "fp32"}
+
+
+def compile_percentiles(format, transposed):
+    """Granules that a program keeps, and those that it reads once a bit; how many."""
+    if format.block == (None, None):
+        return 0
+    for dtype, low, held in (("bf16", 16, percentile_launch.HELD), ("fp32", 0, 2048)):
+        plan = percentile_launch._percentile_plan(format, SHAPE, transposed, low, held)
+        compile_ahead(percentile_kernel.percentile_kernel, plan, PERCENTILE | {"weight_base": dtype})
+    return 2
+
+
+def compile_digits():
+    """The launches of a percentile of whole experts, by dtype; how many."""
+    compiled = 0
+    for dtype, low in (("bf16", 16), ("fp16", 13), ("fp32", 0)):
+        operands = PERCENTILE | {"weight_base": dtype, "histogram_ptr": "i64", "above_ptr": "i32"}
+        for number in range(percentile_launch._digits(low) + 1):
+            plan = percentile_launch._digit_plan(SHAPE, low, number, percentile_launch.DIGIT)
+            compile_ahead(percentile_kernel.percentile_digit_kernel, plan, operands)
+            compiled += 1
+    return compiled
 
 
 def main():
@@ -189,9 +216,11 @@ def main():
                 compiled += 2
             if format.clips:
                 compiled += compile_sweeps(format, transposed, amax)
+                compiled += compile_percentiles(format, transposed)
                 plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
                 compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
                 compiled += 1
+    compiled += compile_digits()
     for kind in ("global", "int", "float"):
         constants = {"KIND": kind, "QMAX": 6.0, "TILE": launch.SCALE_TILE}
         plan = launch._Plan(1, (1, 1, 1, 1), constants, 4)

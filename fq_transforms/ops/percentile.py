@@ -1,4 +1,7 @@
-"""The percentile of abs(w) in each granule, in plain PyTorch on any device, one expert at a time."""
+"""The definition of the percentile of abs(w) in each granule, in plain PyTorch; the kernels equal it, bit for bit.
+
+NOTE interpolation: `torch.lerp` starts at the nearer end, and multiplies and adds with one rounding.
+"""
 
 import torch
 from jaxtyping import Float, Float32
@@ -6,7 +9,7 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 
-__all__ = ["percentile_reference"]
+__all__ = ["percentile_reference", "positions"]
 
 
 def percentile_reference(
@@ -44,12 +47,22 @@ def percentile_reference(
     heights = _extents(out_features, rows, granules[0], weight.device)
     widths = _extents(in_features, columns, granules[1], weight.device)
     count = heights[:, None] * widths[None, :]
+    first, second, fraction = positions(count, percentile)
+    padding = values.shape[-1] - count
+    one, other = (values.gather(-1, (padding + at)[..., None])[..., 0].double() for at in (first, second))
+    return torch.lerp(one, other, fraction).float().reshape(shape)
+
+
+def positions(count: Tensor, percentile: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the percentile of `count` sorted numbers lies: between which two (int64), and how far (fp64).
+
+    Example:
+        >>> positions(torch.tensor([5, 1]), 90.0)
+        (tensor([3, 0]), tensor([4, 0]), tensor([0.6000, 0.0000], dtype=torch.float64))
+    """
     position = (count - 1).double() * (percentile / 100)
-    below = position.floor()
-    first = values.shape[-1] - count + below.long()
-    second = (first + 1).clamp(max=values.shape[-1] - 1)
-    one, other = (values.gather(-1, at[..., None])[..., 0].double() for at in (first, second))
-    return torch.lerp(one, other, position - below).float().reshape(shape)
+    first = position.floor().long()
+    return first, torch.minimum(first + 1, count - 1), position - position.floor()
 
 
 def _extents(size: int, side: int, count: int, device: torch.device) -> Tensor:

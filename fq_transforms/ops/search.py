@@ -75,7 +75,7 @@ def percentile_amax(
 ) -> Float32[Tensor, "..."]:
     """`percentile_reference` of each expert, as a new tensor like `amax`, [E, *format.amax_shape(out, in)].
 
-    PyTorch's own operators on a GPU as well, one expert after the other.
+    On a GPU one launch; per tensor one a digit of the weights' bits, and one more (`percentile_triton`).
 
     Raises:
         ValueError: It is mapped by vmap.
@@ -101,18 +101,15 @@ class _Search(Function):
         if importance is not None:
             importance = _in_units(importance).contiguous()
         search = statics.search
-        if isinstance(search, Search) and weights[0].is_cuda:
+        layout: Any = {"format": statics.format, "transposed": statics.transposed}
+        if weights[0].is_cuda and isinstance(search, Search):
             from fq_transforms.ops.sweep_launch import sweep_triton
 
-            return sweep_triton(
-                weights,
-                amax,
-                global_amax,
-                importance,
-                format=statics.format,
-                transposed=statics.transposed,
-                search=search,
-            )
+            return sweep_triton(weights, amax, global_amax, importance, search=search, **layout)
+        if weights[0].is_cuda and not isinstance(search, Search):
+            from fq_transforms.ops.percentile_launch import percentile_triton
+
+            return percentile_triton(weights, percentile=search, **layout)
         found = torch.empty_like(amax, memory_format=torch.contiguous_format)
         experts = (matrix for weight in weights for matrix in weight.reshape(-1, *weight.shape[-2:]))
         for e, matrix in enumerate(experts):
