@@ -204,7 +204,9 @@ def _outs_of(
             f"parameter {error.args[0]!r} of group {group.key!r} is not in out ({len(out)} entries)"
         ) from error
     wanted = (weights[0].shape, out_dtype or weights[0].dtype, weights[0].device)
-    if not _OUTS.are(group, outs, wanted):
+    if (known := _OUTS.find(group, outs, wanted)) is not None:
+        outs = known
+    else:
         for name, tensor in zip(group.names, outs, strict=True):
             found = (tensor.shape, tensor.dtype, tensor.device)
             if type(tensor) is not Tensor or found != wanted or not tensor.is_contiguous():
@@ -219,7 +221,7 @@ def _outs_of(
     return outs
 
 
-_OUTS = Known(strides=True)
+_OUTS = Known()
 
 
 def _check_out(rounding: Stochastic | None) -> None:

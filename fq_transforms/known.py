@@ -6,34 +6,38 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Known"]
+__all__ = ["Contiguous", "Known"]
 
 guards: Any = import_module("torch._C._dynamo.guards")  # torch.compile's own check of many tensors in one call
 
 MOST = 16384
 
 
+class Contiguous(list[Tensor]):
+    """Tensors of which each is known to be contiguous."""
+
+
 class Known:
-    """Types, dtypes, devices and shapes of each group's tensors, not the tensors; with `strides` their strides too.
+    """Types, dtypes, devices, shapes and strides of each group's tensors, not the tensors.
 
     To compare them takes one call, where checking them in Python took a fifth of a call to `fakequant`. Placements of
     DTensors are not among what is compared.
     """
 
-    def __init__(self, *, strides: bool = False) -> None:
-        self.strides = strides
-        self.groups: dict[int, tuple[object, object, Any]] = {}
+    def __init__(self) -> None:
+        self.groups: dict[int, tuple[object, object, Any, bool]] = {}
 
-    def are(self, group: object, tensors: Sequence[Tensor], what: object = None) -> bool:
-        """True if these are as those that were remembered for the group, with the same `what`."""
+    def find(self, group: object, tensors: list[Tensor], what: object = None) -> list[Tensor] | None:
+        """These, if they are as those that were remembered for the group with the same `what`; or None."""
         found = self.groups.get(id(group))
-        return found is not None and found[0] is group and found[1] == what and bool(found[2].check(*tensors))
+        if found is None or found[0] is not group or found[1] != what or not found[2].check(*tensors):
+            return None
+        return Contiguous(tensors) if found[3] else tensors
 
     def remember(self, group: object, tensors: Sequence[Tensor], what: object = None) -> None:
         """These are right, and so are others like them."""
-        sizes = [list(tensor.shape) for tensor in tensors]
-        strides: list[Any] = [list(tensor.stride()) if self.strides else [None] * tensor.dim() for tensor in tensors]
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guard = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self.groups[id(group)] = (group, what, guard)
+        self.groups[id(group)] = (group, what, guard, all(map(Tensor.is_contiguous, tensors)))
         if len(self.groups) > MOST:
             del self.groups[next(iter(self.groups))]

@@ -376,7 +376,9 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         _check_weights(group, weights, weights)
     elif torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
         _check_weights(group, weights, [unwrapped(weight) for weight in weights])
-    elif not _CHECKED.are(group, weights):
+    elif (known := _CHECKED.find(group, weights)) is not None:
+        return known
+    else:
         _check_weights(group, weights, weights)
         if not is_sharded(weights[0]):
             _CHECKED.remember(group, weights)

@@ -28,6 +28,7 @@ LAYERS = [
         "ops.stochastic_kernel",
         "ops.sweep_kernel",
     ],
+    ["ops.calls"],
     ["ops.launch"],
     ["ops.lsq_launch", "ops.percentile_launch", "ops.stochastic_launch", "ops.sweep_launch"],
     ["ops.autograd", "ops.search"],

@@ -75,7 +75,7 @@ def fake_quantize(
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
     if not is_differentiated(weights, amax, global_amax):
-        return _run_fake_quantize(statics, amax, global_amax, *weights)
+        return _run_fake_quantize(statics, amax, global_amax, weights)
     return _apply_fake_quantize(statics, amax, global_amax, *weights)
 
 
@@ -98,7 +98,7 @@ def fake_quantize_into(
         torch.autograd.graph.increment_version(outs)
         return
     statics = _known_statics(format, transposed, outs[0].dtype, False, False)
-    for out, result in zip(outs, _run_fake_quantize(statics, amax, global_amax, *weights), strict=True):
+    for out, result in zip(outs, _run_fake_quantize(statics, amax, global_amax, weights), strict=True):
         out.copy_(result)
 
 
@@ -173,7 +173,7 @@ def _is_transformed() -> bool:
 
 
 def _run_fake_quantize(
-    statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+    statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
     if weights[0].is_cuda:
@@ -185,6 +185,10 @@ def _run_fake_quantize(
             out = run(list(weights), amax, global_amax, format=format.to_json(), **numbers)
         else:
             launch = _launchers()
+            if not statics.separate:
+                again = launch.calls.again(weights, amax, global_amax, format=format, **numbers)
+                if again is not None:
+                    return again
             run = launch.fake_quantize_separate_triton if statics.separate else launch.fake_quantize_triton
             out = run(weights, amax, global_amax, format=format, **numbers)
         return tuple(out) if isinstance(out, list) else _unstack(out, weights)
@@ -200,7 +204,7 @@ class _TracedFakeQuantize(Function):
 
     @staticmethod
     def forward(statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor) -> Any:
-        return _run_fake_quantize(statics, amax, global_amax, *weights)
+        return _run_fake_quantize(statics, amax, global_amax, weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -244,7 +248,7 @@ class _EagerFakeQuantize(Function):
     def forward(
         ctx: Any, statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        out = _run_fake_quantize(statics, amax, global_amax, *weights)
+        out = _run_fake_quantize(statics, amax, global_amax, weights)
         _TracedFakeQuantize.setup_context(ctx, (statics, amax, global_amax, *weights), out)
         return out
 

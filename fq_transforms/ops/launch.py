@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops import kernels, pack_kernel, report_kernel
+from fq_transforms.known import Contiguous
+from fq_transforms.ops import calls, kernels, pack_kernel, report_kernel
+from fq_transforms.ops.calls import CAPTURED, Launched
 from fq_transforms.ops.packing import code_bits, code_dtype
 from fq_transforms.ops.reporting import Measures, half_step_beyond, scale_underflows
 
@@ -80,18 +82,12 @@ def fake_quantize_triton(
     tile: Tile | None = None,
 ) -> Tensor:
     """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
-    what = (format, transposed, out_dtype, tile)
-    key = _call_key(what, weights, amax, global_amax)
-    call = _CALLS.get(key)
-    if call is not None:
-        result = torch.empty(call.shape, dtype=out_dtype, device=weights[0].device)
-        call.run(result.data_ptr())
-        return result
     inputs = _group(weights)
     out = _result(inputs, out_dtype)
     plan = _forward_plan(format, inputs.matrix, transposed, tile)
     launched = _launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
-    _remember(key, launched, inputs, tuple(out.base.shape))
+    if tile is None:
+        calls.remember(calls.key_of(weights, amax, global_amax, format, transposed, out_dtype), launched, inputs.table)
     return out.base
 
 
@@ -105,19 +101,17 @@ def fake_quantize_into_triton(
     transposed: bool,
 ) -> None:
     """`fake_quantize_triton` into contiguous tensors of one dtype, one a weight, in its shape."""
-    out_dtype = outs[0].dtype
-    key = _call_key((format, transposed, out_dtype, None), weights, amax, global_amax)
-    call = _CALLS.get(key)
-    into = _group(outs, are_dense=True)
-    is_known_form = into.table is None and into.start % 16 == 0 and into.stride == prod(into.matrix)
-    if call is not None and is_known_form:
+    key = calls.key_of(weights, amax, global_amax, format, transposed, outs[0].dtype)
+    into = _group(outs)
+    is_one_behind_the_other = into.table is None and into.start % 16 == 0 and into.stride == prod(into.matrix)
+    if is_one_behind_the_other and (call := calls.find(key)) is not None:
         call.run(into.start)
         return
     inputs = _group(weights)
     plan = _forward_plan(format, inputs.matrix, transposed, None)
     launched = _launch(kernels.fake_quantize_kernel, plan, (inputs, into), (amax, global_amax))
-    if is_known_form:
-        _remember(key, launched, inputs, (inputs.experts, *inputs.matrix))
+    if is_one_behind_the_other:
+        calls.remember(key, launched, inputs.table)
 
 
 def fake_quantize_separate_triton(
@@ -351,12 +345,11 @@ class _Group(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-def _group(tensors: Sequence[Tensor], *, are_dense: bool = False) -> _Group:
-    """The group of some tensors [*experts, ., .], which may be known to be contiguous."""
+def _group(tensors: Sequence[Tensor]) -> _Group:
+    """The group of some tensors [*experts, ., .]."""
     first = tensors[0]
-    if first.dim() == 2 and (
-        are_dense or all(map(Tensor.is_contiguous, tensors))
-    ):  # the usual case, without a loop in Python
+    # The usual case, without a loop in Python.
+    if first.dim() == 2 and (type(tensors) is Contiguous or all(map(Tensor.is_contiguous, tensors))):
         addresses = list(map(Tensor.data_ptr, tensors))
     else:
         tensors = [_dense(t) for t in tensors]
@@ -530,17 +523,7 @@ MOST_EXPERTS = 65535
 _COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 
 
-class _Launched(NamedTuple):
-    """A launch of a kernel that was compiled before, with all that it was given."""
-
-    compiled: Any
-    grid: tuple[int, int, int]
-    arguments: tuple[object, ...]
-
-
-def _launch(
-    kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]
-) -> _Launched | None:
+def _launch(kernel: Any, plan: _Plan, groups: tuple[_Group, ...], scales: tuple[Tensor | None, ...]) -> Launched | None:
     """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest.
 
     Returns:
@@ -573,7 +556,7 @@ def _launch(
     if known is not None:  # a launcher that is given addresses asks no tensor for its own
         compiled, rest = known
         stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
-        launched = _Launched(compiled, grid, (*addresses, *rest))
+        launched = Launched(compiled, grid, (*addresses, *rest))
         kernels.run_compiled(compiled, grid, stream, launched.arguments)
         return launched
     names = kernel.arg_names[-len(plan.constants) - 1 :]
@@ -584,61 +567,6 @@ def _launch(
     if compiled is not None:  # the interpreter compiles nothing
         _COMPILED[key] = (compiled, rest)
     return None
-
-
-class _Call(NamedTuple):
-    """A launch over weights and scales at known addresses: all of it but where the results go.
-
-    `shape` is that of the results, `table` what an argument points to.
-    """
-
-    launched: _Launched
-    stream: int
-    shape: tuple[int, ...]
-    table: Tensor | None
-
-    def run(self, start: int) -> None:
-        """Launch it, with results evenly spaced from an address on, which 16 divides."""
-        compiled, grid, arguments = self.launched
-        kernels.run_compiled(compiled, grid, self.stream, (*arguments[:3], start, *arguments[4:]))
-        if self.table is not None and torch.cuda.is_current_stream_capturing():
-            _CAPTURED.append(self.table)
-
-
-# Launches by the addresses of all that they read, so that a tensor that moves is another launch. To build one anew
-# costs the host as much as to run it. First in, first out.
-_CALLS: dict[object, _Call] = {}
-MOST_CALLS = 4096
-
-
-def _call_key(
-    what: tuple[object, ...], weights: Sequence[Tensor], amax: Tensor | None, global_amax: Tensor | None
-) -> tuple[Any, ...] | None:
-    """What tells launches of a kernel apart that differ in where their results go only; None where none is kept.
-
-    The addresses, shape and dtype of the weights, which are alike and contiguous, the addresses of their scales, and
-    the stream.
-    """
-    first = weights[0]
-    if first.dim() != 2 or not first.is_cuda or not all(map(Tensor.is_contiguous, weights)):
-        return None
-    if (index := first.device.index) != torch.cuda.current_device():
-        return None
-    scales = [scale for scale in (amax, global_amax) if scale is not None]
-    if not all(map(Tensor.is_contiguous, scales)):
-        return None
-    stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (it has no public name)
-    addresses = tuple(map(Tensor.data_ptr, weights))
-    return what, index, stream, first.shape, first.dtype, tuple(map(Tensor.data_ptr, scales)), addresses
-
-
-def _remember(key: tuple[Any, ...] | None, launched: _Launched | None, inputs: _Group, shape: tuple[int, ...]) -> None:
-    """Keep a launch whose results are evenly spaced, from an address that 16 divides."""
-    if key is None or launched is None or torch.cuda.is_current_stream_capturing():
-        return
-    _CALLS[key] = _Call(launched, key[2], shape, inputs.table)
-    if len(_CALLS) > MOST_CALLS:
-        del _CALLS[next(iter(_CALLS))]
 
 
 class _Table(NamedTuple):
@@ -652,8 +580,6 @@ class _Table(NamedTuple):
 # Small: 8 bytes an expert. First in, first out.
 _TABLES: dict[tuple[object, ...], _Table] = {}
 MOST_TABLES = 4096
-# What a CUDA graph reads stays for good, as the graph may be replayed.
-_CAPTURED: list[object] = []
 
 
 def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
@@ -670,13 +596,13 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
     if table is None:
         table = _uploaded(addresses, device)
         if is_capturing:
-            _CAPTURED.append(table.host)
+            CAPTURED.append(table.host)
             return table
         _TABLES[key] = table
         if len(_TABLES) > MOST_TABLES:
             del _TABLES[next(iter(_TABLES))]
     if is_capturing:
-        _CAPTURED.append(table)
+        CAPTURED.append(table)
     return table
 
 

@@ -64,7 +64,7 @@ def fake_quantize_lsq(
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, format.clips, separate)
     if not is_differentiated(weights, amax, global_amax):
-        return _run_fake_quantize(statics, amax, global_amax, *weights)
+        return _run_fake_quantize(statics, amax, global_amax, weights)
     has_rules = _is_transformed() and not torch.compiler.is_compiling()
     return (_Lsq if has_rules else _TracedLsq).apply(statics, amax, global_amax, *weights)
 
@@ -130,7 +130,7 @@ class _TracedLsq(Function):
 
     @staticmethod
     def forward(statics: _Statics, amax: Tensor, global_amax: Tensor | None, *weights: Tensor) -> Any:
-        return _run_fake_quantize(statics, amax, global_amax, *weights)
+        return _run_fake_quantize(statics, amax, global_amax, weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
