@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
+from fq_transforms.ops.reference import fake_quantize_reference
 from tests.cases import assert_names, name_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -201,6 +202,68 @@ def test_memory(te, fused):
     own = peak(plain)
     assert peak(lambda: layerwise(model, params, fq, state, xs[:1], gs[:1])) <= own + group + 2**16
     assert peak(lambda: whole(model, params, fq, state, xs[:1], gs[:1])) > own + group + 2**16
+
+
+@pytest.mark.parametrize("per_expert", [False, True], ids=["shared", "per expert"])
+@pytest.mark.parametrize("format", [fqt.FP8, fqt.INT8, fqt.NVFP4], ids=name_of)
+def test_inputs(te, format, per_expert):
+    """The amax of each expert's own tokens, and the output of a module that is fed the quantized numbers; no expert's
+    token reaches another.
+    """
+    model, params, _, _, xs, _ = setup(te, format)
+    spec = fqt.select(params, {"*": format}, inputs={"*": format}, per_expert="*" if per_expert else ())
+    fq = fqt.transform(spec, model=model)
+    seen = fq.calibrate(params, [(x, SPLITS) for x in xs])
+    fed = observed(model, xs)
+    for name, batches in fed.items():
+        found = seen[f"{name}.weight*.input"]
+        amax = torch.stack([torch.cat(parts).abs().amax().float() for parts in list(zip(*batches, strict=True))[:3]])
+        assert torch.equal(found.amax[:3] if per_expert else found.amax, amax if per_expert else amax.max()[None])
+        assert found.tokens.tolist() == [2.0 * split for split in SPLITS]
+    state = fq.finish(seen, unseen="max-of-peers") if per_expert else seen
+    plain = fqt.transform(fqt.select(params, {"*": format}))
+    other = copied(model, params, plain, plain.calibrate(params))
+
+    def quantized(module, rows):
+        name = next(name for name, each in other.named_modules() if each is module)
+        amax = state[f"{name}.weight*.input"].amax
+        return [
+            fake_quantize_reference(part, amax[e if per_expert else 0], None, format=format) if len(part) else part
+            for e, part in enumerate(rows)
+        ]
+
+    with torch.no_grad():
+        found = [fq.apply(params, state, x, SPLITS) for x in xs]
+        handles = [
+            each.register_forward_pre_hook(replacing(quantized)) for each in (other.linear_fc1, other.linear_fc2)
+        ]
+        wanted = [other(x, SPLITS) for x in xs]
+    for handle in handles:
+        handle.remove()
+    assert all(map(torch.equal, found, wanted))
+    assert not any(each._forward_pre_hooks for each in (model.linear_fc1, model.linear_fc2))
+
+
+def replacing(change):
+    """A hook that gives a GroupedLinear what `change` makes of each expert's rows."""
+    return lambda module, args: (torch.cat(change(module, args[0].split(SPLITS))), *args[1:])
+
+
+def observed(model, xs):
+    """What each GroupedLinear is fed: by its name, of each batch, the rows of each expert."""
+    fed = {name: [] for name in ("linear_fc1", "linear_fc2")}
+    handles = [
+        getattr(model, name).register_forward_pre_hook(
+            lambda module, args, batches=batches: batches.append(args[0].detach().split(SPLITS))
+        )
+        for name, batches in fed.items()
+    ]
+    with torch.no_grad():
+        for x in xs:
+            model(x, SPLITS)
+    for handle in handles:
+        handle.remove()
+    return fed
 
 
 def test_autocast_is_refused(te):
