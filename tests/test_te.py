@@ -207,9 +207,7 @@ def test_memory(te, fused):
 @pytest.mark.parametrize("per_expert", [False, True], ids=["shared", "per expert"])
 @pytest.mark.parametrize("format", [fqt.FP8, fqt.INT8, fqt.NVFP4], ids=name_of)
 def test_inputs(te, format, per_expert):
-    """The amax of each expert's own tokens, and the output of a module that is fed the quantized numbers; no expert's
-    token reaches another.
-    """
+    """The amax of each expert's own tokens, and the output of a module that is fed the quantized numbers."""
     model, params, _, _, xs, _ = setup(te, format)
     spec = fqt.select(params, {"*": format}, inputs={"*": format}, per_expert="*" if per_expert else ())
     fq = fqt.transform(spec, model=model)
