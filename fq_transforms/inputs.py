@@ -14,8 +14,9 @@ from torch.nn import Module
 from fq_transforms.formats import Format
 from fq_transforms.ops.autograd import Backward, expert_amax, fake_quantize
 from fq_transforms.products import Use, products
-from fq_transforms.select import DTYPES, Inputs, Spec
+from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stateless, check, plain_weights_of
+from fq_transforms.weights import DTYPES
 
 __all__ = ["Forward", "observe", "quantize_input", "quantized_inputs"]
 

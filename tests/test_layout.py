@@ -14,6 +14,8 @@ LAYERS = [
     ["formats", "rounding"],
     ["methods"],
     ["sharding", "slots"],
+    ["spec"],
+    ["weights"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],

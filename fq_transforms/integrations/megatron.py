@@ -27,7 +27,8 @@ from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
 from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.ops.autograd import Backward
-from fq_transforms.select import Rule, Spec, refuse_inputs
+from fq_transforms.select import Rule
+from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
