@@ -26,7 +26,8 @@ from fq_transforms.mean_squares import mean_squares
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.report import Report, report
 from fq_transforms.rounding import Stochastic
-from fq_transforms.select import Preset, Rule, Spec, select
+from fq_transforms.select import Preset, Rule, select
+from fq_transforms.spec import Spec
 from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
 from fq_transforms.sync_inputs import sync_inputs

@@ -11,7 +11,7 @@ from torch.nn import Module
 from fq_transforms.fakequant import fakequant
 from fq_transforms.inputs import quantized_inputs
 from fq_transforms.ops.autograd import Backward
-from fq_transforms.select import Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import State
 
 __all__ = ["apply"]

@@ -13,8 +13,9 @@ from fq_transforms.methods import MAX, Method
 from fq_transforms.observe import Forward
 from fq_transforms.ops.autograd import expert_amax
 from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
-from fq_transforms.select import Group, Spec, weights_of
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
+from fq_transforms.weights import weights_of
 
 __all__ = ["calibrate"]
 

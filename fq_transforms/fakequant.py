@@ -13,8 +13,9 @@ from fq_transforms.ops.lsq import fake_quantize_lsq
 from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
 from fq_transforms.ops.stochastic import fake_quantize_stochastic
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
-from fq_transforms.select import DTYPES, Group, Spec, is_sharded, weights_of
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
+from fq_transforms.weights import DTYPES, is_sharded, weights_of
 
 __all__ = ["check_options", "fakequant", "quantize_group"]
 

@@ -14,7 +14,7 @@ from fq_transforms.formats import Format
 from fq_transforms.observe import Forward, check_input, observe
 from fq_transforms.ops.autograd import Backward, expert_amax, fake_quantize
 from fq_transforms.products import Use, products
-from fq_transforms.select import Inputs, Spec
+from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stateless, check, plain_weights_of
 
 __all__ = ["calibrated_inputs", "quantize_input", "quantized_inputs"]

@@ -24,9 +24,10 @@ from fq_transforms.fakequant import check_options, quantize_group
 from fq_transforms.lend import Lender, is_lendable
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs
 from fq_transforms.slots import Slots, tensors_in
+from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
+from fq_transforms.weights import is_sharded
 
 __all__ = ["check_not_fsdp", "layerwise"]
 

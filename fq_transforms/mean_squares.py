@@ -10,7 +10,7 @@ from torch.nn import Module
 from fq_transforms.observe import Forward, observe
 from fq_transforms.ops.shards import sum_over
 from fq_transforms.products import Use
-from fq_transforms.select import Inputs, Spec, ranges
+from fq_transforms.spec import Inputs, Spec, ranges
 from fq_transforms.state import plain_weights_of
 
 if TYPE_CHECKING:

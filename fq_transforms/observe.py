@@ -9,8 +9,9 @@ from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.products import Use, products
-from fq_transforms.select import DTYPES, Inputs
+from fq_transforms.spec import Inputs
 from fq_transforms.state import plain_weights_of
+from fq_transforms.weights import DTYPES
 
 __all__ = ["Forward", "Seen", "check_input", "observe"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fq_transforms.formats import Format, code_bits
 from fq_transforms.ops.packing import code_dtype, pack_reference, pack_scales, unpack_reference
 from fq_transforms.ops.shards import Layout, layout_of, sharded_tensors
-from fq_transforms.select import DTYPES, Group, Spec, is_sharded, refuse_inputs, weights_of
+from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import (
     BlockAmax,
     GroupState,
@@ -21,6 +21,7 @@ from fq_transforms.state import (
     is_read,
     local_group,
 )
+from fq_transforms.weights import DTYPES, is_sharded, weights_of
 
 __all__ = [
     "Packed",

@@ -31,7 +31,8 @@ from torch.overrides import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fq_transforms.select import Inputs, is_mapped, unwrapped
+from fq_transforms.spec import Inputs
+from fq_transforms.weights import is_mapped, unwrapped
 
 __all__ = ["Use", "products"]
 

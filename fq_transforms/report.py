@@ -14,8 +14,9 @@ from fq_transforms.formats import Format
 from fq_transforms.ops.reporting import Measures, histogram_reference, report_reference
 from fq_transforms.ops.shards import layout_of
 from fq_transforms.report_plot import Histogram, Row, plot
-from fq_transforms.select import Group, Spec, is_sharded, weights_of
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import BlockAmax, GroupState, InputAmax, State, Stateless, check, is_concrete, local_group
+from fq_transforms.weights import is_sharded, weights_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

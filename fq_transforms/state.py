@@ -29,17 +29,8 @@ from fq_transforms.ops.shards import (
     position,
     sharded_tensors,
 )
-from fq_transforms.select import (
-    Group,
-    Inputs,
-    Spec,
-    is_mapped,
-    is_sharded,
-    ranges,
-    spread_in_words,
-    spread_of,
-    weights_of,
-)
+from fq_transforms.spec import Group, Inputs, Spec, ranges
+from fq_transforms.weights import is_mapped, is_sharded, spread_in_words, spread_of, weights_of
 
 __all__ = [
     "BlockAmax",

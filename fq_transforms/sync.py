@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.ops.shards import largest_over
-from fq_transforms.select import Group, Spec, is_sharded
 from fq_transforms.sharding import AXES, Part, collapsed_axes, leaf_part
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State, check, flatten, unflatten
+from fq_transforms.weights import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

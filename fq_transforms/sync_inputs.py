@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fq_transforms.ops.shards import largest_over, sum_over
-from fq_transforms.select import Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import InputAmax, State, check
 
 if TYPE_CHECKING:

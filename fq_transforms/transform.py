@@ -17,7 +17,7 @@ from fq_transforms.observe import Forward
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.rounding import Stochastic
-from fq_transforms.select import Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import State, init
 from fq_transforms.unseen import finish
 

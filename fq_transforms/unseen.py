@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fq_transforms.formats import FP8
 from fq_transforms.ops.autograd import expert_amax
-from fq_transforms.select import Inputs, Spec, weights_of
+from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import UNCALIBRATED, InputAmax, State, check
+from fq_transforms.weights import weights_of
 
 __all__ = ["finish"]
 

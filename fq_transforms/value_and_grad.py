@@ -12,10 +12,10 @@ from fq_transforms.fakequant import fakequant
 from fq_transforms.inputs import quantized_inputs
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
-from fq_transforms.select import is_sharded
 from fq_transforms.slots import Places, Slots
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
+from fq_transforms.weights import is_sharded
 
 __all__ = ["value_and_grad"]
 

@@ -1,13 +1,16 @@
 """Compile every kernel for an H200 (sm_90) without one: run as a script, since tests have Triton's interpreter.
 
 The interpreter takes Python that the compiler refuses, such as a name that two branches give different types. Packing
-is bound by its instructions, so they are counted in what ptxas made.
+is bound by its instructions, so they are counted in what ptxas made. Each format has its kernels in both layouts; what
+is independent of the format and of each other, such as the dtype, is in pairs. As many processes as there are cores.
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -132,17 +135,82 @@ def compile_ahead(kernel, plan, dtypes):
 
 
 def compile_sweeps(format, transposed, amax):
-    """Every sweep that a format can have; how many."""
+    """Every sweep that a format can have, the transposed ones in bf16; how many."""
     operands = amax | {"ratios_ptr": "fp32", "result_ptr": "fp32" if format.has_blocks_along_in else "i64"}
     searches = SEARCHES if format.scale == "e4m3" else SEARCHES[:1]
+    cases = [("bf16", 2, "fp32")] if transposed else [("bf16", 2, None), ("fp32", 4, "fp32")]
     for search in searches:
-        for dtype, size, importance in (("bf16", 2, None), ("fp32", 4, "fp32")):
+        for dtype, size, importance in cases:
             plan = sweep_launch._sweep_plan(format, SHAPE, transposed, size, search)
             operands |= {"weight_base": dtype, "importance_ptr": importance}
             swept = compile_ahead(sweep_kernel.sweep_kernel, plan, operands)
             if dtype == "bf16" and not transposed:
                 check_sweep(format, plan, swept)
-    return 2 * len(searches)
+    return len(cases) * len(searches)
+
+
+def compile_stochastic(format, transposed, operands):
+    """A seed for all experts and calls of four weights; for one format without either; how many."""
+    streams = [(Stream(1), False)]
+    if format == fqt.NVFP4:
+        streams.append((Stream(1, column=2), True))
+    for stream, seeds in streams:
+        tile = stochastic_launch.STOCHASTIC
+        plan = stochastic_launch._stochastic_plan(format, SHAPE, transposed, stream, seeds, tile)
+        compile_ahead(stochastic_kernel.stochastic_kernel, plan, operands | {"seed_ptr": "i64"})
+    return len(streams)
+
+
+def compile_packing(format, transposed, amax):
+    """From bf16, and where rows are contiguous from fp32; how many."""
+    operands = amax | {"codes_base": "i8" if format.name.startswith("INT8") else "u8"}
+    operands |= {"scale_ptr": SCALE_DTYPES[format.scale]}
+    if format.scale == "e4m3":
+        operands |= {"amax_ptr": None if format.dynamic else "fp32", "global_scale_ptr": "fp32"}
+    cases = [("bf16", 2)] if transposed else [("bf16", 2), ("fp32", 4)]
+    for dtype, size in cases:
+        plan = launch._pack_plan(format, SHAPE, transposed, size)
+        packed = compile_ahead(pack_kernel.pack_kernel, plan, operands | {"weight_base": dtype})
+        if dtype == "bf16" and not transposed:
+            check_packing(format, plan, packed)
+    return len(cases)
+
+
+def compile_format(format):
+    """Every kernel that a format can have; how many."""
+    compiled = 0
+    amax = {
+        "amax_ptr": None if format.is_stateless else "fp32",
+        "global_amax_ptr": "fp32" if format.has_global_amax else None,
+    }
+    weights = {"weight_base": "bf16", "out_base": "bf16", "grad_base": "bf16"}
+    for transposed in (False, True):
+        plan = launch._forward_plan(format, SHAPE, transposed, None)
+        compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
+        plan = launch._report_plan(format, SHAPE, transposed, None)
+        compile_ahead(report_kernel.report_kernel, plan, weights | amax | {"sums_ptr": "fp64", "counts_ptr": "i32"})
+        compiled += 2
+        compiled += compile_stochastic(format, transposed, weights | amax)
+        compiled += compile_packing(format, transposed, amax)
+        if not format.is_stateless:
+            integers = {name: dtype and "i32" for name, dtype in amax.items()}
+            plan = launch._amax_plan(format, SHAPE, transposed, None)
+            compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
+            plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
+            is_of_expert = format.dynamic or format.block == (None, None)
+            sums = {
+                "chunk_sum_ptr": None if is_of_expert else "fp32",
+                "program_sum_ptr": "fp32" if is_of_expert or format.has_global_amax else None,
+            }
+            compile_ahead(lsq_kernel.lsq_backward_kernel, plan, weights | amax | sums)
+            compiled += 2
+        if format.clips:
+            compiled += compile_sweeps(format, transposed, amax)
+            compiled += compile_percentiles(format, transposed)
+            plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
+            compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
+            compiled += 1
+    return compiled
 
 
 PERCENTILE = {"positions_ptr": "i64", "fractions_ptr": "fp64", "amax_ptr": "fp32"}
@@ -172,55 +240,9 @@ def compile_digits():
 
 def main():
     formats = [FORMATS[name] for name in fqt.__all__ if name in FORMATS]
-    compiled = 0
-    for format in formats:
-        amax = {
-            "amax_ptr": None if format.is_stateless else "fp32",
-            "global_amax_ptr": "fp32" if format.has_global_amax else None,
-        }
-        for transposed in (False, True):
-            weights = {"weight_base": "bf16", "out_base": "bf16", "grad_base": "bf16"}
-            codes = {"codes_base": "i8" if format.name.startswith("INT8") else "u8"}
-            scale = {"scale_ptr": SCALE_DTYPES[format.scale]}
-            plan = launch._forward_plan(format, SHAPE, transposed, None)
-            compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
-            for seeds in (False, True):
-                stream = Stream(1, column=2 * seeds)
-                tile = stochastic_launch.STOCHASTIC
-                plan = stochastic_launch._stochastic_plan(format, SHAPE, transposed, stream, seeds, tile)
-                compile_ahead(stochastic_kernel.stochastic_kernel, plan, weights | amax | {"seed_ptr": "i64"})
-                compiled += 1
-            for dtype, size in (("bf16", 2), ("fp32", 4)):
-                plan = launch._pack_plan(format, SHAPE, transposed, size)
-                operands = amax | codes | scale | {"weight_base": dtype}
-                if format.scale == "e4m3":
-                    operands |= {"amax_ptr": None if format.dynamic else "fp32", "global_scale_ptr": "fp32"}
-                packed = compile_ahead(pack_kernel.pack_kernel, plan, operands)
-                if dtype == "bf16" and not transposed:
-                    check_packing(format, plan, packed)
-            plan = launch._report_plan(format, SHAPE, transposed, None)
-            found = {"sums_ptr": "fp64", "counts_ptr": "i32"}
-            compile_ahead(report_kernel.report_kernel, plan, weights | amax | found)
-            compiled += 4
-            if not format.is_stateless:
-                integers = {name: dtype and "i32" for name, dtype in amax.items()}
-                plan = launch._amax_plan(format, SHAPE, transposed, None)
-                compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
-                plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
-                is_of_expert = format.dynamic or format.block == (None, None)
-                sums = {
-                    "chunk_sum_ptr": None if is_of_expert else "fp32",
-                    "program_sum_ptr": "fp32" if is_of_expert or format.has_global_amax else None,
-                }
-                compile_ahead(lsq_kernel.lsq_backward_kernel, plan, weights | amax | sums)
-                compiled += 2
-            if format.clips:
-                compiled += compile_sweeps(format, transposed, amax)
-                compiled += compile_percentiles(format, transposed)
-                plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
-                compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
-                compiled += 1
-    compiled += compile_digits()
+    formats.sort(key=lambda format: format.scale != "e4m3")  # which take longest
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        compiled = sum(pool.map(compile_format, formats)) + compile_digits()
     for kind in ("global", "int", "float"):
         constants = {"KIND": kind, "QMAX": 6.0, "TILE": launch.SCALE_TILE}
         plan = launch._Plan(1, (1, 1, 1, 1), constants, 4)

@@ -21,7 +21,6 @@ ONE_OF_EACH_LEAF = [
 
 # (out, in): odd and prime where the format's block allows it; ragged on both sides of a square block.
 ANY_SHAPES = [(1, 1), (3, 7), (17, 130)]
-BLOCK_SHAPES = [(1, 128), (11, 384)]
 SQUARE_BLOCK_SHAPES = [(3, 7), (130, 257)]
 
 
@@ -34,8 +33,9 @@ AMAXES = [0.0, 2.0**-149, BELOW_TINY, ABOVE_TINY, 1e-3, 0.3, 1.0, 3.7, 127.0, 44
 
 def shapes_of(format):
     """Shapes that a format can quantize."""
-    if format.has_blocks_along_in:
-        return BLOCK_SHAPES
+    if format.has_blocks_along_in:  # one block; an odd number of them in a row, and just more than the widest tile
+        columns = format.block[1]
+        return [(1, columns), (4096 // (3 * columns) + 1, 3 * columns)]
     return ANY_SHAPES if format.block[0] in (1, None) else SQUARE_BLOCK_SHAPES
 
 

@@ -17,6 +17,8 @@ torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each
 
 # Not ops.kernels and ops.launch: Triton reads the source of its functions, and PyTorch the signatures of its operators.
 CHECKED = (
+    "spec",
+    "weights",
     "select",
     "state",
     "calibrate",

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fq_transforms as fqt
 from fq_transforms import checkpoint
-from fq_transforms.select import Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import BlockAmax, ExpertAmax, InputAmax, Stateless, flatten, init
 from tests.cases import ALL_FORMATS, experts, name_of
 

@@ -14,6 +14,8 @@ LAYERS = [
     ["formats", "known", "rounding"],
     ["methods"],
     ["sharding", "slots"],
+    ["spec"],
+    ["weights"],
     ["select"],
     ["ops.shards"],
     ["presets", "state"],

@@ -13,7 +13,16 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import fq_transforms as fqt
 from fq_transforms.report import role_of
 from fq_transforms.report_plot import element_values
-from tests.cases import ALL_FORMATS, CORE_FORMATS, assert_names, experts, message_of, name_of, shapes_of
+from tests.cases import (
+    ALL_FORMATS,
+    CORE_FORMATS,
+    ONE_OF_EACH_LEAF,
+    assert_names,
+    experts,
+    message_of,
+    name_of,
+    shapes_of,
+)
 
 LAYOUTS = ["separate", "stacked", "transposed", "dense"]
 
@@ -369,7 +378,7 @@ def test_a_gpu_reports_what_a_cpu_does(format):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", [*ONE_OF_EACH_LEAF, fqt.INT4_BLOCK128], ids=name_of)
 def test_no_fake_weight_is_stored(format):
     """What a group's measures take is a few numbers a program: less than a fortieth of its weights in bf16."""
     from fq_transforms.ops import launch

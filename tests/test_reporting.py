@@ -9,10 +9,9 @@ from fq_transforms.formats import FORMATS, FloatElement, IntElement
 from fq_transforms.ops import launch, reporting
 from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
 from fq_transforms.ops.reporting import half_step_beyond, histogram_reference, report_reference
-from tests.cases import ALL_FORMATS, DTYPES, experts, name_of, same_bits, shapes_of
-from tests.conftest import HAS_GPU
+from tests.cases import ALL_FORMATS, ONE_OF_EACH_LEAF, experts, name_of, same_bits, shapes_of
+from tests.variants import CPU, on_each_kernel, variants
 
-CPU = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")
 on_each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
@@ -72,32 +71,12 @@ def references(weights, amax, global_amax, format):
     return reporting.Measures(*(torch.stack(column) for column in zip(*each, strict=True)))
 
 
-def cases():
-    """All formats in fp32; in the slow interpreter bf16 and fp16 for a few."""
-    few = [FORMATS[name] for name in ("INT8_PER_CHANNEL", "NVFP4", "MXFP4")]
-    on_cpu = [
-        pytest.param("cpu", format, dtype, marks=CPU)
-        for format in ALL_FORMATS
-        for dtype in DTYPES
-        if dtype == torch.float32 or format in few
-    ]
-    on_gpu = [pytest.param("cuda", format, dtype, marks=pytest.mark.gpu) for format in ALL_FORMATS for dtype in DTYPES]
-    return pytest.mark.parametrize(("device", "format", "dtype"), on_cpu + on_gpu, ids=name_of)
-
-
-def tiled(format):
-    """Shapes of more than one program; few, as the interpreter is slow."""
-    if HAS_GPU:
-        return shapes_of(format)
-    return [(6, 384)] if format.has_blocks_along_in else shapes_of(format)[-1:]
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
-@cases()
-def test_kernel_equals_reference(device, format, dtype, transposed):
+@on_each_kernel(variants(ALL_FORMATS), variants(ALL_FORMATS))
+def test_kernel_equals_reference(format, dtype, transposed, device):
     """Counts and maxima exactly, sums to the bound of their order; amax too small, so that all is counted."""
     seen = torch.zeros(3, dtype=torch.int64)
-    for shape in tiled(format):
+    is_wide = format in ONE_OF_EACH_LEAF and dtype == torch.float32 and not transposed
+    for shape in shapes_of(format) if is_wide else shapes_of(format)[-1:]:
         weights = wild(4, shape, dtype, device)
         amax, global_amax = state_of(weights, format, 0.5)
         if amax is not None:

@@ -19,8 +19,10 @@ from fq_transforms.formats import (
     NVFP4,
     NVFP4_STATIC,
 )
-from fq_transforms.select import Group, Preset, Rule, Spec, select, weights_of
+from fq_transforms.select import Preset, Rule, select
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import InputAmax
+from fq_transforms.weights import weights_of
 from tests.cases import ALL_FORMATS, assert_names, message_of, name_of
 
 

@@ -15,8 +15,8 @@ import fq_transforms as fqt
 from fq_transforms.checkpoint.megatron import _from_megatron, _to_megatron
 from fq_transforms.checkpoint.megatron_shards import BETWEEN, FORMAT, Shard, is_small, join_layers, leaf_shards
 from fq_transforms.formats import FP8, FP8_BLOCK, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4_STATIC
-from fq_transforms.select import Group
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
+from fq_transforms.spec import Group
 from tests.cases import CORE_FORMATS, assert_names, message_of, name_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # importing Megatron warns of itself

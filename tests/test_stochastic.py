@@ -29,9 +29,8 @@ from tests.cases import (
     same_bits,
     shapes_of,
 )
-from tests.conftest import HAS_GPU
+from tests.variants import CPU, on_each_kernel, variants
 
-CPU = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")
 on_each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
@@ -86,8 +85,9 @@ def parameters(device="cpu", dtype=torch.float32):
 @triton.jit
 def _philox_kernel(out_ptr, seed_ptr, counter_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    counters = [tl.load(counter_ptr + word * N + i) for word in tl.static_range(4)]
-    words = tl.philox(tl.load(seed_ptr), counters[0], counters[1], counters[2], counters[3])
+    first, second = tl.load(counter_ptr + i), tl.load(counter_ptr + N + i)
+    third, fourth = tl.load(counter_ptr + 2 * N + i), tl.load(counter_ptr + 3 * N + i)
+    words = tl.philox(tl.load(seed_ptr), first, second, third, fourth)
     for word in tl.static_range(4):
         tl.store(out_ptr + word * N + i, words[word].to(tl.int32, bitcast=True))
 
@@ -125,20 +125,20 @@ def test_philox_is_tritons(device):
         assert torch.equal(out.to(torch.int64) & 0xFFFFFFFF, torch.stack(wanted)), seed
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@every_format
-@on_each_device
+@on_each_kernel(variants(CORE_FORMATS), variants(CORE_FORMATS))
 def test_kernel_equals_reference(format, dtype, transposed, device):
-    """Bit for bit, in odd shapes, from any dtype of weight; where a shard begins between four columns too."""
-    for shape in shapes_of(format):
-        if device == "cpu" and dtype != torch.float32 and (transposed or shape[0] > 100):
-            continue  # the interpreter is slow
+    """Bit for bit, in odd shapes, from any dtype of weight; where a shard begins between four columns too.
+
+    On a GPU to the same dtype, and to bf16 from fp32 as well; the interpreter truncates what a GPU rounds.
+    """
+    is_wide = format in ONE_OF_EACH_LEAF and dtype == torch.float32 and not transposed
+    out_dtypes = {torch.float32, torch.bfloat16} if is_wide else {dtype}
+    for shape in shapes_of(format) if is_wide else shapes_of(format)[-1:]:
         weights = experts(3, shape, dtype, device=device)
         amax, global_amax = scales_of(weights, format, 0.6)
         for column in (0, 32) if format.has_blocks_along_in else (0, 3):
             stream = Stream(group=77, first_expert=5, row=9, column=column)
-            for out_dtype in [torch.float32] if device == "cpu" else DTYPES:
+            for out_dtype in out_dtypes if device == "cuda" else {torch.float32}:
                 operands = (stored(weights, transposed), amax, global_amax, seed_on(device))
                 numbers = {"stream": stream, "format": format, "transposed": transposed, "out_dtype": out_dtype}
                 outs = stochastic_triton(*operands, **numbers)
@@ -306,7 +306,7 @@ def test_bits_belong_to_places(format, device):
     assert same_bits(alone[0], whole[2])
     if format.block[0] == 128:
         return  # cut below, a square block has other neighbours but the same amax: no shard
-    for (row, rows), (column, columns) in [((2, 3), (128, 128)), ((5, 1), (0, 128))]:
+    for (row, rows), (column, columns) in [((2, 3), (128, 128)), ((4, 2), (0, 128))]:
         part = [w[row : row + rows, column : column + columns].contiguous() for w in weights]
         cut, cut_global = amax, global_amax
         if amax is not None and amax.dim() == 3:
@@ -532,10 +532,10 @@ def test_bad_seeds_are_named(rounding, fragments):
     assert_names(message_of(ValueError, fq.fakequant, params, state, rounding=rounding), *fragments)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@on_each_device
 @pytest.mark.parametrize("format", ONE_OF_EACH_LEAF, ids=name_of)
 def test_fullgraph_with_a_seed_that_changes(format, device):
-    """One graph for all seeds, if the seed is a tensor: values and gradients are the eager ones."""
+    """One graph for all seeds, if the seed is a tensor: values and gradients are the eager ones; once by inductor."""
     torch.compiler.reset()
     params = parameters(device)
     fq = transform_of(params, format, backward="clip")
@@ -546,7 +546,8 @@ def test_fullgraph_with_a_seed_that_changes(format, device):
         traced.append(module)
         return module
 
-    compiled = torch.compile(fq.fakequant, fullgraph=True, backend=backend if device == "cpu" else "inductor")
+    is_lowered = device == "cuda" and format == NVFP4_STATIC
+    compiled = torch.compile(fq.fakequant, fullgraph=True, backend="inductor" if is_lowered else backend)
     for seed in (1, 2**40, -7):
         results = []
         for function in (compiled, fq.fakequant):
@@ -557,11 +558,11 @@ def test_fullgraph_with_a_seed_that_changes(format, device):
         for found, wanted in zip(*results, strict=True):
             for name in wanted:
                 assert torch.equal(found[name], wanted[name]), name
-    assert device == "cuda" or len(traced) == 1
+    assert len(traced) == (0 if is_lowered else 1)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", ONE_OF_EACH_LEAF, ids=name_of)
+@pytest.mark.parametrize("format", [FP8, NVFP4_STATIC], ids=name_of)
 def test_a_cuda_graph_reads_the_seed_anew(format):
     """Captured once; replays round by what the seed holds then."""
     params = parameters("cuda", torch.bfloat16)

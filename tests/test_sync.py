@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import vjp
 
 import fq_transforms as fqt
-from fq_transforms.select import Group
+from fq_transforms.spec import Group
 from tests import cases
 from tests.cases import message_of
 

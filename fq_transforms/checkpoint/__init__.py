@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fq_transforms.checkpoint import megatron, modelopt
     from fq_transforms.checkpoint.dcp import load, save
     from fq_transforms.checkpoint.file import load_file, save_file
-    from fq_transforms.select import Spec
+    from fq_transforms.spec import Spec
 
 __all__ = ["load", "load_file", "megatron", "modelopt", "read_spec", "save", "save_file"]
 

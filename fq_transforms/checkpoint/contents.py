@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fq_transforms.select import Group, Inputs, Skipped, Spec
+from fq_transforms.spec import Group, Inputs, Skipped, Spec
 
 __all__ = ["check_groups", "check_no_others", "joined", "named", "naming"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.megatron_shards import FORMAT_BYTES
 from fq_transforms.formats import Format
-from fq_transforms.select import Group
+from fq_transforms.spec import Group
 
 __all__ = ["check_format", "encode"]
 

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from fq_transforms.checkpoint.trees import STATE, Kind
-from fq_transforms.select import Group
 from fq_transforms.sharding import Part, collapsed_axes, leaf_part
+from fq_transforms.spec import Group
 
 __all__ = [
     "BETWEEN",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
-from fq_transforms.select import Group
+from fq_transforms.spec import Group
 
 __all__ = [
     "FUSED",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fq_transforms.ops.shards import local_values
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, check_packed, packed_leaves
-from fq_transforms.select import Group, Spec, refuse_inputs
+from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import UNCALIBRATED, LeafType, State, check, flatten, leaf_types
 
 __all__ = ["KINDS", "PACKED", "STATE", "Kind", "Tree", "kind_of"]

@@ -29,8 +29,9 @@ from fq_transforms.export.files import Files, bytes_of, check_free, progress, wr
 from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.packing import pack_scales
-from fq_transforms.select import DTYPES, Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import BlockAmax, State, Stateless
+from fq_transforms.weights import DTYPES
 
 __all__ = ["compressed_tensors", "decompress", "multipliers"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fq_transforms.export.files import bytes_of, check_free, write
 from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.select import Spec
+from fq_transforms.spec import Spec
 from fq_transforms.state import State
 
 __all__ = ["modelopt_hf"]

@@ -12,8 +12,9 @@ from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
 from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import PackedTwoLevel, check_packable, pack
-from fq_transforms.select import Group, Spec, is_sharded, refuse_inputs, weights_of
+from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import BlockAmax, ExpertAmax, State, check
+from fq_transforms.weights import is_sharded, weights_of
 
 __all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
 

@@ -30,9 +30,11 @@ from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.rounding import Stochastic
-from fq_transforms.select import Rule, Spec, refuse_inputs, weights_of
+from fq_transforms.select import Rule
 from fq_transforms.sharding import AXES, collapsed_axes
+from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
+from fq_transforms.weights import weights_of
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
 

@@ -207,7 +207,8 @@ def report_triton(
     signal, noise = sums.sum(-1)
     clipped, zeroed, underflow = counts[:3].sum(-1, dtype=torch.int64)
     largest = counts[3].amax(-1).view(torch.float32)
-    if format.scale == "fp32":
+    # Larger granules are few. Of blocks, a sum over the state would take a temporary of 8 bytes each.
+    if format.scale == "fp32" and not format.has_blocks_along_in:
         assert amax is not None
         underflow = scale_underflows(amax, format).reshape(inputs.experts, -1).sum(1)
     return Measures(signal, noise, clipped, zeroed, underflow, largest)

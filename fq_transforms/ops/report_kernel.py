@@ -86,6 +86,8 @@ def report_kernel(
     x = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
     a = tl.abs(x)
     block_amax = _granule_amax(a, amax_ptr, granule, exists, DYNAMIC, ROWS, COLUMNS)
+    # fp32 scales of larger granules, of which a chunk sees a part, are counted from the state.
+    IS_GRANULE: tl.constexpr = ROWS == 1 and COLUMNS == CHUNK
 
     if SCALE == "e8m0":
         e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
@@ -113,14 +115,14 @@ def report_kernel(
         y = _with_sign_of(half * _each(tl.where(zero, 0.0, 2.0)), x)
         end = tl.where(zero, float("inf"), block_amax)
         clipped = _count(((v < LOWEST) | (v > HIGHEST)) & (a > _each(end)))
-        underflow = 0  # the state alone decides
+        underflow = _count(exists & (block_amax > 0) & zero) if IS_GRANULE else 0
     else:
         s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
         v = a * _each(s)
         q = _round_magnitude(_min(v, QMAX), MIN_EXPONENT, MANTISSA)
         y = _with_sign_of(q * _each(tl.div_rn(1.0, s)), x)
         clipped = _count(v > HIGHEST)
-        underflow = 0
+        underflow = _count(exists & (block_amax > 0) & (block_amax <= TINY_AMAX)) if IS_GRANULE else 0
 
     signal = x.to(tl.float64)
     noise = tl.where(mask, x - y, 0.0).to(tl.float64)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fq_transforms.select import Group, is_mapped, is_sharded, spread_in_words, spread_of, unwrapped
 from fq_transforms.sharding import Part, blocks_of, collapsed_axes, leaf_part
+from fq_transforms.spec import Group
+from fq_transforms.weights import is_mapped, is_sharded, spread_in_words, spread_of, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
