@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import is_
 
 import torch
 from torch import Tensor
 
-from fq_transforms.known import Known
-from fq_transforms.ops.autograd import Backward, fake_quantize, fake_quantize_into, is_differentiated
+from fq_transforms.ops.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.ops.lsq import fake_quantize_lsq
 from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
 from fq_transforms.ops.stochastic import fake_quantize_stochastic
@@ -29,7 +27,6 @@ def fakequant(
     backward: Backward = "pass_through",
     separate: bool = False,
     rounding: Stochastic | None = None,
-    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters with each selected weight quantized and dequantized by its own expert's scales.
 
@@ -49,22 +46,17 @@ def fakequant(
             that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
         rounding: To the nearest if None, else `Stochastic(seed)`: up or down by chance, in every format, equal bit for
             bit on CPU and GPU. The gradient does not see it.
-        out: What an earlier call gave, to be written over, as `out=` is anywhere in PyTorch: no memory is asked for,
-            and no tensor made, which is half of what a call costs the host. Under `torch.no_grad()` only.
 
     Returns:
-        A new dict in the order of `params`. Quantized entries are new tensors, or those of `out`; all others are the
-        same objects. No other input is changed. A DTensor gives a DTensor placed alike, of which each rank quantizes
-        its own shard, with no collective; its gradient is placed alike too, and only a cotangent that is not is
-        redistributed.
+        A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
+        input is changed. A DTensor gives a DTensor placed alike, of which each rank quantizes its own shard, with no
+        collective; its gradient is placed alike too, and only a cotangent that is not is redistributed.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
         ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block, its state is not placed
             as it is, or it is mapped by vmap or compiled; "lsq" with `rounding`, without a format that has a state, or
-            with DTensors that cut what one scale covers; a seed is none, or on another device; `out` lacks a weight, is
-            of another shape, dtype or device, is not contiguous, or comes with `rounding`, gradients, transforms,
-            DTensors or torch.compile; on the CPU, an amax is
+            with DTensors that cut what one scale covers; a seed is none, or on another device; on the CPU, an amax is
             NaN, infinite or negative. On a GPU the values are not read, since that would wait for the device: there
             such an amax makes the weights that it scales NaN, and `state.check` says which it was.
 
@@ -93,8 +85,6 @@ def fakequant(
     if backward == "lsq":
         _check_lsq(spec, rounding)
     check(state, spec, values=is_read)
-    if out is not None:
-        _check_out(rounding)
 
     quantized = dict(params)
     for group in spec.groups:
@@ -106,7 +96,6 @@ def fakequant(
             backward=backward,
             separate=separate,
             rounding=rounding,
-            out=out,
         )
         quantized.update(zip(group.names, outs, strict=True))
     return quantized
@@ -121,9 +110,12 @@ def quantize_group(
     backward: Backward,
     separate: bool = False,
     rounding: Stochastic | None = None,
-    out: Mapping[str, Tensor] | None = None,
+    outs: Sequence[Tensor] | None = None,
 ) -> Sequence[Tensor]:
-    """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
+    """`fakequant` of one group, in the order of its names, with a state and options that are known to be right.
+
+    Into `outs`, if there are some: what it has given before for weights like these, whose values are written over.
+    """
     weights = weights_of(params, group)
     device = weights[0].device
     for leaf in scales:
@@ -140,8 +132,7 @@ def quantize_group(
     global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
     if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
-    if out is not None:
-        outs = _outs_of(out, group, weights, layout, out_dtype, amax, global_amax)
+    if outs is not None:
         fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
     elif layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
@@ -180,56 +171,6 @@ def quantize_group(
             separate=separate,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
-
-
-def _outs_of(
-    out: Mapping[str, Tensor],
-    group: Group,
-    weights: Sequence[Tensor],
-    layout: Layout | None,
-    out_dtype: torch.dtype | None,
-    *scales: Tensor | None,
-) -> Sequence[Tensor]:
-    """The tensors that a group's results go to, once they are what a call without `out` would make."""
-    if layout is not None:
-        raise ValueError(f"out: found DTensors in group {group.key!r}, wanted plain tensors; leave `out` away")
-    if is_differentiated(weights, *scales):
-        raise ValueError(
-            f"out: found gradients of group {group.key!r} to be kept, wanted none; call it under torch.no_grad(), and "
-            "outside of torch.func's transforms"
-        )
-    try:
-        outs = [out[name] for name in group.names]
-    except KeyError as error:
-        raise KeyError(
-            f"parameter {error.args[0]!r} of group {group.key!r} is not in out ({len(out)} entries)"
-        ) from error
-    wanted = (weights[0].shape, out_dtype or weights[0].dtype, weights[0].device)
-    if (known := _OUTS.find(group, outs, wanted)) is not None:
-        outs = known
-    else:
-        for name, tensor in zip(group.names, outs, strict=True):
-            found = (tensor.shape, tensor.dtype, tensor.device)
-            if type(tensor) is not Tensor or found != wanted or not tensor.is_contiguous():
-                raise ValueError(
-                    f"out {name!r}: found {type(tensor).__name__} {tuple(found[0])} {found[1]} on {found[2]}"
-                    f"{', not contiguous' * (not tensor.is_contiguous())}, wanted what a call without `out` gave: "
-                    f"Tensor {tuple(wanted[0])} {wanted[1]} on {wanted[2]}"
-                )
-        _OUTS.remember(group, outs, wanted)
-    if any(map(is_, outs, weights)):
-        raise ValueError(f"out: found the parameters of group {group.key!r} themselves, wanted what fakequant gave")
-    return outs
-
-
-_OUTS = Known()
-
-
-def _check_out(rounding: Stochastic | None) -> None:
-    if rounding is not None:
-        raise ValueError(f"out: found it with rounding={rounding}, wanted one of them")
-    if torch.compiler.is_compiling():
-        raise ValueError("out: found it under torch.compile, which plans memory itself; leave it away")
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -71,6 +71,8 @@ def carry_main_grad(
         for attribute in ATTRIBUTES:
             if hasattr(param, attribute):
                 setattr(weight, attribute, getattr(param, attribute))
+            elif hasattr(weight, attribute):
+                delattr(weight, attribute)
         if hasattr(param, "grad_added_to_main_grad") and not weight.is_leaf:
             _report_back(weight, param)
 

@@ -44,15 +44,10 @@ class Calibrate(Protocol):
 
 
 class Fakequant(Protocol):
-    """`fakequant(params, state, rounding=None, out=None) -> params`."""
+    """`fakequant(params, state, rounding=None) -> params`."""
 
     def __call__(
-        self,
-        params: Mapping[str, Tensor],
-        state: State,
-        *,
-        rounding: Stochastic | None = None,
-        out: Mapping[str, Tensor] | None = None,
+        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
     ) -> dict[str, Tensor]: ...
 
 

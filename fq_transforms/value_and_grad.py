@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from fq_transforms.fakequant import fakequant
 from fq_transforms.inputs import quantized_inputs
+from fq_transforms.kept import Kept
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.slots import Places, Slots
@@ -44,8 +45,8 @@ def value_and_grad(
         fq: From `transform`. Inputs that its spec has are quantized as `fq.apply` does, and layers with such
             inputs cannot be checkpointed.
         keep: Keep the fake weights from step to step, and write over them: as much memory as the quantized weights
-            take, between steps too, for about half of what quantizing costs the host. Only where the gradient passes
-            through, of plain tensors; elsewhere nothing is kept.
+            take, between steps too, for less of the host's time. `loss_fn` must not hold on to a weight, nor to
+            what is a view of one. Plain tensors under "pass_through" only.
 
     Returns:
         `(params, state, microbatches) -> (losses, grads)`. `losses` is [microbatches], detached. `grads` has an entry
@@ -56,7 +57,8 @@ def value_and_grad(
     Raises:
         KeyError, ValueError: As `fakequant`; a parameter is not in the model; none requires a gradient; there is no
             microbatch; a loss is no scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients
-            through. The model is FSDP2's, which computes with parameters of its own.
+            through. The model is FSDP2's, which computes with parameters of its own. `fq` has "lsq"; `keep` comes with
+            another `backward`, with rounding, with another `fakequant` than the package's, or with DTensors.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -77,7 +79,9 @@ def value_and_grad(
             "'pass_through' or 'clip'; take torch.func.vjp of fq.fakequant in params and state"
         )
     places = Places(model)
-    kept = _Kept() if keep else None
+    if keep and (reason := _why_not_kept(fq)):
+        raise ValueError(f"keep: found {reason}, wanted fq of transform() itself, which passes gradients through")
+    memory = Kept() if keep else None
 
     def step(
         params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
@@ -87,7 +91,11 @@ def value_and_grad(
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
         fused: dict[str, Any] = {name: params[name] for name in trained if hasattr(params[name], "main_grad")}
         fused = {name: param for name, param in fused.items() if has_main_grad(param)}
+        # A step within a step, as where microbatches are drawn, has weights of its own.
+        kept = None if memory is None or memory.is_used else memory
         try:
+            if kept is not None:
+                kept.is_used = True
             with torch.enable_grad():
                 leaves, pull = _fake_leaves(fq, params, state, trained, fused, kept)
                 slots, own = places.find(leaves)
@@ -98,36 +106,16 @@ def value_and_grad(
             grads: dict[str, Any] = {name: leaves[name].grad for name in trained}
         finally:
             if kept is not None:
+                kept.is_used = False
                 kept.forget_gradients()
         grads.update((name, param.main_grad) for name, param in fused.items())
         for name, grad in grads.items():
             if grad is None:
                 grads[name] = torch.zeros_like(leaves[name])
         grads.update(pull(grads))
-        return torch.stack(losses) if len(losses) > 1 else losses[0].reshape(1), grads
+        return torch.stack(losses), grads
 
     return step
-
-
-class _Kept:
-    """The fake weights of the last step, what they were made for, and which of all parameters that are trained."""
-
-    def __init__(self) -> None:
-        self.leaves: dict[str, Tensor] = {}
-        self.made_for: object = None
-        self.quantized: list[str] = []
-        self.others: list[str] = []
-
-    def find(self, made_for: object) -> dict[str, Tensor] | None:
-        """The leaves, if they were made for the same."""
-        if self.made_for != made_for:
-            self.leaves, self.made_for = {}, made_for
-        return self.leaves or None
-
-    def forget_gradients(self) -> None:
-        """The caller has them, or the step failed: the next one must not add to them."""
-        for leaf in self.leaves.values():
-            leaf.grad = None
 
 
 def _fake_leaves(
@@ -136,32 +124,34 @@ def _fake_leaves(
     state: State,
     trained: Sequence[str],
     fused: Mapping[str, Any],
-    kept: _Kept | None,
+    kept: Kept | None,
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
     needs_graph = not _is_identity(fq, params)
-    primals, out = params, None
+    primals, made_for, leaves = params, None, None
     if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
-        kept = None
     if kept is not None:
+        if needs_graph:
+            raise ValueError("keep: found DTensors, wanted plain tensors; leave `keep` away")
         firsts = [params[group.names[0]] for group in fq.spec.groups if group.names[0] in params]
-        out = kept.find((trained, list(fused), [(first.shape, first.dtype, first.device) for first in firsts]))
-    with torch.set_grad_enabled(needs_graph):
-        weights = fq.fakequant(primals, state) if out is None else fq.fakequant(primals, state, out=out)
-    leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
-    if kept is not None and out is not None:
-        quantized, others = kept.quantized, kept.others
+        made_for = (trained, list(fused), [(first.shape, first.dtype, first.device) for first in firsts])
+        with torch.no_grad():
+            leaves = kept.refill(params, state, spec=fq.spec, made_for=made_for)
+    if kept is not None and leaves is not None:
+        quantized, others, weights = kept.quantized, kept.others, dict(leaves)
     else:
+        with torch.set_grad_enabled(needs_graph):
+            weights = fq.fakequant(primals, state)
+        leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
         quantized = [name for name in trained if weights[name] is not primals[name]]
         others = [name for name in trained if weights[name] is primals[name]]
         for name in quantized:
             leaves[name].requires_grad_()
+        if kept is not None:
+            kept.keep(leaves, quantized, others, spec=fq.spec, made_for=made_for)
     for name in others:
         leaves[name] = params[name].detach().requires_grad_()
-    if kept is not None and out is None:
-        kept.leaves = {name: leaves[name] for group in fq.spec.groups for name in group.names}
-        kept.quantized, kept.others = quantized, others
     if fused:
         passed = set(quantized)
         carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
@@ -180,9 +170,23 @@ def _fake_leaves(
     return leaves, pull
 
 
+def _is_ours(fq: Transform) -> bool:
+    return isinstance(fq.fakequant, partial) and fq.fakequant.func is fakequant
+
+
+def _why_not_kept(fq: Transform) -> str:
+    """What there is that fake weights cannot be written over with; nothing if they can."""
+    if fq.backward != "pass_through":
+        return f"backward={fq.backward!r}"
+    if not _is_ours(fq):
+        return "a fakequant of somebody else's"
+    given: Any = fq.fakequant
+    return "rounding" if given.keywords.get("rounding") is not None else ""
+
+
 def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
     """True if the pullback is known to be the identity: no graph has to be kept for it, nor walked."""
-    is_ours = isinstance(fq.fakequant, partial) and fq.fakequant.func is fakequant
+    is_ours = _is_ours(fq)
     firsts = (params.get(group.names[0]) for group in fq.spec.groups)  # a group is sharded as its first parameter is
     return is_ours and fq.backward == "pass_through" and not any(p is not None and is_sharded(p) for p in firsts)
 

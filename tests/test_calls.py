@@ -63,17 +63,21 @@ def test_another_stream():
     """A launch goes to the stream that is current when it is called, though one to another stream is known."""
     params = named(experts(3, (256, 1024), torch.bfloat16, device="cuda"))
     state = check(params, fqt.FP8)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
-    for _ in range(2):
+    for stream in streams * 3:  # tables and launches of both are known then
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # which a launch to this stream waits for
             fq.fakequant(params, state)
-            event = torch.cuda.Event()
+    torch.cuda.synchronize()
+    for stream, other in (streams, streams[::-1]):
+        event = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # a tenth of a second, which a launch to this stream waits for
+            fq.fakequant(params, state)
             event.record()
-        fq.fakequant(params, state)
-        torch.cuda.default_stream().synchronize()
+        with torch.cuda.stream(other):
+            fq.fakequant(params, state)
+        other.synchronize()
         assert not event.query()
         event.synchronize()
     check(params, fqt.FP8, state)

@@ -40,6 +40,7 @@ LAYERS = [
     ["calibrate", "fakequant", "lend", "main_grad", "pack", "report_plot", "sync", "sync_inputs", "unseen"],
     ["apply", "layerwise", "report"],
     ["transform"],
+    ["kept"],
     ["value_and_grad"],
     ["interleave"],
     ["checkpoint.contents", "checkpoint.torch_dist", "checkpoint.trees", "checkpoint.modelopt_names"],

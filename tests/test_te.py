@@ -226,7 +226,9 @@ def test_inputs(te, format, per_expert):
         name = next(name for name, each in other.named_modules() if each is module)
         amax = state[f"{name}.weight*.input"].amax
         return [
-            fake_quantize_reference(part, amax[e if per_expert else 0], None, format=format) if len(part) else part
+            fake_quantize_reference(part, amax[e if per_expert else 0], None, format=format, out_dtype=part.dtype)
+            if len(part)
+            else part
             for e, part in enumerate(rows)
         ]
 

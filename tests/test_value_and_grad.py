@@ -1,6 +1,7 @@
 """`value_and_grad`: the gradients of a step, as if every microbatch had been quantized and pulled back on its own."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -203,6 +204,10 @@ def check_replicated(rank, size):
     assert tuple(grads["weight"].placements) == (Replicate(),)
     assert torch.equal(grads["weight"].to_local(), wanted["weight"])
 
+    keeping = fqt.value_and_grad(lambda model, x: model(x).sum(), model, fq, keep=True)
+    with pytest.raises(ValueError, match="keep: found DTensors"):
+        keeping(params, fq.calibrate(params), batches)
+
 
 @pytest.mark.dist
 def test_dtensors(ranks):
@@ -362,3 +367,130 @@ def test_a_graph_that_outlives_its_step_raises():
     step(params, state, batches[:1])
     with pytest.raises(RuntimeError, match="inplace"):
         outputs[0].sum().backward()
+
+
+def test_a_step_within_a_step_has_weights_of_its_own():
+    """Named bug: a step that runs while microbatches are drawn took and dropped the gradients of the outer one."""
+    results = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+        step = fqt.value_and_grad(loss_fn, model, fq, keep=keep)
+        step(params, state, batches[:1])
+
+        def drawn(step=step, params=params, state=state, batches=batches):
+            yield batches[0]
+            results.append(step(params, state, batches[2:])[1])
+            yield batches[1]
+
+        results.append(step(params, state, drawn())[1])
+    for inner, outer in (results[:2], results[2:]):
+        assert_equal(inner, results[0])
+        assert_equal(outer, results[1])
+
+
+def test_kept_weights_under_autocast():
+    """Named bug: autocast remembers the casts of leaves, and so would compute with those of the first step."""
+    losses = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+        step = fqt.value_and_grad(loss_fn, model, fq, keep=keep)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                losses.append(step(params, state, batches[:1])[0])
+                with torch.no_grad():
+                    for param in params.values():
+                        param.mul_(0.5)
+                state = fq.calibrate(params)
+    assert losses[0] != losses[1]
+    assert losses[:3] == losses[3:]
+
+
+def hooked(model):
+    model.experts[0].weight.register_hook(lambda grad: grad * 2)
+
+
+def hooked_behind(model):
+    def double(weight):
+        weight.grad.mul_(2)
+
+    model.experts[0].weight.register_post_accumulate_grad_hook(double)
+
+
+def exchanged(model):
+    model.experts[0].weight.data = torch.ones_like(model.experts[0].weight)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_behind, exchanged])
+def test_what_a_loss_does_to_weights_ends_with_the_step(change):
+    """Named bugs: hooks added up from step to step, and fake weights were written into the user's own memory."""
+    found = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+
+        def loss(model, batch):
+            change(model)
+            return loss_fn(model, batch)
+
+        step = fqt.value_and_grad(loss, model, fq, keep=keep)
+        found += [step(params, state, batches[:1])[1] for _ in range(3)]
+    for grads in found[1:]:
+        assert_equal(grads, found[0])
+
+
+def test_attributes_of_fused_accumulation_are_those_of_now():
+    """Named bug: what a parameter said of its `main_grad` in one step was believed in the next."""
+    model, params, fq, state, batches = setup()
+    plain = fqt.value_and_grad(loss_fn, model, fq)
+    keeping = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    for number in range(2):
+        for param in params.values():
+            param.main_grad = torch.zeros_like(param)
+            if number == 0:
+                param.grad_added_to_main_grad, param.overwrite_main_grad = True, True
+            elif hasattr(param, "grad_added_to_main_grad"):
+                del param.grad_added_to_main_grad, param.overwrite_main_grad
+        found = {name: grad.clone() for name, grad in keeping(params, state, batches)[1].items()}
+        for param in params.values():
+            param.main_grad = torch.zeros_like(param)
+        assert_equal(plain(params, state, batches)[1], found)
+    assert found["experts.0.weight"].abs().sum() > 0
+
+
+def test_a_loss_is_no_view_of_a_weight():
+    """Named bug: the loss of one microbatch was the weight's own memory, and changed with the next step."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    step = fqt.value_and_grad(lambda model, batch: model.weight.squeeze(), model, fq, keep=True)
+    first, _ = step(params, fq.calibrate(params), [None])
+    before = first.clone()
+    with torch.no_grad():
+        model.weight.mul_(2)
+    step(params, fq.calibrate(params), [None])
+    assert torch.equal(first, before)
+
+
+def test_keep_is_refused_where_weights_cannot_be_written_over():
+    """Another gradient, rounding by chance, somebody else's fakequant: an error, not a step without."""
+    model, _, fq, _, _ = setup(backward="clip")
+    with pytest.raises(ValueError, match="keep: found backward='clip'"):
+        fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    model, _, fq, _, _ = setup()
+    with pytest.raises(ValueError, match="keep: found a fakequant of somebody else's"):
+        fqt.value_and_grad(loss_fn, model, fq._replace(fakequant=lambda p, s: dict(p)), keep=True)
+    chance = partial(fq.fakequant, rounding=fqt.Stochastic(seed=0))
+    with pytest.raises(ValueError, match="keep: found rounding"):
+        fqt.value_and_grad(loss_fn, model, fq._replace(fakequant=chance), keep=True)
+
+
+def test_kept_weights_are_not_used_under_forward_mode():
+    """Within a dual level a step computes as without `keep`."""
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    _, wanted = step(params, state, batches)
+    with torch.autograd.forward_ad.dual_level():
+        assert_equal(step(params, state, batches)[1], wanted)
+    assert_equal(step(params, state, batches)[1], wanted)

@@ -192,31 +192,38 @@ def _measure(
         row["reason"] = f"{type(error).__name__}: {error}"[:200]
     ratios: dict[str, list[float]] = {name: [] for name in calls if name != "bf16"}
     plain_ms: list[float] = []
-    peaks = dict.fromkeys(calls, 0)
+    kept = dict.fromkeys(calls, 0)
     gc.collect()  # models in reference cycles, Megatron's among them, must not go while memory is measured
     torch.cuda.empty_cache()
     gc.disable()
-    for measured in range(-1, ROUNDS):  # the first round compiles
+    for name, call in calls.items():  # compiles, and makes what is kept from step to step
+        before = torch.cuda.memory_allocated()
+        _timed(call, models)
+        kept[name] = torch.cuda.memory_allocated() - before
+    peaks = dict.fromkeys(calls, 0)
+    for number in range(ROUNDS):
         for name, found in ratios.items():
-            if name == "ModelOpt" and measured % PEERS_EVERY:
+            if name == "ModelOpt" and number % PEERS_EVERY:
                 continue
+            times: list[float] = []
             with quiet_core(whole=True):
-                before, took, after = (_timed(each, calls, models, peaks) for each in ("bf16", name, "bf16"))
-            if measured >= 0:
-                found.append(2 * took / (before + after))
-                plain_ms += [before, after]
-        if measured < 0:
-            peaks = dict.fromkeys(calls, 0)
+                for each in ("bf16", name, "bf16"):
+                    milliseconds, peak = _timed(calls[each], models)
+                    times.append(milliseconds)
+                    peaks[each] = max(peaks[each], peak)
+            before_ms, took, after_ms = times
+            found.append(2 * took / (before_ms + after_ms))
+            plain_ms += [before_ms, after_ms]
     gc.enable()
     row["bf16"], row["bf16_ms"] = 1.0, median(plain_ms)
     for name, found in ratios.items():
         row[name] = median(found)
-        row[f"{name}_mib"] = (peaks[name] - peaks["bf16"]) / 2**20
+        row[f"{name}_mib"] = (peaks[name] + kept[name] - peaks["bf16"]) / 2**20
     return row
 
 
-def _timed(name: str, calls: dict[str, Call], models: list[Module], peaks: dict[str, int]) -> float:
-    """Milliseconds a microbatch of one way, from parameters without gradients; and its peak of memory, if higher."""
+def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
+    """Milliseconds a microbatch of one way, from parameters without gradients; and its peak of memory in bytes."""
     for param in (param for each in models for param in each.parameters()):
         param.grad = None
     torch.cuda.synchronize()
@@ -224,12 +231,11 @@ def _timed(name: str, calls: dict[str, Call], models: list[Module], peaks: dict[
     before = torch.cuda.memory_allocated()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    result = calls[name]()
+    result = call()
     stop.record()
     stop.synchronize()
     del result  # as the gradients of the others, which are let go above
-    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
-    return start.elapsed_time(stop) / MICROBATCHES
+    return start.elapsed_time(stop) / MICROBATCHES, torch.cuda.max_memory_allocated() - before
 
 
 def page(environment: dict[str, str], rows: list[Row]) -> str:
@@ -250,8 +256,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
             "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time; the "
-            f"median of {ROUNDS} rounds, for ModelOpt of every sixth, each on the core that is fastest then. MiB: the "
-            "peak of memory above bf16's; one group's fake "
+            f"median of {ROUNDS} rounds, for ModelOpt of each {PEERS_EVERY}th, on the core that is fastest then. MiB: "
+            "the peak of memory above bf16's, with what is kept from step to step; one group's fake "
             f"weights are {group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from statistics import median
 
@@ -75,20 +75,22 @@ def quiet_core(*, whole: bool = False) -> Generator[None]:
     if sys.platform != "linux":
         yield
         return
-    allowed = os.sched_getaffinity(0)
+    threads = list(map(int, os.listdir("/proc/self/task"))) if whole else [0]
+    allowed = {thread: os.sched_getaffinity(thread) for thread in threads}
+    here = os.sched_getaffinity(0)
     try:
-        core = min(sorted(allowed), key=_probe)
-        _keep_to({core}, whole=whole)
+        core = min(sorted(here), key=_probe)
+        _keep_to(dict.fromkeys([*threads, 0], {core}))
         yield
     finally:
-        _keep_to(allowed, whole=whole)
+        _keep_to({0: here, **allowed})
 
 
-def _keep_to(cores: set[int], *, whole: bool) -> None:
-    """Let this thread, or all threads of the process, run on these cores only."""
-    for thread in map(int, os.listdir("/proc/self/task")) if whole else (0,):
+def _keep_to(cores: Mapping[int, set[int]]) -> None:
+    """Let each thread run on its cores only; 0 is this one."""
+    for thread, some in cores.items():
         with suppress(ProcessLookupError):  # it has ended
-            os.sched_setaffinity(thread, cores)
+            os.sched_setaffinity(thread, some)
 
 
 def _probe(core: int) -> float:

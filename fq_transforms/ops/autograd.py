@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fq_transforms.formats import Format
+from fq_transforms.known import Contiguous
 from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
 
-__all__ = ["Backward", "expert_amax", "fake_quantize", "fake_quantize_into", "is_differentiated"]
+__all__ = ["Backward", "expert_amax", "fake_quantize", "fake_quantize_into", "is_transformed"]
 
 # "lsq" is that of `ops.lsq`; here it passes gradients through, for formats with nothing to learn.
 Backward = Literal["pass_through", "clip", "lsq"]
@@ -73,8 +74,9 @@ def fake_quantize(
     """
     _check_not_empty(weights)
     make = _Statics if torch.compiler.is_compiling() else _known_statics
-    statics = make(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
-    if not is_differentiated(weights, amax, global_amax):
+    clip, is_contiguous = backward == "clip" and format.clips, type(weights) is Contiguous
+    statics = make(format, transposed, out_dtype or weights[0].dtype, clip, separate, is_contiguous)
+    if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, weights)
     return _apply_fake_quantize(statics, amax, global_amax, *weights)
 
@@ -144,6 +146,7 @@ class _Statics:
     out_dtype: torch.dtype
     clip: bool = False
     separate: bool = False
+    contiguous: bool = False  # the weights are known to be
 
 
 _known_statics = cache(_Statics)
@@ -157,14 +160,14 @@ def _launchers() -> Any:
     return launch
 
 
-def is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
+def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
     """False if no transform and no gradient looks on: then the rules, and their cost to the host, can be left out."""
-    return _is_transformed() or (
+    return is_transformed() or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *scales))
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """True within torch.func's transforms and forward-mode differentiation."""
     return (
         torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (as autograd.Function asks)
@@ -185,7 +188,7 @@ def _run_fake_quantize(
             out = run(list(weights), amax, global_amax, format=format.to_json(), **numbers)
         else:
             launch = _launchers()
-            if not statics.separate:
+            if statics.contiguous and not statics.separate:
                 again = launch.calls.again(weights, amax, global_amax, format=format, **numbers)
                 if again is not None:
                     return again
@@ -248,7 +251,8 @@ class _EagerFakeQuantize(Function):
     def forward(
         ctx: Any, statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        out = _run_fake_quantize(statics, amax, global_amax, weights)
+        tensors = Contiguous(weights) if statics.contiguous else weights
+        out = _run_fake_quantize(statics, amax, global_amax, tensors)
         _TracedFakeQuantize.setup_context(ctx, (statics, amax, global_amax, *weights), out)
         return out
 
@@ -261,7 +265,7 @@ def _apply_fake_quantize(*args: Any) -> Any:
     """The Function for what looks on: for 32 experts plain autograd's costs the host 65 us, torch.func's 89."""
     if torch.compiler.is_compiling():
         return _TracedFakeQuantize.apply(*args)
-    if _is_transformed():
+    if is_transformed():
         return _FakeQuantize.apply(*args)
     return _EagerFakeQuantize.apply(*args)
 

@@ -65,11 +65,14 @@ def key_of(
     transposed: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Any, ...] | None:
-    """What tells launches apart that differ in where their results go only; None for a group of which none is kept."""
+    """What tells launches apart that differ in where their results go only; None for tensors of which none is kept.
+
+    Kept are those of weights, which are known to be contiguous when they come again; inputs come from anywhere.
+    """
+    if type(weights) is not Contiguous:
+        return None
     first = weights[0]
     if first.dim() != 2 or not first.is_cuda or (index := first.device.index) != torch.cuda.current_device():
-        return None
-    if type(weights) is not Contiguous and not all(map(Tensor.is_contiguous, weights)):
         return None
     scales = [scale for scale in (amax, global_amax) if scale is not None]
     if not all(map(Tensor.is_contiguous, scales)):

@@ -24,14 +24,14 @@ from fq_transforms.ops.autograd import (
     _flat,
     _fold,
     _fold_amax,
-    _is_transformed,
+    _is_differentiated,
     _known_statics,
     _matrix,
     _run_fake_quantize,
     _split,
     _Statics,
     _unstack,
-    is_differentiated,
+    is_transformed,
 )
 from fq_transforms.ops.lsq_reference import lsq_backward_reference, lsq_push_reference
 
@@ -63,9 +63,9 @@ def fake_quantize_lsq(
     _check_not_empty(weights)
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, format.clips, separate)
-    if not is_differentiated(weights, amax, global_amax):
+    if not _is_differentiated(weights, amax, global_amax):
         return _run_fake_quantize(statics, amax, global_amax, weights)
-    has_rules = _is_transformed() and not torch.compiler.is_compiling()
+    has_rules = is_transformed() and not torch.compiler.is_compiling()
     return (_Lsq if has_rules else _TracedLsq).apply(statics, amax, global_amax, *weights)
 
 

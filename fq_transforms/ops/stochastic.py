@@ -22,14 +22,14 @@ from fq_transforms.ops.autograd import (
     _experts,
     _fold,
     _fold_amax,
-    _is_transformed,
+    _is_differentiated,
     _known_statics,
     _matrix,
     _pull,
     _split,
     _Statics,
     _unstack,
-    is_differentiated,
+    is_transformed,
 )
 from fq_transforms.ops.stochastic_reference import random_words, stochastic_reference
 from fq_transforms.rounding import Stream
@@ -77,9 +77,9 @@ def fake_quantize_stochastic(
     stream = replace(stream, experts=_experts(weights[0]))
     make = _Statics if torch.compiler.is_compiling() else _known_statics
     statics = make(format, transposed, out_dtype or weights[0].dtype, backward == "clip" and format.clips, separate)
-    if not is_differentiated(weights, amax, global_amax, seed):
+    if not _is_differentiated(weights, amax, global_amax, seed):
         return _run_stochastic(statics, stream, seed, amax, global_amax, *weights)
-    is_eager = _is_transformed() and not torch.compiler.is_compiling()
+    is_eager = is_transformed() and not torch.compiler.is_compiling()
     function = _Stochastic if is_eager else _TracedStochastic
     return function.apply(statics, stream, seed, amax, global_amax, *weights)
 
