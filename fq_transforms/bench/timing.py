@@ -80,7 +80,7 @@ def quiet_core(*, whole: bool = False) -> Generator[None]:
     here = os.sched_getaffinity(0)
     try:
         core = min(sorted(here), key=_probe)
-        _keep_to(dict.fromkeys([*threads, 0], {core}))
+        _keep_to({thread: {core} for thread in [*threads, 0]})
         yield
     finally:
         _keep_to({0: here, **allowed})
