@@ -28,7 +28,7 @@ Call = Callable[[], object]
 
 EXPERTS, HIDDEN, FFN, TOKENS = 32, 2688, 1856, 512  # Nemotron-3-Nano at EP=4
 MICROBATCHES = 4
-ROUNDS = 31
+ROUNDS, MODEL_ROUNDS = 31, 7
 PEERS_EVERY = 6  # rounds, as they are slower
 MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
 
@@ -99,7 +99,7 @@ def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             plain = partial(run, ddp, ddp.module)
-            yield _measure("model, 4 layers", format, ddp.module, ways, plain, peer if peers else None)
+            yield _measure("model, 4 layers", format, ddp.module, ways, plain, peer if peers else None, MODEL_ROUNDS)
             del ddp, params, state, step, ways, plain, peer
 
 
@@ -179,7 +179,13 @@ class _Given(torch.autograd.Function):
 
 
 def _measure(
-    kind: str, format: Format, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any] | None
+    kind: str,
+    format: Format,
+    model: Module,
+    ways: dict[str, Call],
+    plain: Call,
+    peer: Callable[[], Any] | None,
+    rounds: int = ROUNDS,
 ) -> Row:
     """Each way between two of bf16, as hosts change their speed, round after round; and the peak of memory of each."""
     calls = {"bf16": plain, **ways}
@@ -201,7 +207,7 @@ def _measure(
         _timed(call, models)
         kept[name] = torch.cuda.memory_allocated() - before
     peaks = dict.fromkeys(calls, 0)
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name, found in ratios.items():
             if name == "ModelOpt" and number % PEERS_EVERY:
                 continue
@@ -256,9 +262,9 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
             "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time; the "
-            f"median of {ROUNDS} rounds, for ModelOpt of each {PEERS_EVERY}th, on the core that is fastest then. MiB: "
-            "the peak of memory above bf16's, with what is kept from step to step; one group's fake "
-            f"weights are {group:.0f} MiB.",
+            f"median of {ROUNDS} rounds, {MODEL_ROUNDS} of the model, for ModelOpt of each {PEERS_EVERY}th, on the "
+            "core that is fastest then. MiB: the peak of memory above bf16's, with what is kept from step to step; one "
+            f"group's fake weights are {group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),
             "",
