@@ -37,7 +37,7 @@ torch.manual_seed(0)
 
 # %% [markdown]
 # ## Text, model and training
-# As in the quickstart, whose weights these are.
+# To the letter those of the quickstart, whose weights these are; a test compares them.
 
 # %%
 paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
@@ -53,8 +53,9 @@ def rotary(x):
     """Turn pairs of channels of [..., T, C] by angles that grow with the position."""
     T, C = x.shape[-2:]
     angle = torch.outer(torch.arange(T), 1000 ** -torch.linspace(0, 1, C // 2))
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Attention(nn.Module):
@@ -88,9 +89,9 @@ class MoE(nn.Module):
 
     def forward(self, x):
         """Outputs for tokens [N, C], and the load-balancing loss of Switch Transformers: 1 if the load is even."""
-        probability = self.router(x).softmax(-1)
+        probability = self.router(x).float().softmax(-1)
         gate, chosen = probability.topk(TOP_K)
-        gate = gate / gate.sum(-1, keepdim=True)
+        gate = (gate / gate.sum(-1, keepdim=True)).to(x.dtype)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             # An expert that no token chose runs on zero rows: its gradients are then zeros, not None.
@@ -129,6 +130,26 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x)), balance
 
 
+def train(params, steps, *, lr, seed, label, quantize=lambda params: params):
+    params = {name: param.detach().clone().requires_grad_() for name, param in params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in (bar := trange(steps, desc=label)):
+        start = torch.randint(len(training) - CONTEXT, (BATCH, 1), generator=generator)
+        window = training[start + torch.arange(CONTEXT + 1)]
+        logits, balance = functional_call(model, quantize(params), (window[:, :-1],))
+        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        (loss + 0.01 * balance).backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return {name: param.detach() for name, param in params.items()}
+
+
 def windows(count, generator):
     """`count` sequences of CONTEXT + 1 bytes of training text, at random."""
     start = torch.randint(len(training) - CONTEXT, (count, 1), generator=generator)
@@ -136,23 +157,10 @@ def windows(count, generator):
 
 
 model = LanguageModel()
-optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
-schedule = torch.optim.lr_scheduler.LambdaLR(
-    optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / STEPS)) / 2
-)
-generator = torch.Generator().manual_seed(0)
-for _ in (bar := trange(STEPS, desc="train")):
-    window = windows(BATCH, generator)
-    logits, balance = model(window[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-    optimizer.zero_grad()
-    (loss + 0.01 * balance).backward()
-    optimizer.step()
-    schedule.step()
-    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+params = train(dict(model.named_parameters()), STEPS, lr=4e-3, seed=0, label="train")
 
 # Rounded to bf16, as a checkpoint would be; what follows computes in fp32.
-weights = {name: param.detach().bfloat16().float() for name, param in model.named_parameters()}
+weights = {name: param.bfloat16().float() for name, param in params.items()}
 
 
 @torch.no_grad()
@@ -186,6 +194,7 @@ def spec_of(format):
 
 
 spec = spec_of(fqt.INT8)
+generator = torch.Generator().manual_seed(1)
 batches = [windows(BATCH, generator)[:, :-1] for _ in range(CALIBRATION)]
 squares = fqt.mean_squares(weights, batches, spec=spec, model=model, unseen="mean-of-peers")
 spread = torch.cat([(means.amax(1) / means.median(1).values) for means in squares.values()])

@@ -1,7 +1,7 @@
 """`mean_squares`: how large each channel of a layer's input is, by which `Mse` weighs the errors of its weights."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from fq_transforms.observe import Forward, observe
 from fq_transforms.ops.shards import sum_over
 from fq_transforms.products import Use
 from fq_transforms.spec import Inputs, Spec, ranges
-from fq_transforms.state import plain_weights_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["mean_squares"]
 
 Unseen = Literal["raise", "mean-of-peers", "ones"]
-POLICIES = ("raise", "mean-of-peers", "ones")
+POLICIES: tuple[Unseen, ...] = get_args(Unseen)
 
 # Tokens that are float64 at a time.
 MOST_ROWS = 1024
@@ -55,9 +54,15 @@ def mean_squares(
             writes into buffers is lost.
         forward: `forward(call, batch)`, if `call(batch)` is not how a batch is passed.
         unseen: The choice for experts without tokens.
-        group: Ranks with the same experts and each its own batches, this one among them: sums and counts are added up
-            over them, in one all-reduce. A rank that fails makes the others raise, not wait. Expert-parallel ranks
-            need none, since each sees all tokens of its experts.
+        group: Ranks with the same weights and each its own batches, this one among them: sums and counts are added up
+            over them, in one all-reduce. A rank that fails makes the others raise, not wait, and so does one without a
+            batch or with a layer that never ran.
+
+    NOTE expert parallelism: experts see the tokens of all ranks that share them out, dense layers those of their own
+    rank. So make one call for the experts, whose group is the ranks that hold replicas of them, or None, and one for
+    the dense layers, whose group is all data-parallel ranks (Megatron's `get_expert_data_parallel_group()`, and
+    `get_data_parallel_group(with_context_parallel=True)`), each with a spec from `select` by rules of its own. Keys are
+    those of one spec of both, whose statistics are the two dicts joined, `experts | dense`.
 
     Returns:
         By group key, float32 [E, in] on the device of the weights. Squares and their sums are float64, rounded once at
@@ -69,8 +74,9 @@ def mean_squares(
         ValueError: There is no batch, or no model; an input is NaN or infinite: the first such layer is named, and the
             batch by its number from 0; a layer never ran; a weight is used in another way than a product with an
             input, or is a DTensor; an expert has seen no token, or no expert of a group has, so that it has no
-            peers; `unseen` or `group` is none; another rank failed. What the model raises comes through, with a note of
-            the batch. `calibrate` refuses means that are all 0 for an expert, or beyond float32.
+            peers; `unseen` is not one of these; `group` is no process group; another rank failed. What the model raises
+            comes through, with a note of the batch. `calibrate` refuses means that are all 0 for an expert, or beyond
+            float32.
 
     Source: the diagonal of the Hessian of GPTQ, Frantar et al., arXiv:2210.17323, section 3; by expert, what
     `llama-imatrix` of llama.cpp collects.
@@ -86,25 +92,24 @@ def mean_squares(
         {'weight': tensor([[5., 2.]])}
         >>> state = fq.calibrate(params, statistics=means)
     """
-    if unseen not in POLICIES:
-        raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
     wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
-    if not wanted:
-        return {}
-    devices = {inputs.key: plain_weights_of(params, inputs)[0].device for inputs in wanted}
-    try:
+    try:  # all that may differ between ranks, so that those without the error do not wait for ever
+        if unseen not in POLICIES:
+            raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
+        if not wanted:
+            return {}
         found = observe(params, batch, wanted, _Squares, model=model, forward=forward, caller="mean_squares")
     except Exception:
         if group is not None:
-            _add_up({inputs.key: _Squares(inputs, devices[inputs.key], torch.nan) for inputs in wanted}, group)
+            _add_up([_Squares(inputs, torch.device("cpu"), torch.nan) for inputs in wanted], group)
         raise
     if group is not None:
-        _add_up(found, group)
+        _add_up(list(found.values()), group)
         if bool(found[wanted[0].key].rows.isnan().any()):
             raise ValueError("mean_squares: found that another rank of the group failed, wanted sums from all of them")
-    return {key: squares.means(unseen).to(devices[key]) for key, squares in found.items()}
+    return {key: squares.means(unseen) for key, squares in found.items()}
 
 
 class _Squares:
@@ -154,9 +159,9 @@ class _Squares:
         return means.float()
 
 
-def _add_up(found: Mapping[str, _Squares], group: "ProcessGroup") -> None:
-    """Add up sums and counts over the ranks, in place. One all-reduce."""
-    leaves = [leaf for squares in found.values() for leaf in (squares.sums, squares.rows)]
-    totals = sum_over(group, [leaf.to(leaves[0].device) for leaf in leaves])
-    for leaf, total in zip(leaves, totals, strict=True):
+def _add_up(found: Sequence[_Squares], group: "ProcessGroup") -> None:
+    """Add up sums and counts over the ranks, in place. One all-reduce, on the group's device, or none for none."""
+    device = torch.device("cpu" if "cpu:" in torch.distributed.get_backend_config(group) else "cuda")
+    leaves = [leaf for squares in found for leaf in (squares.sums, squares.rows)]
+    for leaf, total in zip(leaves, sum_over(group, [leaf.to(device) for leaf in leaves]), strict=True):
         leaf.copy_(total)

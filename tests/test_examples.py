@@ -1,5 +1,6 @@
 """Examples run as their first lines say."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def test_export_is_read_back_by_the_real_libraries():
     assert any(line.startswith("refused: state 'model.layers.0.self_attn.q_proj.weight'") for line in lines)
     assert lines[-2].endswith("the same logits")
     assert lines[-1].endswith("the same weights")
+
+
+def statements(script):
+    """What a script defines at its top, by name, without what the layout of its text decides."""
+    found = {}
+    for statement in ast.parse((EXAMPLES / script).read_text()).body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            found[statement.name] = ast.dump(statement)
+        elif isinstance(statement, ast.Assign):
+            found[ast.unparse(statement.targets[0])] = ast.dump(statement)
+    return found
+
+
+def test_calibration_has_the_quickstarts_text_model_and_training():
+    """Each example stands by itself, and these two compare their figures: neither may drift from the other."""
+    quickstart, calibration = statements("01_quickstart.py"), statements("06_calibration.py")
+    classes = {"Attention", "Expert", "MoE", "Layer", "LanguageModel"}
+    shared = classes | {"rotary", "train", "model", "params", "paragraphs", "text", "(training, heldout)"}
+    assert shared <= quickstart.keys() & calibration.keys()
+    assert [name for name in shared if quickstart[name] != calibration[name]] == []
 
 
 def test_calibration_compares_every_method_in_every_format():

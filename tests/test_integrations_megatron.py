@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import fq_transforms as fqt
 from fq_transforms.integrations import megatron
-from fq_transforms.methods import FourOverSix, Mse, Percentile
+from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 from tests.cases import assert_names
 from tests.test_checkpoint_megatron import LAYERS, Layout, allow_writers, build, same, share, state_of
 
@@ -134,6 +134,38 @@ def test_a_method_chooses_as_in_one_process(ranks):
     assert all(refusals == found[0][2] for *_, refusals in found)
     for name in ("FP8", "INT8_PER_CHANNEL"):
         assert_names(found[0][2][name], "linear_proj.weight' split along 'in' by tensor parallelism", name, "use Max")
+
+
+def _errs_in_statistics_on_rank_1(rank, size, fault):
+    layout = Layout(etp=2, tp=2)
+    share(layout)
+    model = build(layout, gated=False)
+    spec = megatron.select(model, dict.fromkeys(FIRST, fqt.NVFP4_STATIC))
+    statistics = {group.key: torch.ones(group.shape[1]) for group in spec.groups}
+    method = Mse()
+    if rank and fault == "missing":
+        statistics.popitem()
+    elif rank and fault == "unknown":
+        statistics["none"] = torch.ones(1)
+    elif rank:
+        method = Max()
+    try:
+        state = megatron.calibrate(model, spec, method=method, statistics=statistics)
+    except (KeyError, ValueError) as error:
+        return str(error)
+    return len(state)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("missing", "1 of 4 missing"), ("unknown", "found unknown groups ['none']"), ("max", "found some for Max")],
+)
+def test_statistics_that_are_wrong_on_one_rank_leave_the_other_its_state(ranks, fault, words):
+    """They are checked after the collectives, which the other rank waits in."""
+    found, message = ranks(_errs_in_statistics_on_rank_1, fault, size=2)
+    assert found > 0
+    assert_names(message, "statistics: ", words)
 
 
 def _observes(rank, size, layout):

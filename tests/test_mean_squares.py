@@ -296,6 +296,67 @@ def test_batches_split_over_ranks_give_the_same_means(ranks, size):
         assert_names(message, "another rank of the group failed")
 
 
+# What rank 1 alone is wrong in, and words of its error.
+FAULTS = {
+    "no parameters": (KeyError, "is not in params (0 entries)"),
+    "a parameter of another shape": (
+        ValueError,
+        "parameter 'layers.0.proj.weight': found shape (3, 3), the spec wants",
+    ),
+    "a DTensor": (ValueError, "found the DTensor 'layers.0.proj.weight', wanted plain tensors"),
+    "no model": (ValueError, "model: found None"),
+    "another unseen": (ValueError, "unseen: found 'max', wanted one of ('raise', 'mean-of-peers', 'ones')"),
+}
+
+
+def _fails_on_rank_1(rank, size, fault):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.set_num_threads(1)
+    model, params, spec = prepared()
+    mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("data", "alone"))["alone"]
+    options = {"spec": spec, "model": model, "group": torch.distributed.group.WORLD}
+    if rank:
+        if fault == "no parameters":
+            params = {}
+        elif fault == "a parameter of another shape":
+            params[spec.groups[0].names[0]] = torch.ones(3, 3)
+        elif fault == "a DTensor":
+            params |= {name: distribute_tensor(params[name].detach(), mesh) for name in spec.groups[0].names}
+        else:
+            options |= {"model": None} if fault == "no model" else {"unseen": "max"}
+    return message_of(FAULTS[fault][0] if rank else ValueError, fqt.mean_squares, params, BATCHES[0], **options)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_is_wrong_on_one_rank_the_other_does_not_wait(ranks, fault):
+    """Also where an error comes before any batch runs: that rank's own goes by its all-reduce to the other."""
+    other, own = ranks(_fails_on_rank_1, fault, size=2)
+    assert_names(other, "another rank of the group failed")
+    assert_names(own, FAULTS[fault][1])
+
+
+def _experts_and_dense_apart(rank, size):
+    """Experts alike on both ranks and whole on each, dense layers over both."""
+    torch.set_num_threads(1)
+    model, params, both = prepared()
+    experts, dense = (fqt.select(params, {rule: fqt.INT4_BLOCK32}) for rule in ("*.experts.*", "*.proj.weight"))
+    whole = fqt.mean_squares(params, BATCHES, spec=both, model=model)
+    of_experts = fqt.mean_squares(params, BATCHES, spec=experts, model=model)
+    world = torch.distributed.group.WORLD
+    of_dense = fqt.mean_squares(params, BATCHES[rank::size], spec=dense, model=model, group=world)
+    close(of_experts | of_dense, {key: whole[key] for key in [*of_experts, *of_dense]})
+    fqt.calibrate(params, spec=both, method=Mse(), statistics=of_experts | of_dense)
+
+
+@pytest.mark.dist
+def test_calls_for_experts_and_for_dense_layers_join(ranks):
+    """Law: the statistics of two specs, each over its own ranks, are together those of one spec of both."""
+    ranks(_experts_and_dense_apart, size=2)
+
+
 @pytest.mark.gpu
 def test_a_gpu_observes_what_a_cpu_does():
     """Of the first layer, whose input no product of experts has made."""

@@ -1,7 +1,7 @@
 """Megatron-Core: select, calibrate, fake-quantize, save and load a whole model with MoE layers, in one call each.
 
     spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4})
-    state = megatron.calibrate(model, spec)                                 # the same on all ranks that share a weight
+    state = megatron.calibrate(model, spec)                                 # by Max equal on ranks that share a weight
     with megatron.layerwise(model, state, spec=spec):                       # around forward_backward_func
         losses = forward_backward_func(...)
     megatron.save(path, model, state, spec=spec)                            # weights and amax, one checkpoint
@@ -77,16 +77,19 @@ def calibrate(
         method: How an amax is chosen, see `fq_transforms.methods`. Others than `Max` choose after the collectives, by
             the global amax of NVFP4_STATIC of all ranks, and want whole granules on each.
         statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. See
-            `fq_transforms.calibrate`.
+            `fq_transforms.calibrate`. They decide on each rank by themselves, so that replicas of a weight have one
+            state only if their statistics are equal: from `mean_squares(group=)`, for experts over the expert
+            data-parallel group and for dense layers over the data-parallel one.
 
     Raises:
         KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.sync`; the method is not `Max`, and tensor
-            parallelism splits a granule, on all ranks alike.
+            parallelism splits a granule, on all ranks alike. Statistics, in which ranks may differ, are checked after
+            the last collective, so that no rank waits for one that has raised; weights are before it.
     """
     from megatron.core import parallel_state
 
     refuse_inputs(spec, "integrations.megatron.calibrate")
-    check_method(method, statistics, spec)
+    check_method(method, None, spec)
     model = unwrap(model)
     axes = leaves.split_axes(spec, _sharded_state_dict(model))
     _check_whole(method, spec, axes)
@@ -99,6 +102,8 @@ def calibrate(
         state = fqt.sync(state, spec, groups.get_expert_tensor_parallel_group(), split=experts)
     if dense:
         state = fqt.sync(state, spec, groups.get_tensor_model_parallel_group(), split=dense)
+    # Last: ranks may differ in statistics, and none may wait for one that has raised.
+    check_method(method, statistics, spec)
     return state if isinstance(method, Max) else _chosen(method, state, params, spec, statistics)
 
 
@@ -123,8 +128,8 @@ def fakequant(
 
     Raises:
         KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Transformer Engine's op fuser computes
-            the experts; Megatron's DistributedDataParallel
-            gathers parameters while the model runs (`overlap_param_gather`), before which they are stale.
+            the experts; Megatron's DistributedDataParallel gathers parameters while the model runs
+            (`overlap_param_gather`), before which they are stale.
     """
     refuse_inputs(spec, "integrations.megatron.fakequant")
     _check_gathered(model, "layerwise")

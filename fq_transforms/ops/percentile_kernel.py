@@ -36,7 +36,10 @@ def _between(one, other, fraction):
 
 @triton.jit
 def _magnitudes(weight, k, row, column, exists, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Bits of the k-th weights of granules [TILE], in memory's order; MOST where there is none: [TILE, CHUNK]."""
+    """Bits of the k-th weights of granules [TILE], in memory's order; MOST where there is none: [TILE, CHUNK].
+
+    Rows and columns of granules are int64, and so are offsets.
+    """
     if ROWS == 1:
         i = k * 0
         j = k
@@ -50,7 +53,7 @@ def _magnitudes(weight, k, row, column, exists, height, width, ROWS: tl.constexp
         mask = mask & (i < ROWS)[None, :]
     if COLUMNS != 0:
         mask = mask & (j < COLUMNS)[None, :]
-    found = tl.load(weight + y.to(tl.int64) * width + x, mask=mask, other=0.0)
+    found = tl.load(weight + y * width + x, mask=mask, other=0.0)
     return tl.where(mask, _bits(tl.abs(found.to(tl.float32))), MOST)
 
 
@@ -80,10 +83,10 @@ def percentile_kernel(
     All is as stored: a matrix is height x width, a granule ROWS x COLUMNS, 0 for the whole extent, of which there are
     rows x columns. Positions and fractions, [2, 2, 2] and [2, 2], are those of inner and last rows and columns.
     """
-    granule = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    exists = granule < rows * columns
+    granule = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = granule // columns
     column = granule % columns
+    exists = row < rows
     weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
     k = tl.arange(0, CHUNK)
     size = (height if ROWS == 0 else ROWS) * (width if COLUMNS == 0 else COLUMNS)
