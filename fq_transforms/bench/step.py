@@ -203,8 +203,11 @@ def _measure(
     torch.cuda.empty_cache()
     gc.disable()
     for name, call in calls.items():  # compiles, and makes what is kept from step to step
+        _forget_gradients(models)
         before = torch.cuda.memory_allocated()
         _timed(call, models)
+        _forget_gradients(models)
+        gc.collect()
         kept[name] = torch.cuda.memory_allocated() - before
     peaks = dict.fromkeys(calls, 0)
     for number in range(rounds):
@@ -230,8 +233,7 @@ def _measure(
 
 def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
     """Milliseconds a microbatch of one way, from parameters without gradients; and its peak of memory in bytes."""
-    for param in (param for each in models for param in each.parameters()):
-        param.grad = None
+    _forget_gradients(models)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -242,6 +244,11 @@ def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
     stop.synchronize()
     del result  # as the gradients of the others, which are let go above
     return start.elapsed_time(stop) / MICROBATCHES, torch.cuda.max_memory_allocated() - before
+
+
+def _forget_gradients(models: list[Module]) -> None:
+    for param in (param for each in models for param in each.parameters()):
+        param.grad = None
 
 
 def page(environment: dict[str, str], rows: list[Row]) -> str:
