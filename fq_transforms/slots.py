@@ -105,20 +105,36 @@ class Places:
         self.model = model
         self.names: list[str] = []
         self.known: list[object] = []
-        self.slots, self.own = Slots(), dict[str, Tensor]()
+        self.slots = Slots()
+        self._own: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
-    def find(self, names: Iterable[str]) -> tuple[Slots, dict[str, Tensor]]:
-        """`slots_of` these names, and what hangs there now."""
-        wanted, found = list(names), list[object]()
-        names = [*wanted]
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            names.append(path)
-            found.append(module)
+    def find(self, names: Iterable[str]) -> Slots:
+        """`slots_of` these names; what hangs there now, `put_back` will put there again."""
+        wanted = list(names)
+        names, found = [*wanted], list[object]()
+        modules, seen = [self.model], {self.model}
+        for module in modules:  # and those that are added below; `named_modules` makes names that are not needed
             for kind in ("_parameters", "_buffers"):
                 tensors = tensors_in(module, kind)
                 names += tensors
                 found += tensors.values()
+            children: dict[str, Module | None] = vars(module)["_modules"]
+            names += children
+            found += children.values()
+            for child in children.values():
+                if child is not None and child not in seen:
+                    modules.append(child)
+                    seen.add(child)
         if names != self.names or len(found) != len(self.known) or not all(map(is_, found, self.known)):
             self.slots, self.names, self.known = slots_of(self.model, wanted), names, found
-            self.own = self.slots.take()
-        return self.slots, self.own
+            own = self.slots.take()
+            self._own = [
+                (vars(module)[kind], {attribute: own[name] for attribute, name in zip(*places, strict=True)})
+                for (module, kind), places in self.slots.attributes.items()
+            ]
+        return self.slots
+
+    def put_back(self) -> None:
+        """Put what hung there in its places."""
+        for holder, own in self._own:
+            holder.update(own)

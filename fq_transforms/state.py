@@ -279,14 +279,13 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
         ValueError: state 'w.amax': found -1.0 for 'w', wanted a finite amax >= 0; calibrate again
     """
     groups = spec.all_groups
-    if len(state) > len(groups) or not all(group.key in state for group in groups):
-        unknown = state.keys() - {group.key for group in groups}
-        if unknown:
-            raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
+    if len(state) != len(groups):
+        _check_known(state, groups)
     for group in groups:
-        if group.key not in state:
+        found: Any = state.get(group.key)
+        if found is None:
+            _check_known(state, groups)
             raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
-        found: Any = state[group.key]
         wanted = group.leaf_shapes
         if type(found) not in _GROUP_STATES:
             _check_group(group.key, found, f"those of {group.format.name}")
@@ -301,6 +300,12 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
                 check_tensor(f"state '{group.key}.{field}'", leaf, shape, dtype)
             if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{field}", leaf, group)
+
+
+def _check_known(state: State, groups: Sequence[Group]) -> None:
+    unknown = state.keys() - {group.key for group in groups}
+    if unknown:
+        raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
 
 
 def group_state(format: Format, *leaves: Tensor) -> GroupState:

@@ -13,7 +13,7 @@ from fq_transforms.inputs import quantized_inputs
 from fq_transforms.kept import Kept
 from fq_transforms.layerwise import check_not_fsdp
 from fq_transforms.main_grad import carry_main_grad, has_main_grad
-from fq_transforms.slots import Places, Slots
+from fq_transforms.slots import Places
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 from fq_transforms.weights import is_sharded
@@ -98,9 +98,9 @@ def value_and_grad(
                 kept.is_used = True
             with torch.enable_grad():
                 leaves, pull = _fake_leaves(fq, params, state, trained, fused, kept)
-                slots, own = places.find(leaves)
+                places.find(leaves)
                 with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
-                    losses = _run(partial(loss_fn, model), microbatches, slots, own, leaves, fused)
+                    losses = _run(partial(loss_fn, model), microbatches, places, leaves, fused)
             if not losses:
                 raise ValueError("microbatches: found none, wanted one at least")
             grads: dict[str, Any] = {name: leaves[name].grad for name in trained}
@@ -194,8 +194,7 @@ def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
 def _run(
     loss_of: Callable[[Any], Tensor],
     microbatches: Iterable[Any],
-    slots: Slots,
-    own: Mapping[str, Tensor],
+    places: Places,
     leaves: Mapping[str, Tensor],
     fused: Mapping[str, Any],
 ) -> list[Tensor]:
@@ -205,18 +204,18 @@ def _run(
     try:
         for microbatch in microbatches:
             if not losses or not is_drawn:
-                slots.put(leaves)
+                places.slots.put(leaves)
             loss = loss_of(microbatch)
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
             loss.backward()
             if not is_drawn:
-                slots.put(own)
+                places.put_back()
             losses.append(loss.detach().reshape(()))
             for name, param in fused.items():
                 _settle(param, leaves[name])
     finally:
-        slots.put(own)
+        places.put_back()
     return losses
 
 

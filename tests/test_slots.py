@@ -84,15 +84,18 @@ def test_places_are_looked_for_again_where_the_model_has_changed():
     model = Tied()
     places = Places(model)
     names = ["embedding.weight", "bare"]
-    slots, own = places.find(names)
-    assert places.find(names)[0] is slots
-    assert own["bare"] is model.bare
+    slots = places.find(names)
+    assert places.find(names) is slots
 
     def check(names):
-        found, own = places.find(names)
+        found = places.find(names)
         assert found.attributes == slots_of(model, names).attributes
+        own = found.take()
         assert own.keys() == set(names)
-        assert all(tensor is model.get_parameter(name) for name, tensor in own.items())
+        found.put({name: torch.zeros(1) for name in names})
+        assert all(tensor is not own[name] for name, tensor in found.take().items())
+        places.put_back()
+        assert all(tensor is own[name] for name, tensor in found.take().items())
 
     check(["bare"])
     model.bare = torch.nn.Parameter(torch.zeros(4))
@@ -101,10 +104,10 @@ def test_places_are_looked_for_again_where_the_model_has_changed():
     check(["norm.weight", "bare"])
     model.head.weight = torch.nn.Parameter(torch.randn(8, 4))  # tied no more
     check(names)
-    assert (model.head, "_parameters") not in places.find(names)[0].attributes
+    assert (model.head, "_parameters") not in places.find(names).attributes
     model.head.weight = model.embedding.weight
     check(names)
-    assert (model.head, "_parameters") in places.find(names)[0].attributes
+    assert (model.head, "_parameters") in places.find(names).attributes
     model.other = model.bare
     check(["embedding.weight", "other"])
     with pytest.raises(KeyError, match="missing"):
