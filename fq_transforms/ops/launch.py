@@ -6,7 +6,7 @@ is never stale: a tensor that moves has another address, and so another table.
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
 allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own. That
-took 213 us of the host a call in place of 77 for 32 experts, 724 in place of 153 for 128 (bench/results/2026-11-24.md).
+took 280 us of the host a call in place of 73 for 32 experts, 905 in place of 151 for 128 (bench/results/2026-11-27.md).
 """
 
 import json
