@@ -25,19 +25,19 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self.groups: dict[int, tuple[object, object, Any, bool]] = {}
+        self.groups: dict[int, tuple[object, Any, bool]] = {}
 
-    def find(self, group: object, tensors: list[Tensor], what: object = None) -> list[Tensor] | None:
-        """These, if they are as those that were remembered for the group with the same `what`; or None."""
+    def find(self, group: object, tensors: list[Tensor]) -> list[Tensor] | None:
+        """These, if they are as those that were remembered for the group; or None."""
         found = self.groups.get(id(group))
-        if found is None or found[0] is not group or found[1] != what or not found[2].check(*tensors):
+        if found is None or found[0] is not group or not found[1].check(*tensors):
             return None
-        return Contiguous(tensors) if found[3] else tensors
+        return Contiguous(tensors) if found[2] else tensors
 
-    def remember(self, group: object, tensors: Sequence[Tensor], what: object = None) -> None:
+    def remember(self, group: object, tensors: Sequence[Tensor]) -> None:
         """These are right, and so are others like them."""
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guard = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self.groups[id(group)] = (group, what, guard, all(map(Tensor.is_contiguous, tensors)))
+        self.groups[id(group)] = (group, guard, all(map(Tensor.is_contiguous, tensors)))
         if len(self.groups) > MOST:
             del self.groups[next(iter(self.groups))]
