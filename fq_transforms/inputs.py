@@ -19,7 +19,7 @@ from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stat
 
 __all__ = ["calibrated_inputs", "quantize_input", "quantized_inputs"]
 
-# Below the most experts of one launch, `ops.launch.MOST_EXPERTS`.
+# Below the most experts of one launch, `ops.calls.MOST_EXPERTS`.
 MOST_ROWS = 32768
 
 

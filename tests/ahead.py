@@ -27,6 +27,7 @@ from fq_transforms.ops import (
     pack_kernel,
     percentile_kernel,
     percentile_launch,
+    plans,
     report_kernel,
     stochastic_kernel,
     stochastic_launch,
@@ -113,7 +114,7 @@ def check_packing(format, plan, compiled):
     assert not exchanges, f"{format.name}: {exchanges}"
     assert names.count("LDG.E.128") == weights / 8, f"{format.name}: {names.count('LDG.E.128')} wide loads"
     stores = [name for name in names if name.startswith("STG.E")]
-    assert len(stores) <= 4 * max(1, weights / launch.STRAND), f"{format.name}: {stores}"
+    assert len(stores) <= 4 * max(1, weights / plans.STRAND), f"{format.name}: {stores}"
 
 
 def compile_ahead(kernel, plan, dtypes):
@@ -169,7 +170,7 @@ def compile_packing(format, transposed, amax):
         operands |= {"amax_ptr": None if format.dynamic else "fp32", "global_scale_ptr": "fp32"}
     cases = [("bf16", 2)] if transposed else [("bf16", 2), ("fp32", 4)]
     for dtype, size in cases:
-        plan = launch._pack_plan(format, SHAPE, transposed, size)
+        plan = plans.pack_plan(format, SHAPE, transposed, size)
         packed = compile_ahead(pack_kernel.pack_kernel, plan, operands | {"weight_base": dtype})
         if dtype == "bf16" and not transposed:
             check_packing(format, plan, packed)
@@ -185,16 +186,16 @@ def compile_format(format):
     }
     weights = {"weight_base": "bf16", "out_base": "bf16", "grad_base": "bf16"}
     for transposed in (False, True):
-        plan = launch._forward_plan(format, SHAPE, transposed, None)
+        plan = plans.forward_plan(format, SHAPE, transposed, None)
         compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
-        plan = launch._report_plan(format, SHAPE, transposed, None)
+        plan = plans.report_plan(format, SHAPE, transposed, None)
         compile_ahead(report_kernel.report_kernel, plan, weights | amax | {"sums_ptr": "fp64", "counts_ptr": "i32"})
         compiled += 2
         compiled += compile_stochastic(format, transposed, weights | amax)
         compiled += compile_packing(format, transposed, amax)
         if not format.is_stateless:
             integers = {name: dtype and "i32" for name, dtype in amax.items()}
-            plan = launch._amax_plan(format, SHAPE, transposed, None)
+            plan = plans.amax_plan(format, SHAPE, transposed, None)
             compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
             plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
             is_of_expert = format.dynamic or format.block == (None, None)
@@ -207,7 +208,7 @@ def compile_format(format):
         if format.clips:
             compiled += compile_sweeps(format, transposed, amax)
             compiled += compile_percentiles(format, transposed)
-            plan = launch._backward_plan(format, SHAPE, transposed, launch.BACKWARD)
+            plan = plans.backward_plan(format, SHAPE, transposed, plans.BACKWARD)
             compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
             compiled += 1
     return compiled
@@ -245,7 +246,7 @@ def main():
         compiled = sum(pool.map(compile_format, formats)) + compile_digits()
     for kind in ("global", "int", "float"):
         constants = {"KIND": kind, "QMAX": 6.0, "TILE": launch.SCALE_TILE}
-        plan = launch._Plan(1, (1, 1, 1, 1), constants, 4)
+        plan = plans.Plan(1, (1, 1, 1, 1), constants, 4)
         compile_ahead(pack_kernel.pack_scale_kernel, plan, {"amax_ptr": "fp32", "scale_ptr": "fp32"})
         compiled += 1
     print(f"{compiled} kernels compiled for sm_{TARGET.arch} by Triton {triton.__version__}")

@@ -21,6 +21,8 @@ LAYERS = [
     ["presets", "state"],
     ["ops.reference"],
     ["ops.lsq_reference", "ops.packing", "ops.percentile", "ops.reporting", "ops.stochastic_reference", "ops.sweep"],
+    ["ops.matrices"],
+    ["ops.plans"],
     ["ops.kernels"],
     [
         "ops.lsq_kernel",

@@ -15,12 +15,12 @@ from fq_transforms.bench.cases import SHAPES, Shape
 from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.formats import FORMATS, Format
 from fq_transforms.ops.launch import (
-    Tile,
     clip_backward_triton,
     expert_amax_triton,
     fake_quantize_triton,
     pack_triton,
 )
+from fq_transforms.ops.plans import Tile
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
-"""Launches of the forward kernel that were made before, found again by the addresses of all that they read.
+"""Launches over the matrices of a group: new ones, and the forward kernel's that were made before.
 
-To build a launch anew costs the host as much as to run it. A tensor that moves has another address, and so is another
-launch.
+The latter are found again by the addresses of all that they read. To build a launch anew costs the host as much as to
+run it. A tensor that moves has another address, and so is another launch.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from torch import Tensor
 from fq_transforms.formats import Format
 from fq_transforms.known import Contiguous
 from fq_transforms.ops.kernels import run_compiled
+from fq_transforms.ops.matrices import CAPTURED, Matrices
+from fq_transforms.ops.plans import Plan
 
-__all__ = ["CAPTURED", "Call", "Launched", "again", "find", "key_of", "remember"]
-
-# What a CUDA graph reads stays for good, as the graph may be replayed.
-CAPTURED: list[object] = []
+__all__ = ["Call", "Launched", "again", "find", "key_of", "launch", "remember"]
 
 
 class Launched(NamedTuple):
@@ -26,6 +25,64 @@ class Launched(NamedTuple):
     compiled: Any
     grid: tuple[int, int, int]
     arguments: tuple[object, ...]
+
+
+def _kind(number: int) -> tuple[bool, bool, bool]:
+    """What Triton specializes an integer argument on."""
+    return number == 1, number % 16 == 0, abs(number) >= 2**31
+
+
+# CUDA's limit on the second dimension of a grid.
+MOST_EXPERTS = 65535
+
+# Kernels and their constants, by all that Triton specializes on: its own look-up compares every constant of a call.
+_COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+
+def launch(kernel: Any, plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None, ...]) -> Launched | None:
+    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest.
+
+    Returns:
+        What it was given, or None where the kernel was compiled for it, or was interpreted.
+    """
+    first = groups[0]
+    if first.experts > MOST_EXPERTS:
+        raise ValueError(
+            f"a group of {first.experts} experts of {list(first.matrix)}: found more than {MOST_EXPERTS}, the limit of "
+            "one launch; split it, or map over less with vmap"
+        )
+    dense = [None if scale is None else scale.contiguous() for scale in scales]
+    addresses: list[int | None] = []  # in the order of the kernel's arguments, as are kinds and tensors
+    index = first.base.device.index
+    if first.base.is_cuda and torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return launch(kernel, plan, groups, scales)
+    kinds: list[object] = [kernel, id(plan), index]  # plans are cached for good
+    is_aligned = True
+    for base, start, table, stride, _, _, group_is_aligned, _ in groups:
+        addresses += (start, None if table is None else table.data_ptr(), stride)
+        kinds += (base.dtype, start % 16 == 0, table is None, *_kind(stride))
+        is_aligned &= group_is_aligned
+    for scale in dense:
+        addresses.append(address := None if scale is None else scale.data_ptr())
+        kinds.append(None if address is None else address % 16 == 0)
+    key = (*kinds, is_aligned)
+    grid = (plan.blocks, first.experts, 1)
+    known = _COMPILED.get(key)
+    if known is not None:  # a launcher that is given addresses asks no tensor for its own
+        compiled, rest = known
+        stream: int = torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage] (as below)
+        launched = Launched(compiled, grid, (*addresses, *rest))
+        run_compiled(compiled, grid, stream, launched.arguments)
+        return launched
+    names = kernel.arg_names[-len(plan.constants) - 1 :]
+    assert names == [*plan.constants, "ALIGNED"], names
+    tensors = [argument for group in groups for argument in (group.base, group.table, group.stride)] + dense
+    rest = (*plan.numbers, *plan.constants.values(), is_aligned)
+    compiled = kernel[grid](*tensors, *rest, num_warps=plan.warps, enable_fp_fusion=False)
+    if compiled is not None:  # the interpreter compiles nothing
+        _COMPILED[key] = (compiled, rest)
+    return None
 
 
 class Call(NamedTuple):

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import E4M3, Format
-from fq_transforms.ops.launch import (
-    Tile,
-    _experts,
-    _forward_plan,
-    _group,
-    _launch,
-    _parse,
-    _Plan,
-    _result,
-    _shape,
-    _visit,
-)
+from fq_transforms.ops.calls import launch
+from fq_transforms.ops.launch import _parse
 from fq_transforms.ops.lsq_kernel import lsq_backward_kernel
+from fq_transforms.ops.matrices import experts_of, matrices_of, results_for, shape_of
+from fq_transforms.ops.plans import Plan, Tile, forward_plan, visit_plan
 
 __all__ = ["lsq_backward_operator", "lsq_backward_triton"]
 
@@ -46,8 +38,8 @@ def lsq_backward_triton(
     The gradients of amax and global amax are in their shapes. Where a granule is more than a chunk, what the launch
     leaves is added by PyTorch: a number for 128 weights at best, fewer where `in` is odd or matrices are transposed.
     """
-    inputs = _group(weights)
-    out = _result(inputs, inputs.base.dtype)
+    inputs = matrices_of(weights)
+    out = results_for(inputs, inputs.base.dtype)
     plan = _lsq_plan(format, inputs.matrix, transposed, tile)
     device, experts = inputs.base.device, inputs.experts
     out_features, in_features, _, _ = plan.numbers
@@ -59,7 +51,7 @@ def lsq_backward_triton(
     if is_of_expert or format.has_global_amax:
         program_sums = torch.empty((experts, plan.blocks), dtype=torch.float32, device=device)
     scales = (amax, global_amax, chunk_sums, program_sums)
-    _launch(lsq_backward_kernel, plan, (_group(grads), inputs, out), scales)
+    launch(lsq_backward_kernel, plan, (matrices_of(grads), inputs, out), scales)
 
     of_experts = None
     if program_sums is not None:
@@ -81,8 +73,8 @@ def lsq_backward_triton(
 
 
 @cache
-def _lsq_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> _Plan:
-    plan = _visit(format, _shape(matrix, transposed), transposed, tile, {})
+def _lsq_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile) -> Plan:
+    plan = visit_plan(format, shape_of(matrix, transposed), transposed, tile, {})
     out_features, in_features, _, _ = plan.numbers
     tiling = plan.constants
     if format.block != (None, None) and not format.has_blocks_along_in and not transposed:
@@ -92,7 +84,7 @@ def _lsq_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: T
         plan = plan._replace(blocks=-(-out_features * (in_features // chunk) // chunks))
     names = ("ELEMENT", "SCALE", "DYNAMIC", "QMAX", "LOW", "HIGH", "MIN_EXPONENT", "MANTISSA")
     names += ("MIN_SCALE", "UNIT_SCALE_BELOW")
-    numbers = _forward_plan(format, matrix, transposed, None).constants
+    numbers = forward_plan(format, matrix, transposed, None).constants
     constants = {name: numbers[name] for name in names} | {"COMPLETE": format.has_blocks_along_in}
     return plan._replace(constants=constants | tiling)
 
@@ -122,6 +114,6 @@ def _(
     format: str,
     transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = weights[0].new_empty((_experts(weights), *weights[0].shape[-2:]))
+    out = weights[0].new_empty((experts_of(weights), *weights[0].shape[-2:]))
     of_global = amax.new_empty(0) if global_amax is None else amax.new_empty(global_amax.shape)
     return out, amax.new_empty(amax.shape), of_global

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.launch import Tile, _group, _launch, _Plan, _shape
+from fq_transforms.ops.calls import launch
+from fq_transforms.ops.matrices import matrices_of, shape_of
 from fq_transforms.ops.percentile import positions
 from fq_transforms.ops.percentile_kernel import percentile_digit_kernel, percentile_kernel
+from fq_transforms.ops.plans import Plan, Tile
 
 __all__ = ["HELD", "percentile_triton"]
 
@@ -56,22 +58,22 @@ def percentile_triton(
     Returns:
         A new fp32 tensor. Memory: 2 KiB an expert and digit per tensor, else none beside it.
     """
-    inputs = _group(weights)
-    shape, device = _shape(inputs.matrix, transposed), inputs.base.device
+    inputs = matrices_of(weights)
+    shape, device = shape_of(inputs.matrix, transposed), inputs.base.device
     amax = torch.empty((inputs.experts, *format.amax_shape(*shape)), dtype=torch.float32, device=device)
     rows, columns = format.block[::-1] if transposed else format.block
     known = _positions(inputs.matrix, (rows, columns), percentile, device)
     low = LOW_BITS[inputs.base.dtype]
     if format.block != (None, None):
         plan = _percentile_plan(format, inputs.matrix, transposed, low, held)
-        _launch(percentile_kernel, plan, (inputs,), (*known, amax))
+        launch(percentile_kernel, plan, (inputs,), (*known, amax))
         return amax
     digits = _digits(low)
     counts = torch.zeros((inputs.experts, digits, 2**DIGIT_WIDTH), dtype=torch.int64, device=device)
     above = torch.full((inputs.experts,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
     for number in range(digits + 1):
         plan = _digit_plan(inputs.matrix, low, number, digit)
-        _launch(percentile_digit_kernel, plan, (inputs,), (*known, counts, above, amax))
+        launch(percentile_digit_kernel, plan, (inputs,), (*known, counts, above, amax))
     return amax
 
 
@@ -88,9 +90,9 @@ def _positions(
 
 
 @cache
-def _percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, low: int, held: int) -> _Plan:
+def _percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, low: int, held: int) -> Plan:
     height, width = matrix
-    sides, granules = format.block, format.granules(*_shape(matrix, transposed))
+    sides, granules = format.block, format.granules(*shape_of(matrix, transposed))
     if transposed:
         sides, granules = sides[::-1], granules[::-1]
     size = (sides[0] or height) * (sides[1] or width)
@@ -111,7 +113,7 @@ def _percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, 
         "TRANSPOSED": transposed,
     }
     warps = max(1, chunk * tile // (32 * WEIGHTS_A_THREAD))
-    return _Plan(-(-granules[0] * granules[1] // tile), (height, width, *granules), constants, warps)
+    return Plan(-(-granules[0] * granules[1] // tile), (height, width, *granules), constants, warps)
 
 
 def _digits(low: int) -> int:
@@ -119,7 +121,7 @@ def _digits(low: int) -> int:
 
 
 @cache
-def _digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> _Plan:
+def _digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> Plan:
     size, digits = matrix[0] * matrix[1], _digits(low)
     programs = 1 if number == digits else -(-size // (tile.weights * tile.steps))
     constants = {
@@ -129,4 +131,4 @@ def _digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> _
         "TILE": tile.weights,
         "STEPS": tile.steps,
     }
-    return _Plan(programs, (size,), constants, tile.warps)
+    return Plan(programs, (size,), constants, tile.warps)

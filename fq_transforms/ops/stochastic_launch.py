@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.launch import (
-    Tile,
-    _experts,
-    _forward_plan,
-    _group,
-    _launch,
-    _parse,
-    _Plan,
-    _result,
-    _shape,
-    _visit,
-)
+from fq_transforms.ops.calls import launch
+from fq_transforms.ops.launch import _parse
+from fq_transforms.ops.matrices import experts_of, matrices_of, results_for, shape_of
+from fq_transforms.ops.plans import Plan, Tile, forward_plan, visit_plan
 from fq_transforms.ops.stochastic_kernel import stochastic_kernel
 from fq_transforms.rounding import Stream
 
@@ -48,10 +40,10 @@ def stochastic_triton(
 
     `seed` is int64, of no dimensions or [E].
     """
-    inputs = _group(weights)
-    out = _result(inputs, out_dtype)
+    inputs = matrices_of(weights)
+    out = results_for(inputs, out_dtype)
     plan = _stochastic_plan(format, inputs.matrix, transposed, stream, seed.dim() > 0, tile)
-    _launch(stochastic_kernel, plan, (inputs, out), (amax, global_amax, seed))
+    launch(stochastic_kernel, plan, (inputs, out), (amax, global_amax, seed))
     return out.base
 
 
@@ -67,22 +59,22 @@ def stochastic_separate_triton(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """`stochastic_triton` into one new tensor a weight, in its shape, none of which keeps another alive."""
-    inputs = _group(weights)
+    inputs = matrices_of(weights)
     outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
     plan = _stochastic_plan(format, inputs.matrix, transposed, stream, seed.dim() > 0, STOCHASTIC)
-    _launch(stochastic_kernel, plan, (inputs, _group(outs)), (amax, global_amax, seed))
+    launch(stochastic_kernel, plan, (inputs, matrices_of(outs)), (amax, global_amax, seed))
     return outs
 
 
 @cache
 def _stochastic_plan(
     format: Format, matrix: tuple[int, int], transposed: bool, stream: Stream, seeds: bool, tile: Tile
-) -> _Plan:
-    numbers = _forward_plan(format, matrix, transposed, None).constants
+) -> Plan:
+    numbers = forward_plan(format, matrix, transposed, None).constants
     is_one = format.block == (None, None)
-    # With one scale, too, a row must stay a row: `_visit` would read a transposed matrix as if it were not.
+    # With one scale, too, a row must stay a row: `visit_plan` would read a transposed matrix as if it were not.
     visited = replace(format, block=(1, None)) if is_one else format
-    plan = _visit(visited, _shape(matrix, transposed), transposed, tile, {})
+    plan = visit_plan(visited, shape_of(matrix, transposed), transposed, tile, {})
     tiling = plan.constants | {"ROWS": 0, "COLUMNS": 0} if is_one else plan.constants
     granules = (1, 1) if is_one else plan.numbers[2:]
     is_quads = tiling["CHUNK"] % 4 == 0 and stream.column % 4 == 0
@@ -126,7 +118,7 @@ def _(
     transposed: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return weights[0].new_empty((_experts(weights), *weights[0].shape[-2:]), dtype=out_dtype)
+    return weights[0].new_empty((experts_of(weights), *weights[0].shape[-2:]), dtype=out_dtype)
 
 
 @torch.library.custom_op("fq_transforms::stochastic_separate", mutates_args=())

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.launch import _forward_plan, _group, _launch, _Plan, _shape
+from fq_transforms.ops.calls import launch
+from fq_transforms.ops.matrices import matrices_of, shape_of
+from fq_transforms.ops.plans import Plan, forward_plan
 from fq_transforms.ops.sweep import BELOW, MARGIN, SCALES, WINDOW, Search, chunk_of, pick, shift_of, units_of
 from fq_transforms.ops.sweep_kernel import sweep_kernel
 
@@ -45,18 +47,18 @@ def sweep_triton(
     Returns:
         A new tensor. Memory: 8 bytes a granule and candidate where a granule has many chunks, else none beside it.
     """
-    inputs = _group(weights)
+    inputs = matrices_of(weights)
     plan = _sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search)
-    shape, count = _shape(inputs.matrix, transposed), search.count
+    shape, count = shape_of(inputs.matrix, transposed), search.count
     device = inputs.base.device
     ratios = _ratios(search, device)
     amax = amax.contiguous()
     if format.has_blocks_along_in:
         result = torch.empty_like(amax)
-        _launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, result))
+        launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, result))
         return result
     sums = torch.zeros((inputs.experts, prod(amax.shape[1:]), count), dtype=torch.int64, device=device)
-    _launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, sums))
+    launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, sums))
     sums = sums.view(*amax.shape, count)
     trials = ((amax * ratios[k], sums[..., k]) for k in range(1, count))
     return pick(amax, units_of(amax)[1], sums[..., 0], trials, format, shape)
@@ -69,10 +71,8 @@ def _ratios(search: Search, device: torch.device) -> Tensor:
 
 
 @cache
-def _sweep_plan(
-    format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, search: Search
-) -> _Plan:
-    out_features, in_features = shape = _shape(matrix, transposed)
+def _sweep_plan(format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, search: Search) -> Plan:
+    out_features, in_features = shape = shape_of(matrix, transposed)
     rows, columns = format.granules(*shape)
     chunk = chunk_of(format, in_features)
     is_block = format.has_blocks_along_in
@@ -85,7 +85,7 @@ def _sweep_plan(
     else:
         height, width = format.block[0] or out_features, (format.block[1] or in_features) // chunk
         programs = rows * columns * -(-height * width // chunks)
-    numbers = _forward_plan(format, matrix, transposed, None).constants
+    numbers = forward_plan(format, matrix, transposed, None).constants
     names = ("ELEMENT", "SCALE", "QMAX", "LOW", "HIGH", "MIN_EXPONENT", "MANTISSA", "MIN_SCALE")
     constants = {
         "KIND": search.kind,
@@ -103,4 +103,4 @@ def _sweep_plan(
         "TILE": chunks,
         "TRANSPOSED": transposed,
     }
-    return _Plan(programs, (out_features, in_features, rows, columns), constants, warps)
+    return Plan(programs, (out_features, in_features, rows, columns), constants, warps)
