@@ -185,7 +185,7 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
         A new state; leaves that are not tied are the same objects.
 
     Raises:
-        ValueError: A pair matches no group; a group has no partner, or one of other leaves.
+        ValueError: A pair is one word twice, or matches no group; a group has no partner, or one of other leaves.
 
     Source: the shared global scale of fused experts in ModelOpt 0.47's export and in vLLM.
 
@@ -197,6 +197,8 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
     """
     tied = dict(state)
     for first, second in pairs:
+        if first == second:
+            raise ValueError(f"pair {(first, second)}: found one word twice, wanted two roles to tie")
         keys = [key for key in state if first in key.split(".")]
         if not keys:
             raise ValueError(f"pair {(first, second)}: matches no group, among {len(state)} such as {list(state)[:2]}")

@@ -192,7 +192,7 @@ def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
 
 
 def _run(
-    loss_of: Callable[[Any], Tensor],
+    loss_of: Callable[[Any], Any],
     microbatches: Iterable[Any],
     places: Places,
     leaves: Mapping[str, Tensor],
@@ -206,6 +206,8 @@ def _run(
             if not losses or not is_drawn:
                 places.slots.put(leaves)
             loss = loss_of(microbatch)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"loss_fn: found {type(loss).__name__}, wanted a scalar tensor")
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
             loss.backward()

@@ -757,3 +757,10 @@ def test_inputs_of_a_group_that_is_missing_are_named():
     del state["q.weight.input"]
     assert_names(message_of(KeyError, check, state, spec, values=False), "group 'q.weight.input' is not in the state")
     assert_names(message_of(ValueError, fakequant, params, of_inputs(0), spec=spec), "found no token for expert 1 of 3")
+
+
+def test_a_role_is_not_tied_to_itself():
+    """A slip of the pen that would tie nothing, and say nothing."""
+    state = {"experts.*.w1.weight": fqt.state.ExpertAmax(torch.ones(2))}
+    with pytest.raises(ValueError, match=r"\('w1', 'w1'\): found one word twice"):
+        fqt.tie(state, [("w1", "w1")])

@@ -222,6 +222,8 @@ def test_faults():
     with pytest.raises(ValueError) as error:
         fqt.value_and_grad(lambda model, batch: model(batch["x"]), model, fq)(params, state, batches)
     assert_names(str(error.value), "loss_fn", (8, 32))
+    with pytest.raises(ValueError, match="loss_fn: found float, wanted a scalar tensor"):
+        fqt.value_and_grad(lambda model, batch: 1.0, model, fq)(params, state, batches)
     with pytest.raises(KeyError, match="experts"):
         step({name: param for name, param in params.items() if "experts.1" not in name}, state, batches)
     with pytest.raises(ValueError, match="requires a gradient"):
