@@ -761,6 +761,6 @@ def test_inputs_of_a_group_that_is_missing_are_named():
 
 def test_a_role_is_not_tied_to_itself():
     """A slip of the pen that would tie nothing, and say nothing."""
-    state = {"experts.*.w1.weight": fqt.state.ExpertAmax(torch.ones(2))}
+    state = {"experts.*.w1.weight": ExpertAmax(torch.ones(2))}
     with pytest.raises(ValueError, match=r"\('w1', 'w1'\): found one word twice"):
-        fqt.tie(state, [("w1", "w1")])
+        tie(state, [("w1", "w1")])
