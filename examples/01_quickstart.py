@@ -3,11 +3,13 @@
 
 A byte-level Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
 are fake-quantized in every format: after training (PTQ), with one amax an expert and with one for all experts, and
-during some more steps of training (QAT). A few minutes on two cores, after `pip install -e '.[examples]'`.
+during some more steps of training (QAT). A few minutes on two cores, after `pip install -e '.[examples]'`; with
+`--small` some seconds, too few to learn much.
 """
 
 # %%
 import math
+import sys
 import timeit
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,8 +24,9 @@ from tqdm.auto import tqdm, trange
 
 import fq_transforms as fqt
 
-STEPS, QAT_STEPS = 480, 80
-LAYERS, HIDDEN, INNER, HEADS = 4, 128, 256, 4
+SMALL = "--small" in sys.argv
+STEPS, QAT_STEPS = (20, 3) if SMALL else (480, 80)
+LAYERS, HIDDEN, INNER, HEADS = 1 if SMALL else 4, 128, 256, 4
 EXPERTS, TOP_K = 8, 2
 CONTEXT, BATCH = 128, 16
 

@@ -23,6 +23,17 @@ def said(script, *options, ranks=None, gpus=False):
     return done.stdout.splitlines()
 
 
+def test_quickstart_has_every_format_and_the_same_logits_after_loading():
+    """The script itself compares the logits; every format has its row of losses, and the worst were fine-tuned."""
+    lines = said("01_quickstart.py", "--small")
+    assert lines[-1].startswith("nvfp4_state.safetensors")
+    assert lines[-1].endswith("the same logits after loading")
+    rows = {line.split()[0]: line for line in lines if line and line.split()[0] in fqt.formats.FORMATS}
+    assert rows.keys() == {name for name in fqt.__all__ if isinstance(getattr(fqt, name), fqt.Format)}
+    assert not any("nan" in row for row in rows.values())
+    assert sum(row.count("±") >= 3 for row in rows.values()) == 3
+
+
 def test_qat_step_gives_equal_gradients_and_learns():
     """The script itself compares the gradients of its three ways, and asserts that the loss went down."""
     lines = said("02_qat_step.py")
