@@ -41,7 +41,8 @@ class Percentile:
     Exact, not from a histogram; the interpolation is in float64 and rounded once to fp32. It equals
     `torch.quantile(abs(w), p / 100)` of float64. 100 is `Max`. On a GPU nothing is sorted: after the launch that finds
     the largest magnitudes, which every method has, one more a group; per tensor, where many programs share an expert,
-    one for each digit of eight bits (two of bf16, three of fp16, four of fp32), and one that interpolates.
+    one for each digit of eight bits (two of bf16, three of fp16, four of fp32), and one that interpolates. The
+    global_amax of NVFP4_STATIC stays the largest magnitude of the expert.
 
     Attributes:
         percentile: Within (0, 100].

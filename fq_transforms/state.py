@@ -12,6 +12,7 @@ rank's alone; checks of shapes and placements are alike on all.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
@@ -179,7 +180,8 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
 
     Args:
         state: From `calibrate`, or loaded.
-        pairs: Two words each, parts of group keys between dots: ("gate_proj", "up_proj"), ("w1", "w3").
+        pairs: Two words each, parts of group keys between dots: ("gate_proj", "up_proj"), ("w1", "w3"). Pairs that
+            share a role tie all of theirs, in any order: (q, k) and (k, v) tie three.
 
     Returns:
         A new state; leaves that are not tied are the same objects.
@@ -195,7 +197,7 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
         >>> tied["experts.*.w1.weight"].amax, tied["experts.*.w3.weight"].amax
         (tensor([3., 1.]), tensor([3., 1.]))
     """
-    tied = dict(state)
+    tied_to: dict[str, list[str]] = {key: [key] for key in state}  # shared by all that have one scale
     for first, second in pairs:
         if first == second:
             raise ValueError(f"pair {(first, second)}: found one word twice, wanted two roles to tie")
@@ -204,20 +206,35 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
             raise ValueError(f"pair {(first, second)}: matches no group, among {len(state)} such as {list(state)[:2]}")
         for key in keys:
             other = ".".join(second if word == first else word for word in key.split("."))
-            a, b = tied[key], tied.get(other)
-            shapes = [None if group is None else [leaf.shape for leaf in group] for group in (a, b)]
-            # Of scales of channels and blocks only that there are some, for as many experts: k has fewer than q.
-            alike = [None if of is None else [(len(shape), shape[0]) for shape in of] for of in shapes]
-            if b is None or type(a) is not type(b) or alike[0] != alike[1]:
-                raise ValueError(
-                    f"state {key!r}: found {_type_name(b)} {shapes[1]} for {other!r}, wanted {_type_name(a)} "
-                    f"{shapes[0]} to be tied to"
+            _check_alike(state, key, other)
+            if tied_to[key] is not tied_to[other]:
+                tied_to[key] += tied_to[other]
+                for name in tied_to[other]:
+                    tied_to[name] = tied_to[key]
+    tied = dict(state)
+    for key, group in state.items():
+        if len(tied_to[key]) > 1:
+            leaves = zip(*(state[name] for name in tied_to[key]), strict=True)
+            tied[key] = type(group)(
+                *(
+                    own if own.dim() != 1 else reduce(torch.maximum, all_)
+                    for own, all_ in zip(group, leaves, strict=True)
                 )
-            both = [torch.maximum(x, y) if x.dim() == 1 else None for x, y in zip(a, b, strict=True)]
-            for name, group in ((key, a), (other, b)):
-                leaves = (own if new is None else new for own, new in zip(group, both, strict=True))
-                tied[name] = type(group)(*leaves)
+            )
     return tied
+
+
+def _check_alike(state: State, key: str, other: str) -> None:
+    """Raise ValueError unless two groups have the same leaves of one number an expert."""
+    a, b = state[key], state.get(other)
+    shapes = [None if group is None else [tuple(leaf.shape) for leaf in group] for group in (a, b)]
+    # Of scales of channels and blocks only that there are some, for as many experts: k has fewer than q.
+    alike = [None if of is None else [(len(shape), shape[0]) for shape in of] for of in shapes]
+    if b is None or type(a) is not type(b) or alike[0] != alike[1]:
+        found = "a missing group" if b is None else f"{_type_name(b)} {shapes[1]}"
+        raise ValueError(
+            f"state {key!r}: found {found} for {other!r}, wanted {_type_name(a)} {shapes[0]} to be tied to"
+        )
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:

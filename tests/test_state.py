@@ -764,3 +764,20 @@ def test_a_role_is_not_tied_to_itself():
     state = {"experts.*.w1.weight": ExpertAmax(torch.ones(2))}
     with pytest.raises(ValueError, match=r"\('w1', 'w1'\): found one word twice"):
         tie(state, [("w1", "w1")])
+
+
+@pytest.mark.parametrize("pairs", list(itertools.permutations([("q", "k"), ("k", "v"), ("o", "p")])))
+def test_pairs_that_share_a_role_tie_all_of_theirs(pairs):
+    """Named bug: (q, k), then (k, v), left q with the scale of two of the three; in another order it did not."""
+    sizes = {"q": 1.0, "k": 2.0, "v": 3.0, "o": 4.0, "p": 0.5}
+    state = {f"layers.0.{role}.weight": ExpertAmax(torch.tensor([size, -size])) for role, size in sizes.items()}
+    tied = tie(state, pairs)
+    for role, wanted in {
+        "q": [3.0, -1.0],
+        "k": [3.0, -1.0],
+        "v": [3.0, -1.0],
+        "o": [4.0, -0.5],
+        "p": [4.0, -0.5],
+    }.items():
+        assert tied[f"layers.0.{role}.weight"].amax.tolist() == wanted
+    assert state["layers.0.q.weight"].amax.tolist() == [1.0, -1.0]
