@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fq_transforms.ops.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.ops.lsq import fake_quantize_lsq
+from fq_transforms.ops.relaunch import Placed
 from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
 from fq_transforms.ops.stochastic import fake_quantize_stochastic
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
@@ -15,7 +16,7 @@ from fq_transforms.spec import Group, Spec
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
 from fq_transforms.weights import DTYPES, is_sharded, weights_of
 
-__all__ = ["check_options", "fakequant", "quantize_group"]
+__all__ = ["check_options", "fakequant", "quantize_group", "requantize_group"]
 
 
 def fakequant(
@@ -110,31 +111,18 @@ def quantize_group(
     backward: Backward,
     separate: bool = False,
     rounding: Stochastic | None = None,
-    outs: Sequence[Tensor] | None = None,
 ) -> Sequence[Tensor]:
-    """`fakequant` of one group, in the order of its names, with a state and options that are known to be right.
-
-    Into `outs`, if there are some: what it has given before for weights like these, whose values are written over.
-    """
+    """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
     weights = weights_of(params, group)
-    device = weights[0].device
-    for leaf in scales:
-        if leaf.device != device:
-            raise ValueError(
-                f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
-                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
-            )
+    _check_device(group, scales, weights[0].device)
     layout = layout_of(group, weights)
     stream = None if rounding is None else _stream(rounding, group, layout, weights)
     if layout is not None or any(map(is_sharded, scales)):
         weights, scales = local_group(group, layout, weights, scales)
-    amax = None if isinstance(scales, Stateless) else scales.amax
-    global_amax = scales.global_amax if isinstance(scales, BlockAmax) else None
+    amax, global_amax = _amax_of(scales)
     if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
-    if outs is not None:
-        fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
-    elif layout is not None and layout.is_empty:
+    if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
     elif backward == "lsq" and amax is not None:
         outs = fake_quantize_lsq(
@@ -171,6 +159,36 @@ def quantize_group(
             separate=separate,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
+
+
+def requantize_group(
+    params: Mapping[str, Tensor], group: Group, scales: GroupState, outs: Sequence[Tensor]
+) -> Placed | None:
+    """`quantize_group` of plain tensors, without a gradient, into what it has given before for weights like these.
+
+    Returns:
+        The launch, if it is one that was made before.
+    """
+    weights = weights_of(params, group)
+    _check_device(group, scales, weights[0].device)
+    if any(map(is_sharded, scales)):
+        local_group(group, None, weights, scales)  # raises
+    amax, global_amax = _amax_of(scales)
+    return fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
+
+
+def _check_device(group: Group, scales: GroupState, device: torch.device) -> None:
+    for leaf in scales:
+        if leaf.device != device:
+            raise ValueError(
+                f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
+                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
+            )
+
+
+def _amax_of(scales: GroupState) -> tuple[Tensor | None, Tensor | None]:
+    amax = None if isinstance(scales, Stateless) else scales.amax
+    return amax, scales.global_amax if isinstance(scales, BlockAmax) else None
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -9,9 +9,10 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from fq_transforms.fakequant import quantize_group
+from fq_transforms.fakequant import requantize_group
 from fq_transforms.known import Contiguous
 from fq_transforms.ops.autograd import is_transformed
+from fq_transforms.ops.relaunch import Relaunch
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, check, is_read
 
@@ -33,6 +34,7 @@ class Kept:
         self.is_used = False
         self._made_for: object = None
         self._addresses: list[int] = []
+        self._relaunch: Relaunch | None = None
 
     def refill(
         self, params: Mapping[str, Tensor], state: State, *, spec: Spec, made_for: object
@@ -50,10 +52,34 @@ class Kept:
             return None
         check(state, spec, values=is_read)
         torch.clear_autocast_cache()  # in which the leaves' old values may be
-        for group in spec.groups:
-            outs = Contiguous(map(leaves.__getitem__, group.names))
-            quantize_group(params, group, state[group.key], out_dtype=None, backward="pass_through", outs=outs)
+        if self._is_run_again(params, state, spec):
+            torch.autograd.graph.increment_version(tensors)
+        else:
+            self._requantize(params, state, spec)
         return {**params, **leaves}
+
+    def _is_run_again(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> bool:
+        if self._relaunch is None:
+            return False
+        try:
+            return self._relaunch.run(self._read(params, state, spec))
+        except KeyError:  # which `_requantize` complains of
+            return False
+
+    def _requantize(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> None:
+        """A group at a time; where each was a launch that was made before, the next step makes them all in one go."""
+        placed = [
+            requantize_group(params, group, state[group.key], Contiguous(map(self.leaves.__getitem__, group.names)))
+            for group in spec.groups
+        ]
+        launches = [launch for launch in placed if launch is not None]
+        self._relaunch = None
+        if len(launches) == len(spec.groups):
+            self._relaunch = Relaunch(launches, self._read(params, state, spec))
+
+    def _read(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> list[Tensor]:
+        """All that a step reads."""
+        return [*map(params.__getitem__, self.leaves), *(leaf for group in spec.groups for leaf in state[group.key])]
 
     def keep(
         self,
@@ -67,7 +93,7 @@ class Kept:
         """Keep the fake weights among these, and which parameters are trained, quantized and not."""
         self.leaves = {name: leaves[name] for group in spec.groups for name in group.names}
         self.quantized, self.others = list(quantized), list(others)
-        self._made_for = made_for
+        self._made_for, self._relaunch = made_for, None
         self._addresses = list(map(Tensor.data_ptr, self.leaves.values()))
 
     def forget_gradients(self) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
+from fq_transforms import kept
 from fq_transforms.ops import autograd
 from tests.cases import assert_names, name_of
 
@@ -319,6 +320,62 @@ def test_kept_weights_give_the_same(format, device):
         state = fq.calibrate(params)
     for grads, copies in earlier:  # which a later step does not touch
         assert_equal(grads, copies)
+
+
+def moved(params, state):
+    params["experts.1.weight"].data = params["experts.1.weight"].data.clone()
+
+
+def turned(params, state):
+    params["experts.1.weight"].data = params["experts.1.weight"].data.mT  # the same memory, read otherwise
+
+
+def another(params, state):
+    params["experts.1.weight"] = torch.nn.Parameter(torch.randn_like(params["experts.1.weight"]))
+
+
+def calibrated(params, state):
+    for key, group in state.items():
+        state[key] = type(group)(*(leaf * 2 for leaf in group))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [moved, turned, another, calibrated])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_kept_launches_are_made_again_while_nothing_moves(format, change, monkeypatch):
+    """Law: weights are those that `fakequant` gives, whether a step makes its launches in one go or finds them anew."""
+    model, params, fq, state, batches = setup(format)
+    model.cuda()
+    state = {key: type(group)(*(leaf.cuda() for leaf in group)) for key, group in state.items()}
+    anew, seen, requantize_group = [], [], kept.requantize_group
+
+    def counting(*args):
+        anew.append(args)
+        return requantize_group(*args)
+
+    def watching(model, batch):
+        seen[:] = [expert.weight.detach().clone() for expert in model.experts]
+        return loss_fn(model, batch)
+
+    def run():
+        anew.clear()
+        step(params, state, [{"x": batches[0]["x"].cuda()}])
+        for found, wanted in zip(seen, list(fq.fakequant(params, state).values())[2:5], strict=True):
+            assert torch.equal(found, wanted)
+        return len(anew)
+
+    monkeypatch.setattr(kept, "requantize_group", counting)
+    step = fqt.value_and_grad(watching, model, fq, keep=True)
+    assert [run() for _ in range(5)] == [0, 1, 1, 0, 0]  # the first makes the weights, the second the launches
+    with torch.no_grad():
+        params["experts.1.weight"].mul_(0.5)
+    assert run() == 0
+    change(params, state)
+    assert run() == (0 if change is calibrated and format.is_stateless else 1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        assert run() == 1
+        torch.cuda.synchronize()
 
 
 def test_kept_weights_are_the_same_memory_until_something_changes():

@@ -24,6 +24,7 @@ from torch.autograd import Function, forward_ad
 from fq_transforms.formats import Format
 from fq_transforms.known import Contiguous
 from fq_transforms.ops.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.relaunch import Placed
 
 __all__ = ["Backward", "expert_amax", "fake_quantize", "fake_quantize_into", "is_transformed"]
 
@@ -89,19 +90,23 @@ def fake_quantize_into(
     *,
     format: Format,
     transposed: bool = False,
-) -> None:
+) -> Placed | None:
     """`fake_quantize` into memory that is there: contiguous tensors as it gives them. Not differentiable.
 
     Their versions are counted up, as by any change in place: a graph that has kept them raises in backward.
+
+    Returns:
+        The launch, if it is one that was made before: for `Relaunch`.
     """
     if weights[0].is_cuda:
         numbers: dict[str, Any] = {"format": format, "transposed": transposed}
-        _launchers().fake_quantize_into_triton(outs, weights, amax, global_amax, **numbers)
+        placed = _launchers().fake_quantize_into_triton(outs, weights, amax, global_amax, **numbers)
         torch.autograd.graph.increment_version(outs)
-        return
+        return placed
     statics = _known_statics(format, transposed, outs[0].dtype, False, False)
     for out, result in zip(outs, _run_fake_quantize(statics, amax, global_amax, weights), strict=True):
         out.copy_(result)
+    return None
 
 
 def expert_amax(

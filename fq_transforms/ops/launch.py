@@ -21,6 +21,7 @@ from fq_transforms.ops.calls import launch
 from fq_transforms.ops.matrices import Matrices, experts_of, matrices_of, results_for, shape_of
 from fq_transforms.ops.packing import code_bits, code_dtype
 from fq_transforms.ops.plans import BACKWARD, Tile, amax_plan, backward_plan, forward_plan, pack_plan, report_plan
+from fq_transforms.ops.relaunch import Placed
 from fq_transforms.ops.reporting import Measures, scale_underflows
 
 __all__ = [
@@ -66,8 +67,12 @@ def fake_quantize_into_triton(
     *,
     format: Format,
     transposed: bool,
-) -> None:
-    """`fake_quantize_triton` into contiguous tensors of one dtype, one a weight, in its shape."""
+) -> Placed | None:
+    """`fake_quantize_triton` into contiguous tensors of one dtype, one a weight, in its shape.
+
+    Returns:
+        The launch, if it was made before: for `Relaunch`.
+    """
     key = calls.key_of(weights, amax, global_amax, format, transposed, outs[0].dtype)
     into = matrices_of(outs)
     is_one_behind_the_other = into.start % 16 == 0 and (
@@ -75,12 +80,13 @@ def fake_quantize_into_triton(
     )
     if is_one_behind_the_other and (call := calls.find(key)) is not None:
         call.run(into.start)
-        return
+        return Placed(call, into.start)
     inputs = matrices_of(weights)
     plan = forward_plan(format, inputs.matrix, transposed, None)
     launched = launch(kernels.fake_quantize_kernel, plan, (inputs, into), (amax, global_amax))
     if is_one_behind_the_other:
         calls.remember(key, launched, inputs.table)
+    return None
 
 
 def fake_quantize_separate_triton(
