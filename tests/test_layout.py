@@ -33,6 +33,7 @@ LAYERS = [
         "ops.sweep_kernel",
     ],
     ["ops.calls"],
+    ["ops.relaunch"],
     ["ops.launch"],
     ["ops.lsq_launch", "ops.percentile_launch", "ops.stochastic_launch", "ops.sweep_launch"],
     ["ops.autograd", "ops.search"],

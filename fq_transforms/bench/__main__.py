@@ -36,7 +36,7 @@ from fq_transforms.ops.reference import (
 
 Row = dict[str, Any]
 
-HOST_PASSES = 3
+DEVICE_PASSES = HOST_PASSES = 3
 PARTS = ["kernels", "pack", "mse", "step", "full-size"]
 WHAT = (
     "kernels against their floors and peers; packing alone; the sweep over amax; training steps (needs Transformer "
@@ -80,10 +80,11 @@ def main() -> None:
         return
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for shape in tqdm(SHAPES[:1] if options.quick else SHAPES, desc="shapes"):
-            rows += measure(shape)
+        shapes = SHAPES[:1] if options.quick else SHAPES
+        for number, shape in enumerate(tqdm(DEVICE_PASSES * shapes, desc="shapes")):
+            measure(shape, rows, is_first=number < len(shapes))
             report.write(options.out, environment, rows)  # after each shape, so that nothing measured is lost
-        for shape in tqdm(HOST_PASSES * (SHAPES[:1] if options.quick else SHAPES), desc="host"):
+        for shape in tqdm(HOST_PASSES * shapes, desc="host"):
             measure_host(shape, rows)
         report.write(options.out, environment, rows)
         for shape in tqdm([] if options.quick or options.no_peers else PEER_SHAPES, desc="peers"):
@@ -115,17 +116,22 @@ def _write_page(
     print(page(environment, rows))
 
 
-def measure(shape: Shape) -> list[Row]:
-    """All operations and formats on one shape, each checked against the reference before it is timed."""
+def measure(shape: Shape, rows: list[Row], *, is_first: bool) -> None:
+    """Add the device times of all operations and formats on one shape; the median of all passes so far is shown.
+
+    Passes over all shapes are far apart, each in memory of its own: what slows a GPU down for seconds, and where
+    tensors happen to lie, changes a time by up to two in a hundred. In the first pass each operation is checked against
+    the reference before it is timed; the weights are the same in all.
+    """
+    torch.cuda.empty_cache()
     master = expert_weights(shape)
     inputs = {"bf16": [w.bfloat16() for w in master], "fp32 to bf16": [w.clone() for w in master]}
     grads = [torch.randn_like(w) for w in inputs["bf16"]]
     floors = _floors(master, grads)
     del master
-    rows: list[Row] = []
     for format in (f for f in ALL if fits(f, shape)):
-        rows += _measure_format(shape, format, inputs, grads, floors)
-    return rows
+        for kind, us, floor in _measure_format(shape, format, inputs, grads, floors, is_first=is_first):
+            _add(rows, kind, shape, format, us, floor)
 
 
 def measure_host(shape: Shape, rows: list[Row]) -> None:
@@ -190,53 +196,60 @@ def _measure_format(
     inputs: dict[str, list[Tensor]],
     grads: list[Tensor],
     floors: dict[str, float],
-) -> list[Row]:
+    *,
+    is_first: bool,
+) -> list[tuple[str, float, float]]:
+    """Kind, device time and floor of each operation."""
     where = f"{format.name}, {shape}"
     weights = inputs["bf16"]
-    rows: list[Row] = []
+    found: list[tuple[str, float, float]] = []
     amax = global_amax = None
     if not format.is_stateless:
         amax, global_amax = expert_amax(weights, format=format)
-        check_same(amax, torch.stack([expert_amax_reference(w, format=format)[0] for w in weights]), f"amax, {where}")
-        rows.append(_row("amax", shape, format, device_us(lambda: expert_amax(weights, format=format)), floors["bf16"]))
+        if is_first:
+            wanted = torch.stack([expert_amax_reference(w, format=format)[0] for w in weights])
+            check_same(amax, wanted, f"amax, {where}")
+        found.append(("amax", device_us(lambda: expert_amax(weights, format=format)), floors["bf16"]))
     for kind, tensors in inputs.items():
 
         def forward(tensors: list[Tensor] = tensors) -> tuple[Tensor, ...]:
             return fake_quantize(tensors, amax, global_amax, format=format, out_dtype=torch.bfloat16)
 
-        for e, y in enumerate(forward()):
+        for e, y in enumerate(forward() if is_first else ()):
             a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
             wanted = fake_quantize_reference(tensors[e], a, g, format=format, out_dtype=torch.bfloat16)
             check_same(y, wanted, f"forward, {kind}, {where}")
-        rows.append(_row(f"forward, {kind}", shape, format, device_us(forward), floors[kind]))
+        found.append((f"forward, {kind}", device_us(forward), floors[kind]))
     if format.clips and amax is not None:
         half = amax * 0.5
 
         def backward() -> Tensor:
             return clip_backward_triton(grads, weights, half, format=format, transposed=False)
 
-        for e, y in enumerate(backward()):
+        for e, y in enumerate(backward() if is_first else ()):
             wanted = clip_backward_reference(grads[e], weights[e], half[e], format=format)
             check_same(y, wanted, f"clip backward, {where}")
-        rows.append(_row("clip backward", shape, format, device_us(backward), floors["three streams"]))
+        found.append(("clip backward", device_us(backward), floors["three streams"]))
     if not format.unit_scale_below:  # whose scales cannot be stored
-        packed = packing.measure(shape, format, weights, amax, global_amax, floors["bf16"])
-        rows.append(_row("pack", shape, format, *packed))
-    return rows
+        packed = packing.measure(shape, format, weights, amax, global_amax, floors["bf16"], is_checked=is_first)
+        found.append(("pack", *packed))
+    return found
 
 
-def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Row:
-    """One measurement; `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule."""
+def _add(rows: list[Row], kind: str, shape: Shape, format: Format, us: float, floor: float) -> None:
+    """One more measurement; `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule."""
+    row = _find(rows, kind, shape, format)
+    if row is None:
+        row = Row(kind=kind, shape=str(shape), model=shape.model, format=format.name, device_passes=[])
+        rows.append(row)
+    row["device_passes"].append((us, floor))
+    us, floor = map(median, zip(*row["device_passes"], strict=True))
     own = floor
     if kind != "pack":  # whose floor is one of all its bytes
         weight_bytes = {"forward, bf16": 4, "forward, fp32 to bf16": 6, "clip backward": 6, "amax": 2}[kind]
         amax_bytes = 4 * prod(format.amax_shape(shape.out_features, shape.in_features))
         own *= 1 + amax_bytes / (weight_bytes * shape.out_features * shape.in_features)
-    return {
-        "kind": kind,
-        "shape": str(shape),
-        "model": shape.model,
-        "format": format.name,
+    row |= {
         "us": us,
         "floor_us": floor,
         "ratio": us / floor if kind == "amax" else floor / us,
@@ -244,9 +257,14 @@ def _row(kind: str, shape: Shape, format: Format, us: float, floor: float) -> Ro
     }
 
 
+def _find(rows: list[Row], kind: str, shape: Shape, format: Format) -> Row | None:
+    wanted = (kind, str(shape), format.name)
+    return next((row for row in rows if (row["kind"], row["shape"], row["format"]) == wanted), None)
+
+
 def _forward_row(rows: list[Row], shape: Shape, format: Format) -> Row:
-    wanted = ("forward, bf16", str(shape), format.name)
-    (row,) = (row for row in rows if (row["kind"], row["shape"], row["format"]) == wanted)
+    row = _find(rows, "forward, bf16", shape, format)
+    assert row is not None
     return row
 
 
