@@ -52,18 +52,19 @@ class Kept:
             return None
         check(state, spec, values=is_read)
         torch.clear_autocast_cache()  # in which the leaves' old values may be
-        if self._is_run_again(params, state, spec):
+        if self._launch_again(params, state, spec):
             torch.autograd.graph.increment_version(tensors)
         else:
             self._requantize(params, state, spec)
         return {**params, **leaves}
 
-    def _is_run_again(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> bool:
+    def _launch_again(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> bool:
+        """All launches of the last step in one go; False if there are none, or something is not where it was."""
         if self._relaunch is None:
             return False
         try:
             return self._relaunch.run(self._read(params, state, spec))
-        except KeyError:  # which `_requantize` complains of
+        except KeyError:  # a parameter is missing: `_requantize` says which
             return False
 
     def _requantize(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> None:
