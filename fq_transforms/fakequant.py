@@ -9,7 +9,7 @@ from torch import Tensor
 from fq_transforms.ops.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.ops.lsq import fake_quantize_lsq
 from fq_transforms.ops.relaunch import Placed
-from fq_transforms.ops.shards import Layout, layout_of, position, sharded_tensors
+from fq_transforms.ops.shards import Layout, check_leaf, layout_of, position, sharded_tensors
 from fq_transforms.ops.stochastic import fake_quantize_stochastic
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
@@ -171,8 +171,9 @@ def requantize_group(
     """
     weights = weights_of(params, group)
     _check_device(group, scales, weights[0].device)
-    if any(map(is_sharded, scales)):
-        local_group(group, None, weights, scales)  # raises
+    for field, leaf in zip(scales._fields, scales, strict=True):
+        if is_sharded(leaf):
+            check_leaf(f"{group.key}.{field}", leaf, None, field)
     amax, global_amax = _amax_of(scales)
     return fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
 

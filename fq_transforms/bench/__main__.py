@@ -36,7 +36,6 @@ from fq_transforms.ops.reference import (
 
 Row = dict[str, Any]
 
-DEVICE_PASSES = HOST_PASSES = 3
 PARTS = ["kernels", "pack", "mse", "step", "full-size"]
 WHAT = (
     "kernels against their floors and peers; packing alone; the sweep over amax; training steps (needs Transformer "
@@ -81,10 +80,10 @@ def main() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shapes = SHAPES[:1] if options.quick else SHAPES
-        for number, shape in enumerate(tqdm(DEVICE_PASSES * shapes, desc="shapes")):
-            measure(shape, rows, is_first=number < len(shapes))
+        for shape in tqdm(report.PASSES * shapes, desc="shapes"):
+            measure(shape, rows)
             report.write(options.out, environment, rows)  # after each shape, so that nothing measured is lost
-        for shape in tqdm(HOST_PASSES * shapes, desc="host"):
+        for shape in tqdm(report.PASSES * shapes, desc="host"):
             measure_host(shape, rows)
         report.write(options.out, environment, rows)
         for shape in tqdm([] if options.quick or options.no_peers else PEER_SHAPES, desc="peers"):
@@ -116,12 +115,11 @@ def _write_page(
     print(page(environment, rows))
 
 
-def measure(shape: Shape, rows: list[Row], *, is_first: bool) -> None:
-    """Add the device times of all operations and formats on one shape; the median of all passes so far is shown.
+def measure(shape: Shape, rows: list[Row]) -> None:
+    """Add the device times of all operations and formats on one shape, each checked against the reference before.
 
     Passes over all shapes are far apart, each in memory of its own: what slows a GPU down for seconds, and where
-    tensors happen to lie, changes a time by up to two in a hundred. In the first pass each operation is checked against
-    the reference before it is timed; the weights are the same in all.
+    tensors happen to lie, changes a time by up to two in a hundred.
     """
     torch.cuda.empty_cache()
     master = expert_weights(shape)
@@ -130,7 +128,7 @@ def measure(shape: Shape, rows: list[Row], *, is_first: bool) -> None:
     floors = _floors(master, grads)
     del master
     for format in (f for f in ALL if fits(f, shape)):
-        for kind, us, floor in _measure_format(shape, format, inputs, grads, floors, is_first=is_first):
+        for kind, us, floor in _measure_format(shape, format, inputs, grads, floors):
             _add(rows, kind, shape, format, us, floor)
 
 
@@ -143,7 +141,7 @@ def measure_host(shape: Shape, rows: list[Row]) -> None:
     weights = [w.bfloat16() for w in expert_weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
         row = _forward_row(rows, shape, format)
-        passes: list[Row] = row.setdefault("passes", [])
+        passes: list[Row] = row.setdefault("host_passes", [])
         passes.append(_host(weights, format))
         row |= {key: median(one[key] for one in passes) for key in passes[0]}
 
@@ -196,8 +194,6 @@ def _measure_format(
     inputs: dict[str, list[Tensor]],
     grads: list[Tensor],
     floors: dict[str, float],
-    *,
-    is_first: bool,
 ) -> list[tuple[str, float, float]]:
     """Kind, device time and floor of each operation."""
     where = f"{format.name}, {shape}"
@@ -206,16 +202,14 @@ def _measure_format(
     amax = global_amax = None
     if not format.is_stateless:
         amax, global_amax = expert_amax(weights, format=format)
-        if is_first:
-            wanted = torch.stack([expert_amax_reference(w, format=format)[0] for w in weights])
-            check_same(amax, wanted, f"amax, {where}")
+        check_same(amax, torch.stack([expert_amax_reference(w, format=format)[0] for w in weights]), f"amax, {where}")
         found.append(("amax", device_us(lambda: expert_amax(weights, format=format)), floors["bf16"]))
     for kind, tensors in inputs.items():
 
         def forward(tensors: list[Tensor] = tensors) -> tuple[Tensor, ...]:
             return fake_quantize(tensors, amax, global_amax, format=format, out_dtype=torch.bfloat16)
 
-        for e, y in enumerate(forward() if is_first else ()):
+        for e, y in enumerate(forward()):
             a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
             wanted = fake_quantize_reference(tensors[e], a, g, format=format, out_dtype=torch.bfloat16)
             check_same(y, wanted, f"forward, {kind}, {where}")
@@ -226,18 +220,21 @@ def _measure_format(
         def backward() -> Tensor:
             return clip_backward_triton(grads, weights, half, format=format, transposed=False)
 
-        for e, y in enumerate(backward() if is_first else ()):
+        for e, y in enumerate(backward()):
             wanted = clip_backward_reference(grads[e], weights[e], half[e], format=format)
             check_same(y, wanted, f"clip backward, {where}")
         found.append(("clip backward", device_us(backward), floors["three streams"]))
     if not format.unit_scale_below:  # whose scales cannot be stored
-        packed = packing.measure(shape, format, weights, amax, global_amax, floors["bf16"], is_checked=is_first)
+        packed = packing.measure(shape, format, weights, amax, global_amax, floors["bf16"])
         found.append(("pack", *packed))
     return found
 
 
 def _add(rows: list[Row], kind: str, shape: Shape, format: Format, us: float, floor: float) -> None:
-    """One more measurement; `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule."""
+    """Add a measurement to its row, which shows the medians of all so far and their ratio.
+
+    `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule.
+    """
     row = _find(rows, kind, shape, format)
     if row is None:
         row = Row(kind=kind, shape=str(shape), model=shape.model, format=format.name, device_passes=[])

@@ -19,14 +19,7 @@ Row = dict[str, Any]
 
 
 def measure(
-    shape: Shape,
-    format: Format,
-    weights: list[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    copy_us: float,
-    *,
-    is_checked: bool = True,
+    shape: Shape, format: Format, weights: list[Tensor], amax: Tensor | None, global_amax: Tensor | None, copy_us: float
 ) -> tuple[float, float]:
     """Device time and floor in microseconds, after every expert was found equal to the reference.
 
@@ -37,14 +30,13 @@ def measure(
         amax: From `expert_amax`, as `global_amax`; None for MX formats.
         global_amax: For static two-level formats.
         copy_us: Time of a copy of the weights.
-        is_checked: False where the same was checked before.
     """
 
     def pack() -> tuple[Tensor, Tensor, Tensor | None]:
         return pack_triton(weights, amax, global_amax, format=format, transposed=False)
 
     packed = pack()
-    for e, weight in enumerate(weights if is_checked else ()):
+    for e, weight in enumerate(weights):
         a, g = (None if scale is None else scale[e] for scale in (amax, global_amax))
         wanted = pack_reference(weight, a, g, format=format)
         for found, leaf in zip(packed, wanted, strict=True):

@@ -10,6 +10,7 @@ Row = dict[str, Any]
 
 PEERS = {"torch_us": "torch, stacked", "compile_us": "torch.compile", "modelopt_us": "ModelOpt loop"}
 HOST = {"host_us": "host us", "unbind_us": "unbind us", "separate_us": "separate us", "call_us": "call us"}
+PASSES = 3  # over all shapes, for the device's times, and again for the host's
 WHOLE_CALLS = HOST | {"beside_us": "beside us"} | PEERS
 
 
@@ -69,14 +70,14 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         "",
         f"`python -m fq_transforms.bench`: {facts}. Each row equalled the reference bit for bit before it was timed.",
         "",
-        "Device time is the median of graph replays, in microseconds, and of three passes over all shapes; so is the "
-        "floor. The floor is `copy_` of the weights; for clip backward `torch.add`, three streams; for pack `copy_`'s "
-        "bandwidth for all bytes read and written. Ratio: floor over ours, for amax ours over `copy_`. Own: the same "
-        "bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole `fakequant` "
-        "call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; separate: "
-        "the host's time with an allocation a weight; each the median of three passes, on the core that is the fastest "
-        "at the moment, as is what follows. Call: one call, waited for; beside: the same, in turns with the peers. "
-        "Gain: the best peer's call over ours beside it.",
+        f"Device time is the median of graph replays, in microseconds, and of {PASSES} passes over all shapes; so is "
+        "the floor. The floor is `copy_` of the weights; for clip backward `torch.add`, three streams; for pack "
+        "`copy_`'s bandwidth for all bytes read and written. Ratio: floor over ours, for amax ours over `copy_`. Own: "
+        "the same bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole "
+        "`fakequant` call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; "
+        f"separate: the host's time with an allocation a weight; each the median of {PASSES} passes, on the core that "
+        "is the fastest at the moment, as is what follows. Call: one call, waited for; beside: the same, in turns with "
+        "the peers. Gain: the best peer's call over ours beside it.",
         "",
         _host_summary(rows),
         "",

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,20 @@ Call = Callable[[], object]
 
 EXPERTS, HIDDEN, FFN, TOKENS = 32, 2688, 1856, 512  # Nemotron-3-Nano at EP=4
 MICROBATCHES = 4
-ROUNDS, MODEL_ROUNDS = 60, 16
-OFTEN = ("every", "once")  # what a training loop would take, timed in each round; the others in some
-OTHERS_EVERY, PEERS_EVERY = 4, 12
 MODEL_FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.NVFP4]
+
+OFTEN = ("every", "once")  # what a training loop would take
+
+
+class Rounds(NamedTuple):
+    """How many, in which the ways of `OFTEN` are timed; the others in each so many-th."""
+
+    number: int
+    others_every: int
+    peers_every: int
+
+
+LAYER_ROUNDS, MODEL_ROUNDS = Rounds(60, 4, 12), Rounds(16, 2, 4)
 
 WAYS = {
     "every": "fakequant at every microbatch: `value_and_grad(keep=True)` of one, gradients added up in one call",
@@ -63,9 +73,9 @@ def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
         state = fq.calibrate(params)
         kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
         peer = partial(_layer_peer, model, format, run, xs[0])
-        step = fqt.value_and_grad(loss, model, fq, keep=True)
-        ways = _steps(step, params, state, xs) | _ways(model, fq, state, run)
-        yield _measure(kind, format, model, ways, partial(run, model), peer if peers else None)
+        make = partial(fqt.value_and_grad, loss, model, fq, keep=True)
+        ways = _steps(make, params, state, xs) | _ways(model, fq, state, run)
+        yield _measure(kind, format, model, ways, partial(run, model), peer if peers else None, LAYER_ROUNDS)
 
 
 def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
@@ -95,13 +105,13 @@ def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             params = dict(ddp.module.named_parameters())
             fq = fqt.transform(fqt.select(params, {"*.mlp.experts.*": format}))
             state = fq.calibrate(params)
-            step = fqt.value_and_grad(loss, ddp.module, fq, keep=True)
-            ways = _steps(step, params, state, batches, ddp.zero_grad_buffer)
+            make = partial(fqt.value_and_grad, loss, ddp.module, fq, keep=True)
+            ways = _steps(make, params, state, batches, ddp.zero_grad_buffer)
             ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             plain = partial(run, ddp, ddp.module)
             yield _measure("model, 4 layers", format, ddp.module, ways, plain, peer if peers else None, MODEL_ROUNDS)
-            del ddp, params, state, step, ways, plain, peer
+            del ddp, params, state, make, ways, plain, peer
 
 
 def _layer_peer(model: Module, format: Format, run: Callable[..., None], x: Tensor) -> tuple[Module, Call] | None:
@@ -123,13 +133,14 @@ def _model_peer(options: dict[str, Any], format: Format, run: Callable[..., None
 
 
 def _steps(
-    step: Callable[..., Any],
+    make: Callable[[], Callable[..., Any]],
     params: dict[str, Any],
     state: fqt.State,
     microbatches: list[Tensor],
     begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Call]:
-    """The ways by `value_and_grad`. It adds to `main_grad` itself; other gradients are to be added up."""
+    """The ways by `value_and_grad`, each with kept weights of its own; gradients not in `main_grad` are added up."""
+    step, step_of_all = make(), make()
     added = [name for name, param in params.items() if not hasattr(param, "main_grad")]
 
     def every() -> list[Tensor]:
@@ -145,7 +156,7 @@ def _steps(
 
     def once() -> object:
         begin()
-        return step(params, state, microbatches)
+        return step_of_all(params, state, microbatches)
 
     return {"every": every, "once": once}
 
@@ -186,7 +197,7 @@ def _measure(
     ways: dict[str, Call],
     plain: Call,
     peer: Callable[[], Any] | None,
-    rounds: int = ROUNDS,
+    rounds: Rounds,
 ) -> Row:
     """Each way between two of bf16, as hosts change their speed, round after round; and the peak of memory of each."""
     calls = {"bf16": plain, **ways}
@@ -211,16 +222,17 @@ def _measure(
         gc.collect()
         kept[name] = torch.cuda.memory_allocated() - before
     peaks = dict.fromkeys(calls, 0)
-    for number in range(rounds):
+    for number in range(rounds.number):
         for name, found in ratios.items():
-            if name not in OFTEN and number % (PEERS_EVERY if name == "ModelOpt" else OTHERS_EVERY):
+            each = rounds.peers_every if name == "ModelOpt" else rounds.others_every
+            if name not in OFTEN and number % each:
                 continue
             times: list[float] = []
             with quiet_core(whole=True):
-                for each in ("bf16", name, "bf16"):
-                    milliseconds, peak = _timed(calls[each], models)
+                for way in ("bf16", name, "bf16"):
+                    milliseconds, peak = _timed(calls[way], models)
                     times.append(milliseconds)
-                    peaks[each] = max(peaks[each], peak)
+                    peaks[way] = max(peaks[way], peak)
             before_ms, took, after_ms = times
             found.append(2 * took / (before_ms + after_ms))
             plain_ms += [before_ms, after_ms]
@@ -269,11 +281,13 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
-            "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time; the "
-            f"median of {ROUNDS} rounds, {MODEL_ROUNDS} of the model, for {' and '.join(OFTEN)}, of each "
-            f"{OTHERS_EVERY}th for the others, of each {PEERS_EVERY}th for ModelOpt, on the core that is fastest "
-            "then. MiB: the peak of memory above bf16's, with what is kept from step to step; one "
-            f"group's fake weights are {group:.0f} MiB.",
+            "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time. The "
+            f"median of {LAYER_ROUNDS.number} rounds, {MODEL_ROUNDS.number} of the model, for {' and '.join(OFTEN)}; "
+            f"of one in {LAYER_ROUNDS.others_every} of them, {MODEL_ROUNDS.others_every} of the model, for the others; "
+            f"of one in {LAYER_ROUNDS.peers_every} and {MODEL_ROUNDS.peers_every} for ModelOpt. On the core that is "
+            "fastest then. Parameters and state stay where they are, as in a loop that updates them in place. MiB: the "
+            "peak of memory above bf16's, with what is kept from step to step; one group's fake weights are "
+            f"{group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),
             "",

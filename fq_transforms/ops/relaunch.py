@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fq_transforms.known import Known
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `ops.calls` needs Triton
     from fq_transforms.ops.calls import Call
 
 __all__ = ["Placed", "Relaunch"]
@@ -24,14 +24,15 @@ class Placed(NamedTuple):
 class Relaunch:
     """Launches on the current device and stream over tensors that lie where they lay, into results likewise.
 
-    It holds on to no tensor. That the results are where they were, the caller sees to.
+    It holds on to no tensor but the tables of its launches. That the results are where they were, and that their
+    versions are counted up, the caller sees to.
     """
 
     def __init__(self, launches: Sequence[Placed], tensors: Sequence[Tensor]) -> None:
         self.launches = launches
-        self._known = Known()
-        self._known.remember(self, tensors)
         self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._known = Known()
+        self._known.remember(self._addresses, tensors)  # not for itself, which would be a cycle
 
     def run(self, tensors: list[Tensor]) -> bool:
         """Make them.
@@ -47,7 +48,7 @@ class Relaunch:
             return False
         if torch._C._cuda_getCurrentRawStream(index) != stream:  # pyright: ignore[reportPrivateUsage] (it has no public name)
             return False
-        if self._known.find(self, tensors) is None or list(map(Tensor.data_ptr, tensors)) != self._addresses:
+        if list(map(Tensor.data_ptr, tensors)) != self._addresses or self._known.find(self._addresses, tensors) is None:
             return False
         for call, start in self.launches:
             call.run(start)
