@@ -73,10 +73,10 @@ def mean_squares(
         KeyError: A parameter is missing.
         ValueError: There is no batch, or no model; an input is NaN or infinite: the first such layer is named, and the
             batch by its number from 0; a layer never ran; a weight is used in another way than a product with an
-            input, or is a DTensor; an expert has seen no token, or no expert of a group has, so that it has no
-            peers; `unseen` is not one of these; `group` is no process group; another rank failed. What the model raises
-            comes through, with a note of the batch. `calibrate` refuses means that are all 0 for an expert, or beyond
-            float32.
+            input, or within the model's own vmap, or is a DTensor; "raise" found an expert without a token,
+            "mean-of-peers" a group of which no expert has seen one; `unseen` is not one of these; `group` is no process
+            group; another rank failed. What the model raises comes through, with a note of the batch. `calibrate`
+            refuses means that are all 0 for an expert, or beyond float32.
 
     Source: the diagonal of the Hessian of GPTQ, Frantar et al., arXiv:2210.17323, section 3; by expert, what
     `llama-imatrix` of llama.cpp collects.
@@ -148,12 +148,13 @@ class _Squares:
         if numbers and unseen == "ones":
             means[is_unseen] = 1.0
         elif numbers:
-            if unseen == "raise" or len(numbers) == self.inputs.experts:
+            is_without_peers = len(numbers) == self.inputs.experts
+            if unseen == "raise" or is_without_peers:
                 wanted = "tokens for each" if unseen == "raise" else f"peers for unseen={unseen!r}"
+                choices = "'ones'" if is_without_peers else "'mean-of-peers' or 'ones'"
                 raise ValueError(
                     f"mean_squares: inputs {self.inputs.key!r}: found no token for expert {ranges(numbers)} of "
-                    f"{self.inputs.experts}, wanted {wanted}; pass more batches, or choose by unseen='mean-of-peers' "
-                    "or 'ones'"
+                    f"{self.inputs.experts}, wanted {wanted}; pass more batches, or choose by unseen={choices}"
                 )
             means[is_unseen] = means[~is_unseen].mean(0)
         return means.float()

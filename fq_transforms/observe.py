@@ -11,7 +11,7 @@ from torch.nn import Module
 from fq_transforms.products import Use, products
 from fq_transforms.spec import Inputs
 from fq_transforms.state import plain_weights_of
-from fq_transforms.weights import DTYPES
+from fq_transforms.weights import DTYPES, is_mapped
 
 __all__ = ["Forward", "Seen", "check_input", "observe"]
 
@@ -84,6 +84,11 @@ def observe(
 
         def see(use: Use, x: Tensor, of_batch: dict[str, SeenType] = of_batch) -> Tensor:
             check_input(use.inputs, x)
+            if is_mapped(x):
+                raise ValueError(
+                    f"inputs {use.inputs.key!r}: found an input that vmap maps, wanted a plain tensor; call {caller} "
+                    "outside of vmap, and take out layers that the model maps with a rule to None"
+                )
             if use.inputs.key not in of_batch:
                 of_batch[use.inputs.key] = kind(use.inputs, x.device)
             if x.numel():

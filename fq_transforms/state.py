@@ -187,7 +187,8 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
         A new state; leaves that are not tied are the same objects.
 
     Raises:
-        ValueError: A pair is one word twice, or matches no group; a group has no partner, or one of other leaves.
+        ValueError: A pair is not two words, is one word twice, or matches no group; a group has no partner, or one of
+            other leaves.
 
     Source: the shared global scale of fused experts in ModelOpt 0.47's export and in vLLM.
 
@@ -198,7 +199,10 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
         (tensor([3., 1.]), tensor([3., 1.]))
     """
     tied_to: dict[str, list[str]] = {key: [key] for key in state}  # shared by all that have one scale
-    for first, second in pairs:
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+            raise ValueError(f"pairs: found {pair!r} as one of them, wanted pairs of words, as in [('w1', 'w3')]")
+        first, second = pair
         if first == second:
             raise ValueError(f"pair {(first, second)}: found one word twice, wanted two roles to tie")
         keys = [key for key in state if first in key.split(".")]

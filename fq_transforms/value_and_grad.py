@@ -56,9 +56,10 @@ def value_and_grad(
 
     Raises:
         KeyError, ValueError: As `fakequant`; a parameter is not in the model; none requires a gradient; there is no
-            microbatch; a loss is no scalar; a quantized parameter has `main_grad`, and `fq` does not pass gradients
-            through. The model is FSDP2's, which computes with parameters of its own. `fq` has "lsq"; `keep` comes with
-            another `backward`, with rounding, with another `fakequant` than the package's, or with DTensors.
+            microbatch; a loss is no scalar, or has no gradient; a quantized parameter has `main_grad`, and `fq` does
+            not pass gradients through. The model is FSDP2's, which computes with parameters of its own. `fq` has "lsq";
+            `keep` comes with another `backward`, with rounding, with another `fakequant` than the package's, or with
+            DTensors.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -210,6 +211,11 @@ def _run(
                 raise ValueError(f"loss_fn: found {type(loss).__name__}, wanted a scalar tensor")
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn: found a loss of shape {tuple(loss.shape)}, wanted a scalar")
+            if not loss.requires_grad:
+                raise ValueError(
+                    "loss_fn: found a loss that depends on no trained parameter, wanted one with a gradient; is it "
+                    "detached, or was it computed under no_grad?"
+                )
             loss.backward()
             if not is_drawn:
                 places.put_back()

@@ -192,9 +192,32 @@ def test_without_peers_only_ones_help():
     model.forward = lambda x: [layer.proj(torch.ones(1, 32)) for layer in model.layers]
     for choice in ("raise", "mean-of-peers"):
         message = message_of(ValueError, fqt.mean_squares, params, BATCHES[0], spec=spec, model=model, unseen=choice)
-        assert_names(message, W1, "found no token for expert 0-3 of 4", "'ones'")
+        assert_names(message, W1, "found no token for expert 0-3 of 4", "choose by unseen='ones'")
     found = fqt.mean_squares(params, BATCHES[0], spec=spec, model=model, unseen="ones")
     assert torch.equal(found[W1], torch.ones(4, 32))
+
+
+class Mapped(nn.Module):
+    """Maps its layer over the rows of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return torch.func.vmap(self.layer)(x)
+
+
+@pytest.mark.parametrize("observing", [fqt.mean_squares, fqt.calibrate])
+def test_inputs_that_the_model_maps_are_refused(observing):
+    """Their values cannot be read: said so, with the layer and the batch, in place of PyTorch's own error."""
+    model = Mapped()
+    params = dict(model.named_parameters())
+    spec = fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8})
+    with pytest.raises(ValueError) as error:
+        observing(params, [torch.ones(2, 4)], spec=spec, model=model)
+    name = observing.__name__
+    assert_names(str(error.value), "'layer.weight.input'" if name == "calibrate" else "'layer.weight'", "vmap", name)
 
 
 class Layers(nn.Module):

@@ -759,6 +759,14 @@ def test_inputs_of_a_group_that_is_missing_are_named():
     assert_names(message_of(ValueError, fakequant, params, of_inputs(0), spec=spec), "found no token for expert 1 of 3")
 
 
+@pytest.mark.parametrize("pairs", [("w1", "w3"), [("w1", "w2", "w3")], "w1"])
+def test_what_is_no_pair_is_not_tied(pairs):
+    """One pair in place of a list of pairs is the slip that comes easily."""
+    state = {f"experts.*.{role}.weight": ExpertAmax(torch.ones(2)) for role in ("w1", "w2", "w3", "w")}
+    with pytest.raises(ValueError, match=r"pairs: found .* as one of them, wanted pairs of words"):
+        tie(state, pairs)
+
+
 def test_a_role_is_not_tied_to_itself():
     """A slip of the pen that would tie nothing, and say nothing."""
     state = {"experts.*.w1.weight": ExpertAmax(torch.ones(2))}

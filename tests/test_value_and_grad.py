@@ -225,6 +225,8 @@ def test_faults():
     assert_names(str(error.value), "loss_fn", (8, 32))
     with pytest.raises(ValueError, match="loss_fn: found float, wanted a scalar tensor"):
         fqt.value_and_grad(lambda model, batch: 1.0, model, fq)(params, state, batches)
+    with pytest.raises(ValueError, match="loss_fn: found a loss that depends on no trained parameter"):
+        fqt.value_and_grad(lambda model, batch: loss_fn(model, batch).detach(), model, fq)(params, state, batches)
     with pytest.raises(KeyError, match="experts"):
         step({name: param for name, param in params.items() if "experts.1" not in name}, state, batches)
     with pytest.raises(ValueError, match="requires a gradient"):
