@@ -267,8 +267,8 @@ def test_several_formats(tmp_path):
 # ModelOpt
 
 
-def weight_only(mtq, name):
-    """A configuration of ModelOpt's without input quantizers, experts only."""
+def of_experts(mtq, name, inputs=None):
+    """A configuration of ModelOpt's, experts only: of weights, and of inputs if told so."""
     bits = {"FP8": (4, 3), "FP8_PER_CHANNEL": (4, 3), "FP8_BLOCK": (4, 3), "MXFP8": (4, 3), "INT8_PER_CHANNEL": 8}
     blocks = {
         "FP8_BLOCK": {-1: 128, -2: 128},
@@ -281,13 +281,15 @@ def weight_only(mtq, name):
     else:
         own["axis"] = 0 if "CHANNEL" in name else None
     rules = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*mlp.experts*weight_quantizer*", "cfg": own}]
+    if inputs is not None:
+        rules.append({"quantizer_name": "*mlp.experts*input_quantizer", "cfg": inputs})
     return {"quant_cfg": rules, "algorithm": "max"}
 
 
 def round_amax_up(model, largest):
     """Every amax becomes `largest` times a power of two: then the exporter's bf16 quotients are exact."""
     for name, amax in model.named_buffers():
-        if name.endswith("._amax"):
+        if name.endswith("._amax") and "weight_quantizer" in name:
             amax.copy_(largest * torch.exp2(torch.ceil(torch.log2(amax.float() / largest))))
 
 
@@ -303,7 +305,7 @@ def test_modelopt_writes_the_same(format, kind, tmp_path):
     inner = {"intermediate_size": 256} if kind == "mixtral" else {"moe_intermediate_size": 256}
     model, params = build(kind, **inner)
     params = {name: tensor.clone() for name, tensor in params.items()}
-    model = mtq.quantize(model, weight_only(mtq, format.name), lambda m: m(TOKENS))
+    model = mtq.quantize(model, of_experts(mtq, format.name), lambda m: m(TOKENS))
     if format.name in LARGEST:
         round_amax_up(model, LARGEST[format.name])
     spec = fqt.select(params, {"*.experts.*": format})
@@ -331,6 +333,158 @@ def test_modelopt_writes_the_same(format, kind, tmp_path):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+INPUTS = {
+    "FP8": (fqt.FP8, fqt.FP8, {"num_bits": (4, 3), "axis": None}),
+    "FP8_PER_CHANNEL_PER_TOKEN": (
+        *(fqt.FP8_PER_CHANNEL, fqt.FP8_PER_CHANNEL),
+        {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}},
+    ),
+    "W8A8_SQ_PER_CHANNEL": (fqt.INT8_PER_CHANNEL, fqt.INT8, {"num_bits": 8, "axis": None}),
+    "NVFP4": (
+        *(fqt.NVFP4, fqt.NVFP4),
+        {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
+    ),
+    "MXFP8": (
+        *(fqt.MXFP8, fqt.MXFP8),
+        {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_modelopt_writes_the_same_input_scales(name, kind, tmp_path):
+    """Weights and inputs calibrated by each library by itself, on one batch: every name, shape, dtype and bit."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    exporter = pytest.importorskip("modelopt.torch.export")
+    format, of_inputs, theirs_of_inputs = INPUTS[name]
+    inner = {"intermediate_size": 256} if kind == "mixtral" else {"moe_intermediate_size": 256}
+    model, params = build(kind, **inner)
+    model.config._experts_implementation = "eager"  # the only one whose linears ModelOpt sees
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    spec = fqt.select(params, {"*.experts.*": format}, inputs={"*.experts.*": of_inputs})
+    state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
+    model = mtq.quantize(model, of_experts(mtq, format.name, theirs_of_inputs), lambda m: m(TOKENS))
+    if format.name in LARGEST:
+        round_amax_up(model, LARGEST[format.name])
+        weights = replace(spec, inputs=())
+        state |= fqt.checkpoint.modelopt.read(model.state_dict(), weights)
+    fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
+    exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for tensor, wanted in theirs.items():
+        assert (ours[tensor].shape, ours[tensor].dtype) == (wanted.shape, wanted.dtype), tensor
+        assert torch.equal(bits_of(ours[tensor]), bits_of(wanted)), tensor
+    scales = [tensor for tensor in theirs if tensor.endswith("input_scale")]
+    assert len(scales) == (0 if of_inputs in (fqt.FP8_PER_CHANNEL, fqt.MXFP8) else 2 * 3 * EXPERTS)
+    files_of = [json.loads((tmp_path / who / "hf_quant_config.json").read_text()) for who in ("ours", "theirs")]
+    for own in files_of:
+        own["quantization"].pop("exclude_modules")
+    assert files_of[0] == files_of[1]
+    assert files_of[0]["quantization"]["quant_algo"] == name
+    configs = [json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")]
+    for config in configs:
+        config["quantization_config"].pop("ignore")
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def calibrated(params, model, format, of_inputs, **options):
+    """Spec and state of experts and their inputs, those without tokens like their peers."""
+    spec = fqt.select(params, {"*.experts.*": format}, inputs={"*.experts.*": of_inputs}, **options)
+    state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
+    return spec, fqt.finish(state, spec=spec, unseen="max-of-peers")
+
+
+def test_input_scales_of_experts(tmp_path):
+    """Where each expert's inputs have an amax of their own, so have its files; and the same for gate and up."""
+    model, params = build()
+    spec, state = calibrated(params, model, fqt.NVFP4, fqt.NVFP4, per_expert="*down_proj")
+    fqt.export.modelopt_hf(params, state, tmp_path / "a", spec=spec, config=model.config)
+    stored = read(tmp_path / "a")
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp.experts"
+        own, shared = (state[f"{block}.{role}.input"].amax for role in ("down_proj", "gate_up_proj"))
+        assert own.shape == (EXPERTS,)
+        assert shared.shape == (1,)
+        assert len(own.unique()) > 1
+        for e in range(EXPERTS):
+            assert stored[f"{block}.{e}.down_proj.input_scale"] == own[e] / (6 * 448)
+            for role in ("gate_proj", "up_proj"):
+                assert stored[f"{block}.{e}.{role}.input_scale"] == shared[0] / (6 * 448)
+
+
+def test_tied_inputs_are_exported(tmp_path):
+    """What the error about inputs that are not tied tells to do."""
+    spec, state, *_ = faults_of_inputs()["not tied"]
+    model, params = build()
+    fqt.export.modelopt_hf(
+        in_lists(params),
+        fqt.tie(state, [("gate_proj", "up_proj")]),
+        tmp_path / "a",
+        spec=spec,
+        config=model.config,
+    )
+    stored, block = read(tmp_path / "a"), "model.layers.1.mlp.experts.0"
+    assert stored[f"{block}.gate_proj.input_scale"] == stored[f"{block}.up_proj.input_scale"] == 2.0 / 448
+    assert stored[f"{block}.down_proj.input_scale"] == 1.0 / 448
+
+
+def test_modelopt_mixed_inputs(tmp_path):
+    """Weights alone beside weights with inputs: each module by its algorithm."""
+    model, params = build()
+    rules = {"*.experts.*": fqt.NVFP4}
+    spec = fqt.select(params, rules, inputs={"*layers.0.*.experts.*": fqt.NVFP4})
+    state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
+    fqt.export.modelopt_hf(params, state, tmp_path / "a", spec=spec, config=model.config)
+    own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["quantized_layers"]
+    found = {layer: own[f"model.layers.{layer}.mlp.experts.0.up_proj"]["quant_algo"] for layer in range(2)}
+    assert found == {0: "NVFP4", 1: "W4A16_NVFP4"}
+    assert [".layers.0." in name for name in read(tmp_path / "a") if name.endswith("input_scale")] == [
+        True
+    ] * 3 * EXPERTS
+
+
+def faults_of_inputs():
+    lists = in_lists(build()[1])
+    gate, up = (f"model.layers.1.mlp.experts.*.{role}.weight" for role in ("gate_proj", "up_proj"))
+    rules = {"*.experts.*": fqt.FP8}
+    spec = fqt.select(lists, rules, inputs=rules)
+    state = fqt.tie(fqt.calibrate(lists, spec=replace(spec, inputs=())), [("gate_proj", "up_proj")])
+    for inputs in spec.inputs:
+        state[inputs.key] = fqt.state.InputAmax(torch.ones(1), torch.ones(EXPERTS, dtype=torch.float64))
+
+    def with_amax(value):
+        return state | {f"{up}.input": state[f"{up}.input"]._replace(amax=torch.tensor([value]))}
+
+    def of_inputs(rules_of_inputs, weights=rules):
+        return fqt.select(lists, weights, inputs=rules_of_inputs)
+
+    other, half = of_inputs({"*.experts.*": fqt.NVFP4}), of_inputs({"*gate_proj*": fqt.FP8})
+    alone = of_inputs(rules, {"*down_proj*": fqt.FP8})
+    return {
+        "not tied": (spec, with_amax(2.0), f"{gate}.input", f"{up}.input", "1.0 and 2.0", "fqt.tie"),
+        "zero": (spec, with_amax(0.0), f"{up}.input.amax", "0", "divide"),
+        "never calibrated": (spec, with_amax(-torch.inf), up, "no token"),
+        "no name for the pair": (other, state, "NVFP4", "beside weights in FP8", "no name"),
+        "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
+        "half of what is fused": (half, state, "gate_proj.weight.input", "FP8 and not quantized"),
+    }
+
+
+@pytest.mark.parametrize("name", faults_of_inputs())
+def test_faults_of_inputs_are_found_before_a_byte_is_written(name, tmp_path):
+    model, params = build()
+    spec, state, *fragments = faults_of_inputs()[name]
+    keys = [group.key for group in spec.all_groups]
+    with pytest.raises(ValueError) as caught:
+        fqt.export.modelopt_hf(
+            in_lists(params), {key: state[key] for key in keys}, tmp_path / "a", spec=spec, config=model.config
+        )
+    assert_names(str(caught.value), *fragments, "found", "wanted")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("format", [fqt.FP8, fqt.FP8_PER_CHANNEL], ids=name_of)
 def test_where_modelopt_differs_under_any_amax(format, tmp_path):
     """Its scale amax / 448 is at most a step of fp32 from ours; its codes, of bf16 quotients, at most a step."""
@@ -338,7 +492,7 @@ def test_where_modelopt_differs_under_any_amax(format, tmp_path):
     exporter = pytest.importorskip("modelopt.torch.export")
     model, params = build()
     params = {name: tensor.clone() for name, tensor in params.items()}
-    model = mtq.quantize(model, weight_only(mtq, format.name), lambda m: m(TOKENS))
+    model = mtq.quantize(model, of_experts(mtq, format.name), lambda m: m(TOKENS))
     spec = fqt.select(params, {"*.experts.*": format})
     state = fqt.checkpoint.modelopt.read(model.state_dict(), spec)
     fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)

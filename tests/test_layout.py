@@ -53,6 +53,7 @@ LAYERS = [
     ["checkpoint.dcp", "checkpoint.file", "checkpoint.megatron", "checkpoint.modelopt"],
     ["checkpoint.__init__"],
     ["export.names", "export.files"],
+    ["export.ties"],
     ["export.plan"],
     ["export.compressed", "export.modelopt"],
     ["export.__init__"],

@@ -922,7 +922,7 @@ def test_what_has_no_place_for_inputs_says_so(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     doors = {
         "pack": lambda: fq.pack(params, state),
-        "export": lambda: fqt.export.modelopt_hf(params, state, tmp_path, spec=spec, config=config),
+        "export": lambda: fqt.export.compressed_tensors(params, state, tmp_path, spec=spec, config=config),
         "checkpoint.megatron": lambda: fqt.checkpoint.megatron.sharded_state_dict(state, spec, {}),
         "checkpoint.megatron ": lambda: fqt.checkpoint.megatron.load_state({}, spec, state),
         "checkpoint.megatron  ": lambda: fqt.checkpoint.megatron.verify(tmp_path, spec, {}),

@@ -26,7 +26,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
-from fq_transforms.export.plan import Kind, Plan, inverse, kind_of, plan, tensors
+from fq_transforms.export.plan import Coded, Kind, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.packing import pack_scales
 from fq_transforms.spec import Spec
@@ -119,7 +119,7 @@ def compressed_tensors(
     """
     path, limit = Path(os.path.realpath(folder)), bytes_of(max_shard_size)
     check_free(path)
-    found = plan(params, state, spec, config, target="compressed-tensors", kinds=SCHEMES)
+    found = plan(params, state, spec, config, target="compressed-tensors", kinds=[(kind, None) for kind in SCHEMES])
     _check_global_scales(found)
     document = found.config | {"quantization_config": _quantization_config(found)}
     encode = partial(_encode, dtype=params[spec.groups[0].names[0]].dtype)
@@ -222,12 +222,11 @@ def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch
     return best
 
 
-def _encode(
-    format: Format, codes: Tensor, scale: Tensor, global_scale: Tensor | None, *, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    scheme = SCHEMES[kind_of(format)]
-    if isinstance(format.element, IntElement):
-        scale = multipliers(scale, format.element, dtype)
+def _encode(coded: Coded, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    codes, scale, global_scale = coded.codes, coded.scale, coded.global_scale
+    scheme = SCHEMES[kind_of(coded.format)]
+    if isinstance(coded.format.element, IntElement):
+        scale = multipliers(scale, coded.format.element, dtype)
     own = {scheme.codes: codes, "weight_scale": scale if scale.dim() else scale[None]}
     if scheme.format == "pack-quantized":
         shape = torch.tensor([codes.shape[0], 2 * codes.shape[1]])
@@ -239,7 +238,7 @@ def _encode(
 
 def _quantization_config(plan: Plan) -> dict[str, Any]:
     of_format: dict[Format, list[str]] = {}
-    for module, format in plan.formats.items():
+    for module, (format, _) in plan.formats.items():
         of_format.setdefault(format, []).append(module)
     groups = {
         f"group_{n}": {

@@ -7,24 +7,37 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.modelopt_names import FUSED
 from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
+from fq_transforms.export.ties import check_ties
 from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import PackedTwoLevel, check_packable, pack
-from fq_transforms.spec import Group, Spec, refuse_inputs
-from fq_transforms.state import BlockAmax, ExpertAmax, State, check
+from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
+from fq_transforms.state import InputAmax, State, check
 from fq_transforms.weights import is_sharded, weights_of
 
-__all__ = ["Kind", "Plan", "inverse", "kind_of", "plan", "tensors"]
-
-# Roles that inference engines make one matrix of: ModelOpt's, and those of DeepSeek's latent attention in vLLM, SGLang.
-FUSED_BY_ENGINES = (*FUSED, ("q_a_proj", "kv_a_proj_with_mqa"))
+__all__ = ["Coded", "Kind", "Kinds", "Plan", "inverse", "kind_of", "plan", "tensors"]
 
 # Element, what shares a scale, and the type of the scale: what a target has a name for, or not.
 Kind: TypeAlias = tuple[str, str, str]
-# (format, codes, scale, global scale or None) of one weight to the tensors of its module, by their last names.
-Encode: TypeAlias = Callable[[Format, Tensor, Tensor, Tensor | None], dict[str, Tensor]]
+# Of weights and of what they are multiplied with, if that is quantized.
+Kinds: TypeAlias = tuple[Kind, Kind | None]
+Formats: TypeAlias = tuple[Format, Format | None]
+
+
+class Coded(NamedTuple):
+    """One weight as `pack` has it, and its inputs: their format, and their amax [] if that is state."""
+
+    format: Format
+    codes: Tensor
+    scale: Tensor
+    global_scale: Tensor | None
+    inputs: Format | None
+    input_amax: Tensor | None
+
+
+# To the tensors of the weight's module, by their last names.
+Encode: TypeAlias = Callable[[Coded], dict[str, Tensor]]
 
 
 class Plan(NamedTuple):
@@ -34,18 +47,20 @@ class Plan(NamedTuple):
         params: All tensors of the model, by their names in memory.
         state: The amax of the quantized ones.
         groups: Group key to group.
+        inputs: Group key to the inputs of its weights, where they are quantized.
         parts: What each group (by its key) and each other parameter (by its name) becomes in the files, in order.
         config: What config.json will hold.
-        formats: Module of the files to the format of its weight, for what is quantized.
+        formats: Module of the files to the formats of its weight and of its inputs, for what is quantized.
         excluded: Modules of the files with a matrix that is not quantized, sorted.
     """
 
     params: Mapping[str, Tensor]
     state: State
     groups: dict[str, Group]
+    inputs: dict[str, Inputs]
     parts: dict[str, list[Part]]
     config: dict[str, Any]
-    formats: dict[str, Format]
+    formats: dict[str, Formats]
     excluded: list[str]
 
 
@@ -85,9 +100,11 @@ def plan(
     config: Any,
     *,
     target: str,
-    kinds: Collection[Kind],
+    kinds: Collection[Kinds],
 ) -> Plan:
     """Check all that can be checked without packing, and decide every name.
+
+    `kinds` is what the target has names for: weights, and with which inputs, None for such as are not quantized.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
@@ -101,20 +118,23 @@ def plan(
         >>> spec = select(params, {"lm_head*": FP8})
         >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         >>> state = calibrate(params, spec=spec)
-        >>> list(plan(params, state, spec, config, target="t", kinds={kind_of(FP8)}).parts)
+        >>> list(plan(params, state, spec, config, target="t", kinds={(kind_of(FP8), None)}).parts)
         ['lm_head.weight', 'norm.weight']
     """
     entries = _config(config)
-    refuse_inputs(spec, f"export to {target}")
+    if all(of_inputs is None for _, of_inputs in kinds):
+        refuse_inputs(spec, f"export to {target}")
     check(state, spec)
+    of_weights = {kind for kind, _ in kinds}
     for group in spec.groups:
         check_packable(group)
-        if kind_of(group.format) not in kinds:
+        if kind_of(group.format) not in of_weights:
             raise ValueError(
                 f"group {group.key!r}: found {group.format.name}, {kind_of(group.format)}, for which {target} has no "
-                f"name, wanted one of {sorted(kinds)}"
+                f"name, wanted one of {sorted(of_weights)}"
             )
         weights_of(params, group)
+    inputs = _inputs(state, spec, target, kinds)
     for name, tensor in params.items():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
@@ -122,13 +142,13 @@ def plan(
         raise ValueError(f"groups: found weights of {dtypes}, wanted one dtype; config.json has room for one")
     groups = {group.key: group for group in spec.groups}
     found = _parts(params, groups, entries)
-    _check_ties(state, groups, found)
+    check_ties(state, groups, inputs, found)
     check_config(_rows_in_files(params, groups, found), entries)
-    formats, excluded = _modules(params, groups, found)
+    formats, excluded = _modules(params, groups, inputs, found)
     if entries.get("tie_word_embeddings"):  # not in the files, but a Linear module to readers
         excluded = sorted({*excluded, "lm_head"})
     entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
-    return Plan(params, state, groups, found, entries, formats, excluded)
+    return Plan(params, state, groups, inputs, found, entries, formats, excluded)
 
 
 def tensors(plan: Plan, encode: Encode, what: str) -> Iterator[tuple[str, Tensor]]:
@@ -155,13 +175,17 @@ def _packed(plan: Plan, group: Group, found: Sequence[Part], encode: Encode) -> 
         if not plan.params[name].is_cpu and not bool(plan.params[name].isfinite().all()):
             raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
+    inputs = plan.inputs.get(group.key)
+    entry = None if inputs is None else plan.state[inputs.key]
     for expert in range(group.experts):
         codes, scale = leaves.codes[expert], leaves.scale[expert]
         global_scale = leaves.global_scale[expert] if isinstance(leaves, PackedTwoLevel) else None
         for name, rows in found:
             of_rows = _take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale
             module = module_of(name.replace("*", str(expert)))
-            own = encode(group.format, _take(codes, rows), of_rows, global_scale)
+            amax = entry.amax.expand(group.experts)[expert] if isinstance(entry, InputAmax) else None
+            of_inputs = None if inputs is None else inputs.format
+            own = encode(Coded(group.format, _take(codes, rows), of_rows, global_scale, of_inputs, amax))
             yield from ((f"{module}.{last}", tensor) for last, tensor in own.items())
 
 
@@ -281,57 +305,46 @@ def _check_cut(group: Group, part: Part) -> None:
         )
 
 
-def _check_ties(state: State, groups: Mapping[str, Group], found: Mapping[str, list[Part]]) -> None:
-    """Raise unless roles that engines fuse have one format, and one scale where a weight has one number."""
-    # The experts of a group are alike, so the first stands for all.
-    source_of = {part.name.replace("*", "0"): source for source, of_source in found.items() for part in of_source}
-    for name, source in source_of.items():
-        words = name.split(".")
-        for roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
-            for role in roles[1:]:
-                other = source_of.get(".".join(role if word == roles[0] else word for word in words))
-                if other is not None and other != source and (source in groups or other in groups):
-                    _check_tied(state, groups, source, other, roles)
-
-
-def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: str, roles: tuple[str, ...]) -> None:
-    a, b = groups.get(first), groups.get(second)
-    names = [group.format.name if group else "not quantized" for group in (a, b)]
-    if a is None or b is None or a.format != b.format:
-        raise ValueError(
-            f"{first!r} and {second!r}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse "
-            "them into one matrix; let the rules treat them alike"
-        )
-    one, two = _one_number(state, a), _one_number(state, b)
-    if one is None or two is None or torch.equal(one, two):
-        return
-    expert = int((one != two).nonzero()[0, 0])
-    pairs = [(roles[0], role) for role in roles[1:]]
-    pairs += pairs[:-1]  # again, for the first to get what the last has
-    raise ValueError(
-        f"state {first!r} and {second!r}: found the amax {one[expert].item()} and {two[expert].item()} for expert "
-        f"{expert}, wanted one: inference engines fuse them under one scale; call fqt.tie(state, {pairs})"
-    )
-
-
-def _one_number(state: State, group: Group) -> Tensor | None:
-    """The leaf of one number an expert, which engines share between fused roles; None if there is none."""
-    leaves = state[group.key]
-    if isinstance(leaves, BlockAmax):
-        return leaves.global_amax
-    return leaves.amax if isinstance(leaves, ExpertAmax) and leaves.amax.dim() == 1 else None
+def _inputs(state: State, spec: Spec, target: str, kinds: Collection[Kinds]) -> dict[str, Inputs]:
+    """Inputs by the group of their weights, each with a name beside them and an amax that can be divided by."""
+    groups, found = {group.key: group for group in spec.groups}, dict[str, Inputs]()
+    for inputs in spec.inputs:
+        group = groups.get(key := inputs.key.removesuffix(".input"))
+        if group is None:
+            raise ValueError(
+                f"inputs {inputs.key!r}: found no quantized weights {key!r} beside them, wanted some: files have no "
+                "place for inputs alone; leave them out with a rule to None"
+            )
+        wanted = [of_inputs for of_weights, of_inputs in kinds if of_weights == kind_of(group.format) and of_inputs]
+        if kind_of(inputs.format) not in wanted:
+            raise ValueError(
+                f"inputs {inputs.key!r}: found {inputs.format.name}, {kind_of(inputs.format)}, beside weights in "
+                f"{group.format.name}, for which {target} has no name, wanted one of {wanted}, or no inputs"
+            )
+        entry = state[inputs.key]
+        if isinstance(entry, InputAmax) and bool((entry.amax == 0).any()):
+            raise ValueError(
+                f"state '{inputs.key}.amax': found 0, by which engines would divide, wanted more; calibrate with "
+                "inputs that are not all zero"
+            )
+        found[key] = inputs
+    return found
 
 
 def _modules(
-    params: Mapping[str, Tensor], groups: Mapping[str, Group], found: Mapping[str, list[Part]]
-) -> tuple[dict[str, Format], list[str]]:
-    formats: dict[str, Format] = {}
+    params: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
+    inputs: Mapping[str, Inputs],
+    found: Mapping[str, list[Part]],
+) -> tuple[dict[str, Formats], list[str]]:
+    formats: dict[str, Formats] = {}
     excluded: set[str] = set()
     for source, of_source in found.items():
         experts = groups[source].experts if source in groups else len(params[source]) if params[source].dim() else 0
         names = [name for part in of_source for name in expanded(part.name, experts)]
         if source in groups:
-            formats |= {module_of(name): groups[source].format for name in names}
+            of_inputs = inputs[source].format if source in inputs else None
+            formats |= {module_of(name): (groups[source].format, of_inputs) for name in names}
         elif params[source].dim() > 1:
             excluded |= {module_of(name) for name in names}
     return formats, sorted(excluded)
