@@ -59,7 +59,7 @@ try:
     fqt.export.compressed_tensors(params, state, folder / "untied", spec=fq.spec, config=model.config)
 except ValueError as error:
     print("refused:", error)
-state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj"), ("q_proj", "k_proj")])
+state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")])
 
 with torch.no_grad():
     wanted = functional_call(model, fq.fakequant(params, state), (tokens,)).logits

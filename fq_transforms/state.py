@@ -176,7 +176,8 @@ def tie(state: State, pairs: Iterable[tuple[str, str]]) -> State:
     """The state with one scale an expert for two roles that an inference engine fuses: the larger amax of each expert.
 
     Gate and up, w1 and w3, are one matrix to such engines, with one global scale. What is tied are the leaves of one
-    number an expert: `amax` [E] and `global_amax`. Scales of channels and blocks are the engine's own for each.
+    number an expert: `amax` [E] and `global_amax`. Scales of channels and blocks are the engine's own for each. Inputs
+    are tied likewise: their `amax` [1] or [E], and of `tokens` the larger count is kept.
 
     Args:
         state: From `calibrate`, or loaded.
@@ -328,7 +329,9 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
 def _check_known(state: State, groups: Sequence[Group]) -> None:
     unknown = state.keys() - {group.key for group in groups}
     if unknown:
-        raise ValueError(f"state has groups that the spec has not: {sorted(unknown)}")
+        raise ValueError(
+            f"state has groups that the spec has not: {sorted(unknown)}; calibrate with this spec, or leave them out"
+        )
 
 
 def group_state(format: Format, *leaves: Tensor) -> GroupState:

@@ -354,7 +354,7 @@ INPUTS = {
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("name", INPUTS)
 def test_modelopt_writes_the_same_input_scales(name, kind, tmp_path):
-    """Weights and inputs calibrated by each library by itself, on one batch: every name, shape, dtype and bit."""
+    """Inputs calibrated by each library by itself, weights too but where its codes are quotients in bf16: every bit."""
     mtq = pytest.importorskip("modelopt.torch.quantization")
     exporter = pytest.importorskip("modelopt.torch.export")
     format, of_inputs, theirs_of_inputs = INPUTS[name]
@@ -389,29 +389,86 @@ def test_modelopt_writes_the_same_input_scales(name, kind, tmp_path):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
-def calibrated(params, model, format, of_inputs, **options):
-    """Spec and state of experts and their inputs, those without tokens like their peers."""
-    spec = fqt.select(params, {"*.experts.*": format}, inputs={"*.experts.*": of_inputs}, **options)
+@pytest.mark.parametrize("name", ["FP8_DEFAULT", "INT8_DEFAULT", "NVFP4_DEFAULT", "MXFP8_DEFAULT"])
+def test_modelopt_writes_the_same_input_scales_of_whole_models(name, tmp_path):
+    """Presets, attention and experts, each calibrated by its own library: all names, and each input scale's bits."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    exporter = pytest.importorskip("modelopt.torch.export")
+    model, params = build(moe_intermediate_size=256)
+    model.config._experts_implementation = "eager"
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    spec = fqt.select(params, getattr(fqt.presets, name))
     state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
-    return spec, fqt.finish(state, spec=spec, unseen="max-of-peers")
+    state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")]) if name != "MXFP8_DEFAULT" else state
+    model = mtq.quantize(model, getattr(mtq, f"{name}_CFG"), lambda m: m(TOKENS))
+    fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
+    exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    scales = [tensor for tensor in theirs if tensor.endswith("input_scale")]
+    assert len(scales) == (0 if name == "MXFP8_DEFAULT" else 2 * (4 + 3 * EXPERTS))
+    for tensor in scales if "P4" not in name else theirs:
+        assert torch.equal(bits_of(ours[tensor]), bits_of(theirs[tensor])), tensor
 
 
-def test_input_scales_of_experts(tmp_path):
-    """Where each expert's inputs have an amax of their own, so have its files; and the same for gate and up."""
+def of_each_expert(spec, first=1.0):
+    """Inputs of a spec, no two experts and layers with the same amax; gate, up, q, k and v of a layer alike."""
+    state = {}
+    for inputs in spec.inputs:
+        layer = next(int(word) for word in inputs.key.split(".") if word.isdigit())
+        offset = first + 16 * layer + (8 if "down_proj" in inputs.key or "fc2" in inputs.key else 0)
+        amax = offset + torch.arange(inputs.leaf_shapes["amax"][0])
+        state[inputs.key] = fqt.state.InputAmax(amax, torch.ones(inputs.experts, dtype=torch.float64))
+    return state
+
+
+@pytest.mark.parametrize("layout", ["stacked", "lists", "te", "sequential"])
+def test_input_scales_of_each_expert(layout, tmp_path):
+    """An amax an expert, from any layout in memory: each file has its own expert's; q, k and v share theirs."""
     model, params = build()
-    spec, state = calibrated(params, model, fqt.NVFP4, fqt.NVFP4, per_expert="*down_proj")
+    params = {
+        "stacked": lambda: params,
+        "lists": lambda: in_lists(params),
+        "te": lambda: megatron_of(params, model.config, "te"),
+        "sequential": lambda: megatron_of(params, model.config, "sequential"),
+    }[layout]()
+    rules = {"*.experts.*": fqt.NVFP4, "*self_attn.[qkv]*_proj*": fqt.NVFP4, "*linear_qkv.weight": fqt.NVFP4}
+    rules = [fqt.Rule(pattern, format, required=False) for pattern, format in rules.items()]
+    spec = fqt.select(params, rules, inputs=rules, per_expert="*experts*")
+    state = fqt.calibrate(params, spec=replace(spec, inputs=())) | of_each_expert(spec)
+    pairs = [("gate_proj", "up_proj"), ("q_proj", "k_proj"), ("q_proj", "v_proj")]
+    state = fqt.tie(state, [pair for pair in pairs if any(pair[0] in key.split(".") for key in state)])
     fqt.export.modelopt_hf(params, state, tmp_path / "a", spec=spec, config=model.config)
     stored = read(tmp_path / "a")
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith("input_scale")}
+    assert len(scales) == 2 * (3 + 3 * EXPERTS)
     for layer in range(2):
-        block = f"model.layers.{layer}.mlp.experts"
-        own, shared = (state[f"{block}.{role}.input"].amax for role in ("down_proj", "gate_up_proj"))
-        assert own.shape == (EXPERTS,)
-        assert shared.shape == (1,)
-        assert len(own.unique()) > 1
+        of_layer = f"model.layers.{layer}"
+        for role in "qkv":
+            assert scales[f"{of_layer}.self_attn.{role}_proj.input_scale"] == (1.0 + 16 * layer) / (6 * 448)
         for e in range(EXPERTS):
-            assert stored[f"{block}.{e}.down_proj.input_scale"] == own[e] / (6 * 448)
-            for role in ("gate_proj", "up_proj"):
-                assert stored[f"{block}.{e}.{role}.input_scale"] == shared[0] / (6 * 448)
+            for role, offset in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 8)):
+                wanted = torch.tensor(1.0 + 16 * layer + offset + e) / (6 * 448)
+                assert scales[f"{of_layer}.mlp.experts.{e}.{role}.input_scale"] == wanted, (layer, e, role)
+
+
+def test_unseen_experts_from_weights_are_tied(tmp_path):
+    """What `finish` makes of an expert without tokens differs between gate and up: refused, and tied as told."""
+    model, params = build()
+    lists = in_lists(params)
+    spec = fqt.select(lists, {"*.experts.*": fqt.FP8}, inputs={"*.experts.*": fqt.FP8}, per_expert="*")
+    state = fqt.tie(fqt.calibrate(lists, spec=replace(spec, inputs=())), [("gate_proj", "up_proj")])
+    state |= of_each_expert(spec)
+    for key, entry in state.items():
+        if key.endswith(".input"):
+            state[key] = entry._replace(amax=torch.where(torch.arange(EXPERTS) == 1, -torch.inf, entry.amax))
+    state = fqt.finish(state, spec=spec, unseen="from-weights", params=lists)
+    options = {"spec": spec, "config": model.config}
+    with pytest.raises(
+        ValueError, match=r"for expert 1, wanted one: .* fqt.tie\(state, \[\('gate_proj', 'up_proj'\)\]\)"
+    ):
+        fqt.export.modelopt_hf(lists, state, tmp_path / "a", **options)
+    fqt.export.modelopt_hf(lists, fqt.tie(state, [("gate_proj", "up_proj")]), tmp_path / "a", **options)
 
 
 def test_tied_inputs_are_exported(tmp_path):
@@ -440,9 +497,9 @@ def test_modelopt_mixed_inputs(tmp_path):
     own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["quantized_layers"]
     found = {layer: own[f"model.layers.{layer}.mlp.experts.0.up_proj"]["quant_algo"] for layer in range(2)}
     assert found == {0: "NVFP4", 1: "W4A16_NVFP4"}
-    assert [".layers.0." in name for name in read(tmp_path / "a") if name.endswith("input_scale")] == [
-        True
-    ] * 3 * EXPERTS
+    with_scale = {name for name in read(tmp_path / "a") if name.endswith("input_scale")}
+    roles = [(e, role) for e in range(EXPERTS) for role in ("gate_proj", "up_proj", "down_proj")]
+    assert with_scale == {f"model.layers.0.mlp.experts.{e}.{role}.input_scale" for e, role in roles}
 
 
 def faults_of_inputs():
@@ -457,23 +514,48 @@ def faults_of_inputs():
     def with_amax(value):
         return state | {f"{up}.input": state[f"{up}.input"]._replace(amax=torch.tensor([value]))}
 
-    def of_inputs(rules_of_inputs, weights=rules):
-        return fqt.select(lists, weights, inputs=rules_of_inputs)
+    def of_inputs(rules_of_inputs, weights=rules, **options):
+        return fqt.select(lists, weights, inputs=rules_of_inputs, **options)
 
-    other, half = of_inputs({"*.experts.*": fqt.NVFP4}), of_inputs({"*gate_proj*": fqt.FP8})
-    alone = of_inputs(rules, {"*down_proj*": fqt.FP8})
+    other, gate_only, up_only = (
+        of_inputs(of) for of in ({"*.experts.*": fqt.NVFP4}, {"*gate_proj*": fqt.FP8}, {"*up_proj*": fqt.FP8})
+    )
+    alone, first_layer = of_inputs(rules, {"*down_proj*": fqt.FP8}), of_inputs({"*layers.0.*.experts.*": fqt.FP8})
+    mixed = of_inputs(rules, per_expert="*up_proj*")
+    of_experts = state | of_each_expert(of_inputs(rules, per_expert="*"))
+    of_mixed = {key: (of_experts if "up_proj" in key else state)[key] for key in state}
+    down = up.replace("up_proj", "down_proj")
+    one_is_zero = of_experts | {
+        f"{down}.input": of_experts[f"{down}.input"]._replace(amax=torch.tensor([1.0, 0.0, 1.0]))
+    }
     return {
         "not tied": (spec, with_amax(2.0), f"{gate}.input", f"{up}.input", "1.0 and 2.0", "fqt.tie"),
-        "zero": (spec, with_amax(0.0), f"{up}.input.amax", "0", "divide"),
+        "zero": (spec, with_amax(0.0) | {f"{gate}.input": with_amax(0.0)[f"{up}.input"]}, "found 0.0 for all experts"),
+        "zero for one": (
+            of_inputs(rules, per_expert="*"),
+            one_is_zero,
+            f"{down}.input.amax",
+            "found 0.0 for expert 1 of 3",
+        ),
+        "too small": (
+            spec,
+            with_amax(1e-38) | {f"{gate}.input": with_amax(1e-38)[f"{up}.input"]},
+            f"{gate}.input.amax",
+            "cannot divide by",
+        ),
+        "one beside one an expert": (mixed, of_mixed, "gate_proj.weight.input", "found 1 and 3 amax", "per_expert"),
+        "inputs of some weights": (first_layer, state, "9 of 18 modules in FP8", "all or none"),
         "never calibrated": (spec, with_amax(-torch.inf), up, "no token"),
         "no name for the pair": (other, state, "NVFP4", "beside weights in FP8", "no name"),
         "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
-        "half of what is fused": (half, state, "gate_proj.weight.input", "FP8 and not quantized"),
+        "the first of what is fused": (gate_only, state, "up_proj.weight.input'", "FP8 and not quantized"),
+        "the second of what is fused": (up_only, state, "up_proj.weight.input'", "not quantized and FP8"),
     }
 
 
 @pytest.mark.parametrize("name", faults_of_inputs())
 def test_faults_of_inputs_are_found_before_a_byte_is_written(name, tmp_path):
+    """Each names the inputs, what was found and what was wanted; the folder is not made."""
     model, params = build()
     spec, state, *fragments = faults_of_inputs()[name]
     keys = [group.key for group in spec.all_groups]

@@ -94,13 +94,13 @@ def compressed_tensors(
             `_extra_state`, and for a head that is the embedding.
         state: From `calibrate`; roles that engines fuse are tied.
         folder: A new name, or an empty directory. It appears whole or not at all.
-        spec: What is packed, and how: any format but MXFP6_E3M2.
+        spec: What is packed, and how: any format but MXFP6_E3M2. Weights only.
         config: `model.config` of transformers, or what config.json holds, with `architectures`.
         max_shard_size: Of a file: bytes, or such as "5GB".
 
     Raises:
         KeyError: As `modelopt_hf`.
-        ValueError: As `modelopt_hf`.
+        ValueError: As `modelopt_hf`, or the spec has inputs.
         ImportError: As `modelopt_hf`.
         OSError: As `modelopt_hf`.
 

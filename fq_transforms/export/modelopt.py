@@ -1,16 +1,18 @@
 """Files as ModelOpt 0.47's unified HF export writes them.
 
     {module}.weight            codes: float8 or int8 [out, in], or two E2M1 in a byte [out, in/2]
-    {module}.weight_scale      by `ALGORITHMS`
+    {module}.weight_scale      by `AXES`
     {module}.weight_scale_2    NVFP4: the global scale, fp32 []
     {module}.input_scale       calibrated inputs: amax over the largest code, for NVFP4 over 6 * 448, fp32 []
     hf_quant_config.json       the algorithm, and which modules are not quantized; in config.json once more
 
-NOTE differences from its exporter, none of which changes what the files mean. FP8 scales are 1 / (448 / amax), as the
-fake quantization of both computes, where its exporter stores amax / 448: they differ by at most one step of fp32; so do
-INT8's, with 127. It divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes are a step
-off its own fake quantization; ours never are. Square blocks always have scales in four axes here; it gives [] to a
-weight that is one block, and Mixtral's experts the names that they have in memory.
+NOTE differences from its exporter, none of which changes what the files mean. FP8 weights' scales are 1 / (448 / amax),
+as the fake quantization of both computes, where its exporter stores amax / 448: they differ by at most one step of
+fp32; so do INT8's, with 127. It divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes
+are a step off its own fake quantization; ours never are. Square blocks always have scales in four axes here; it gives
+[] to a weight that is one block, and Mixtral's experts the names that they have in memory. Where modules differ in
+algorithm it names blocks of experts, here each expert is named. Inputs that were zero throughout are refused here;
+there they get a scale of 1, or that of other experts.
 """
 
 import os
@@ -18,13 +20,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fq_transforms.export.files import bytes_of, check_free, write
 from fq_transforms.export.plan import Coded, Kind, Kinds, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import E4M3, Format, IntElement
-from fq_transforms.spec import Spec
-from fq_transforms.state import State
+from fq_transforms.spec import Spec, ranges
+from fq_transforms.state import InputAmax, State
 
 __all__ = ["modelopt_hf"]
 
@@ -83,7 +86,8 @@ def modelopt_hf(
     afterwards. Inputs that the spec has and the state was calibrated for become `input_scale`, one an expert or the
     same for all. Without them NVFP4 has the name of weights under 16-bit inputs, and engines that take FP8 with one
     scale a tensor (vLLM, SGLang) want an input scale that they do not find; FP8_PER_CHANNEL, whose inputs are scaled
-    by the token, needs none.
+    by the token, needs none. Engines want one algorithm for all experts of a layer: give the inputs of all their roles
+    a format, or of none.
 
     Args:
         params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
@@ -102,7 +106,8 @@ def modelopt_hf(
         KeyError: A parameter or a group of the state is missing.
         ValueError: A group is not calibrated, or an amax is NaN, infinite or negative; `in` is not a multiple of what
             a byte holds; the target has no name for a format, or for inputs beside it; inputs have no weights beside
-            them, or an amax of 0; two roles that engines fuse (gate and up, w1 and w3, q, k and v) are not tied, or
+            them, or an amax so small that its scale is 0 or has no reciprocal; some weights in FP8 have inputs and some
+            have not; two roles that engines fuse (gate and up, w1 and w3, q, k and v) are not tied, or
             their inputs are not; a name is none of files; a weight is a DTensor; the folder is not empty; a
             weight has NaN or infinity. All but the last are found before a byte is written.
         ImportError: tqdm is not installed.
@@ -124,12 +129,36 @@ def modelopt_hf(
     path, limit = Path(os.path.realpath(folder)), bytes_of(max_shard_size)
     check_free(path)
     found = plan(params, state, spec, config, target="ModelOpt's HF export", kinds=ALGORITHMS)
+    _check_input_scales(found)
     of_file = _hf_quant_config(found)
     documents = {
         "config.json": found.config | {"quantization_config": _quantization_config(of_file)},
         "hf_quant_config.json": of_file,
     }
     write(path, tensors(found, _encode, f"export {path.name}"), documents, limit)
+
+
+def _check_input_scales(plan: Plan) -> None:
+    """Raise ValueError where engines would find no scale that they can divide by, or none at all."""
+    for inputs in plan.inputs.values():
+        entry = plan.state[inputs.key]
+        if not isinstance(entry, InputAmax):
+            continue
+        scale = entry.amax / _largest(inputs.format)
+        wrong: list[int] = (~(scale.reciprocal() < torch.inf)).nonzero().flatten().tolist()
+        if wrong:
+            of = f"expert {ranges(wrong)} of {inputs.experts}" if inputs.per_expert else "all experts"
+            raise ValueError(
+                f"state '{inputs.key}.amax': found {entry.amax[wrong[0]].item()} for {of}, whose scale "
+                f"{scale[wrong[0]].item()} engines cannot divide by, wanted more; calibrate with inputs that are not "
+                "all zero, or set it by state[key]._replace(amax=...)"
+            )
+    has_inputs = [of_inputs is not None for format, of_inputs in plan.formats.values() if kind_of(format) == _FP8]
+    if any(has_inputs) and not all(has_inputs):
+        raise ValueError(
+            f"inputs: found some for {sum(has_inputs)} of {len(has_inputs)} modules in FP8, wanted them for all or "
+            "none: ModelOpt has one name for both, under which engines look for an input scale"
+        )
 
 
 def _encode(coded: Coded) -> dict[str, Tensor]:

@@ -122,6 +122,8 @@ def plan(
         ['lm_head.weight', 'norm.weight']
     """
     entries = _config(config)
+    if not spec.groups:
+        raise ValueError(f"export to {target}: found no weights in the spec, wanted some to pack")
     if all(of_inputs is None for _, of_inputs in kinds):
         refuse_inputs(spec, f"export to {target}")
     check(state, spec)
@@ -134,7 +136,7 @@ def plan(
                 f"name, wanted one of {sorted(of_weights)}"
             )
         weights_of(params, group)
-    inputs = _inputs(state, spec, target, kinds)
+    inputs = _inputs(spec, target, kinds)
     for name, tensor in params.items():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
@@ -305,8 +307,8 @@ def _check_cut(group: Group, part: Part) -> None:
         )
 
 
-def _inputs(state: State, spec: Spec, target: str, kinds: Collection[Kinds]) -> dict[str, Inputs]:
-    """Inputs by the group of their weights, each with a name beside them and an amax that can be divided by."""
+def _inputs(spec: Spec, target: str, kinds: Collection[Kinds]) -> dict[str, Inputs]:
+    """Inputs by the group of their weights, each with a name beside them."""
     groups, found = {group.key: group for group in spec.groups}, dict[str, Inputs]()
     for inputs in spec.inputs:
         group = groups.get(key := inputs.key.removesuffix(".input"))
@@ -317,15 +319,11 @@ def _inputs(state: State, spec: Spec, target: str, kinds: Collection[Kinds]) -> 
             )
         wanted = [of_inputs for of_weights, of_inputs in kinds if of_weights == kind_of(group.format) and of_inputs]
         if kind_of(inputs.format) not in wanted:
+            others = f"one of {wanted}, or no inputs" if wanted else "no inputs"
             raise ValueError(
                 f"inputs {inputs.key!r}: found {inputs.format.name}, {kind_of(inputs.format)}, beside weights in "
-                f"{group.format.name}, for which {target} has no name, wanted one of {wanted}, or no inputs"
-            )
-        entry = state[inputs.key]
-        if isinstance(entry, InputAmax) and bool((entry.amax == 0).any()):
-            raise ValueError(
-                f"state '{inputs.key}.amax': found 0, by which engines would divide, wanted more; calibrate with "
-                "inputs that are not all zero"
+                f"{group.format.name}, for which {target} has no name, wanted {others}; take them out with a rule to "
+                "None"
             )
         found[key] = inputs
     return found

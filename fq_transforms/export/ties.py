@@ -1,6 +1,6 @@
 """Roles that inference engines make one matrix of, and so give one format and one scale."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,35 +25,54 @@ def check_ties(
     for name, source in source_of.items():
         words = name.split(".")
         for roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
-            for role in roles[1:]:
-                other = source_of.get(".".join(role if word == roles[0] else word for word in words))
-                if other is not None and other != source and (source in groups or other in groups):
-                    _check_tied(state, groups, source, other, roles)
-                    if source in inputs or other in inputs:
-                        _check_tied(state, inputs, source, other, roles)
+            named = [
+                source_of.get(".".join(role if word == roles[0] else word for word in words)) for role in roles[1:]
+            ]
+            others = [other for other in named if other is not None and other != source]
+            pairs = [pair for other in others for pair in _words_apart(source, other)]
+            for other in others:
+                if source in groups or other in groups:
+                    _check_tied(state, groups, (source, other), pairs)
+                if source in inputs or other in inputs:
+                    _check_tied(state, inputs, (source, other), pairs, suffix=".input")
 
 
-def _check_tied(state: State, groups: Mapping[str, Group], first: str, second: str, roles: tuple[str, ...]) -> None:
-    a, b = groups.get(first), groups.get(second)
+def _words_apart(first: str, second: str) -> list[tuple[str, str]]:
+    """Where two keys of a state differ: what `tie` takes."""
+    return [(a, b) for a, b in zip(first.split("."), second.split("."), strict=False) if a != b]
+
+
+def _check_tied(
+    state: State,
+    groups: Mapping[str, Group],
+    sources: tuple[str, str],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    suffix: str = "",
+) -> None:
+    a, b = (groups.get(source) for source in sources)
     names = [group.format.name if group else "not quantized" for group in (a, b)]
-    first, second = (group.key if group else name for group, name in ((a, first), (b, second)))
+    both = " and ".join(repr(source + suffix) for source in sources)
     if a is None or b is None or a.format != b.format:
         raise ValueError(
-            f"{first!r} and {second!r}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse "
-            "them into one matrix; let the rules treat them alike"
+            f"{both}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse them into one matrix; "
+            "let the rules treat them alike"
         )
     one, two = _one_number(state, a), _one_number(state, b)
     if one is None or two is None:
         return
-    one, two = torch.broadcast_tensors(one, two)  # of inputs that share one amax, and of such as do not
+    if len(one) != len(two):
+        raise ValueError(
+            f"state {both}: found {len(one)} and {len(two)} amax, wanted one for all experts or one for each in both: "
+            "inference engines fuse them under one scale; let `per_expert` treat them alike, and calibrate again"
+        )
     if torch.equal(one, two):
         return
     expert = int((one != two).nonzero()[0, 0])
-    pairs = [(roles[0], role) for role in roles[1:]]
-    pairs += pairs[:-1]  # again, for the first to get what the last has
+    of = f" for expert {expert}" if len(one) > 1 else ""
     raise ValueError(
-        f"state {first!r} and {second!r}: found the amax {one[expert].item()} and {two[expert].item()} for expert "
-        f"{expert}, wanted one: inference engines fuse them under one scale; call fqt.tie(state, {pairs})"
+        f"state {both}: found the amax {one[expert].item()} and {two[expert].item()}{of}, wanted one: inference "
+        f"engines fuse them under one scale; call fqt.tie(state, {list(pairs)})"
     )
 
 
