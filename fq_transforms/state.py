@@ -309,7 +309,10 @@ def check(state: State, spec: Spec, *, values: bool | Callable[[Tensor], bool] =
         found: Any = state.get(group.key)
         if found is None:
             _check_known(state, groups)
-            raise KeyError(f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec")
+            others = ", or leave out its inputs: dataclasses.replace(spec, inputs=())" if group in spec.inputs else ""
+            raise KeyError(
+                f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec{others}"
+            )
         wanted = group.leaf_shapes
         if type(found) not in _GROUP_STATES:
             _check_group(group.key, found, f"those of {group.format.name}")

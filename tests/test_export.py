@@ -520,6 +520,7 @@ def faults_of_inputs():
     other, gate_only, up_only = (
         of_inputs(of) for of in ({"*.experts.*": fqt.NVFP4}, {"*gate_proj*": fqt.FP8}, {"*up_proj*": fqt.FP8})
     )
+    down_only = of_inputs({"*down_proj*": fqt.FP8})
     alone, first_layer = of_inputs(rules, {"*down_proj*": fqt.FP8}), of_inputs({"*layers.0.*.experts.*": fqt.FP8})
     mixed = of_inputs(rules, per_expert="*up_proj*")
     of_experts = state | of_each_expert(of_inputs(rules, per_expert="*"))
@@ -544,10 +545,17 @@ def faults_of_inputs():
             "cannot divide by",
         ),
         "one beside one an expert": (mixed, of_mixed, "gate_proj.weight.input", "found 1 and 3 amax", "per_expert"),
-        "inputs of some weights": (first_layer, state, "9 of 18 modules in FP8", "all or none"),
+        "inputs of some weights": (first_layer, state, "layers.0", "layers.1", "FP8 and none", "all modules in FP8"),
         "never calibrated": (spec, with_amax(-torch.inf), up, "no token"),
         "no name for the pair": (other, state, "NVFP4", "beside weights in FP8", "no name"),
         "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
+        "inputs of some roles": (down_only, state, "gate_proj", "down_proj", "none and FP8", "all experts of"),
+        "no weights at all": (
+            fqt.select(lists, {}, inputs=rules),
+            state,
+            "found no weights in the spec",
+            "inputs of 6 groups",
+        ),
         "the first of what is fused": (gate_only, state, "up_proj.weight.input'", "FP8 and not quantized"),
         "the second of what is fused": (up_only, state, "up_proj.weight.input'", "not quantized and FP8"),
     }
@@ -687,6 +695,28 @@ def test_megatron_and_transformers_write_the_same_files(kind, layout, format, tm
     a, b = read(tmp_path / "a"), read(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(bits_of(a[name]), bits_of(b[name])) for name in a)
+
+
+def test_a_bias_of_a_fused_qkv(tmp_path):
+    """Named bug: an IndexError without a name. Rows of q, k and v are taken out of it as out of the weight."""
+    model, params = build()
+    names = {x: [f"model.layers.{n}.self_attn.{x}_proj.bias" for n in range(2)] for x in "qkv"}
+    sizes = {x: params[f"model.layers.0.self_attn.{x}_proj.weight"].shape[0] for x in "qkv"}
+    params |= {name: torch.randn(sizes[x]) for x, of_x in names.items() for name in of_x}
+    other = megatron_of(params, model.config, "te")
+    for n in range(2):
+        stacked = {
+            f"model.layers.{k}.self_attn.{x}_proj.weight": params[names[x][k]][:, None] for x in "qkv" for k in range(2)
+        }
+        columns = megatron_of(params | stacked, model.config, "te")
+        other[f"decoder.layers.{n}.self_attention.linear_qkv.bias"] = columns[
+            f"decoder.layers.{n}.self_attention.linear_qkv.weight"
+        ][:, 0]
+    for folder, source in (("a", params), ("b", other)):
+        exported(fqt.export.modelopt_hf, source, fqt.NVFP4, model.config, tmp_path / folder)
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for of_x in names.values() for name in of_x)
 
 
 def test_a_quantized_fused_qkv(tmp_path):

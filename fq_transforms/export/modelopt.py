@@ -11,8 +11,9 @@ as the fake quantization of both computes, where its exporter stores amax / 448:
 fp32; so do INT8's, with 127. It divides bf16 weights to bf16 before it rounds them to a code, so that some of its codes
 are a step off its own fake quantization; ours never are. Square blocks always have scales in four axes here; it gives
 [] to a weight that is one block, and Mixtral's experts the names that they have in memory. Where modules differ in
-algorithm it names blocks of experts, here each expert is named. Inputs that were zero throughout are refused here;
-there they get a scale of 1, or that of other experts.
+algorithm it names blocks of experts, and lists groups in config.json too; here each expert is named, and listed in
+`quantized_layers` only. Inputs that were zero throughout are refused here; there they get the scale of other experts,
+or 1, in NVFP4 1/448.
 """
 
 import os
@@ -86,8 +87,8 @@ def modelopt_hf(
     afterwards. Inputs that the spec has and the state was calibrated for become `input_scale`, one an expert or the
     same for all. Without them NVFP4 has the name of weights under 16-bit inputs, and engines that take FP8 with one
     scale a tensor (vLLM, SGLang) want an input scale that they do not find; FP8_PER_CHANNEL, whose inputs are scaled
-    by the token, needs none. Engines want one algorithm for all experts of a layer: give the inputs of all their roles
-    a format, or of none.
+    by the token, needs none. Engines want one algorithm for all experts of a layer, so inputs of all their roles
+    have one format, or none.
 
     Args:
         params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
@@ -106,9 +107,9 @@ def modelopt_hf(
         KeyError: A parameter or a group of the state is missing.
         ValueError: A group is not calibrated, or an amax is NaN, infinite or negative; `in` is not a multiple of what
             a byte holds; the target has no name for a format, or for inputs beside it; inputs have no weights beside
-            them, or an amax so small that its scale is 0 or has no reciprocal; some weights in FP8 have inputs and some
-            have not; two roles that engines fuse (gate and up, w1 and w3, q, k and v) are not tied, or
-            their inputs are not; a name is none of files; a weight is a DTensor; the folder is not empty; a
+            them, or an amax so small that its scale is no normal number; some weights in FP8, or experts of a layer,
+            have inputs and some have not; two roles that engines fuse (gate and up, w1 and w3, q, k and v) are not
+            tied, or their inputs are not; a name is none of files; a weight is a DTensor; the folder is not empty; a
             weight has NaN or infinity. All but the last are found before a byte is written.
         ImportError: tqdm is not installed.
         OSError: A file cannot be written.
@@ -139,26 +140,33 @@ def modelopt_hf(
 
 
 def _check_input_scales(plan: Plan) -> None:
-    """Raise ValueError where engines would find no scale that they can divide by, or none at all."""
+    """Raise ValueError where engines would find no scale that they can divide by, or for some modules none."""
     for inputs in plan.inputs.values():
         entry = plan.state[inputs.key]
         if not isinstance(entry, InputAmax):
             continue
         scale = entry.amax / _largest(inputs.format)
-        wrong: list[int] = (~(scale.reciprocal() < torch.inf)).nonzero().flatten().tolist()
+        wrong: list[int] = (scale < torch.finfo(torch.float32).tiny).nonzero().flatten().tolist()
         if wrong:
             of = f"expert {ranges(wrong)} of {inputs.experts}" if inputs.per_expert else "all experts"
             raise ValueError(
                 f"state '{inputs.key}.amax': found {entry.amax[wrong[0]].item()} for {of}, whose scale "
                 f"{scale[wrong[0]].item()} engines cannot divide by, wanted more; calibrate with inputs that are not "
-                "all zero, or set it by state[key]._replace(amax=...)"
+                f"all zero, or set it: state | {{{inputs.key!r}: state[{inputs.key!r}]._replace(amax=...)}}"
             )
-    has_inputs = [of_inputs is not None for format, of_inputs in plan.formats.values() if kind_of(format) == _FP8]
-    if any(has_inputs) and not all(has_inputs):
-        raise ValueError(
-            f"inputs: found some for {sum(has_inputs)} of {len(has_inputs)} modules in FP8, wanted them for all or "
-            "none: ModelOpt has one name for both, under which engines look for an input scale"
-        )
+    alike: dict[str, tuple[str, Format | None]] = {}
+    for module, (format, of_inputs) in plan.formats.items():
+        block, is_expert, _ = module.partition(".experts.")
+        places = [f"experts of {block!r}"] if is_expert else []
+        places += ["modules in FP8"] if kind_of(format) == _FP8 else []
+        for place in places:
+            first, wanted = alike.setdefault(place, (module, of_inputs))
+            if of_inputs != wanted:
+                names = [other.name if other else "none" for other in (wanted, of_inputs)]
+                raise ValueError(
+                    f"inputs of {first!r} and {module!r}: found {names[0]} and {names[1]}, wanted one format, or none, "
+                    f"for all {place}, which engines treat alike; change the rules of the inputs"
+                )
 
 
 def _encode(coded: Coded) -> dict[str, Tensor]:

@@ -123,7 +123,10 @@ def plan(
     """
     entries = _config(config)
     if not spec.groups:
-        raise ValueError(f"export to {target}: found no weights in the spec, wanted some to pack")
+        raise ValueError(
+            f"export to {target}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
+            "weights to pack; give them a rule"
+        )
     if all(of_inputs is None for _, of_inputs in kinds):
         refuse_inputs(spec, f"export to {target}")
     check(state, spec)
@@ -293,7 +296,7 @@ def _rows_in_files(
         shape = group.shape if group else tuple(params[source].shape)
         experts = group.experts if group else shape[0] if shape else 0
         for part in of_source:
-            own = len(torch.arange(shape[-2] if len(shape) > 1 else 1)[part.rows])
+            own = len(torch.arange(shape[max(len(shape) - 2, 0)] if shape else 1)[part.rows])
             rows |= dict.fromkeys(expanded(part.name, experts), own)
     return rows
 
