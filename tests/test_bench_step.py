@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.bench.step import WAYS, _Given, _steps, _ways
+from fq_transforms.bench import step
+from fq_transforms.bench.step import WAYS, Rounds, _Given, _measure, _steps, _ways, page
 from tests.test_layerwise import EXPERTS, HIDDEN, GroupedMLP
 
 
@@ -53,3 +54,37 @@ def test_the_given_loss_is_the_gradient_given():
     assert loss.item() == 0.0
     loss.backward()
     assert torch.equal(x.grad, grad)
+
+
+def test_rounds_of_all_passes_are_pooled(monkeypatch):
+    """Each ratio is over the two of bf16 beside it; what is shown is the median of all rounds."""
+    calls = {name: lambda name=name: name for name in ("bf16", *WAYS)}
+    plain, theirs = calls.pop("bf16"), calls.pop("ModelOpt")
+    slower = {"every": 2.0, "once": 3.0, "kept": 4.0, "recompute": 5.0, "whole": 6.0, "ModelOpt": 7.0}
+    order, passes = [], [1.0, 10.0, 10.0]
+
+    def timed(call, models):
+        """bf16 becomes slower from call to call, by as much each time, and all others in one pass."""
+        order.append(call())
+        return len(order) * slower.get(order[-1], 1.0) * (passes[0] if order[-1] in slower else 1.0), 2**20
+
+    monkeypatch.setattr(step, "_timed", timed)
+    row = {"kind": "layer", "format": "FP8"}
+    for number in range(3):
+        peer = (lambda: (torch.nn.Linear(1, 1), theirs)) if number == 0 else None
+        _measure(row, torch.nn.Linear(1, 1), calls, plain, peer, Rounds(4, 2))
+        passes.pop(0)
+    rounds = row["rounds"]
+    assert {name: len(found) for name, found in rounds.items()} == {
+        "every": 12,
+        "once": 12,
+        "kept": 6,
+        "recompute": 6,
+        "whole": 6,
+        "ModelOpt": 2,
+        "bf16": 12 * 3 + (6 * 3 + 2) * 2,
+    }
+    assert rounds["every"] == pytest.approx([2.0] * 4 + [20.0] * 8)
+    assert [row[name] for name in WAYS] == pytest.approx([20.0, 30.0, 40.0, 50.0, 60.0, 7.0])
+    assert order[7:16] == ["bf16", "every", "bf16", "once", "bf16", "bf16", "kept", "bf16", "bf16"]
+    assert "| layer | FP8 |" in page({"date": "today"}, [row])

@@ -34,14 +34,14 @@ OFTEN = ("every", "once")  # what a training loop would take
 
 
 class Rounds(NamedTuple):
-    """How many, in which the ways of `OFTEN` are timed; the others in each so many-th."""
+    """How many a pass has, in which the ways of `OFTEN` are timed; the others in each so many-th."""
 
     number: int
     others_every: int
-    peers_every: int
 
 
-LAYER_ROUNDS, MODEL_ROUNDS = Rounds(60, 4, 12), Rounds(16, 2, 4)
+LAYER_ROUNDS, MODEL_ROUNDS = Rounds(24, 6), Rounds(12, 4)
+LAYER_PASSES = 3  # over all formats
 
 WAYS = {
     "every": "fakequant at every microbatch: `value_and_grad(keep=True)` of one, gradients added up in one call",
@@ -54,7 +54,11 @@ WAYS = {
 
 
 def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
-    """Forward and backward of two GroupedLinears, 32 experts, 512 tokens each, four microbatches, by format and way."""
+    """Forward and backward of two GroupedLinears, 32 experts, 512 tokens each, four microbatches, by format and way.
+
+    Passes over all formats are far apart: what slows the host down for seconds meets one of them. ModelOpt is in the
+    first only.
+    """
     model = GroupedMLP(EXPERTS, HIDDEN, FFN, TOKENS)
     xs = [torch.randn(EXPERTS * TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(MICROBATCHES)]
     grad = torch.randn_like(xs[0])
@@ -67,15 +71,20 @@ def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             loss(forward, x).backward()
 
     shapes = [Shape(EXPERTS, FFN, HIDDEN, ""), Shape(EXPERTS, HIDDEN, FFN, "")]
-    for format in progress([f for f in ALL if all(fits(f, shape) for shape in shapes)], desc="layer step"):
+    formats = [format for format in ALL if all(fits(format, shape) for shape in shapes)]
+    rows: dict[str, Row] = {}
+    for number, format in enumerate(progress(LAYER_PASSES * formats, desc="layer step")):
         params = dict(model.named_parameters())
         fq = fqt.transform(fqt.select(params, {"*": format}))
         state = fq.calibrate(params)
-        kind = f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]"
         peer = partial(_layer_peer, model, format, run, xs[0])
         make = partial(fqt.value_and_grad, loss, model, fq, keep=True)
         ways = _steps(make, params, state, xs) | _ways(model, fq, state, run)
-        yield _measure(kind, format, model, ways, partial(run, model), peer if peers else None, LAYER_ROUNDS)
+        row = rows.setdefault(format.name, Row(kind=f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]", format=format.name))
+        first = number < len(formats)
+        _measure(row, model, ways, partial(run, model), peer if peers and first else None, LAYER_ROUNDS)
+        if number >= len(formats) * (LAYER_PASSES - 1):
+            yield row
 
 
 def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
@@ -110,7 +119,9 @@ def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             ways |= _ways(ddp.module, fq, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             plain = partial(run, ddp, ddp.module)
-            yield _measure("model, 4 layers", format, ddp.module, ways, plain, peer if peers else None, MODEL_ROUNDS)
+            row = Row(kind="model, 4 layers", format=format.name)
+            _measure(row, ddp.module, ways, plain, peer if peers else None, MODEL_ROUNDS)
+            yield row
             del ddp, params, state, make, ways, plain, peer
 
 
@@ -191,25 +202,22 @@ class _Given(torch.autograd.Function):
 
 
 def _measure(
-    kind: str,
-    format: Format,
-    model: Module,
-    ways: dict[str, Call],
-    plain: Call,
-    peer: Callable[[], Any] | None,
-    rounds: Rounds,
-) -> Row:
-    """Each way between two of bf16, as hosts change their speed, round after round; and the peak of memory of each."""
+    row: Row, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any] | None, rounds: Rounds
+) -> None:
+    """Add a pass to a row: each way between two of bf16, as hosts change their speed, round after round.
+
+    `rounds` of the row has the ratios of all passes so far, and bf16's milliseconds; the others are their medians, and
+    the largest peaks of memory.
+    """
     calls = {"bf16": plain, **ways}
-    models, row = [model], Row(kind=kind, format=format.name)
+    models = [model]
     try:
         if peer is not None and (theirs := peer()) is not None:
             models.append(theirs[0])
             calls["ModelOpt"] = theirs[1]
     except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
         row["reason"] = f"{type(error).__name__}: {error}"[:200]
-    ratios: dict[str, list[float]] = {name: [] for name in calls if name != "bf16"}
-    plain_ms: list[float] = []
+    found: dict[str, list[float]] = row.setdefault("rounds", {})
     kept = dict.fromkeys(calls, 0)
     gc.collect()  # models in reference cycles, Megatron's among them, must not go while memory is measured
     torch.cuda.empty_cache()
@@ -222,26 +230,23 @@ def _measure(
         gc.collect()
         kept[name] = torch.cuda.memory_allocated() - before
     peaks = dict.fromkeys(calls, 0)
+    others = [(name,) for name in calls if name not in ("bf16", *OFTEN)]
     for number in range(rounds.number):
-        for name, found in ratios.items():
-            each = rounds.peers_every if name == "ModelOpt" else rounds.others_every
-            if name not in OFTEN and number % each:
-                continue
+        for names in [OFTEN, *([] if number % rounds.others_every else others)]:
             times: list[float] = []
             with quiet_core(whole=True):
-                for way in ("bf16", name, "bf16"):
+                for way in ("bf16", *(each for name in names for each in (name, "bf16"))):
                     milliseconds, peak = _timed(calls[way], models)
                     times.append(milliseconds)
                     peaks[way] = max(peaks[way], peak)
-            before_ms, took, after_ms = times
-            found.append(2 * took / (before_ms + after_ms))
-            plain_ms += [before_ms, after_ms]
+            found.setdefault("bf16", []).extend(times[::2])
+            for name, before_ms, took, after_ms in zip(names, times[::2], times[1::2], times[2::2], strict=False):
+                found.setdefault(name, []).append(2 * took / (before_ms + after_ms))
     gc.enable()
-    row["bf16"], row["bf16_ms"] = 1.0, median(plain_ms)
-    for name, found in ratios.items():
-        row[name] = median(found)
-        row[f"{name}_mib"] = (peaks[name] + kept[name] - peaks["bf16"]) / 2**20
-    return row
+    row["bf16_ms"] = median(found["bf16"])
+    for name in (each for each in calls if each != "bf16"):
+        mib = (peaks[name] + kept[name] - peaks["bf16"]) / 2**20
+        row |= {name: median(found[name]), f"{name}_mib": max(mib, row.get(f"{name}_mib", mib))}
 
 
 def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
@@ -282,12 +287,12 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
             "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time. The "
-            f"median of {LAYER_ROUNDS.number} rounds, {MODEL_ROUNDS.number} of the model, for {' and '.join(OFTEN)}; "
-            f"of one in {LAYER_ROUNDS.others_every} of them, {MODEL_ROUNDS.others_every} of the model, for the others; "
-            f"of one in {LAYER_ROUNDS.peers_every} and {MODEL_ROUNDS.peers_every} for ModelOpt. On the core that is "
-            "fastest then. Parameters and state stay where they are, as in a loop that updates them in place. MiB: the "
-            "peak of memory above bf16's, with what is kept from step to step; one group's fake weights are "
-            f"{group:.0f} MiB.",
+            f"median of rounds, which the JSON has all: for {' and '.join(OFTEN)} {LAYER_PASSES} times "
+            f"{LAYER_ROUNDS.number}, in passes over all formats, and {MODEL_ROUNDS.number} of the model; for the "
+            f"others one in {LAYER_ROUNDS.others_every} of them, {MODEL_ROUNDS.others_every} of the model; for "
+            "ModelOpt those of the first pass. On the core that is fastest then. Parameters and state stay where they "
+            "are, as in a loop that updates them in place. MiB: the peak of memory above bf16's, with what is kept "
+            f"from step to step; one group's fake weights are {group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),
             "",
