@@ -7,7 +7,7 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.bench import step
-from fq_transforms.bench.step import WAYS, Rounds, _Given, _measure, _steps, _ways, page
+from fq_transforms.bench.step import WARM_UPS, WAYS, Rounds, _Given, _measure, _steps, _ways, page
 from tests.test_layerwise import EXPERTS, HIDDEN, GroupedMLP
 
 
@@ -72,19 +72,22 @@ def test_rounds_of_all_passes_are_pooled(monkeypatch):
     row = {"kind": "layer", "format": "FP8"}
     for number in range(3):
         peer = (lambda: (torch.nn.Linear(1, 1), theirs)) if number == 0 else None
-        _measure(row, torch.nn.Linear(1, 1), calls, plain, peer, Rounds(4, 2))
+        _measure(row, torch.nn.Linear(1, 1), calls, plain, peer, Rounds(4, 2, 2))
         passes.pop(0)
     rounds = row["rounds"]
     assert {name: len(found) for name, found in rounds.items()} == {
-        "every": 12,
-        "once": 12,
+        "every": 24,
+        "once": 24,
         "kept": 6,
         "recompute": 6,
         "whole": 6,
         "ModelOpt": 2,
-        "bf16": 12 * 3 + (6 * 3 + 2) * 2,
+        "bf16": 12 * 5 + (6 * 3 + 2) * 2,
     }
-    assert rounds["every"] == pytest.approx([2.0] * 4 + [20.0] * 8)
+    assert rounds["every"] == pytest.approx([2.0] * 8 + [20.0] * 16)
     assert [row[name] for name in WAYS] == pytest.approx([20.0, 30.0, 40.0, 50.0, 60.0, 7.0])
-    assert order[7:16] == ["bf16", "every", "bf16", "once", "bf16", "bf16", "kept", "bf16", "bf16"]
+    warm_up = ["bf16", *["every"] * WARM_UPS, *["once"] * WARM_UPS, "kept", "recompute", "whole", "ModelOpt"]
+    assert order[: len(warm_up)] == warm_up
+    turn = ["bf16", "every", "bf16", "once"]
+    assert order[len(warm_up) :][:12] == [*turn, *turn, "bf16", "bf16", "kept", "bf16"]
     assert "| layer | FP8 |" in page({"date": "today"}, [row])

@@ -34,14 +34,16 @@ OFTEN = ("every", "once")  # what a training loop would take
 
 
 class Rounds(NamedTuple):
-    """How many a pass has, in which the ways of `OFTEN` are timed; the others in each so many-th."""
+    """How many a pass has, in which the ways of `OFTEN` are timed so often in turn; the others in each so many-th."""
 
     number: int
+    turns: int
     others_every: int
 
 
-LAYER_ROUNDS, MODEL_ROUNDS = Rounds(24, 6), Rounds(12, 4)
+LAYER_ROUNDS, MODEL_ROUNDS = Rounds(20, 4, 5), Rounds(6, 2, 2)
 LAYER_PASSES = 3  # over all formats
+WARM_UPS = 4  # until a step finds what it keeps where the two before found it
 
 WAYS = {
     "every": "fakequant at every microbatch: `value_and_grad(keep=True)` of one, gradients added up in one call",
@@ -225,14 +227,15 @@ def _measure(
     for name, call in calls.items():  # compiles, and makes what is kept from step to step
         _forget_gradients(models)
         before = torch.cuda.memory_allocated()
-        _timed(call, models)
+        for _ in range(WARM_UPS if name in OFTEN else 1):
+            _timed(call, models)
         _forget_gradients(models)
         gc.collect()
         kept[name] = torch.cuda.memory_allocated() - before
     peaks = dict.fromkeys(calls, 0)
     others = [(name,) for name in calls if name not in ("bf16", *OFTEN)]
     for number in range(rounds.number):
-        for names in [OFTEN, *([] if number % rounds.others_every else others)]:
+        for names in [OFTEN * rounds.turns, *([] if number % rounds.others_every else others)]:
             times: list[float] = []
             with quiet_core(whole=True):
                 for way in ("bf16", *(each for name in names for each in (name, "bf16"))):
@@ -287,12 +290,12 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
             "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time. The "
-            f"median of rounds, which the JSON has all: for {' and '.join(OFTEN)} {LAYER_PASSES} times "
-            f"{LAYER_ROUNDS.number}, in passes over all formats, and {MODEL_ROUNDS.number} of the model; for the "
-            f"others one in {LAYER_ROUNDS.others_every} of them, {MODEL_ROUNDS.others_every} of the model; for "
-            "ModelOpt those of the first pass. On the core that is fastest then. Parameters and state stay where they "
-            "are, as in a loop that updates them in place. MiB: the peak of memory above bf16's, with what is kept "
-            f"from step to step; one group's fake weights are {group:.0f} MiB.",
+            f"median of all, which the JSON has: {_often(LAYER_ROUNDS)} in each of {LAYER_PASSES} passes over all "
+            f"formats for {' and '.join(OFTEN)}, {_often(MODEL_ROUNDS)} of the model; {_seldom(LAYER_ROUNDS)} for the "
+            f"others, {_seldom(MODEL_ROUNDS)} of the model; ModelOpt is in the first pass only. On the core that is "
+            "fastest then. Parameters and state stay where they are, as in a loop that updates them in place. MiB: the "
+            "peak of memory above bf16's, with what is kept from step to step; one group's fake weights are "
+            f"{group:.0f} MiB.",
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),
             "",
@@ -301,3 +304,11 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             *reasons,
         ]
     )
+
+
+def _often(rounds: Rounds) -> int:
+    return rounds.number * rounds.turns
+
+
+def _seldom(rounds: Rounds) -> int:
+    return len(range(0, rounds.number, rounds.others_every))
