@@ -19,10 +19,10 @@ from fq_transforms.formats import (
     NVFP4_STATIC,
     Format,
 )
+from fq_transforms.inputs.mean_squares import mean_squares
+from fq_transforms.inputs.sync import sync_inputs
+from fq_transforms.inputs.unseen import finish
 from fq_transforms.interleave import deinterleave, interleave
-from fq_transforms.layerwise import layerwise
-from fq_transforms.main_grad import carry_main_grad
-from fq_transforms.mean_squares import mean_squares
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, pack, unpack
 from fq_transforms.report import Report, report
 from fq_transforms.rounding import Stochastic
@@ -30,10 +30,10 @@ from fq_transforms.select import Preset, Rule, select
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, merge, tie
 from fq_transforms.sync import sync
-from fq_transforms.sync_inputs import sync_inputs
+from fq_transforms.training.layerwise import layerwise
+from fq_transforms.training.main_grad import carry_main_grad
+from fq_transforms.training.value_and_grad import value_and_grad
 from fq_transforms.transform import Transform, transform
-from fq_transforms.unseen import finish
-from fq_transforms.value_and_grad import value_and_grad
 
 __version__ = "0.1.0"
 

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fq_transforms.apply import apply
 from fq_transforms.calibrate import calibrate
 from fq_transforms.choose import check_method
 from fq_transforms.fakequant import check_options, fakequant
+from fq_transforms.inputs.apply import apply
+from fq_transforms.inputs.observe import Forward
+from fq_transforms.inputs.unseen import finish
 from fq_transforms.methods import MAX, Method
-from fq_transforms.observe import Forward
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.rounding import Stochastic
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, init
-from fq_transforms.unseen import finish
 
 __all__ = ["Transform", "transform"]
 
@@ -90,7 +90,7 @@ class Transform(NamedTuple):
         backward: The rule of the gradient: "pass_through", "clip" or "lsq".
         apply: `apply(params, state, *args, **kwargs)`, the output of the model with weights and inputs quantized; see
             `fq_transforms.apply.apply`.
-        finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.unseen.finish`.
+        finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.finish`.
     """
 
     init: Init

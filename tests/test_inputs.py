@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fq_transforms as fqt
-from fq_transforms.inputs import quantize_input
+from fq_transforms.inputs.products import Use
+from fq_transforms.inputs.quantize import quantize_input
 from fq_transforms.ops.reference import fake_quantize_reference
-from fq_transforms.products import Use
 from fq_transforms.state import InputAmax, Stateless
 from tests import cases
 from tests.cases import assert_names, message_of, name_of, same_bits
@@ -140,7 +140,7 @@ def test_no_data_is_needed_where_nothing_is_calibrated():
 @pytest.mark.parametrize("format", INPUT_FORMATS, ids=name_of)
 def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert, monkeypatch):
     """Rows of many experts at once, as grouped_mm has them, are bit for bit those of each expert alone."""
-    monkeypatch.setattr("fq_transforms.inputs.MOST_ROWS", 3)
+    monkeypatch.setattr("fq_transforms.inputs.quantize.MOST_ROWS", 3)
     name = "mlp.experts.up"
     (inputs,) = fqt.select(
         {name: torch.ones(3, 2, 64)}, {}, inputs={"*": format}, per_expert=name if per_expert else ()

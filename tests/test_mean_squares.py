@@ -138,7 +138,7 @@ def test_sums_are_of_float64(monkeypatch):
     spec = fqt.select(params, {"*": fqt.INT8})
     wanted = torch.tensor([[(2.0**8 + 65535 * 2.0**-24) / 65536]])
     assert torch.equal(fqt.mean_squares(params, x, spec=spec, model=model)["weight"], wanted)
-    monkeypatch.setattr(sys.modules["fq_transforms.mean_squares"], "MOST_ROWS", 7)
+    monkeypatch.setattr(sys.modules["fq_transforms.inputs.mean_squares"], "MOST_ROWS", 7)
     assert torch.equal(
         fqt.mean_squares(params, x[:100], spec=spec, model=model)["weight"],
         x[:100].double().square().mean(0)[None].float(),

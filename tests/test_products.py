@@ -9,8 +9,8 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
+from fq_transforms.inputs.products import products
 from fq_transforms.ops.reference import fake_quantize_reference
-from fq_transforms.products import products
 from tests.cases import assert_names, message_of
 
 E, OUT, IN, T = 3, 8, 4, 6  # grouped_mm wants rows of 16 bytes

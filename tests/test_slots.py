@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import BatchNorm1d, Embedding, Linear, Module, Sequential
 
-from fq_transforms.slots import Places, slots_of
+from fq_transforms.training.slots import Places, slots_of
 
 
 class Tied(Module):

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
-from fq_transforms import kept
 from fq_transforms.ops import autograd
+from fq_transforms.training import kept
 from tests.cases import assert_names, name_of
 
 FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.NVFP4_STATIC, fqt.MXFP4]

@@ -26,7 +26,6 @@ from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.choose import check_method, chosen_leaves, importance_of, progress
 from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
-from fq_transforms.main_grad import carry_main_grad
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.rounding import Stochastic
@@ -34,6 +33,7 @@ from fq_transforms.select import Rule
 from fq_transforms.sharding import AXES, collapsed_axes
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
+from fq_transforms.training.main_grad import carry_main_grad
 from fq_transforms.weights import weights_of
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]

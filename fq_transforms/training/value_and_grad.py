@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.fakequant import fakequant
-from fq_transforms.inputs import quantized_inputs
-from fq_transforms.kept import Kept
-from fq_transforms.layerwise import check_not_fsdp
-from fq_transforms.main_grad import carry_main_grad, has_main_grad
-from fq_transforms.slots import Places
+from fq_transforms.inputs.quantize import quantized_inputs
 from fq_transforms.state import State
+from fq_transforms.training.kept import Kept
+from fq_transforms.training.layerwise import check_not_fsdp
+from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.training.slots import Places
 from fq_transforms.transform import Transform
 from fq_transforms.weights import is_sharded
 

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.fakequant import fakequant
-from fq_transforms.inputs import quantized_inputs
+from fq_transforms.inputs.quantize import quantized_inputs
 from fq_transforms.ops.autograd import Backward
 from fq_transforms.spec import Spec
 from fq_transforms.state import State

@@ -4,7 +4,7 @@ NOTE what is saved: a layer saves its weights for the backward pass, and so keep
 forward, saved-tensor hooks keep in their place what they are made of: the parameters and the amax, which live anyway.
 
 NOTE lent numbers: where a layer is one node of the graph, its parameters themselves hold the fake numbers while it
-computes, forward and backward; see `fq_transforms.lend`.
+computes, forward and backward; see `fq_transforms.training.lend`.
 
 NOTE who asks again: experts whose weights are one module's (Transformer Engine, stacked) need all of them at once, and
 one launch makes them; experts that are modules of their own need one at a time, and get it.
@@ -21,12 +21,12 @@ from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterLis
 from torch.utils import _pytree as pytree
 
 from fq_transforms.fakequant import check_options, quantize_group
-from fq_transforms.lend import Lender, is_lendable
-from fq_transforms.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.ops.autograd import Backward, fake_quantize
-from fq_transforms.slots import Slots, tensors_in
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
+from fq_transforms.training.lend import Lender, is_lendable
+from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.training.slots import Slots, tensors_in
 from fq_transforms.weights import is_sharded
 
 __all__ = ["check_not_fsdp", "layerwise"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-from fq_transforms.products import Use, products
+from fq_transforms.inputs.products import Use, products
 from fq_transforms.spec import Inputs
 from fq_transforms.state import plain_weights_of
 from fq_transforms.weights import DTYPES, is_mapped

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fq_transforms.observe import Forward, observe
+from fq_transforms.inputs.observe import Forward, observe
+from fq_transforms.inputs.products import Use
 from fq_transforms.ops.shards import sum_over
-from fq_transforms.products import Use
 from fq_transforms.spec import Inputs, Spec, ranges
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.formats import Format
-from fq_transforms.observe import Forward, check_input, observe
+from fq_transforms.inputs.observe import Forward, check_input, observe
+from fq_transforms.inputs.products import Use, products
 from fq_transforms.ops.autograd import Backward, expert_amax, fake_quantize
-from fq_transforms.products import Use, products
 from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stateless, check, plain_weights_of
 

@@ -1,0 +1,1 @@
+"""What layers take as inputs: where a model multiplies them with a selected weight, their amax, their quantization."""
