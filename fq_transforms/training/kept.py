@@ -71,6 +71,7 @@ class Kept:
             return False
         return self._relaunch.run(tensors)
 
+    @torch.no_grad()
     def _requantize(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> None:
         """A group at a time.
 

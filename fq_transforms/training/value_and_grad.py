@@ -128,17 +128,18 @@ def _fake_leaves(
     kept: Kept | None,
 ) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What the model computes with: leaves that end the graph, and how their gradients get to the quantized weights."""
-    needs_graph = not _is_identity(fq, params)
-    primals, made_for, leaves = params, None, None
-    if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
-        primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
+    made_for, leaves = None, None
     if kept is not None:
-        if needs_graph:
-            raise ValueError("keep: found DTensors, wanted plain tensors; leave `keep` away")
         firsts = [params[group.names[0]] for group in fq.spec.groups if group.names[0] in params]
-        made_for = (trained, list(fused), [(first.shape, first.dtype, first.device) for first in firsts])
-        with torch.no_grad():
-            leaves = kept.refill(params, state, spec=fq.spec, made_for=made_for)
+        likes = [(type(first), first.shape, first.dtype, first.device) for first in firsts]
+        made_for = (trained, list(fused), likes)
+        leaves = kept.refill(params, state, spec=fq.spec, made_for=made_for)
+    needs_graph = leaves is None and not _is_identity(fq, params)
+    primals = params
+    if needs_graph:  # primals of our own, so that the pullback ends at them and not in the caller's graph
+        if kept is not None:
+            raise ValueError("keep: found DTensors, wanted plain tensors; leave `keep` away")
+        primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
     if kept is not None and leaves is not None:
         quantized, others, weights = kept.quantized, kept.others, dict(leaves)
     else:
@@ -219,7 +220,7 @@ def _run(
             loss.backward()
             if not is_drawn:
                 places.put_back()
-            losses.append(loss.detach().reshape(()))
+            losses.append(loss.detach() if loss.dim() == 0 else loss.detach().reshape(()))
             for name, param in fused.items():
                 _settle(param, leaves[name])
     finally:
