@@ -32,7 +32,7 @@ SHAPES = [
     Shape(16, 5760, 2880, "gpt-oss-120b, EP=8"),
 ]
 # Where the peers are timed too.
-PEER_SHAPES = [SHAPES[0], SHAPES[2], SHAPES[3]]
+PEER_SHAPES = SHAPES[:4]
 
 ALL: list[Format] = [FORMATS[name] for name in fqt.__all__ if name in FORMATS]
 
