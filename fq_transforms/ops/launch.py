@@ -2,7 +2,7 @@
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
 allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own. That
-took 223 us of the host a call in place of 58 for 32 experts, 728 in place of 129 for 128 (bench/results/2026-11-27.md).
+took 224 us of the host a call in place of 59 for 32 experts, 706 in place of 126 for 128 (bench/results/2026-11-27.md).
 """
 
 import json
