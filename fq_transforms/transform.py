@@ -89,7 +89,7 @@ class Transform(NamedTuple):
         spec: What is quantized, and how.
         backward: The rule of the gradient: "pass_through", "clip" or "lsq".
         apply: `apply(params, state, *args, **kwargs)`, the output of the model with weights and inputs quantized; see
-            `fq_transforms.apply.apply`.
+            `fq_transforms.inputs.apply.apply`.
         finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.finish`.
     """
 

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import pkgutil
+import re
 
 import pytest
 
@@ -84,6 +86,7 @@ ONLY_IMPORTER = {
     "compressed_tensors": {"export.compressed"},
 }
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
     for path in PACKAGE.rglob("*.py")
@@ -122,6 +125,15 @@ def test_one_importer_an_engine(engine, importer):
     """Only one module knows each engine; the benchmark asks Triton for its version."""
     found = {module for module, tree in MODULES.items() if any(n.split(".")[0] == engine for n in imports(tree))}
     assert found == importer
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_in_docstrings_are_there(module):
+    """What a docstring refers to by its whole name can be found under it, after a file has moved too."""
+    nodes = [node for node in ast.walk(MODULES[module]) if isinstance(node, DOCUMENTED)]
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    for name in re.findall(r"`(fq_transforms(?:\.\w+)+)", "\n".join(texts)):
+        assert pkgutil.resolve_name(name)  # raises AttributeError where there is nothing
 
 
 def test_public_names_exist_and_are_sorted():

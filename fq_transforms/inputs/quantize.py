@@ -82,7 +82,8 @@ def quantized_inputs(
 ) -> Generator[None]:
     """Within, the model computes with each selected input quantized, if `weights` are what it has as parameters.
 
-    One call or several. Raises ValueError as `fq_transforms.apply.apply` does; for a layer that never ran, on leaving.
+    One call or several. Raises ValueError as `fq_transforms.inputs.apply.apply` does; for a layer that never ran, on
+    leaving.
     """
     if not spec.inputs:
         yield
