@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fq_transforms.activations.observe import Forward
+from fq_transforms.activations.quantize import calibrated_inputs
+from fq_transforms.checks import weights_of
 from fq_transforms.choose import check_method, check_whole, chosen_leaves, importance_of, progress
-from fq_transforms.inputs.observe import Forward
-from fq_transforms.inputs.quantize import calibrated_inputs
+from fq_transforms.dtensor import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.methods import MAX, Method
-from fq_transforms.ops.autograd import expert_amax
-from fq_transforms.ops.shards import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
+from fq_transforms.ops.quantize.autograd import expert_amax
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
-from fq_transforms.weights import weights_of
 
 __all__ = ["calibrate"]
 

@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fq_transforms.checks import is_mapped, is_sharded
+from fq_transforms.dtensor import Layout, local_tensors
 from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Method, Mse, Percentile, check_format
-from fq_transforms.ops.search import percentile_amax, swept_amax
-from fq_transforms.ops.shards import Layout, local_tensors
-from fq_transforms.ops.sweep import WINDOW_COLUMNS, Search
+from fq_transforms.ops.sweep.autograd import percentile_amax, swept_amax
+from fq_transforms.ops.sweep.reference import WINDOW_COLUMNS, Search
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import is_concrete
-from fq_transforms.weights import is_mapped, is_sharded
 
 __all__ = ["check_method", "check_whole", "chosen_leaves", "importance_of", "progress", "scale_search"]
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fq_transforms.ops.autograd import Backward, fake_quantize, fake_quantize_into
-from fq_transforms.ops.lsq import fake_quantize_lsq
+from fq_transforms.checks import DTYPES, is_sharded, weights_of
+from fq_transforms.dtensor import Layout, check_leaf, layout_of, position, sharded_tensors
+from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
+from fq_transforms.ops.quantize.lsq import fake_quantize_lsq
+from fq_transforms.ops.quantize.stochastic import fake_quantize_stochastic
 from fq_transforms.ops.relaunch import Placed
-from fq_transforms.ops.shards import Layout, check_leaf, layout_of, position, sharded_tensors
-from fq_transforms.ops.stochastic import fake_quantize_stochastic
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
-from fq_transforms.weights import DTYPES, is_sharded, weights_of
 
 __all__ = ["check_options", "fakequant", "quantize_group", "requantize_group"]
 
@@ -36,7 +36,7 @@ def fakequant(
     Args:
         params: Names to tensors; may hold more than the spec names.
         state: From `calibrate`, or loaded.
-        spec: What is quantized, and how. Formulas: `fq_transforms.ops.reference.fake_quantize_reference`.
+        spec: What is quantized, and how. Formulas: `fq_transforms.ops.quantize.reference.fake_quantize_reference`.
         out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
             bf16 is one pass. The other parameters keep their dtype.
         backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
@@ -63,7 +63,7 @@ def fakequant(
 
     NOTE learned scales: d fakequant(w) / d amax = (q - v) / qmax within the range, v the weight in steps and q what it
     is rounded to, and +-1 beyond it, as Learned Step Size Quantization has it; for NVFP4 at both of its levels
-    (`fq_transforms.ops.lsq_reference`). It is not divided by sqrt(N * qmax), N the weights of a granule, as that paper
+    (`fq_transforms.ops.quantize.lsq_reference`). It is not divided by sqrt(N * qmax), N the weights of a granule, as that paper
     proposes: multiply the gradients so, or choose the learning rate. An amax must stay positive: learn its logarithm,
     or clamp it after a step. MX formats have no state, so nothing is learned there. Where ranks hold parts of what one
     scale covers, as under tensor parallelism, each has its part of the gradient: add them up; DTensors placed so are

@@ -4,7 +4,7 @@ A `Format` lies on four axes: the element (`IntElement` or `FloatElement`), the 
 (`block`), the type of that scale (`scale`), and who sets it (`dynamic`). Where the field's libraries disagree, the
 disagreement is a number here too, and each library's choice is a constant with its name in it.
 
-The formulas that use these numbers are in `fq_transforms.ops.reference`. To make a new format, make a new constant.
+The formulas that use these numbers are in `fq_transforms.ops.quantize.reference`. To make a new format, make a new constant.
 """
 
 import json

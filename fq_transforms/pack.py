@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fq_transforms.checks import DTYPES, is_sharded, weights_of
+from fq_transforms.dtensor import Layout, layout_of, sharded_tensors
 from fq_transforms.formats import Format, code_bits
-from fq_transforms.ops.packing import code_dtype, pack_reference, pack_scales, unpack_reference
-from fq_transforms.ops.shards import Layout, layout_of, sharded_tensors
+from fq_transforms.ops.pack.reference import code_dtype, pack_reference, pack_scales, unpack_reference
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import (
     BlockAmax,
@@ -21,7 +22,6 @@ from fq_transforms.state import (
     is_read,
     local_group,
 )
-from fq_transforms.weights import DTYPES, is_sharded, weights_of
 
 __all__ = [
     "Packed",
@@ -63,7 +63,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     Args:
         params: Names to tensors; may hold more than the spec names.
         state: From `calibrate`, or loaded.
-        spec: What is packed, and how. Layouts: `fq_transforms.ops.packing`.
+        spec: What is packed, and how. Layouts: `fq_transforms.ops.pack.reference`.
 
     Returns:
         Group key to `Packed`, or `PackedTwoLevel` for NVFP4: new tensors, experts along dimension 0 in their order,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from fq_transforms.checks import check_dtype
 from fq_transforms.formats import Format
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
-from fq_transforms.weights import check_dtype
 
 __all__ = ["Preset", "Rule", "select"]
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from fq_transforms.formats import Format
-from fq_transforms.ops.shards import (
+from fq_transforms.checks import is_mapped, is_sharded, spread_in_words, spread_of, weights_of
+from fq_transforms.dtensor import (
     Layout,
     check_leaf,
     layout_of,
@@ -30,8 +30,8 @@ from fq_transforms.ops.shards import (
     position,
     sharded_tensors,
 )
+from fq_transforms.formats import Format
 from fq_transforms.spec import Group, Inputs, Spec, ranges
-from fq_transforms.weights import is_mapped, is_sharded, spread_in_words, spread_of, weights_of
 
 __all__ = [
     "BlockAmax",

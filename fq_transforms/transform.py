@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fq_transforms.activations.apply import apply
+from fq_transforms.activations.observe import Forward
+from fq_transforms.activations.unseen import finish
 from fq_transforms.calibrate import calibrate
 from fq_transforms.choose import check_method
 from fq_transforms.fakequant import check_options, fakequant
-from fq_transforms.inputs.apply import apply
-from fq_transforms.inputs.observe import Forward
-from fq_transforms.inputs.unseen import finish
 from fq_transforms.methods import MAX, Method
-from fq_transforms.ops.autograd import Backward
+from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.rounding import Stochastic
 from fq_transforms.spec import Spec
@@ -89,7 +89,7 @@ class Transform(NamedTuple):
         spec: What is quantized, and how.
         backward: The rule of the gradient: "pass_through", "clip" or "lsq".
         apply: `apply(params, state, *args, **kwargs)`, the output of the model with weights and inputs quantized; see
-            `fq_transforms.inputs.apply.apply`.
+            `fq_transforms.activations.apply.apply`.
         finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.finish`.
     """
 

@@ -19,22 +19,16 @@ from triton.compiler import ASTSource
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
 from fq_transforms.methods import Mse
-from fq_transforms.ops import (
-    kernels,
-    launch,
-    lsq_kernel,
-    lsq_launch,
-    pack_kernel,
-    percentile_kernel,
-    percentile_launch,
-    plans,
-    report_kernel,
-    stochastic_kernel,
-    stochastic_launch,
-    sweep_kernel,
-    sweep_launch,
-)
-from fq_transforms.ops.sweep import Search
+from fq_transforms.ops import launch, plans
+from fq_transforms.ops.pack import kernel as pack_kernel
+from fq_transforms.ops.percentile import kernel as percentile_kernel
+from fq_transforms.ops.percentile import launch as percentile_launch
+from fq_transforms.ops.quantize import kernel as kernels
+from fq_transforms.ops.quantize import lsq_kernel, lsq_launch, stochastic_kernel, stochastic_launch
+from fq_transforms.ops.report import kernel as report_kernel
+from fq_transforms.ops.sweep import kernel as sweep_kernel
+from fq_transforms.ops.sweep import launch as sweep_launch
+from fq_transforms.ops.sweep.reference import Search
 from fq_transforms.rounding import Stream
 
 TARGET = GPUTarget("cuda", 90, 32)

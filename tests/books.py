@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from fq_transforms.ops import autograd
+from fq_transforms.ops.quantize import autograd
 
 
 class Books:

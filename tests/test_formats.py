@@ -7,7 +7,7 @@ import torch
 
 from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, Format, IntElement
 from fq_transforms.ops import launch
-from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
 from tests.cases import experts, name_of, same_bits
 from tests.conftest import HAS_GPU
 

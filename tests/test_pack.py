@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import fq_transforms as fqt
 from fq_transforms.formats import E2M1, E3M2, E5M2, FORMATS, INT4_BLOCK32, NVFP4_MODELOPT, IntElement
 from fq_transforms.ops import launch
-from fq_transforms.ops.packing import code_bits, pack_reference, pack_scales, unpack_reference
-from fq_transforms.ops.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.pack.reference import code_bits, pack_reference, pack_scales, unpack_reference
+from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
 from fq_transforms.pack import packed_leaves
 from tests.cases import DTYPES, assert_names, experts, name_of, same_bits
 from tests.conftest import HAS_GPU

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
+from fq_transforms.checks import weights_of
 from fq_transforms.formats import (
     FORMATS,
     FP8,
@@ -22,7 +23,6 @@ from fq_transforms.formats import (
 from fq_transforms.select import Preset, Rule, select
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import InputAmax
-from fq_transforms.weights import weights_of
 from tests.cases import ALL_FORMATS, assert_names, message_of, name_of
 
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call, grad, vjp, vmap
 
 import fq_transforms as fqt
-from fq_transforms.ops.reference import fake_quantize_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import ALL_FORMATS, CORE_FORMATS, name_of
 
 every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)

@@ -22,16 +22,16 @@ from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.choose import scale_search
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.methods import Mse
-from fq_transforms.ops.autograd import expert_amax
-from fq_transforms.ops.search import swept_amax
-from fq_transforms.ops.sweep import Search, sweep_reference
+from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.sweep.autograd import swept_amax
+from fq_transforms.ops.sweep.reference import Search, sweep_reference
 
 __all__ = ["arithmetic_floor_us", "instructions_of", "page", "rows"]
 
 Row = dict[str, Any]
 
 LANES = 128
-# Of one weight under one candidate, in the order of `fq_transforms.ops.sweep_kernel`.
+# Of one weight under one candidate, in the order of `fq_transforms.ops.sweep.kernel`.
 INSTRUCTIONS = {
     "int": ("* s", "min", "max", "+ magic", "- magic", "* 1/s", "fma", "fma", "x -", "square", "sum"),
     "fp8": ("* s", "min", "exponent", "max", "fma", "fma", "* 1/s", "x -", "square", "sum"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops.reference import fake_quantize_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference
 
 Call = Callable[[], object]
 

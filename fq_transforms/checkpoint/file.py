@@ -25,9 +25,9 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.contents import check_groups, check_no_others, named
 from fq_transforms.checkpoint.trees import STATE
+from fq_transforms.checks import is_sharded
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, check, check_same_leaves, flatten, state_of, unflatten
-from fq_transforms.weights import is_sharded
 
 __all__ = ["load_file", "read_spec", "save_file"]
 

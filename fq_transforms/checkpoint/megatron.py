@@ -53,11 +53,11 @@ from fq_transforms.checkpoint.megatron_shards import (
 )
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
 from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
+from fq_transforms.checks import is_sharded
 from fq_transforms.pack import PackedTree
-from fq_transforms.sharding import Part
+from fq_transforms.partition import Part
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import State, flatten, unflatten
-from fq_transforms.weights import is_sharded
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fq_transforms.checkpoint.trees import STATE, Kind
-from fq_transforms.sharding import Part, collapsed_axes, leaf_part
+from fq_transforms.partition import Part, collapsed_axes, leaf_part
 from fq_transforms.spec import Group
 
 __all__ = [

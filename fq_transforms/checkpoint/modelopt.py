@@ -49,9 +49,9 @@ from fq_transforms.checkpoint.modelopt_names import (
     native_shape,
     quantizer_name,
 )
+from fq_transforms.checks import is_sharded
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import State, check, flatten, group_state
-from fq_transforms.weights import is_sharded
 
 __all__ = ["read", "write"]
 

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from fq_transforms.sharding import Part
+from fq_transforms.partition import Part
 
 __all__ = ["Record", "Stored", "read_index", "read_records"]
 

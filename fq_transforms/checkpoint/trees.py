@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fq_transforms.ops.shards import local_values
+from fq_transforms.dtensor import local_values
 from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, check_packed, packed_leaves
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import UNCALIBRATED, LeafType, State, check, flatten, leaf_types

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fq_transforms.checks import is_sharded, weights_of
 from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
 from fq_transforms.export.ties import check_ties
@@ -14,7 +15,6 @@ from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import PackedTwoLevel, check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
 from fq_transforms.state import InputAmax, State, check
-from fq_transforms.weights import is_sharded, weights_of
 
 __all__ = ["Coded", "Kind", "Kinds", "Plan", "inverse", "kind_of", "plan", "tensors"]
 

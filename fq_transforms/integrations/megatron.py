@@ -23,18 +23,18 @@ from torch.nn import Module
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint import megatron as leaves
+from fq_transforms.checks import weights_of
 from fq_transforms.choose import check_method, chosen_leaves, importance_of, progress
 from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
 from fq_transforms.methods import MAX, Max, Method
-from fq_transforms.ops.autograd import Backward
+from fq_transforms.ops.quantize.autograd import Backward
+from fq_transforms.partition import AXES, collapsed_axes
 from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Rule
-from fq_transforms.sharding import AXES, collapsed_axes
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
 from fq_transforms.training.main_grad import carry_main_grad
-from fq_transforms.weights import weights_of
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
 
@@ -82,7 +82,7 @@ def calibrate(
             data-parallel group and for dense layers over the data-parallel one.
 
     Raises:
-        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.sync`; the method is not `Max`, and tensor
+        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.distributed`; the method is not `Max`, and tensor
             parallelism splits a granule, on all ranks alike. Statistics, in which ranks may differ, are checked after
             the last collective, so that no rank waits for one that has raised; weights are before it.
     """

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.known import Contiguous
-from fq_transforms.ops.kernels import run_compiled
+from fq_transforms.ops.known import Contiguous
 from fq_transforms.ops.matrices import CAPTURED, Matrices
 from fq_transforms.ops.plans import Plan
+from fq_transforms.ops.quantize.kernel import run_compiled
 
 __all__ = ["Call", "Launched", "again", "find", "key_of", "launch", "remember"]
 

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops import calls, kernels, pack_kernel, report_kernel
+from fq_transforms.ops import calls
 from fq_transforms.ops.calls import launch
 from fq_transforms.ops.matrices import Matrices, experts_of, matrices_of, results_for, shape_of
-from fq_transforms.ops.packing import code_bits, code_dtype
+from fq_transforms.ops.pack import kernel as pack_kernel
+from fq_transforms.ops.pack.reference import code_bits, code_dtype
 from fq_transforms.ops.plans import BACKWARD, Tile, amax_plan, backward_plan, forward_plan, pack_plan, report_plan
+from fq_transforms.ops.quantize import kernel as kernels
 from fq_transforms.ops.relaunch import Placed
-from fq_transforms.ops.reporting import Measures, scale_underflows
+from fq_transforms.ops.report import kernel as report_kernel
+from fq_transforms.ops.report.reference import Measures, scale_underflows
 
 __all__ = [
     "clip_backward_operator",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.known import Contiguous
+from fq_transforms.ops.known import Contiguous
 
 __all__ = ["CAPTURED", "Matrices", "experts_of", "matrices_of", "results_for", "shape_of"]
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.matrices import shape_of
-from fq_transforms.ops.packing import code_bits
-from fq_transforms.ops.reporting import half_step_beyond
+from fq_transforms.ops.pack.reference import code_bits
+from fq_transforms.ops.report.reference import half_step_beyond
 
 __all__ = [
     "BACKWARD",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.known import Known
+from fq_transforms.ops.known import Known
 
 if TYPE_CHECKING:  # `ops.calls` needs Triton
     from fq_transforms.ops.calls import Call

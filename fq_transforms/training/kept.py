@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fq_transforms.fakequant import requantize_group
-from fq_transforms.known import Contiguous
-from fq_transforms.ops.autograd import is_transformed
+from fq_transforms.ops.known import Contiguous
+from fq_transforms.ops.quantize.autograd import is_transformed
 from fq_transforms.ops.relaunch import Relaunch
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, check, is_read

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
 from torch.utils import _pytree as pytree
 
+from fq_transforms.checks import is_sharded
 from fq_transforms.fakequant import check_options, quantize_group
-from fq_transforms.ops.autograd import Backward, fake_quantize
+from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
 from fq_transforms.training.lend import Lender, is_lendable
 from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.training.slots import Slots, tensors_in
-from fq_transforms.weights import is_sharded
 
 __all__ = ["check_not_fsdp", "layerwise"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fq_transforms.ops.autograd import Backward
+from fq_transforms.ops.quantize.autograd import Backward
 
 __all__ = ["carry_main_grad", "has_main_grad"]
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fq_transforms.activations.quantize import quantized_inputs
+from fq_transforms.checks import is_sharded
 from fq_transforms.fakequant import fakequant
-from fq_transforms.inputs.quantize import quantized_inputs
 from fq_transforms.state import State
 from fq_transforms.training.kept import Kept
 from fq_transforms.training.layerwise import check_not_fsdp
 from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.training.slots import Places
 from fq_transforms.transform import Transform
-from fq_transforms.weights import is_sharded
 
 __all__ = ["value_and_grad"]
 

@@ -1,0 +1,174 @@
+"""A model run on batches, to see what its selected weights are multiplied with: the loop of all calibration by data."""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import Module
+
+from fq_transforms.activations.products import Use, products
+from fq_transforms.checks import DTYPES, is_mapped
+from fq_transforms.spec import Inputs
+from fq_transforms.state import plain_weights_of
+
+__all__ = ["Forward", "Seen", "check_input", "observe"]
+
+Forward = Callable[[Callable[..., Any], Any], Any]
+
+
+class Seen(Protocol):
+    """What is kept of the inputs of a group, on one device; made by `kind(inputs, device)`, and a fold over batches.
+
+    Attributes:
+        inputs: The group.
+        measure: What `sizes` are, in words.
+    """
+
+    inputs: Inputs
+    measure: str
+
+    def add(self, use: Use, x: Tensor) -> None:
+        """Take in x [..., in], which has rows, of the experts that `use` names."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take in what another batch showed."""
+        ...
+
+    def sizes(self) -> Tensor:
+        """A number an expert, [E]: NaN or infinite exactly if something that it saw was."""
+        ...
+
+
+SeenType = TypeVar("SeenType", bound=Seen)
+
+
+def observe(
+    params: Mapping[str, Tensor],
+    batch: Any,
+    wanted: Sequence[Inputs],
+    kind: Callable[[Inputs, torch.device], SeenType],
+    *,
+    model: Module | None,
+    forward: Forward | None,
+    caller: str,
+) -> dict[str, SeenType]:
+    """Run the model on the batches, unquantized and without gradients; what each group has seen, by its key.
+
+    Args:
+        params: Names to tensors; may hold more than `wanted` names.
+        batch: One batch or many, see `fq_transforms.calibrate.calibrate`.
+        wanted: The groups, at least one.
+        kind: What is kept of each.
+        model: Whose parameters `params` are. What it writes into buffers is lost.
+        forward: See `fq_transforms.calibrate.calibrate`.
+        caller: The function that errors name.
+
+    Raises:
+        KeyError: A parameter is missing.
+        ValueError: As `fq_transforms.calibrate.calibrate` says of inputs.
+    """
+    if model is None:
+        raise ValueError(f"model: found None, wanted the module that reads {wanted[0].names[0]!r}, for its inputs")
+    for inputs in wanted:
+        plain_weights_of(params, inputs)
+    # Calibration changes nothing: what a layer writes into its buffers as it runs goes into copies.
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(params)
+    ran: set[str] = set()
+    found = {inputs.key: kind(inputs, params[inputs.names[0]].device) for inputs in wanted}
+    number = -1
+    for number, one in enumerate(_batches(batch, wanted[0], caller)):
+        of_batch: dict[str, SeenType] = {}  # in the order in which the layers ran
+
+        def see(use: Use, x: Tensor, of_batch: dict[str, SeenType] = of_batch) -> Tensor:
+            check_input(use.inputs, x)
+            if is_mapped(x):
+                raise ValueError(
+                    f"inputs {use.inputs.key!r}: found an input that vmap maps, wanted a plain tensor; call {caller} "
+                    "outside of vmap, and take out layers that the model maps with a rule to None"
+                )
+            if use.inputs.key not in of_batch:
+                of_batch[use.inputs.key] = kind(use.inputs, x.device)
+            if x.numel():
+                of_batch[use.inputs.key].add(use, x.detach())
+            return x
+
+        with torch.no_grad(), products(model, values, wanted, see) as keys:
+            try:
+                _run(lambda *args, **kwargs: functional_call(model, values, args, kwargs), one, forward)
+            except Exception as error:
+                error.add_note(f"{caller}: in batch {number}")
+                raise
+        ran |= keys
+        _check_finite(of_batch.values(), number, caller)
+        for key, seen in of_batch.items():
+            found[key].merge(seen)
+    if number < 0:
+        raise ValueError(f"batch: found no batch in {type(batch).__name__}, wanted at least one")
+    if idle := [inputs for inputs in wanted if inputs.key not in ran and inputs.always_runs]:
+        raise ValueError(
+            f"inputs {idle[0].key!r}: found that its layer never ran in {number + 1} batches ({len(idle)} of "
+            f"{len(wanted)} groups did not), or used another tensor than its parameter, wanted every selected layer to "
+            "run; take it out with a rule to None"
+        )
+    return found
+
+
+def check_input(inputs: Inputs, x: Tensor) -> None:
+    """Raise ValueError unless x is what the weights of a group can be multiplied with, [..., in]."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"inputs {inputs.key!r}: found {x.dtype}, wanted bfloat16, float16 or float32")
+    if not x.dim() or x.shape[-1] != inputs.shape[1]:
+        raise ValueError(f"inputs {inputs.key!r}: found {tuple(x.shape)}, wanted (..., {inputs.shape[1]})")
+
+
+def _check_finite(seen: Iterable[Seen], number: int, caller: str) -> None:
+    """Raise ValueError for the first layer that got NaN or infinity in this batch. One wait a device."""
+    in_order = [(one, one.sizes()) for one in seen]
+    for device in {sizes.device for _, sizes in in_order}:
+        here = [(one, sizes) for one, sizes in in_order if sizes.device == device]
+        if bool((torch.cat([sizes for _, sizes in here]) < torch.inf).all()):
+            continue
+        for one, sizes in here:
+            wrong = ~(sizes < torch.inf)
+            if bool(wrong.any()):
+                expert = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"{caller}: batch {number}: the input of {one.inputs.expert_name(expert)!r} is the first with the "
+                    f"{one.measure} {sizes[expert].item()}, wanted finite values"
+                )
+
+
+def _batches(batch: Any, inputs: Inputs, caller: str) -> Generator[Any]:
+    """One batch (a tensor, a tuple, a mapping), or each of many."""
+    if batch is None:
+        raise ValueError(
+            f"batch: found None, wanted batches for {inputs.key!r}: {caller}(params, batch), with a tensor, a tuple "
+            "of arguments, a dict of keyword arguments, or a list of these"
+        )
+    if isinstance(batch, Tensor | tuple | Mapping):
+        yield batch
+    elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
+        yield from batch
+    else:
+        raise ValueError(
+            f"batch: found {type(batch).__name__}, wanted a tensor, a tuple, a dict, or an iterable of these"
+        )
+
+
+def _run(call: Callable[..., Any], one: Any, forward: Forward | None) -> None:
+    if forward is not None:
+        forward(call, one)
+    elif isinstance(one, Tensor):
+        call(one)
+    elif isinstance(one, tuple):
+        call(*one)
+    elif isinstance(one, Mapping):
+        call(**cast("Mapping[str, Any]", one))
+    else:
+        raise ValueError(
+            f"batch: found {type(one).__name__} as one of them, wanted a tensor, a tuple of arguments or a dict of "
+            "keyword arguments; pass forward=lambda call, batch: call(...) for others"
+        )

@@ -1,0 +1,405 @@
+"""Where a model multiplies with a selected weight, seen as it runs: what it is multiplied with can be read or replaced.
+
+    with products(model, weights, spec.inputs, on_input):
+        functional_call(model, weights, args)      # each x of x @ w.T is on_input(Use(...), x) in its place
+
+PyTorch shows every call of its functions to a `TorchFunctionMode`, so no function, class or module is changed. A weight
+is known by its memory: `experts[i]`, `weight.T` and one allocation for many experts are views of it, whose offset says
+which expert it is. Copies that a model makes (a cast, the gathered weights of `batched_mm`) are followed.
+
+Any other use of a selected weight by a function of PyTorch raises: a product may hide in it.
+
+NOTE what is not seen: a product inside an `autograd.Function` would get its input quantized in forward, and keep the
+other for backward. Transformer Engine's and Megatron's linear layers are such, and have a forward pre-hook for the time
+of the call instead. A kernel that is no function of PyTorch's shows nothing: layers that never ran are an error, but
+experts that are modules of their own may have had no token.
+
+NOTE cost: about 12 us of the host for each call of a PyTorch function, measured on a CPU; no wait for a device.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage] (it has no public name)
+)
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fq_transforms.checks import is_mapped, unwrapped
+from fq_transforms.spec import Inputs
+
+__all__ = ["Use", "products"]
+
+
+class Use(NamedTuple):
+    """Who multiplies an input x [..., in].
+
+    Attributes:
+        inputs: The group.
+        experts: The expert of all rows; or of each row, integers [...], where `inputs.experts` is no expert's.
+        is_first: False for a further part of one expert's weight, which sees the same tokens again.
+    """
+
+    inputs: Inputs
+    experts: int | Tensor
+    is_first: bool
+
+
+OnInput = Callable[[Use, Tensor], Tensor]
+
+
+class _Place(NamedTuple):
+    """Where a parameter lies, in elements of its storage."""
+
+    inputs: Inputs
+    name: str
+    expert: int  # the first
+    start: int
+    stop: int
+    expert_stride: int  # 0 unless stacked
+    in_stride: int
+
+
+class _Copy(NamedTuple):
+    """A tensor that a model made of a weight: of one expert, or gathered by `experts` [n]."""
+
+    place: _Place
+    experts: int | Tensor
+    is_first: bool
+
+
+# Functions that multiply: (position, names of the keyword) of left and right, and the dimension of `in` on the right.
+_MATMUL = ((0, ("input", "self")), (1, ("other", "mat2", "tensor2")), -2)
+_ADDED = ((1, ("mat1", "batch1")), (2, ("mat2", "batch2")), -2)
+_GROUPED = ((0, ("input", "self", "mat_a")), (1, ("weight", "mat2", "mat_b")), -2)
+_PRODUCTS: dict[str, Any] = {
+    "linear": ((0, ("input",)), (1, ("weight",)), -1),
+    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), _MATMUL),
+    "__rmatmul__": ((1, ("other",)), (0, ("self",)), -2),
+    **dict.fromkeys(("addmm", "baddbmm"), _ADDED),
+    **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), _GROUPED),
+}
+_GROUPED_NAMES = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+# Functions whose result is the same weight in memory of its own; the last two may gather experts.
+_CASTS = ("to", "type", "type_as", "float", "bfloat16", "half", "contiguous", "clone")
+_GATHERS = ("__getitem__", "index_select")
+
+
+@contextmanager
+def products(
+    model: Module, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], on_input: OnInput
+) -> Generator[set[str]]:
+    """Within, each product of `model` with one of the weights has `on_input(use, x)` in place of its input x.
+
+    Args:
+        model: It runs under `functional_call(model, weights, ...)`.
+        weights: Names to the tensors that it computes with.
+        inputs: Which of them.
+        on_input: Called with each input, [..., in], in the order of the computation.
+
+    A further call within is its own: what this one quantizes is left alone there. A backward pass within is not seen.
+
+    Yields:
+        The keys of the inputs that were seen so far.
+
+    Raises:
+        ValueError: Within: a weight is used in another way than x @ w.T, or by a layer whose input cannot be seen.
+            Here: a weight is on meta, is mapped by vmap, or is compiled.
+    """
+    seen: set[str] = set()
+
+    def see(use: Use, x: Tensor) -> Tensor:
+        seen.add(use.inputs.key)
+        return on_input(use, x)
+
+    outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Products)]
+    with ExitStack() as leaving:
+        mode = _Products(see)
+        mode.add(weights, inputs, _hook(model, inputs, see, mode.is_resting, leaving))
+        for other in outer:
+            other.resting += 1
+            leaving.callback(other.wake)
+        leaving.enter_context(mode)
+        yield seen
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self, see: OnInput) -> None:
+        super().__init__()
+        self.see = see
+        self.resting = 0  # calls within this one
+        self.places: dict[int, list[_Place]] = {}  # by address of the storage, in order
+        self.copies: Any = WeakIdKeyDictionary()
+
+    def is_resting(self) -> bool:
+        return self.resting > 0
+
+    def wake(self) -> None:
+        self.resting -= 1
+
+    def add(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], hooked: set[str]) -> None:
+        for group in inputs:
+            for number, name in enumerate(group.names):
+                if name not in hooked:
+                    weight = weights[name]
+                    _check_visible(name, weight)
+                    self.places.setdefault(_address(weight), []).append(_place(group, number, name, weight))
+        for places in self.places.values():
+            places.sort(key=lambda place: place.start)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name: str = getattr(func, "__name__", "").removesuffix(".default")
+        if (name == "__get__" and not self.copies) or self.resting:
+            return func(*args, **kwargs)
+        found = [(t, at) for t in _tensors((*args, *kwargs.values())) if (at := self.find(t)) is not None]
+        if not found:
+            return func(*args, **kwargs)
+        if name in _PRODUCTS:
+            args, kwargs = self.multiply(name, args, kwargs)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for tensor in _tensors((out,)):
+            self.follow(name, args, kwargs, found, tensor)
+        return out
+
+    def find(self, tensor: Tensor) -> _Place | _Copy | None:
+        """What weight a tensor is, is a view of, or was made of."""
+        copy: _Copy | None = self.copies.get(tensor)
+        if copy is not None:
+            return copy
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return None
+        places = self.places.get(_address(tensor))
+        if places is None:
+            return None
+        offset = unwrapped(tensor).storage_offset()
+        index = bisect_right(places, offset, key=lambda place: place.start) - 1
+        return places[index] if index >= 0 and offset < places[index].stop else None
+
+    def follow(self, name: str, args: Any, kwargs: Any, found: Sequence[tuple[Tensor, Any]], out: Tensor) -> None:
+        """Remember a result that is a weight still; refuse one that is not, for a product may hide in it."""
+        if self.find(out) is not None or not out.is_floating_point():
+            return
+        of, at = found[0]
+        place = at.place if isinstance(at, _Copy) else at
+        sides = (of.shape[-2:], of.shape[:-3:-1])
+        if isinstance(at, _Copy) and _address(out) == _address(of) and out.shape[-2:] in sides:
+            self.copies[out] = at
+        elif name in _CASTS and of.dim() == 2:
+            self.copies[out] = at if isinstance(at, _Copy) else _Copy(at, _expert(at, of), _begins_an_expert(at, of))
+        elif name in _GATHERS and isinstance(at, _Place) and of.dim() == 3 and place.inputs.stacked:
+            index = args[-1] if args[1:] else kwargs.get("index")
+            index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+            if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
+                raise _not_followed(place, f"{name} with {index!r:.60}")
+            if of.shape[0] != place.inputs.experts:
+                raise _not_followed(place, f"{name} of {of.shape[0]} of its {place.inputs.experts} experts")
+            self.copies[out] = _Copy(place, index % place.inputs.experts, _begins_an_expert(place, of))
+        else:
+            raise _not_followed(place, f"{name} of {tuple(of.shape)}")
+
+    def multiply(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a product, with its input replaced."""
+        *sides, in_dim = _PRODUCTS[name]
+        slots = [_slot(args, kwargs, *side) for side in sides]
+        operands: list[Tensor] = [(args if isinstance(slot, int) else kwargs)[slot] for slot in slots]
+        left, right = (self.find(operand) for operand in operands)
+        if left is None and right is None:
+            raise _not_followed(_one(self, args, kwargs), f"what {name} adds")
+        if left is not None and right is not None:
+            raise _not_followed(left.place if isinstance(left, _Copy) else left, f"{name} with another selected weight")
+        if right is not None:
+            (x, w), at, side = operands, right, 0
+        else:
+            (w, x), at, side, in_dim = operands, left, 1, -1
+        assert at is not None
+        place = at.place if isinstance(at, _Copy) else at
+        _check_contraction(name, place, w, in_dim)
+        rows = x.mT if side == 1 and x.dim() > 1 else x
+        rows, experts = _experts_of_rows(name, place, at, w, rows, _offsets(name, args, kwargs))
+        is_first = at.is_first if isinstance(at, _Copy) else _begins_an_expert(place, w)
+        rows = self.see(Use(place.inputs, experts, is_first), rows)
+        x = rows.mT if side == 1 and x.dim() > 1 else rows
+        slot = slots[side]
+        if isinstance(slot, int):
+            return (*args[:slot], x, *args[slot + 1 :]), kwargs
+        return args, kwargs | {slot: x}
+
+
+def _experts_of_rows(
+    name: str, place: _Place, at: _Place | _Copy, w: Tensor, x: Tensor, offsets: Tensor | None
+) -> tuple[Tensor, int | Tensor]:
+    """The input, and the expert of each of its rows: w is one matrix, or one for each of x's first dimension."""
+    if w.dim() == 2:
+        if isinstance(at, _Place) and not _is_within_an_expert(at, w):
+            raise _not_followed(place, f"{name} with several experts as one matrix {tuple(w.shape)}")
+        return x, at.experts if isinstance(at, _Copy) else _expert(at, w)
+    if w.dim() != 3 or x.dim() not in (2, 3):
+        raise _not_followed(place, f"{name} of {tuple(x.shape)} with {tuple(w.shape)}")
+    if isinstance(at, _Copy):
+        assert isinstance(at.experts, Tensor)
+        of_matrix = at.experts
+    else:
+        first = _expert(at, w)
+        if w.shape[0] > 1 and w.stride(0) != (place.expert_stride or w.stride(0)):
+            raise _not_followed(place, f"{name} with experts {w.stride(0)} elements apart")
+        of_matrix = torch.arange(first, first + w.shape[0], device=x.device)
+    if name in _GROUPED_NAMES and offsets is not None:
+        if x.dim() != 2:
+            raise _not_followed(place, f"{name} of {tuple(x.shape)} by offsets")
+        matrix = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype), right=True)
+        none = of_matrix.new_full((1,), place.inputs.experts)
+        return x, torch.cat([of_matrix, none])[matrix]
+    if x.dim() == 2 or x.shape[0] != w.shape[0]:
+        x = x.expand(w.shape[0], *x.shape[-2:])
+    return x, of_matrix[:, None].expand(x.shape[:-1])
+
+
+def _expert(place: _Place, view: Tensor) -> int:
+    """The (first) expert that a view of a parameter holds."""
+    if not place.expert_stride:
+        return place.expert
+    return (unwrapped(view).storage_offset() - place.start) // place.expert_stride
+
+
+def _is_within_an_expert(place: _Place, view: Tensor) -> bool:
+    if not place.expert_stride:
+        return True
+    offset = (unwrapped(view).storage_offset() - place.start) % place.expert_stride
+    return offset + _extent(view) <= place.expert_stride
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements of storage from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _begins_an_expert(place: _Place, view: Tensor) -> bool:
+    offset = unwrapped(view).storage_offset() - place.start
+    return (offset % place.expert_stride if place.expert_stride else offset) == 0
+
+
+def _check_contraction(name: str, place: _Place, w: Tensor, dim: int) -> None:
+    columns = place.inputs.shape[1]
+    if w.dim() < 2 or w.shape[dim] != columns or (columns > 1 and w.stride(dim) != place.in_stride):
+        raise _not_followed(place, f"{name} with {tuple(w.shape)}, over another dimension than `in` = {columns}")
+
+
+def _offsets(name: str, args: Any, kwargs: Any) -> Tensor | None:
+    return kwargs.get("offs", args[2] if len(args) > 2 else None) if name in _GROUPED_NAMES else None
+
+
+def _slot(args: Any, kwargs: Any, position: int, keywords: Sequence[str]) -> Any:
+    return position if position < len(args) else next(keyword for keyword in keywords if keyword in kwargs)
+
+
+def _one(mode: _Products, args: Any, kwargs: Any) -> _Place:
+    at = next(at for t in _tensors((*args, *kwargs.values())) if (at := mode.find(t)) is not None)
+    return at.place if isinstance(at, _Copy) else at
+
+
+def _place(group: Inputs, number: int, name: str, weight: Tensor) -> _Place:
+    start = unwrapped(weight).storage_offset()
+    strides = weight.stride()
+    in_stride = strides[-2] if group.transposed else strides[-1]
+    stop = start + _extent(weight)
+    return _Place(group, name, number, int(start), int(stop), strides[0] if group.stacked else 0, in_stride)
+
+
+def _check_visible(name: str, weight: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(f"parameter {name!r}: found torch.compile, wanted eager mode for quantized inputs")
+    if weight.is_meta:
+        raise ValueError(f"parameter {name!r}: found a meta tensor, wanted values to run the model with")
+    if is_mapped(weight):
+        raise ValueError(f"parameter {name!r}: found mapped by vmap, wanted one model for quantized inputs")
+
+
+def _address(tensor: Tensor) -> int:
+    return unwrapped(tensor).untyped_storage().data_ptr()
+
+
+def _tensors(values: Any) -> Generator[Tensor]:
+    """The tensors in arguments or results, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _not_followed(place: _Place, use: str) -> ValueError:
+    return ValueError(
+        f"inputs {place.inputs.key!r}: found the weight {place.name!r} in {use}, wanted x @ w.T by linear, matmul, "
+        "bmm or grouped_mm; take it out with a rule to None"
+    )
+
+
+# Modules whose products lie inside an autograd.Function: the classes of these modules, by the name of their package.
+_OPAQUE = ("transformer_engine.", "megatron.core.tensor_parallel.")
+
+
+def _hook(
+    model: Module, inputs: Sequence[Inputs], see: OnInput, is_resting: Callable[[], bool], leaving: ExitStack
+) -> set[str]:
+    """Hook the modules that hold selected weights and whose products cannot be seen; the names of those weights."""
+    where = {name: (group, number) for group in inputs for number, name in enumerate(group.names)}
+    hooked: set[str] = set()
+    for path, module in model.named_modules():
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith(_OPAQUE)]
+        if not kinds:
+            continue
+        prefix = f"{path}." if path else ""
+        names = [prefix + name for name, _ in module.named_parameters(recurse=False)]
+        held = {name: where[name] for name in names if name in where}
+        if not held:
+            continue
+        if any("LayerNorm" in kind.__name__ for kind in kinds):
+            raise ValueError(
+                f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its "
+                "input itself, so that nobody sees what its weight gets; take it out with a rule to None"
+            )
+        hook = _PreHook(module, list(held.values()), see, is_resting)
+        leaving.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        hooked |= held.keys()
+    return hooked
+
+
+class _PreHook:
+    """Replaces the first argument of a module that holds one weight, or a group's weights and takes their splits."""
+
+    def __init__(
+        self, module: Module, held: list[tuple[Inputs, int]], see: OnInput, is_resting: Callable[[], bool]
+    ) -> None:
+        self.held, self.see, self.is_resting = held, see, is_resting
+        if {group.key for group, _ in held} != {held[0][0].key} or any(group.stacked for group, _ in held):
+            raise ValueError(
+                f"inputs {held[0][0].key!r}: found {type(module).__name__} with weights of several roles, wanted one"
+            )
+
+    def __call__(self, module: Module, args: Any, kwargs: Any) -> Any:
+        if self.is_resting():
+            return None
+        group, expert = self.held[0]
+        name = next((k for k in ("inp", "input_", "input", "x", "hidden_states") if k in kwargs), None)
+        x: Any = args[0] if args else None if name is None else kwargs[name]
+        if not isinstance(x, Tensor):
+            raise ValueError(f"inputs {group.key!r}: found no input among the arguments of {type(module).__name__}")
+        experts: int | Tensor = expert
+        if len(self.held) > 1:
+            splits: Any = args[1] if len(args) > 1 else kwargs.get("m_splits")
+            if splits is None:
+                raise ValueError(f"inputs {group.key!r}: found no m_splits in the call of {type(module).__name__}")
+            counts = torch.as_tensor(splits, device=x.device)
+            numbers = torch.tensor([number for _, number in self.held] + [group.experts], device=x.device)
+            counts = torch.cat([counts, x.shape[:-1].numel() - counts.sum().reshape(1)])
+            experts = numbers.repeat_interleave(counts, output_size=x.shape[:-1].numel()).reshape(x.shape[:-1])
+        x = self.see(Use(group, experts, True), x)
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {name: x})

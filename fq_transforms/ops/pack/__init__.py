@@ -1,0 +1,1 @@
+"""Weights to codes and scales, and back."""

@@ -1,0 +1,1 @@
+"""The percentile of the magnitudes in each granule."""

@@ -1,0 +1,1 @@
+"""Of several amax, the one with the least squared error."""

@@ -1,0 +1,227 @@
+"""The definition of the sweep over amax, in plain PyTorch; the kernel chooses the same amax, bit for bit.
+
+What is tried of a granule, by a `Search`:
+
+    "ratios"    amax * ratio, in fp32
+    "scales"    two-level formats: global_amax * (s / 448), for every E4M3 scale s, 126 of them
+    "window"    the 24 of these around the scale of amax, among which the best of all is always found
+
+NOTE window, for blocks of at most 16 weights: let s be the scale of a block's largest weight a, so 6 * s is within a
+sixteenth of a. A scale below s / 4 clips a by more than 0.73 * a, and the square of that is more than all 16 errors
+under s together. A scale from 2 * s on has, up to a, no value that half of it has not. So the best is from 16 codes
+below that of s to 7 above, where E4M3's codes are 8 to a binade; at its bottom they are coarser, and the window is the
+lowest 24. Weighted errors have no such bound.
+
+NOTE units: all is computed on weights divided by a power of two, so that the granule's amax (two-level: the expert's)
+is within [1, 2). That changes no significand, and no square overflows or vanishes.
+
+NOTE order: a chunk is at most 16 weights along `in` that share a scale, or a whole block along `in`. Its squared errors
+are fp32 and added by pairs: neighbours, then neighbouring sums, and so on. A granule of many chunks adds their errors
+as int64 in units of 2**-shift, exactly: in whatever order, the sum is the same.
+
+NOTE margin: max stays unless another's error is smaller by more than a part in 2**16, and by a unit a chunk. The fp32
+sum of a chunk is off by less than a part in 2**18, its integer by less than a unit. So the true error falls, too.
+
+NOTE not swept: a granule whose amax is at most 2**-24 (two-level: the expert's), which INT rounds to zero and FP8 does
+not scale, or not finite, keeps its amax, as it does from a candidate that is either.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from fq_transforms.formats import E4M3, Format, IntElement
+from fq_transforms.ops.quantize.reference import (
+    TINY_AMAX,
+    dequantize_int,
+    power_of_two,
+    quantize_fp8,
+    quantize_int,
+    quantize_two_level,
+    spread,
+)
+
+__all__ = [
+    "MARGIN",
+    "SCALES",
+    "WINDOW",
+    "WINDOW_COLUMNS",
+    "Search",
+    "chunk_of",
+    "pick",
+    "shift_of",
+    "sweep_reference",
+    "units_of",
+]
+
+SCALES = 126  # positive finite values of E4M3, codes 1 to 126
+WINDOW = 24
+WINDOW_COLUMNS = 16  # the widest block of which it is shown that the window has the best
+BELOW = 16  # how many codes under that of max the window begins
+MARGIN = 16
+CHUNK = 16
+
+
+@dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
+class Search:
+    """What is tried beside the amax itself."""
+
+    kind: Literal["ratios", "scales", "window"]
+    ratios: tuple[float, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many amax are tried, max among them."""
+        return 1 + {"ratios": len(self.ratios), "scales": SCALES, "window": WINDOW}[self.kind]
+
+
+def sweep_reference(
+    weight: Float[Tensor, "out in"],
+    amax: Float32[Tensor, "..."],
+    global_amax: Float32[Tensor, ""] | None,
+    importance: Float32[Tensor, " in"] | None,
+    *,
+    format: Format,
+    search: Search,
+) -> Float32[Tensor, "..."]:
+    """The amax of each granule of one expert with the least error: sum of importance * (w - fakequant(w))**2.
+
+    Args:
+        weight: bf16, fp16 or fp32.
+        amax: fp32 `format.amax_shape(out, in)`: of `expert_amax_reference`, which is tried first.
+        global_amax: fp32, static two-level formats only.
+        importance: Of each input channel, at least 0 and below 2; None for ones.
+        format: With a static amax, and no `unit_scale_below`.
+        search: What is tried.
+
+    Returns:
+        A new tensor like `amax`. Memory: at most twelve fp32 copies of this one weight, however many are tried.
+
+    Source: ModelOpt 0.47 `MseCalibrator`, `NVFP4MSECalibrator`; the order of sums and the margin are this package's.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> w, amax = torch.tensor([[0.6] * 7 + [-1.0]]), torch.tensor(1.0)
+        >>> int4 = Format("INT4", FORMATS["INT4_BLOCK32"].element, (None, None))
+        >>> sweep_reference(w, amax, None, None, format=int4, search=Search("ratios", (0.7, 0.84, 0.9)))
+        tensor(0.8400)
+    """
+    unit, ok = units_of(amax if global_amax is None else global_amax)
+    x = weight.float() * (spread(unit, weight, format) if global_amax is None else unit)
+    global_unit = None if global_amax is None else global_amax * unit
+
+    def error(tried: Tensor) -> Tensor:
+        return _error(x, tried * unit, global_unit, importance, format)
+
+    def trials() -> Iterator[tuple[Tensor, Tensor]]:
+        if search.kind == "ratios":
+            for ratio in search.ratios:
+                tried = amax * torch.tensor(ratio, dtype=torch.float32, device=amax.device)
+                yield tried, error(tried)
+            return
+        assert global_amax is not None
+        _, _, s8, _ = quantize_two_level(x, amax * unit, global_unit, format)
+        lowest = torch.ones_like(s8, dtype=torch.int32)
+        if search.kind == "window":
+            codes = (s8 * 2.0**-120).view(torch.int32) >> 20
+            lowest = (codes - BELOW).clamp(1, SCALES + 1 - WINDOW)
+        for k in range(search.count - 1):
+            scale = ((lowest + k) << 20).view(torch.float32) * 2.0**120
+            scale = scale.clamp(min=format.min_scale)
+            tried = global_amax * (scale / torch.full_like(scale, E4M3.max))
+            yield tried, error(tried)
+
+    return pick(amax, ok, error(amax), trials(), format, x.shape[-2:])
+
+
+def pick(
+    amax: Tensor,
+    ok: Tensor,
+    first: Tensor,
+    trials: Iterable[tuple[Tensor, Tensor]],
+    format: Format,
+    shape: "torch.Size | tuple[int, ...]",
+) -> Tensor:
+    """The amax with the least error of some tried (amax, error), or the given one, whose error is `first`.
+
+    Errors are fp32, or int64 if granules have many chunks; `shape` is (out, in) of a weight. See NOTE margin.
+    """
+    if first.dtype == torch.int64:
+        rows, columns = (side or extent for side, extent in zip(format.block, shape, strict=True))
+        best = first - (first >> MARGIN) - rows * columns // chunk_of(format, shape[-1])
+    else:
+        best = first * (1 - 2.0**-MARGIN)
+    least = 0.0 if format.scale == "e4m3" else TINY_AMAX
+    for tried, error in trials:
+        better = ok & (tried > least) & (tried < torch.inf) & (error < best)
+        best = torch.where(better, error, best)
+        amax = torch.where(better, tried, amax)
+    return amax
+
+
+def units_of(amax: Float32[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+    """The power of two that brings an amax into [1, 2), and True where it is to be swept; see NOTE units."""
+    ok = (amax > TINY_AMAX) & (amax < torch.inf)
+    exponent = (amax.view(torch.int32) >> 23) - 127
+    return power_of_two(torch.where(ok, -exponent, 0)), ok
+
+
+def chunk_of(format: Format, in_features: int) -> int:
+    """Weights along `in` whose errors are added in fp32, by pairs: a power of two that divides `in`."""
+    if format.has_blocks_along_in:
+        return format.block[1] or 1
+    return min(CHUNK, format.block[1] or CHUNK, in_features & -in_features)
+
+
+def shift_of(format: Format, shape: "torch.Size | tuple[int, ...]") -> int:
+    """Bits after the point of a granule's int64 error: a weight's is below 8, and that of all must stay below 2**62.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> shift_of(FP8, (1856, 2688))
+        36
+    """
+    rows, columns = (side or extent for side, extent in zip(format.block, shape, strict=True))
+    return 62 - 3 - ceil(log2(rows * columns))
+
+
+def _error(x: Tensor, amax: Tensor, global_amax: Tensor | None, importance: Tensor | None, format: Format) -> Tensor:
+    """Error of each granule, in the shape of its amax: fp32 of a single chunk, int64 of many."""
+    element = format.element
+    if format.scale == "e4m3":
+        v, s, _, _ = quantize_two_level(x, amax, global_amax, format)
+        y = (v * s).flatten(-2)
+    elif isinstance(element, IntElement):
+        y = dequantize_int(*quantize_int(x, spread(amax, x, format), element))
+    else:
+        v, r = quantize_fp8(x, spread(amax, x, format), element)
+        y = v * r
+    y = x - y
+    error = y * y
+    if importance is not None:
+        error = error * importance
+    chunk = chunk_of(format, x.shape[-1])
+    error = error.unflatten(-1, (-1, chunk))
+    while error.shape[-1] > 1:
+        error = error[..., 0::2] + error[..., 1::2]
+    error = error[..., 0]
+    if format.has_blocks_along_in:
+        return error
+    error = (error * 2.0 ** shift_of(format, x.shape[-2:])).to(torch.int64)
+    rows, columns = format.block
+    if columns is None:
+        return error.sum(-1, keepdim=True) if rows == 1 else error.sum()
+    granules = format.granules(*x.shape[-2:])
+    r, c = rows or 1, columns // chunk
+    ragged = (0, granules[1] * c - error.shape[-1], 0, granules[0] * r - error.shape[-2])
+    return (
+        torch.nn.functional.pad(error, ragged)
+        .unflatten(-1, (granules[1], c))
+        .unflatten(-3, (granules[0], r))
+        .sum((-3, -1))
+    )

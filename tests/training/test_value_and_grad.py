@@ -1,0 +1,617 @@
+"""`value_and_grad`: the gradients of a step, as if every microbatch had been quantized and pulled back on its own."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import fq_transforms as fqt
+from fq_transforms.ops.quantize import autograd
+from fq_transforms.training import kept
+from tests.cases import assert_names, name_of
+
+FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.NVFP4_STATIC, fqt.MXFP4]
+
+
+class Model(torch.nn.Module):
+    """A dense layer, experts in a list of which the last gets no token, and a weight that no loss depends on."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.dense = torch.nn.Linear(32, 32)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.unused = torch.nn.Linear(4, 4)
+        self.checkpointed = checkpointed
+
+    def routed(self, x):
+        return torch.cat([torch.relu(expert(part)) for expert, part in zip(self.experts, x.chunk(2), strict=False)])
+
+    def forward(self, x):
+        x = self.dense(x)
+        return checkpoint(self.routed, x, use_reentrant=False) if self.checkpointed else self.routed(x)
+
+
+def loss_fn(model, batch):
+    return model(batch["x"]).square().mean()
+
+
+def setup(format=fqt.NVFP4, dtype=torch.float32, checkpointed=False, **options):
+    model = Model(checkpointed).to(dtype)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"experts.*": format}), **options)
+    state = fq.calibrate(params)
+    if options.get("backward") == "clip":
+        state = {key: type(group)(*(leaf * 0.5 for leaf in group)) for key, group in state.items()}
+    return model, params, fq, state, [{"x": torch.randn(8, 32, dtype=dtype)} for _ in range(4)]
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert torch.equal(found[name], grad), name
+
+
+def one_by_one(model, params, fq, state, batches):
+    """What it must equal: each microbatch on its own, through autograd."""
+    losses = []
+    for batch in batches:
+        loss = functional_call(model, fq.fakequant(params, state), (batch["x"],)).square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
+    model.zero_grad()
+    return torch.stack(losses), grads
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_equals_one_by_one(format, backward):
+    """Losses and gradients, bit for bit; the unused have zeros; nothing of the model or the inputs is changed."""
+    model, params, fq, state, batches = setup(format, backward=backward)
+    wanted_losses, wanted = one_by_one(model, params, fq, state, batches)
+    versions = [param._version for param in params.values()]
+    losses, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert torch.equal(losses, wanted_losses)
+    assert not losses.requires_grad
+    assert list(grads) == list(params)
+    for name, grad in grads.items():
+        assert torch.equal(grad, wanted[name]), name
+        assert grad.dtype == params[name].dtype
+        assert bool(grad.any()) == (name not in ("experts.2.weight", "unused.weight", "unused.bias"))
+    assert all(param.grad is None for param in params.values())
+    assert [param._version for param in params.values()] == versions
+    assert all(param is params[name] for name, param in model.named_parameters())
+
+
+def test_as_torch_func_does():
+    """torch.func.grad of the sum of the losses gives the same, up to the order of additions."""
+    model, params, fq, state, batches = setup(backward="clip")
+
+    def total(params):
+        weights = fq.fakequant(params, state)
+        return sum(functional_call(model, weights, (batch["x"],)).square().mean() for batch in batches)
+
+    wanted = torch.func.grad(total)({name: param.detach() for name, param in params.items()})
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    for name in wanted:
+        torch.testing.assert_close(grads[name], wanted[name])
+
+
+def test_one_fakequant_and_one_pullback(monkeypatch):
+    calls = {"forward": 0, "backward": 0}
+    forward, pull = autograd._run_fake_quantize, autograd._run_clip_backward
+    monkeypatch.setattr(
+        autograd, "_run_fake_quantize", lambda *a: calls.update(forward=calls["forward"] + 1) or forward(*a)
+    )
+    monkeypatch.setattr(
+        autograd, "_run_clip_backward", lambda *a: calls.update(backward=calls["backward"] + 1) or pull(*a)
+    )
+    model, params, fq, state, batches = setup(fqt.INT8, backward="clip")
+    fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert calls == {"forward": 1, "backward": 1}
+
+
+def test_checkpointed_activations():
+    """Made again with the fake weights, since backward is called with them in place."""
+    model, params, fq, state, batches = setup(fqt.INT4_BLOCK32, checkpointed=True)
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    model.checkpointed = False
+    _, wanted = one_by_one(model, params, fq, state, batches)
+    assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
+
+
+def test_master_weights():
+    """Gradients of bf16 fake weights come back in fp32 to their fp32 parameters."""
+    model, params, fq, state, _ = setup(fqt.FP8, out_dtype=torch.bfloat16)
+    model.dense.bfloat16()
+    params = dict(model.named_parameters())
+    batches = [{"x": torch.randn(8, 32, dtype=torch.bfloat16)} for _ in range(2)]
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert grads["experts.0.weight"].dtype == torch.float32
+    assert grads["dense.weight"].dtype == torch.bfloat16
+
+
+def test_frozen_parameters_have_no_entry():
+    model, params, fq, state, batches = setup()
+    for name, param in params.items():
+        param.requires_grad_("experts.1" in name or name == "dense.bias")
+    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert list(grads) == ["dense.bias", "experts.1.weight"]
+    for param in params.values():
+        param.requires_grad_()
+    _, wanted = one_by_one(model, params, fq, state, batches)
+    assert all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+def test_under_no_grad_and_from_a_generator():
+    model, params, fq, state, batches = setup()
+    with torch.no_grad():
+        losses, _ = fqt.value_and_grad(loss_fn, model, fq)(params, state, (batch for batch in batches))
+    assert losses.shape == (4,)
+
+
+def test_microbatches_are_drawn_with_the_model_as_it_is():
+    """A generator may use the model: what hangs in it then are its own parameters."""
+    model, params, fq, state, batches = setup()
+    seen = []
+
+    def draw():
+        for batch in batches:
+            seen.append(all(param is params[name] for name, param in model.named_parameters()))
+            yield batch
+
+    fqt.value_and_grad(loss_fn, model, fq)(params, state, draw())
+    assert seen == [True] * len(batches)
+
+
+def test_another_fakequant_is_pulled_back_through():
+    """A Transform whose function is not ours alone has the gradient of what it computes."""
+    model, params, fq, state, batches = setup(fqt.INT8)
+
+    def doubled(params, state):
+        weights = fq.fakequant(params, state)
+        return {name: weight * 2 if "experts" in name else weight for name, weight in weights.items()}
+
+    other = fq._replace(fakequant=doubled)
+    wanted_losses, wanted = one_by_one(model, params, other, state, batches)
+    losses, grads = fqt.value_and_grad(loss_fn, model, other)(params, state, batches)
+    assert torch.equal(losses, wanted_losses)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name])
+
+
+def check_replicated(rank, size):
+    """Experts on every rank, tokens split: the gradient is the sum over all tokens, placed as the parameter is."""
+    mesh = init_device_mesh("cpu", (size,))
+    weight, tokens = torch.randn(32, 32), torch.randint(-4, 5, (2 * size, 32)).float()  # whose sums are exact
+    model = torch.nn.Linear(32, 32, bias=False)
+    model.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    batches = [distribute_tensor(tokens * scale, mesh, [Shard(0)]) for scale in (1.0, 2.0)]
+    step = fqt.value_and_grad(lambda model, x: model(x).sum(), model, fq)
+    _, grads = step(params, fq.calibrate(params), batches)
+
+    whole = torch.nn.Linear(32, 32, bias=False)
+    whole.weight = torch.nn.Parameter(weight)
+    wanted_params = dict(whole.named_parameters())
+    step = fqt.value_and_grad(lambda model, x: model(x).sum(), whole, fq)
+    _, wanted = step(wanted_params, fq.calibrate(wanted_params), [tokens, tokens * 2.0])
+    assert tuple(grads["weight"].placements) == (Replicate(),)
+    assert torch.equal(grads["weight"].to_local(), wanted["weight"])
+
+    keeping = fqt.value_and_grad(lambda model, x: model(x).sum(), model, fq, keep=True)
+    with pytest.raises(ValueError, match="keep: found DTensors"):
+        keeping(params, fq.calibrate(params), batches)
+
+
+@pytest.mark.dist
+def test_dtensors(ranks):
+    ranks(check_replicated, size=2)
+
+
+def test_faults():
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq)
+    with pytest.raises(ValueError, match="microbatches"):
+        step(params, state, [])
+    with pytest.raises(ValueError) as error:
+        fqt.value_and_grad(lambda model, batch: model(batch["x"]), model, fq)(params, state, batches)
+    assert_names(str(error.value), "loss_fn", (8, 32))
+    with pytest.raises(ValueError, match="loss_fn: found float, wanted a scalar tensor"):
+        fqt.value_and_grad(lambda model, batch: 1.0, model, fq)(params, state, batches)
+    with pytest.raises(ValueError, match="loss_fn: found a loss that depends on no trained parameter"):
+        fqt.value_and_grad(lambda model, batch: loss_fn(model, batch).detach(), model, fq)(params, state, batches)
+    with pytest.raises(KeyError, match="experts"):
+        step({name: param for name, param in params.items() if "experts.1" not in name}, state, batches)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        step({name: param.detach() for name, param in params.items()}, state, batches)
+    with pytest.raises(KeyError, match="'absent.weight' is not in the Model"):
+        step(params | {"absent.weight": torch.ones(1)}, state, batches)
+    assert all(param is params[name] for name, param in model.named_parameters())
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(32, 32) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        again = self.reentrant is not None
+        x = checkpoint(self.second, x, use_reentrant=self.reentrant) if again else self.second(x)
+        return self.third(x.relu())
+
+
+def of_inputs(model, backward):
+    """The transform, a state whose inputs clip, parameters and microbatches."""
+    params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    spec = fqt.select(params, {"*": fqt.INT8}, inputs={"first.*": fqt.FP8, "second.*": fqt.INT8, "third.*": fqt.MXFP4})
+    fq = fqt.transform(spec, model=model, backward=backward)
+    batches = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    state = fq.calibrate(params, batches)
+    return (
+        fq,
+        {k: v._replace(amax=v.amax / 2) if hasattr(v, "tokens") else v for k, v in state.items()},
+        params,
+        batches,
+    )
+
+
+def loss_of(model, x):
+    return model(x).square().sum()
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+def test_inputs_are_quantized_as_apply_does(backward):
+    """Losses and gradients of all microbatches, and not those of quantized weights only."""
+    model = Layers()
+    fq, state, params, batches = of_inputs(model, backward)
+    losses, grads = fqt.value_and_grad(loss_of, model, fq)(params, state, batches)
+    by_hand = [fq.apply(params, state, x).square().sum() for x in batches]
+    assert torch.equal(losses, torch.stack(by_hand).detach())
+    own = torch.autograd.grad(sum(by_hand), list(params.values()))
+    for (name, found), gradient in zip(grads.items(), own, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-4, msg=name)
+    weights_only = fqt.transform(replace(fq.spec, inputs=()), backward=backward)
+    other = {group.key: state[group.key] for group in fq.spec.groups}
+    _, others = fqt.value_and_grad(loss_of, model, weights_only)(params, other, batches)
+    assert not torch.allclose(others["first.weight"], grads["first.weight"], rtol=1e-2)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # where calibration runs without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_with_inputs_are_refused(reentrant):
+    """In backward nothing would see their inputs as they are computed again; the model gets its own weights back."""
+    model = Layers(reentrant)
+    fq, state, params, batches = of_inputs(model, "pass_through")
+    own = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"'second.weight.input': found its layer under activation checkpointing"):
+        fqt.value_and_grad(loss_of, model, fq)(params, state, batches)
+    assert all(param is own[name] for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_kept_weights_give_the_same(format, device):
+    """Law: with `keep`, as parameters and their amax change, losses and gradients of each step are the same bits."""
+    model, params, fq, state, batches = setup(format)
+    model.to(device)
+    state = {key: type(group)(*(leaf.to(device) for leaf in group)) for key, group in state.items()}
+    batches = [{"x": batch["x"].to(device)} for batch in batches]
+    keeping, plain = (fqt.value_and_grad(loss_fn, model, fq, keep=keep) for keep in (True, False))
+    earlier = []
+    for number in range(3):
+        losses, grads = keeping(params, state, batches[number:])
+        wanted_losses, wanted = plain(params, state, batches[number:])
+        assert torch.equal(losses, wanted_losses)
+        assert_equal(grads, wanted)
+        earlier.append((grads, {name: grad.clone() for name, grad in grads.items()}))
+        with torch.no_grad():
+            for name, param in params.items():
+                param.sub_(0.1 * grads[name])
+        if number:  # other memory of the same weights
+            params["experts.1.weight"].data = params["experts.1.weight"].data.clone()
+        state = fq.calibrate(params)
+    for grads, copies in earlier:  # which a later step does not touch
+        assert_equal(grads, copies)
+
+
+def moved(params, state):
+    params["experts.1.weight"].data = params["experts.1.weight"].data * 0.5
+
+
+def another(params, state):
+    params["experts.1.weight"] = torch.nn.Parameter(torch.randn_like(params["experts.1.weight"]), requires_grad=False)
+
+
+def calibrated(params, state):
+    for key, group in state.items():
+        state[key] = type(group)(*(leaf * 2 for leaf in group))
+
+
+def turn(params):
+    params["experts.1.weight"].data = params["experts.1.weight"].data.mT  # the same memory, read otherwise
+
+
+class Steady:
+    """Steps with kept weights on a GPU, two groups of which one has another format, and what each step computes."""
+
+    def __init__(self, format, monkeypatch, loss_fn=loss_fn):
+        model, self.params, _, _, batches = setup(format)
+        model.cuda()
+        self.params["experts.1.weight"].requires_grad_(False)
+        self.fq = fqt.transform(fqt.select(self.params, {"experts.*": format, "dense.weight": fqt.INT8}))
+        self.state = self.fq.calibrate(self.params)
+        self.batch = {"x": batches[0]["x"].cuda()}
+        self.looked_up = 0
+        self.loss_fn, self.requantize_group = loss_fn, kept.requantize_group
+        self.step = fqt.value_and_grad(self.loss, model, self.fq, keep=True)
+        monkeypatch.setattr(kept, "requantize_group", self.counting)
+
+    def counting(self, *args):
+        self.looked_up += 1
+        return self.requantize_group(*args)
+
+    def loss(self, model, batch):
+        self.seen = {name: param.detach().clone() for name, param in model.named_parameters()}
+        return self.loss_fn(model, batch)
+
+    def run(self):
+        """A step; how many groups' launches it looked up."""
+        self.looked_up = 0
+        self.step(self.params, self.state, [self.batch])
+        looked_up = self.looked_up
+        assert_equal(self.seen, self.fq.fakequant(self.params, self.state))
+        return looked_up
+
+    def settle(self):
+        """The first step makes the weights; the third finds the launches of the second, at the same addresses."""
+        assert [self.run() for _ in range(5)] == [0, 2, 2, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [moved, another, calibrated])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_kept_launches_are_made_in_one_go_while_nothing_moves(format, change, monkeypatch):
+    """Law: weights are those that `fakequant` gives, whether a step makes its launches in one go or looks them up."""
+    steady = Steady(format, monkeypatch)
+    steady.settle()
+    with torch.no_grad():
+        for param in steady.params.values():
+            param.mul_(0.5)
+    assert steady.run() == 0
+    change(steady.params, steady.state)
+    assert [steady.run() for _ in range(3)] == [2, 2, 0]
+    turn(steady.params)
+    assert [steady.run() for _ in range(2)] == [2, 2]  # which is not contiguous, and so not remembered
+    turn(steady.params)
+    assert [steady.run() for _ in range(3)] == [2, 2, 0]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert [steady.run() for _ in range(3)] == [2, 2, 0]
+        torch.cuda.synchronize()
+    assert [steady.run() for _ in range(2)] == [2, 0]
+
+
+@pytest.mark.gpu
+def test_an_amax_that_alternates_is_looked_up(monkeypatch):
+    """Two states in turn, as where each step calibrates: the weights are those of the step's own."""
+    steady = Steady(fqt.NVFP4_STATIC, monkeypatch)
+    states = [steady.state, steady.fq.calibrate({name: param * 0.5 for name, param in steady.params.items()})]
+    for number in range(6):
+        steady.state = states[number % 2]
+        assert steady.run() == (2 if number else 0)
+
+
+@pytest.mark.gpu
+def test_launches_in_one_go_count_versions(monkeypatch):
+    """What was computed with kept weights cannot be pulled back once launches in one go have written over them."""
+    outputs = []
+
+    def leaking(model, batch):
+        outputs.append(model(batch["x"]))
+        return model(batch["x"]).sum()
+
+    steady = Steady(fqt.FP8, monkeypatch, leaking)
+    steady.settle()
+    with pytest.raises(RuntimeError, match="inplace"):
+        outputs[-2].sum().backward()
+
+
+@pytest.mark.gpu
+def test_errors_where_launches_were_made_in_one_go(monkeypatch):
+    """A parameter that is gone and a state that has left the GPU are named, as in a first step."""
+    steady = Steady(fqt.FP8, monkeypatch)
+    steady.settle()
+    params = {name: param for name, param in steady.params.items() if name != "experts.1.weight"}
+    with pytest.raises(KeyError, match=r"'experts.1.weight' of group"):
+        steady.step(params, steady.state, [steady.batch])
+    state = {key: type(group)(*(leaf.cpu() for leaf in group)) for key, group in steady.state.items()}
+    with pytest.raises(ValueError, match="found on cpu, wanted on cuda:0 as its weights"):
+        steady.step(steady.params, state, [steady.batch])
+    assert steady.run() == 0
+
+
+def test_kept_weights_are_the_same_memory_until_something_changes():
+    """The fake weights of a step are those of the last one; after another dtype or a frozen weight, new ones."""
+    model, params, fq, state, batches = setup()
+    seen = []
+
+    def watching(model, batch):
+        seen.append(model.experts[0].weight)
+        return loss_fn(model, batch)
+
+    step = fqt.value_and_grad(watching, model, fq, keep=True)
+    step(params, state, batches[:1])
+    step(params, state, batches[:1])
+    assert seen[0] is seen[1]
+    params["experts.1.weight"].requires_grad_(False)
+    _, grads = step(params, state, batches[:1])
+    assert seen[2] is not seen[0]
+    assert "experts.1.weight" not in grads
+    model.double().to(torch.bfloat16)
+    step(params, fq.calibrate(params), [{"x": batches[0]["x"].bfloat16()}])
+    assert seen[3].dtype == torch.bfloat16
+
+
+def test_a_step_that_fails_leaves_no_gradient_to_the_next():
+    """Named bug: the gradients of the microbatches before an error are not added to those of the next step."""
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    step(params, state, batches)
+    with pytest.raises(KeyError):
+        step(params, state, [batches[0], {}])
+    _, grads = step(params, state, batches)
+    _, wanted = fqt.value_and_grad(loss_fn, model, fq)(params, state, batches)
+    assert_equal(grads, wanted)
+
+
+def test_a_graph_that_outlives_its_step_raises():
+    """What was computed with kept weights cannot be pulled back once they are written over."""
+    model, params, fq, state, batches = setup()
+    outputs = []
+
+    def leaking(model, batch):
+        outputs.append(model(batch["x"]))
+        return model(batch["x"]).sum()
+
+    step = fqt.value_and_grad(leaking, model, fq, keep=True)
+    step(params, state, batches[:1])
+    step(params, state, batches[:1])
+    with pytest.raises(RuntimeError, match="inplace"):
+        outputs[0].sum().backward()
+
+
+def test_a_step_within_a_step_has_weights_of_its_own():
+    """Named bug: a step that runs while microbatches are drawn took and dropped the gradients of the outer one."""
+    results = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+        step = fqt.value_and_grad(loss_fn, model, fq, keep=keep)
+        step(params, state, batches[:1])
+
+        def drawn(step=step, params=params, state=state, batches=batches):
+            yield batches[0]
+            results.append(step(params, state, batches[2:])[1])
+            yield batches[1]
+
+        results.append(step(params, state, drawn())[1])
+    for inner, outer in (results[:2], results[2:]):
+        assert_equal(inner, results[0])
+        assert_equal(outer, results[1])
+
+
+def test_kept_weights_under_autocast():
+    """Named bug: autocast remembers the casts of leaves, and so would compute with those of the first step."""
+    losses = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+        step = fqt.value_and_grad(loss_fn, model, fq, keep=keep)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                losses.append(step(params, state, batches[:1])[0])
+                with torch.no_grad():
+                    for param in params.values():
+                        param.mul_(0.5)
+                state = fq.calibrate(params)
+    assert losses[0] != losses[1]
+    assert losses[:3] == losses[3:]
+
+
+def hooked(model):
+    model.experts[0].weight.register_hook(lambda grad: grad * 2)
+
+
+def hooked_behind(model):
+    def double(weight):
+        weight.grad.mul_(2)
+
+    model.experts[0].weight.register_post_accumulate_grad_hook(double)
+
+
+def exchanged(model):
+    model.experts[0].weight.data = torch.ones_like(model.experts[0].weight)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_behind, exchanged])
+def test_what_a_loss_does_to_weights_ends_with_the_step(change):
+    """Named bugs: hooks added up from step to step, and fake weights were written into the user's own memory."""
+    found = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model, params, fq, state, batches = setup()
+
+        def loss(model, batch):
+            change(model)
+            return loss_fn(model, batch)
+
+        step = fqt.value_and_grad(loss, model, fq, keep=keep)
+        found += [step(params, state, batches[:1])[1] for _ in range(3)]
+    for grads in found[1:]:
+        assert_equal(grads, found[0])
+
+
+def test_attributes_of_fused_accumulation_are_those_of_now():
+    """Named bug: what a parameter said of its `main_grad` in one step was believed in the next."""
+    model, params, fq, state, batches = setup()
+    plain = fqt.value_and_grad(loss_fn, model, fq)
+    keeping = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    for number in range(2):
+        for param in params.values():
+            param.main_grad = torch.zeros_like(param)
+            if number == 0:
+                param.grad_added_to_main_grad, param.overwrite_main_grad = True, True
+            elif hasattr(param, "grad_added_to_main_grad"):
+                del param.grad_added_to_main_grad, param.overwrite_main_grad
+        found = {name: grad.clone() for name, grad in keeping(params, state, batches)[1].items()}
+        for param in params.values():
+            param.main_grad = torch.zeros_like(param)
+        assert_equal(plain(params, state, batches)[1], found)
+    assert found["experts.0.weight"].abs().sum() > 0
+
+
+def test_a_loss_is_no_view_of_a_weight():
+    """Named bug: the loss of one microbatch was the weight's own memory, and changed with the next step."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    step = fqt.value_and_grad(lambda model, batch: model.weight.squeeze(), model, fq, keep=True)
+    first, _ = step(params, fq.calibrate(params), [None])
+    before = first.clone()
+    with torch.no_grad():
+        model.weight.mul_(2)
+    step(params, fq.calibrate(params), [None])
+    assert torch.equal(first, before)
+
+
+def test_keep_is_refused_where_weights_cannot_be_written_over():
+    """Another gradient, rounding by chance, somebody else's fakequant: an error, not a step without."""
+    model, _, fq, _, _ = setup(backward="clip")
+    with pytest.raises(ValueError, match="keep: found backward='clip'"):
+        fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    model, _, fq, _, _ = setup()
+    with pytest.raises(ValueError, match="keep: found a fakequant of somebody else's"):
+        fqt.value_and_grad(loss_fn, model, fq._replace(fakequant=lambda p, s: dict(p)), keep=True)
+    chance = partial(fq.fakequant, rounding=fqt.Stochastic(seed=0))
+    with pytest.raises(ValueError, match="keep: found rounding"):
+        fqt.value_and_grad(loss_fn, model, fq._replace(fakequant=chance), keep=True)
+
+
+def test_kept_weights_are_not_used_under_forward_mode():
+    """Within a dual level a step computes as without `keep`."""
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, model, fq, keep=True)
+    _, wanted = step(params, state, batches)
+    with torch.autograd.forward_ad.dual_level():
+        assert_equal(step(params, state, batches)[1], wanted)
+    assert_equal(step(params, state, batches)[1], wanted)
