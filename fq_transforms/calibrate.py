@@ -1,7 +1,7 @@
-"""Calibration: parameters to state, as a pure function."""
+"""Calibration: parameters to state, as a pure function; a method chooses each amax."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,80 +9,43 @@ from torch.nn import Module
 
 from fq_transforms.activations.observe import Forward
 from fq_transforms.activations.quantize import calibrated_inputs
-from fq_transforms.checks import weights_of
-from fq_transforms.choose import check_method, check_whole, chosen_leaves, importance_of, progress
-from fq_transforms.dtensor import Layout, layout_of, local_tensors, reduce_leaves, sharded_tensors
-from fq_transforms.methods import MAX, Method
+from fq_transforms.checks import UNCALIBRATED, is_concrete, weights_of
+from fq_transforms.dtensor import Layout, is_sharded, layout_of, local_tensors, reduce_leaves, sharded_tensors
+from fq_transforms.formats import Format
+from fq_transforms.methods import FourOverSix, Max, Method, Mse, Percentile, check_format
+from fq_transforms.ops.private import is_mapped
 from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.sweep.autograd import percentile_amax, swept_amax
+from fq_transforms.ops.sweep.reference import WINDOW_COLUMNS, Search
 from fq_transforms.spec import Group, Spec
-from fq_transforms.state import UNCALIBRATED, State, group_state, is_concrete
+from fq_transforms.state import State
 
-__all__ = ["calibrate"]
+__all__ = [
+    "calibrate",
+    "check_method",
+    "check_statistics",
+    "chosen_leaves",
+    "importance_of",
+    "progress",
+    "scale_search",
+]
+
+T = TypeVar("T")
 
 
 def calibrate(
     params: Mapping[str, Tensor],
-    batch: Any = None,
+    batches: Any = None,
     *,
     spec: Spec,
-    method: Method = MAX,
+    method: Method,
     statistics: Mapping[str, Tensor] | None = None,
     model: Module | None = None,
     forward: Forward | None = None,
 ) -> State:
-    """An amax for each granule of each expert's weight, chosen by a method: by `Max`, amax = max(abs(w)).
-
-    Where the spec has inputs with calibrated scales, `functional_call(model, params, batch)` runs for each batch,
-    nothing quantized and without gradients, and amax = max(abs(x)) over all tokens that a weight was multiplied with,
-    its sharers' and experts' as the spec says. The states of parts of the batches `merge` to that of all, exactly.
-
-    Args:
-        params: Names to tensors; may hold more than the spec names.
-        batch: What the model runs on: a tensor, a tuple of arguments or a dict of keyword arguments is one batch; any
-            other iterable is many of them. Not read without inputs: amax of weights needs only the weights. It has its
-            place in the signature so that a training loop calls every calibration alike, and folds them with `merge`.
-        spec: What to calibrate.
-        method: How an amax of weights is chosen, see `fq_transforms.methods`. `merge` and `sync` are maxima, so they
-            fold states of `Max`; the others choose for the weights at hand, which must hold whole granules.
-        statistics: For `Mse`: by group key, the mean square of each input channel, floats [E, in] or [in] on the device
-            of the weights, as `mean_squares` gives them. Squared errors are weighted by them, the diagonal of the
-            Hessian of the layer's output.
-        model: For inputs, the module whose parameters are `params`, in the mode (`eval()`) that it shall run in. It is
-            not changed; what it writes into buffers is lost.
-        forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed; `call` takes the
-            arguments of the model.
-
-    Returns:
-        A new state, detached from autograd, on the device of the weights. An expert of zeros has amax 0, which
-        `fakequant` maps to zeros. The leaves of DTensors are DTensors, see `fq_transforms.state`; a leaf that collapses
-        a sharded axis takes one all-reduce(max), together with all others over the same dimension of the mesh.
-
-    Raises:
-        KeyError: A parameter is missing; statistics lack a group.
-        ImportError: tqdm is not installed, and the method is not `Max`.
-        ValueError: A format has no amax that the method could choose; statistics are not as above, or all 0 for an
-            expert; a method other than `Max` meets vmap, torch.compile, or a DTensor whose shard cuts a granule. A
-            shape or dtype is not the spec's; a DTensor's shard cuts a block; a weight is NaN or infinite, and
-            the parameter and expert are named. The values are read once, at the end, for all groups; under
-            torch.compile and vmap, and on meta, they cannot be read, and a NaN or infinity stays in the amax, where
-            `state.check` finds it. Of DTensors, the ranks that hold the amax raise; it is after the last collective.
-            With inputs: there is no batch, or no model; an input is NaN or infinite, and the first such layer is named,
-            and the batch by its number from 0; a layer never ran; a weight is used in another way than a product with
-            an input, or is a DTensor. An expert without tokens is no error yet: it keeps the amax -inf, see `finish`.
-            What the model raises comes through, with a note of the batch.
-
-    Source: "max" calibration, ModelOpt 0.47 `modelopt.torch.quantization.calib.MaxCalibrator`; of the other methods in
-    `fq_transforms.methods`.
-
-    Example:
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
-        >>> params = {"experts.0.weight": torch.tensor([[1.0, -2.0]]), "experts.1.weight": torch.tensor([[0.5, 0.0]])}
-        >>> calibrate(params, spec=select(params, {"*": INT8}))
-        {'experts.*.weight': ExpertAmax(amax=tensor([2.0000, 0.5000]))}
-    """
-    check_method(method, statistics, spec)
-    inputs = calibrated_inputs(params, batch, spec=spec, model=model, forward=forward)
+    """`Transform.calibrate`, with the spec and the method of the Transform given one by one and known to be right."""
+    check_statistics(method, statistics, spec)
+    inputs = calibrated_inputs(params, batches, spec=spec, model=model, forward=forward)
     layouts: list[Layout | None] = []
     held: list[list[Tensor]] = []
     importances: list[Tensor | None] = []
@@ -106,12 +69,10 @@ def calibrate(
         if most is not None and is_concrete(most) and most.numel():
             largest.append((most if most.dim() == 1 else most.flatten(1).amax(1), group, experts))
         chosen = chosen_leaves(method, group, weights, layout, leaves, importance)
-        placed = (
-            leaf if layout is None else sharded_tensors(layout, [leaf], field)[0]
-            for field, leaf in chosen.items()
-            if field in group.leaf_shapes
-        )
-        state[group.key] = group_state(group.format, *placed)
+        state[group.key] = {
+            name: chosen[name] if layout is None else sharded_tensors(layout, [chosen[name]], name)[0]
+            for name in group.leaf_shapes
+        }
     # Last: ranks may differ in what they find, and none may wait for one that has raised.
     _check_finite(largest)
     return state | inputs
@@ -158,3 +119,153 @@ def _check_finite(largest: Sequence[tuple[Tensor, Group, Sequence[int]]]) -> Non
                         f"calibrate: weight {group.expert_name(expert)!r} (expert {expert} of {group.key!r}): found "
                         f"the largest magnitude {value}, wanted finite values"
                     )
+
+
+FOUR = Search("ratios", (1.5,))  # of an amax that becomes 6, the one that becomes 4
+
+
+def check_method(method: Any, spec: Spec) -> None:
+    """Raise ValueError unless a method is one, and fits every format of a spec."""
+    if not isinstance(method, Method):
+        raise ValueError(f"method: found {method!r}, wanted Max(), Percentile(p), Mse() or FourOverSix()")
+    for group in spec.groups:
+        check_format(method, group.format, group.key)
+
+
+def check_statistics(method: Method, statistics: Mapping[str, Tensor] | None, spec: Spec) -> None:
+    """Raise unless statistics are for a method that weighs errors by them, and for the groups of a spec.
+
+    Raises:
+        KeyError: Statistics lack a group.
+        ValueError: They are given to another method, or are of an unexpected group; torch.compile traces a method that
+            is not `Max`.
+    """
+    name = type(method).__name__
+    if not isinstance(method, Max) and torch.compiler.is_compiling():
+        raise ValueError(f"method {name}: found torch.compile, wanted Max there; calibrate before you compile")
+    if statistics is None:
+        return
+    if not isinstance(method, Mse):
+        raise ValueError(f"statistics: found some for {name}, wanted none, or method Mse, which weighs errors by them")
+    keys = {group.key for group in spec.groups}
+    if missing := sorted(keys - statistics.keys()):
+        raise KeyError(f"statistics: found none of group {missing[0]!r}, {len(missing)} of {len(keys)} missing")
+    if unexpected := sorted(statistics.keys() - keys):
+        raise ValueError(
+            f"statistics: found unexpected groups {unexpected[:4]}, wanted the spec's, such as {min(keys)!r}"
+        )
+
+
+def check_whole(method: Method, group: Group, layout: Layout | None) -> None:
+    """Raise ValueError if a rank holds only a part of a granule: sums over ranks are not made. On all ranks alike."""
+    if layout is None or isinstance(method, Max):
+        return
+    cut = [dim for dim in layout.leaves["amax"].reduced if layout.mesh.size(dim) > 1]
+    if cut:
+        raise ValueError(
+            f"method {type(method).__name__}: found group {group.key!r} sharded over mesh dimension {cut[0]} within "
+            f"the granules of {group.format.name}, wanted whole ones on each rank; use Max, or shard the experts"
+        )
+
+
+def importance_of(group: Group, weights: Sequence[Tensor], statistics: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Statistics of a group as fp32 [E, in], on the device of its weights.
+
+    Raises:
+        ValueError: They are no floats [E, in] or [in] on the device of the weights, are negative or not finite, or all
+            zero for an expert; the weights are DTensors.
+    """
+    if statistics is None:
+        return None
+    found: Any = statistics[group.key]
+    what, wanted = f"statistics {group.key!r}", ((group.experts, group.shape[1]), (group.shape[1],))
+    if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) not in wanted:
+        is_tensor = isinstance(found, Tensor)
+        text = f"{tuple(found.shape)} {found.dtype}" if is_tensor else type(found).__name__
+        raise ValueError(f"{what}: found {text}, wanted floats {wanted[0]} or {wanted[1]}: mean squares of the inputs")
+    if is_sharded(weights[0]) or is_sharded(found):
+        raise ValueError(
+            f"{what}: found DTensors, wanted plain weights and statistics; or calibrate without statistics"
+        )
+    if found.device != weights[0].device:
+        raise ValueError(f"{what}: found on {found.device}, wanted on {weights[0].device} as the weights")
+    importance = found.detach().float().expand(wanted[0])
+    if is_concrete(importance):
+        usable = ((importance >= 0) & (importance < torch.inf)).all(-1) & (importance > 0).any(-1)
+        if not bool(usable.all()):
+            expert = int(usable.logical_not().nonzero()[0])
+            row = importance[expert]
+            raise ValueError(
+                f"{what}: found values from {row.min().item()} to {row.max().item()} for expert {expert}, "
+                f"{group.expert_name(expert)!r}, wanted finite ones, at least 0 and not all 0; give an expert without "
+                "tokens ones, or the mean of its peers"
+            )
+    return importance
+
+
+def chosen_leaves(
+    method: Method,
+    group: Group,
+    weights: Sequence[Tensor],
+    layout: Layout | None,
+    leaves: dict[str, Tensor],
+    importance: Tensor | None,
+) -> dict[str, Tensor]:
+    """The leaves of a group by field, from those of max on this rank, which are left as they are.
+
+    Raises:
+        ValueError: The weights are mapped by vmap.
+    """
+    if isinstance(method, Max):
+        return leaves
+    if any(map(is_mapped, weights)):
+        raise ValueError(f"method {type(method).__name__}: found weights under torch.func.vmap, wanted Max there")
+    amax, global_amax = leaves["amax"], leaves.get("global_amax")
+    chosen = dict(leaves)
+    if isinstance(method, FourOverSix) and method.e4m3_max != 448:
+        assert global_amax is not None
+        chosen["global_amax"] = global_amax = global_amax * (448 / method.e4m3_max)
+    if layout is not None:
+        if layout.is_empty:
+            return chosen
+        weights = local_tensors(layout, weights)
+    options: dict[str, Any] = {"format": group.format, "transposed": group.transposed}
+    if isinstance(method, Percentile):
+        chosen["amax"] = percentile_amax(weights, amax, percentile=float(method.percentile), **options)
+        return chosen
+    if isinstance(method, FourOverSix):
+        search = FOUR
+    elif group.format.scale == "e4m3":
+        search = scale_search(group.format, is_weighted=importance is not None)
+    else:
+        search = Search("ratios", method.ratios)
+    chosen["amax"] = swept_amax(weights, amax, global_amax, importance, search=search, **options)
+    return chosen
+
+
+def scale_search(format: Format, *, is_weighted: bool) -> Search:
+    """The sweep over scales of a two-level format: the window, where it is sure to have the best of all.
+
+    Example:
+        >>> from fq_transforms.formats import NVFP4_STATIC
+        >>> scale_search(NVFP4_STATIC, is_weighted=False)
+        Search(kind='window', ratios=())
+    """
+    is_sure = not is_weighted and (format.block[1] or 0) <= WINDOW_COLUMNS
+    return Search("window" if is_sure else "scales")
+
+
+def progress(items: Sequence[T], method: Method) -> Iterable[T]:
+    """The same items; if the method is not `Max`, with a bar on standard error once a second has passed.
+
+    Raises:
+        ImportError: tqdm is not installed, and the method is not `Max`.
+    """
+    if isinstance(method, Max):
+        return items
+    name = type(method).__name__
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(f"method {name} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
+    return tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)

@@ -1,29 +1,49 @@
-"""The weights of a group, checked against the spec; what they are under torch.func, and as DTensors."""
+"""What the public door checks, once: the weights of a group, a state and its leaves, and options."""
 
-from collections.abc import Mapping, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fq_transforms.dtensor import (
+    Layout,
+    check_leaf,
+    is_sharded,
+    local_tensors,
+    local_values,
+    position,
+    spread_in_words,
+    spread_of,
+)
 from fq_transforms.ops.known import Known
-from fq_transforms.spec import Group
+from fq_transforms.ops.private import is_functorch_active, is_mapped, unwrapped
+from fq_transforms.spec import Group, Inputs, Spec, ranges
 
 __all__ = [
     "DTYPES",
+    "UNCALIBRATED",
+    "LeafType",
     "check_dtype",
-    "is_mapped",
-    "is_sharded",
-    "spread_in_words",
-    "spread_of",
-    "unwrapped",
+    "check_same_leaves",
+    "check_same_spread",
+    "check_state",
+    "check_tensor",
+    "is_concrete",
+    "is_read",
+    "leaf_types",
+    "local_group",
+    "plain_weights_of",
+    "types_of",
     "weights_of",
 ]
 
-functorch: Any = import_module("torch._C._functorch")  # what a wrapped tensor wraps has no public name
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LeafType: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # a leaf's shape and dtype
+_DTYPES = {"tokens": torch.float64}  # of leaves that are not fp32
+
+# The identity of max; as an amax it is invalid, so that a state that was never calibrated cannot pass for one of zeros.
+UNCALIBRATED = -torch.inf
 
 
 def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
@@ -42,7 +62,7 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         ) from error
     if torch.compiler.is_compiling():
         _check_weights(group, weights, weights)
-    elif torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+    elif is_functorch_active():
         _check_weights(group, weights, [unwrapped(weight) for weight in weights])
     elif (known := _CHECKED.find(group, weights)) is not None:
         return known
@@ -103,41 +123,158 @@ def _check_spread(name: str, weight: Tensor, first_name: str, first: Tensor) -> 
         )
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor under the wrappers of torch.func: under vjp a DTensor does not look like one."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
+def plain_weights_of(params: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """`weights_of`, refusing DTensors: their placements do not say whose inputs a rank sees."""
+    weights = weights_of(params, inputs)
+    if is_sharded(weights[0]):
+        raise ValueError(
+            f"inputs {inputs.key!r}: found the DTensor {inputs.names[0]!r}, wanted plain tensors, of which each "
+            "rank has its own; inputs of DTensors are not observed"
+        )
+    return weights
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """True under torch.func.vmap, if the tensor has a dimension that it maps."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
+def leaf_types(group: Group) -> dict[str, LeafType]:
+    """Shape and dtype of each leaf of a group's state, by name."""
+    return {name: (shape, _DTYPES.get(name, torch.float32)) for name, shape in group.leaf_shapes.items()}
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+def local_group(
+    group: Group, layout: Layout | None, weights: Sequence[Tensor], scales: Mapping[str, Tensor]
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """This rank's shards of a group's weights and of its state, once the state is placed as the weights are."""
+    for name, leaf in scales.items():
+        check_leaf(f"{group.key}.{name}", leaf, layout, name)
+    assert layout is not None
+    leaves = {name: local_tensors(layout, [leaf], name)[0] for name, leaf in scales.items()}
+    return local_tensors(layout, weights), leaves
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, under torch.func too. torch.compile is given none: `weights_of` refuses them there."""
-    # A name that a type has not is dear to ask a tensor for.
-    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
-        return not torch.compiler.is_compiling()
-    if not torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+def check_state(
+    state: Mapping[str, Mapping[str, Tensor]], spec: Spec, *, values: bool | Callable[[Tensor], bool] = True
+) -> None:
+    """Raise unless the state fits the spec and, with `values`, every amax is finite and not negative.
+
+    `values` may be a function that says of which leaves the values are read. Reading values waits for the device.
+    `fakequant` reads them on the CPU only; elsewhere an invalid amax makes the weights that it scales NaN, and this
+    function says which it was.
+
+    Raises:
+        KeyError: A group is missing.
+        ValueError: A group is unexpected, has other leaves, or leaves of another shape or dtype, or an amax is NaN,
+            infinite or negative.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> spec = Spec((Group("w", ("w",), FP8, 1, (8, 4)),))
+        >>> check_state({"w": {"amax": torch.tensor([-1.0])}}, spec)
+        Traceback (most recent call last):
+        ...
+        ValueError: state 'w.amax': found -1.0 for 'w', wanted a finite amax >= 0; calibrate again
+    """
+    groups = spec.all_groups
+    if len(state) != len(groups):
+        _check_expected(state, groups)
+    for group in groups:
+        found: Any = state.get(group.key)
+        if found is None:
+            _check_expected(state, groups)
+            others = ", or leave out its inputs: dataclasses.replace(spec, inputs=())" if group in spec.inputs else ""
+            raise KeyError(
+                f"group {group.key!r} is not in the state ({len(state)} groups); calibrate with this spec{others}"
+            )
+        wanted = group.leaf_shapes
+        if type(found) is not dict and not isinstance(found, Mapping):
+            raise ValueError(f"state {group.key!r}: found {type(found).__name__}, wanted a dict of {list(wanted)}")
+        if found.keys() != wanted.keys():
+            raise ValueError(
+                f"state {group.key!r}: found leaves {list(found)}, and {group.format.name} wants {list(wanted)}; "
+                "calibrate with this spec"
+            )
+        for name, shape in wanted.items():
+            leaf, dtype = found[name], _DTYPES.get(name, torch.float32)
+            if type(leaf) is not Tensor or leaf.shape != shape or leaf.dtype != dtype:
+                check_tensor(f"state '{group.key}.{name}'", leaf, shape, dtype)
+            if values(leaf) if callable(values) else values:
+                _check_values(f"{group.key}.{name}", leaf, group)
+
+
+def _check_expected(state: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    unexpected = state.keys() - {group.key for group in groups}
+    if unexpected:
+        raise ValueError(
+            f"state has unexpected groups: {sorted(unexpected)}; calibrate with this spec, or leave them out"
+        )
+
+
+def check_same_leaves(where: str, found: Mapping[str, Tensor], wanted: Mapping[str, LeafType]) -> None:
+    """Raise ValueError, naming the leaf, unless `found` has exactly the wanted names, shapes and dtypes."""
+    for kind, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{where}: {kind} {len(names)} of {len(wanted)} leaves: {sorted(names)[:4]}")
+    for name, (shape, dtype) in wanted.items():
+        check_tensor(f"{where}: leaf {name!r}", found[name], shape, dtype)
+
+
+def check_same_spread(what: str, leaf: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless two leaves are both plain, or DTensors placed alike."""
+    found, wanted = spread_of(leaf), spread_of(like)
+    if found != wanted:
+        raise ValueError(f"{what}: found {spread_in_words(found)}, wanted {spread_in_words(wanted)}")
+
+
+def check_tensor(what: str, leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError, beginning with `what`, unless a leaf is a tensor of that shape and dtype."""
+    if not isinstance(leaf, Tensor):
+        raise ValueError(f"{what}: found {type(leaf).__name__}, wanted a tensor")
+    if tuple(leaf.shape) != shape or leaf.dtype != dtype:
+        raise ValueError(f"{what}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} {dtype}")
+
+
+def types_of(leaves: Mapping[str, Tensor]) -> dict[str, LeafType]:
+    """Shape and dtype of each leaf that is there."""
+    return {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         return False
-    return not torch.compiler.is_compiling() and hasattr(unwrapped(tensor), "to_local")
+    return not is_mapped(tensor)
 
 
-def spread_of(tensor: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """Mesh and placements of a DTensor, None for a plain tensor."""
-    inner: Any = tensor if torch.compiler.is_compiling() else unwrapped(tensor)
-    return (inner.device_mesh, tuple(inner.placements)) if hasattr(type(inner), "to_local") else None
+def is_read(leaf: Tensor) -> bool:
+    """True for leaves whose values `fakequant` and `pack` check: reading them elsewhere would wait for a device."""
+    return leaf.is_cpu and is_concrete(leaf)
 
 
-def spread_in_words(spread: tuple[Any, tuple[Any, ...]] | None) -> str:
-    """What `spread_of` found, for a message."""
-    return "a plain tensor" if spread is None else f"a DTensor {spread[1]} on {spread[0]}"
+def _check_values(name: str, leaf: Tensor, group: Group) -> None:
+    if leaf.is_meta:
+        raise ValueError(f"state {name!r}: found a meta tensor, which has no values to check; pass values=False")
+    here = local_values(leaf)
+    invalid = ~((here >= 0) & (here < torch.inf))
+    if not bool(invalid.any()):
+        return
+    first: list[int] = invalid.nonzero()[0].tolist()
+    if isinstance(group, Inputs):
+        raise ValueError(f"state {name!r}: {_wrong_input(name, here, invalid, group)}")
+    value, index = here[tuple(first)].item(), position(leaf, first)
+    advice = "it was never calibrated; call calibrate" if value == UNCALIBRATED else "calibrate again"
+    at = f" at {index[1:]}" if len(index) > 1 else ""
+    raise ValueError(
+        f"state {name!r}: found {value} for {group.expert_name(index[0])!r}{at}, wanted a finite amax >= 0; {advice}"
+    )
+
+
+def _wrong_input(name: str, leaf: Tensor, invalid: Tensor, inputs: Inputs) -> str:
+    numbers: list[int] = invalid.nonzero().flatten().tolist()
+    value = leaf[numbers[0]].item()
+    of = f"expert {ranges(numbers)} of {inputs.experts}" if len(leaf) == inputs.experts else "all experts"
+    if name.endswith(".tokens"):
+        return f"found {value} for {of}, wanted counts >= 0; calibrate again"
+    if value == UNCALIBRATED:
+        return (
+            f"found no token for {of}, wanted an input for each; calibrate with more batches, or choose by "
+            "fq.fill_unseen(state, unseen=...)"
+        )
+    return f"found {value} for {of}, wanted a finite amax >= 0; calibrate again"

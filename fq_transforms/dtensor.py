@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fq_transforms.checks import is_mapped, is_sharded, spread_in_words, spread_of, unwrapped
+from fq_transforms.distributed import largest_over
+from fq_transforms.ops.private import is_functorch_active, is_mapped, unwrapped
 from fq_transforms.partition import Part, blocks_of, collapsed_axes, leaf_part
 from fq_transforms.spec import Group
 
@@ -35,18 +36,40 @@ if TYPE_CHECKING:
 __all__ = [
     "Layout",
     "check_leaf",
-    "largest_over",
+    "is_sharded",
     "layout_of",
     "local_tensors",
     "local_values",
     "position",
     "reduce_leaves",
     "sharded_tensors",
+    "spread_in_words",
+    "spread_of",
 ]
 
-# Bits of the one NaN that stands for all, above those of infinity; and a mask.
-NAN_BITS = 0x7FC00000
-ALL_BUT_SIGN = 0x7FFFFFFF
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, under torch.func too. torch.compile is given none: `weights_of` refuses them there."""
+    # A name that a type has not is dear to ask a tensor for.
+    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
+        return not torch.compiler.is_compiling()
+    if not is_functorch_active():
+        return False
+    return not torch.compiler.is_compiling() and hasattr(unwrapped(tensor), "to_local")
+
+
+def spread_of(tensor: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Mesh and placements of a DTensor, None for a plain tensor."""
+    inner: Any = tensor if torch.compiler.is_compiling() else unwrapped(tensor)
+    return (inner.device_mesh, tuple(inner.placements)) if hasattr(type(inner), "to_local") else None
+
+
+def spread_in_words(spread: tuple[Any, tuple[Any, ...]] | None) -> str:
+    """What `spread_of` found, for a message."""
+    return "a plain tensor" if spread is None else f"a DTensor {spread[1]} on {spread[0]}"
 
 
 class Shards(NamedTuple):
@@ -188,61 +211,6 @@ def reduce_leaves(leaves: Sequence[tuple[Tensor, Layout, str]]) -> list[Tensor]:
         for i, tensor in zip(members, largest_over(group, [tensors[i] for i in members]), strict=True):
             tensors[i] = tensor
     return tensors
-
-
-def largest_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Elementwise maximum of fp32 tensors over the ranks of a group: new tensors, by one all-reduce. NaN wins.
-
-    What is reduced is integers of the same order: the maximum of floats drops NaN on some backends. No collective if
-    there is no element.
-    """
-    return _LargestOver.apply(_Ranks(group), *tensors) if sum(t.numel() for t in tensors) else tuple(tensors)
-
-
-def sum_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Elementwise sum of fp64 tensors over the ranks of a group: new tensors, by one all-reduce, or none for none."""
-    if not sum(tensor.numel() for tensor in tensors):
-        return list(tensors)
-    total = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
-    parts = total.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    group: "ProcessGroup"
-
-
-class _LargestOver(Function):
-    @staticmethod
-    def forward(ranks: _Ranks, *tensors: Tensor) -> Any:
-        keys = torch.cat([_ordered(tensor).flatten() for tensor in tensors])
-        torch.distributed.all_reduce(keys, torch.distributed.ReduceOp.MAX, ranks.group)
-        parts = keys.split([tensor.numel() for tensor in tensors])
-        # Flipped part by part: a leaf that is a view of all would keep, and a saver would write, those of all groups.
-        return tuple(
-            _flipped(part).view(torch.float32).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise AssertionError("amax is not differentiable")
-
-
-def _ordered(tensor: Tensor) -> Tensor:
-    """int32 of the order of the floats, above them every NaN as one; `_flipped` leads back."""
-    bits = torch.where(tensor.isnan(), NAN_BITS, tensor.contiguous().view(torch.int32))
-    return _flipped(bits.to(torch.int32))
-
-
-def _flipped(bits: Tensor) -> Tensor:
-    """Negative floats order backwards as integers, so their bits but the sign are inverted. Its own inverse."""
-    return bits ^ ((bits >> 31) & ALL_BUT_SIGN)
 
 
 class _ToLocal(Function):

@@ -6,17 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import DTYPES, is_sharded, weights_of
-from fq_transforms.dtensor import Layout, check_leaf, layout_of, position, sharded_tensors
+from fq_transforms.checks import check_state, is_read, local_group, weights_of
+from fq_transforms.dtensor import Layout, check_leaf, is_sharded, layout_of, position, sharded_tensors
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.ops.quantize.lsq import fake_quantize_lsq
 from fq_transforms.ops.quantize.stochastic import fake_quantize_stochastic
 from fq_transforms.ops.relaunch import Placed
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read, local_group
+from fq_transforms.state import GroupState, State
 
-__all__ = ["check_options", "fakequant", "quantize_group", "requantize_group"]
+__all__ = ["check_learnable", "fakequant", "quantize_group", "requantize_group"]
 
 
 def fakequant(
@@ -29,63 +29,12 @@ def fakequant(
     separate: bool = False,
     rounding: Stochastic | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters with each selected weight quantized and dequantized by its own expert's scales.
-
-    One kernel launch a group on a GPU, plain PyTorch on a CPU, equal bit for bit. Differentiable in the weights.
-
-    Args:
-        params: Names to tensors; may hold more than the spec names.
-        state: From `calibrate`, or loaded.
-        spec: What is quantized, and how. Formulas: `fq_transforms.ops.quantize.reference.fake_quantize_reference`.
-        out_dtype: bf16, fp16 or fp32 for the quantized weights; their own dtype if None. From fp32 master weights to
-            bf16 is one pass. The other parameters keep their dtype.
-        backward: "pass_through": the gradient of the identity. "clip": zero where abs(w) > amax; dynamic formats pass
-            every gradient, also where a stale NVFP4 amax saturates a weight. "lsq": that of "clip", and a gradient to
-            the state, so that scales are learned: give the state as a primal of `torch.func.grad` or vjp, or leaves
-            with `requires_grad`. See NOTE learned scales.
-        separate: On a GPU the new tensors of a group are views of one allocation, the fastest to make, of which one
-            that is kept alive keeps all. True gives each memory of its own. On a CPU each always has.
-        rounding: To the nearest if None, else `Stochastic(seed)`: up or down by chance, in every format, equal bit for
-            bit on CPU and GPU. The gradient does not see it.
-
-    Returns:
-        A new dict in the order of `params`. Quantized entries are new tensors; all others are the same objects. No
-        input is changed. A DTensor gives a DTensor placed alike, of which each rank quantizes its own shard, with no
-        collective; its gradient is placed alike too, and only a cotangent that is not is redistributed.
-
-    Raises:
-        KeyError: A parameter or a group of the state is missing.
-        ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block, its state is not placed
-            as it is, or it is mapped by vmap or compiled; "lsq" with `rounding`, without a format that has a state, or
-            with DTensors that cut what one scale covers; a seed is none, or on another device; on the CPU, an amax is
-            NaN, infinite or negative. On a GPU the values are not read, since that would wait for the device: there
-            such an amax makes the weights that it scales NaN, and `state.check` says which it was.
-
-    NOTE learned scales: d fakequant(w) / d amax = (q - v) / qmax within the range, v the weight in steps and q what it
-    is rounded to, and +-1 beyond it, as Learned Step Size Quantization has it; for NVFP4 at both of its levels
-    (`fq_transforms.ops.quantize.lsq_reference`). It is not divided by sqrt(N * qmax), N the weights of a granule, as that paper
-    proposes: multiply the gradients so, or choose the learning rate. An amax must stay positive: learn its logarithm,
-    or clamp it after a step. MX formats have no state, so nothing is learned there. Where ranks hold parts of what one
-    scale covers, as under tensor parallelism, each has its part of the gradient: add them up; DTensors placed so are
-    refused.
-
-    Source: ModelOpt 0.47 `TensorQuantizer` with `pass_through_bwd` True (default) or False; Esser et al. 2020.
-
-    Example:
-        >>> from fq_transforms.calibrate import calibrate
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
-        >>> params = {"experts.0.weight": torch.tensor([[1.0, -2.01]]), "norm.weight": torch.ones(2)}
-        >>> spec = select(params, {"experts.*": INT8})
-        >>> fakequant(params, calibrate(params, spec=spec), spec=spec)["experts.0.weight"]
-        tensor([[ 0.9971, -2.0100]])
-    """
-    check_options(out_dtype, backward)
+    """`Transform.fakequant`, with the options of the Transform given one by one and known to be right."""
     if rounding is not None:
         check_rounding(rounding)
-    if backward == "lsq":
-        _check_lsq(spec, rounding)
-    check(state, spec, values=is_read)
+        if backward == "lsq":
+            raise ValueError(f"rounding: found {rounding} with backward='lsq', wanted None, or backward='clip'")
+    check_state(state, spec, values=is_read)
 
     quantized = dict(params)
     for group in spec.groups:
@@ -117,9 +66,9 @@ def quantize_group(
     _check_device(group, scales, weights[0].device)
     layout = layout_of(group, weights)
     stream = None if rounding is None else _stream(rounding, group, layout, weights)
-    if layout is not None or any(map(is_sharded, scales)):
+    if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
-    amax, global_amax = _amax_of(scales)
+    amax, global_amax = scales.get("amax"), scales.get("global_amax")
     if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
     if layout is not None and layout.is_empty:
@@ -171,25 +120,20 @@ def requantize_group(
     """
     weights = weights_of(params, group)
     _check_device(group, scales, weights[0].device)
-    for field, leaf in zip(scales._fields, scales, strict=True):
+    for name, leaf in scales.items():
         if is_sharded(leaf):
-            check_leaf(f"{group.key}.{field}", leaf, None, field)
-    amax, global_amax = _amax_of(scales)
+            check_leaf(f"{group.key}.{name}", leaf, None, name)
+    amax, global_amax = scales.get("amax"), scales.get("global_amax")
     return fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
 
 
 def _check_device(group: Group, scales: GroupState, device: torch.device) -> None:
-    for leaf in scales:
+    for leaf in scales.values():
         if leaf.device != device:
             raise ValueError(
                 f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
                 "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
             )
-
-
-def _amax_of(scales: GroupState) -> tuple[Tensor | None, Tensor | None]:
-    amax = None if isinstance(scales, Stateless) else scales.amax
-    return amax, scales.global_amax if isinstance(scales, BlockAmax) else None
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -218,9 +162,8 @@ def _stream(rounding: Stochastic, group: Group, layout: Layout | None, weights: 
     return replace(stream, first_expert=stream.first_expert + expert, row=row, column=column)
 
 
-def _check_lsq(spec: Spec, rounding: Stochastic | None) -> None:
-    if rounding is not None:
-        raise ValueError(f"rounding: found {rounding} with backward='lsq', wanted None, or backward='clip'")
+def check_learnable(spec: Spec) -> None:
+    """Raise ValueError unless a format of the spec has a state that "lsq" could learn."""
     if all(group.format.is_stateless for group in spec.groups):
         names = sorted({group.format.name for group in spec.groups})
         raise ValueError(f"backward 'lsq': found {', '.join(names)} only, wanted a format with a state to learn")
@@ -236,11 +179,3 @@ def _check_whole_granules(group: Group, layout: Layout) -> None:
                 f"backward='lsq', wanted whole granules on each rank: dimension {cut[0]} of the mesh cuts what one "
                 "scale covers; shard experts, or choose a format of smaller granules"
             )
-
-
-def check_options(out_dtype: torch.dtype | None, backward: str) -> None:
-    """Raise ValueError unless both are what `fakequant` takes."""
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
-    if backward not in ("pass_through", "clip", "lsq"):
-        raise ValueError(f"backward: found {backward!r}, wanted 'pass_through', 'clip' or 'lsq'")

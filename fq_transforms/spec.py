@@ -200,14 +200,18 @@ class Spec:
             )
             for row in rows
         ]
+        return "\n".join(line.rstrip() for line in [*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """How much is quantized, in one line."""
         inside = sum(group.experts * prod(group.shape) for group in self.groups)
         total = inside + sum(prod(s.shape) for s in self.skipped)
         n, experts = len(self.groups), sum(group.experts for group in self.groups)
-        lines += [
+        return (
             f"{n} group{'s' * (n != 1)}, {experts:,} weight{'s' * (experts != 1)}: "
             f"{100 * inside / max(total, 1):.1f} % of {total:,} parameters"
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        )
 
     def _repr_html_(self) -> str:
         """The table, for notebooks."""

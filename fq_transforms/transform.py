@@ -1,131 +1,468 @@
-"""`transform`: a static spec to a `Transform`, the pure functions closed over it."""
+"""`Transform`: everything static about a quantization, and the pure functions that follow from it."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.apply import apply
+from fq_transforms.activations.fill_unseen import fill_unseen
 from fq_transforms.activations.observe import Forward
-from fq_transforms.activations.unseen import finish
-from fq_transforms.calibrate import calibrate
-from fq_transforms.choose import check_method
-from fq_transforms.fakequant import check_options, fakequant
+from fq_transforms.activations.second_moments import Unseen, input_second_moments
+from fq_transforms.calibrate import calibrate, check_method
+from fq_transforms.checks import DTYPES
+from fq_transforms.fakequant import check_learnable, fakequant
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
+from fq_transforms.report.report import Report, report
 from fq_transforms.rounding import Stochastic
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, init
+from fq_transforms.sync import sync
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Transform", "transform"]
 
-
-class Init(Protocol):
-    """`init(params) -> state`."""
-
-    def __call__(self, params: Mapping[str, Tensor]) -> State: ...
+BACKWARD: tuple[Backward, ...] = ("pass_through", "clip", "lsq")
 
 
-class Calibrate(Protocol):
-    """`calibrate(params, batch, statistics=None) -> state`."""
+@dataclass(frozen=True, repr=False)
+class Transform:
+    """What is quantized, and how: statics only, frozen and hashable. Its methods are pure functions.
 
-    def __call__(
-        self,
-        params: Mapping[str, Tensor],
-        batch: Any = None,
-        *,
-        statistics: Mapping[str, Tensor] | None = None,
-        forward: Forward | None = None,
-    ) -> State: ...
-
-
-class Fakequant(Protocol):
-    """`fakequant(params, state, rounding=None) -> params`."""
-
-    def __call__(
-        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
-    ) -> dict[str, Tensor]: ...
-
-
-class Pack(Protocol):
-    """`pack(params, state) -> packed`."""
-
-    def __call__(self, params: Mapping[str, Tensor], state: State) -> PackedTree: ...
-
-
-class Unpack(Protocol):
-    """`unpack(packed) -> params`."""
-
-    def __call__(self, packed: PackedTree, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]: ...
-
-
-class Apply(Protocol):
-    """`apply(params, state, *args, **kwargs)`."""
-
-    def __call__(self, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any: ...
-
-
-class Finish(Protocol):
-    """`finish(state) -> state`."""
-
-    def __call__(
-        self, state: State, *, unseen: str | float = "raise", params: Mapping[str, Tensor] | None = None
-    ) -> State: ...
-
-
-class Transform(NamedTuple):
-    """Pure functions closed over a spec, and what they are closed over.
+    Tensors and models are given where they are used, so a Transform pickles, and is the same on all ranks. What takes a
+    Transform takes no spec, backward rule, method or dtype besides.
 
     Attributes:
-        init: `init(params) -> state`, the identity of `merge`; see `fq_transforms.state.init`.
-        calibrate: `calibrate(params, batch, statistics=None) -> state`; see `fq_transforms.calibrate.calibrate`.
-        fakequant: `fakequant(params, state) -> params`; see `fq_transforms.fakequant.fakequant`.
-        pack: `pack(params, state) -> packed`; see `fq_transforms.pack.pack`.
-        unpack: `unpack(packed, dtype=torch.bfloat16) -> params`; see `fq_transforms.pack.unpack`.
-        spec: What is quantized, and how.
-        backward: The rule of the gradient: "pass_through", "clip" or "lsq".
-        apply: `apply(params, state, *args, **kwargs)`, the output of the model with weights and inputs quantized; see
-            `fq_transforms.activations.apply.apply`.
-        finish: `finish(state, unseen="raise") -> state`; see `fq_transforms.finish`.
+        spec: Which weights, by expert, and their formats; from `select`.
+        method: How `calibrate` chooses an amax; see `fq_transforms.methods`.
+        backward: The gradient of `fakequant`. "pass_through": that of the identity. "clip": zero where abs(w) > amax;
+            dynamic formats pass every gradient. "lsq": as "clip", and a gradient to the state: see docs/learned-scales.
+        out_dtype: bf16, fp16 or fp32 for fake-quantized weights; their own dtype if None.
+        separate: Give each fake-quantized weight memory of its own on a GPU. Without, those of a group share one
+            allocation, which is faster to make, and which one weight that is kept alive keeps whole.
+
+    Raises:
+        ValueError: An option is not one of its choices, or a format has no amax that the method could choose.
+
+    Example:
+        >>> import fq_transforms as fqt
+        >>> params = {f"experts.{i}.weight": torch.full((4, 32), i + 1.0) for i in range(2)}
+        >>> fq = Transform(fqt.select(params, {"*": fqt.NVFP4}), backward="clip")
+        >>> fq
+        Transform(1 group, 2 weights: 100.0 % of 256 parameters; backward='clip')
+        >>> fq.calibrate(params)
+        {'experts.*.weight': {'amax': tensor([1., 2.])}}
     """
 
-    init: Init
-    calibrate: Calibrate
-    fakequant: Fakequant
-    pack: Pack
-    unpack: Unpack
     spec: Spec
-    backward: Backward
-    apply: Apply
-    finish: Finish
+    _: KW_ONLY
+    method: Method = MAX
+    backward: Backward = "pass_through"
+    out_dtype: torch.dtype | None = None
+    separate: bool = False
+
+    def __post_init__(self) -> None:
+        spec, separate, out_dtype = (getattr(self, name) for name in ("spec", "separate", "out_dtype"))  # of any type
+        if not isinstance(spec, Spec):
+            raise ValueError(f"spec: found {type(spec).__name__}, wanted a Spec; call transform(select(params, rules))")
+        if out_dtype is not None and out_dtype not in DTYPES:
+            raise ValueError(f"out_dtype: found {out_dtype}, wanted bfloat16, float16 or float32")
+        if self.backward not in BACKWARD:
+            raise ValueError(f"backward: found {self.backward!r}, wanted 'pass_through', 'clip' or 'lsq'")
+        if not isinstance(separate, bool):
+            raise ValueError(f"separate: found {separate!r}, wanted True or False")
+        check_method(self.method, self.spec)
+        if self.backward == "lsq":
+            check_learnable(self.spec)
+
+    def __repr__(self) -> str:
+        given = [f"{f.name}={value!r}" for f in fields(self)[1:] if (value := getattr(self, f.name)) != f.default]
+        return f"Transform({'; '.join([self.spec.summary, *given])})"
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:])
+        return f"{self.spec}\n{options}"
+
+    def init(self, params: Mapping[str, Tensor]) -> State:
+        """The state before calibration: every amax -inf, the identity of `merge`. Meta parameters give a meta state.
+
+        Raises:
+            KeyError: A parameter is missing.
+            ValueError: A shape, dtype or device is not the spec's; a DTensor's shard cuts a block.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {"experts.0.weight": torch.ones(4, 4)}
+            >>> fqt.transform(fqt.select(params, {"*": fqt.FP8})).init(params)
+            {'experts.*.weight': {'amax': tensor([-inf])}}
+        """
+        return init(params, spec=self.spec)
+
+    def calibrate(
+        self,
+        params: Mapping[str, Tensor],
+        batches: Any = None,
+        *,
+        model: Module | None = None,
+        forward: Forward | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> State:
+        """An amax for each granule of each expert's weight, as the method chooses it; with `Max`, max(abs(w)).
+
+        Where the spec has inputs, the model runs on the batches, unquantized and without gradients, and their amax is
+        max(abs(x)) over all tokens that a weight was multiplied with. States of parts of the batches `merge` to that
+        of all, exactly. More on DTensors, checks of values and other methods: docs/calibration.
+
+        Args:
+            params: Names to tensors; may hold more than the spec names.
+            batches: A tensor, a tuple of arguments or a dict of keyword arguments is one batch, any other iterable
+                many. Read for inputs only.
+            model: For inputs, the module whose parameters are `params`, in the mode that it shall run in.
+            forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed.
+            statistics: For `Mse`, group key to the mean square of each input channel, [E, in] or [in]: see
+                `input_second_moments`.
+
+        Returns:
+            A new state on the device of the weights, detached. An expert of zeros has amax 0; an expert without
+            tokens keeps the input amax -inf: see `fill_unseen`.
+
+        Raises:
+            KeyError: A parameter is missing; statistics lack a group.
+            ValueError: A weight or an input is NaN or infinite, and is named; a shape or dtype is not the spec's; a
+                shard cuts a block; statistics do not fit; inputs lack a model or a batch, or a layer never ran.
+
+        Source: ModelOpt 0.47 `MaxCalibrator`; of the other methods `fq_transforms.methods`.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {"experts.0.w": torch.tensor([[1.0, -2.0]]), "experts.1.w": torch.tensor([[0.5, 0.0]])}
+            >>> fqt.transform(fqt.select(params, {"*": fqt.INT8})).calibrate(params)
+            {'experts.*.w': {'amax': tensor([2.0000, 0.5000])}}
+        """
+        return calibrate(
+            params,
+            batches,
+            spec=self.spec,
+            method=self.method,
+            statistics=statistics,
+            model=model,
+            forward=forward,
+        )
+
+    def fakequant(
+        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters with each selected weight quantized and dequantized by its own expert's scales.
+
+        One launch per group on a GPU, plain PyTorch on a CPU, equal bit for bit; the formulas are in
+        `fq_transforms.ops.quantize.reference.fake_quantize_reference`. Differentiable in `params`, and under "lsq" in
+        `state`.
+
+        Args:
+            params: Names to tensors; may hold more than the spec names.
+            state: From `calibrate`, or loaded.
+            rounding: To the nearest if None, else `Stochastic(seed)`: up or down at random, unbiased, in every format.
+
+        Returns:
+            A new dict in the order of `params`. Quantized entries are new tensors, all others the same objects. A
+            DTensor gives a DTensor placed alike, with no collective.
+
+        Raises:
+            KeyError: A parameter or a group of the state is missing.
+            ValueError: A shape, dtype, device or placement is not as wanted; on a CPU an amax is NaN, infinite or
+                negative. On a GPU, where reading would wait, such an amax makes its own weights NaN: see `state.check`.
+
+        Source: ModelOpt 0.47 `TensorQuantizer`, `pass_through_bwd` True or False; Esser et al. 2020 for "lsq".
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {"experts.0.weight": torch.tensor([[1.0, -2.01]]), "norm.weight": torch.ones(2)}
+            >>> fq = fqt.transform(fqt.select(params, {"experts.*": fqt.INT8}))
+            >>> fq.fakequant(params, fq.calibrate(params))["experts.0.weight"]
+            tensor([[ 0.9971, -2.0100]])
+        """
+        return fakequant(
+            params,
+            state,
+            spec=self.spec,
+            out_dtype=self.out_dtype,
+            backward=self.backward,
+            separate=self.separate,
+            rounding=rounding,
+        )
+
+    def apply(self, model: Module, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
+        """`functional_call(model, fakequant(params, state), args, kwargs)`, inputs quantized where the spec has some.
+
+        Only this call computes so. No module is changed, but for forward pre-hooks on layers of Transformer Engine and
+        Megatron, which are removed when it ends. Calls may be nested.
+
+        Args:
+            model: The module whose parameters are `params`.
+            params: Names to tensors; may hold more than the spec names.
+            state: From `calibrate` or `fill_unseen`, or loaded.
+            *args: The model's.
+            **kwargs: The model's.
+
+        Returns:
+            What the model returns; differentiable in `params` and in the arguments. "clip" stops the gradient of an
+            input beyond a calibrated amax per tensor.
+
+        Raises:
+            KeyError: A parameter or a group of the state is missing.
+            ValueError: As `fakequant`; an expert has seen no token; a selected weight is used in another way than a
+                product with an input, or in a checkpointed layer; a layer with inputs never ran; "lsq" with inputs;
+                DTensors, torch.compile, or vmap over weights.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+            >>> _ = model[0].weight.data.copy_(torch.eye(2))
+            >>> params = dict(model.named_parameters())
+            >>> fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.INT8)]))
+            >>> state = fq.calibrate(params, torch.tensor([[1.0, -2.0]]), model=model)
+            >>> fq.apply(model, params, state, torch.tensor([[0.5, 3.0]]))
+            tensor([[0.5039, 2.0000]], grad_fn=<MmBackward0>)
+        """
+        return apply(
+            model,
+            params,
+            state,
+            args,
+            kwargs,
+            spec=self.spec,
+            out_dtype=self.out_dtype,
+            backward=self.backward,
+            separate=self.separate,
+        )
+
+    def pack(self, params: Mapping[str, Tensor], state: State) -> PackedTree:
+        """The codes and scales of every selected weight: what deployment stores, and exactly what `fakequant` simulates.
+
+        `unpack(pack(params, state), dtype=dtype)` has the values of `fakequant`, bit for bit; a zero that `fakequant`
+        gives a sign loses it in the integer formats. Layouts: `fq_transforms.ops.pack.reference`.
+
+        Returns:
+            Group key to new tensors `codes` [E, out, packed in], `scale` (one number per granule) and, for two-level
+            formats, `global_scale` [E]; [out, in] whatever the weights' own layout is. A pytree, like the state. Meta
+            weights and state give its shapes. DTensors give DTensors placed alike; nothing is communicated.
+
+        Raises:
+            KeyError: A parameter or a group of the state is missing.
+            ValueError: As `fakequant`; the spec has inputs; a weight on a CPU has NaN or infinity; `in`, or a shard of
+                it, is not a multiple of what shares a byte; the format has scales that no stored number stands for.
+
+        Source: the layouts of compressed-tensors 0.20 and ModelOpt 0.47.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {"experts.0.weight": torch.tensor([[1.0, -2.0]])}
+            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+            >>> fq.pack(params, fq.calibrate(params))
+            {'experts.*.weight': {'codes': tensor([[[  64, -127]]], dtype=torch.int8), 'scale': tensor([63.5000])}}
+        """
+        return pack(params, state, spec=self.spec)
+
+    def unpack(self, packed: PackedTree, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        """The weights that codes and scales stand for, by the names of the spec, in the layout of the parameters.
+
+        Args:
+            packed: From `pack`, or loaded.
+            dtype: bf16, fp16 or fp32.
+
+        Raises:
+            KeyError: A group is missing.
+            ValueError: A group is unexpected; a leaf has another shape or dtype than the spec's, or is a DTensor;
+                `dtype` is another.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> fq = fqt.transform(fqt.select({"experts.0.weight": torch.ones(1, 2)}, {"*": fqt.INT8}))
+            >>> codes = torch.tensor([[[64, -127]]], dtype=torch.int8)
+            >>> packed = {"experts.*.weight": {"codes": codes, "scale": torch.tensor([63.5])}}
+            >>> fq.unpack(packed, dtype=torch.float32)
+            {'experts.0.weight': tensor([[ 1.0079, -2.0000]])}
+        """
+        return unpack(packed, spec=self.spec, dtype=dtype)
+
+    def fill_unseen(
+        self, state: State, *, unseen: str | float = "raise", params: Mapping[str, Tensor] | None = None
+    ) -> State:
+        """The state with an amax for the inputs of experts that have seen no token, once all is merged and synced.
+
+            unseen            amax of an unseen expert e, among the experts p of its group that have seen tokens
+            "raise"           none: ValueError, naming layers and experts
+            "max-of-peers"    max(amax[p])
+            "from-weights"    max(amax[p] / max(abs(w[p]))) * max(abs(w[e])), with w from `params`
+            a number          the number
+
+        A group that shares one amax has it as soon as one of its experts has seen a token. `tokens` is left as it is.
+
+        Returns:
+            A new state; entries without unseen experts are the same objects.
+
+        Raises:
+            KeyError: A group or a parameter is missing.
+            ValueError: `unseen` is none of these, or no finite number > 0; the state does not fit the spec; "raise"
+                found unseen experts; no expert of a group has seen a token; `params` is missing.
+
+        Source: "max-of-peers": ModelOpt 0.47's export, `set_expert_quantizer_amax`. "from-weights" is our own.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {f"experts.{i}.w": torch.full((2, 2), i + 1.0) for i in range(3)}
+            >>> rule = fqt.Rule("*", fqt.FP8, fqt.FP8, per_expert_inputs=True)
+            >>> fq = fqt.transform(fqt.select(params, [rule]))
+            >>> state = fq.init(params) | {"experts.*.w": {"amax": torch.ones(3)}}
+            >>> state["experts.*.w.input"]["amax"][:2] = torch.tensor([1.0, 3.0])
+            >>> fq.fill_unseen(state, unseen="from-weights", params=params)["experts.*.w.input"]["amax"]
+            tensor([1.0000, 3.0000, 4.5000])
+        """
+        return fill_unseen(state, spec=self.spec, unseen=unseen, params=params)
+
+    def input_second_moments(
+        self,
+        params: Mapping[str, Tensor],
+        batches: Any,
+        *,
+        model: Module,
+        forward: Forward | None = None,
+        unseen: Unseen = "raise",
+        group: "ProcessGroup | None" = None,
+    ) -> dict[str, Tensor]:
+        """m[e, i] = mean of x[t, i]**2 over the tokens t that expert e multiplies its weight with, x @ w[e].T.
+
+        The `statistics` of `calibrate`: with them `Mse` takes the amax with the least sum of m[e, i] * error[o, i]**2,
+        the squared error of the layer's output but for correlations of channels. The model runs on each batch,
+        unquantized. Ranks and expert parallelism: docs/calibration.
+
+        Args:
+            params: Names to tensors; may hold more than the spec names.
+            batches: As `calibrate` takes them.
+            model: As there.
+            forward: As there.
+            unseen: For experts without tokens: "raise", "mean-of-peers", or "ones", the error of the weight itself.
+            group: Ranks with the same weights and each its own batches; sums are added over them in one all-reduce.
+
+        Returns:
+            Group key to fp32 [E, in] on the device of the weights; sums are fp64, rounded once. Dense weights: E = 1.
+
+        Raises:
+            KeyError: A parameter is missing.
+            ValueError: As `calibrate` with inputs; an expert has no token under "raise", a group none under
+                "mean-of-peers"; another rank failed.
+
+        Source: the diagonal of GPTQ's Hessian, Frantar et al., arXiv:2210.17323, section 3; `llama-imatrix`.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> params = dict(model.named_parameters())
+            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}), method=fqt.methods.Mse())
+            >>> batches = [torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 2.0]])]
+            >>> fq.input_second_moments(params, batches, model=model)
+            {'weight': tensor([[5., 2.]])}
+        """
+        return input_second_moments(
+            params, batches, spec=self.spec, model=model, forward=forward, unseen=unseen, group=group
+        )
+
+    def report(
+        self, params: Mapping[str, Tensor], state: State, *, tokens: Mapping[str, Tensor] | None = None
+    ) -> Report:
+        """What fake quantization does to each expert: SQNR, clipped and zeroed weights, scales that underflow, amax.
+
+        One launch per group on a GPU. Definitions, per format: `fq_transforms.ops.report.reference`.
+
+        Args:
+            params: Names to tensors; may hold more than the spec names.
+            state: From `calibrate`, or loaded.
+            tokens: Group key to integers [E], the tokens that each expert saw; those in the state if None.
+
+        Returns:
+            A `Report` on the CPU, which prints as a table, worst group first, and plots. SQNR is in dB,
+            10 log10(sum of w^2 / sum of (w - y)^2) with y in fp32 and sums in fp64; inf for experts of zeros; NaN for a
+            NaN weight, which counts as the worst. Of DTensors each rank reports its own shard.
+
+        Raises:
+            KeyError: A parameter or a group of the state is missing.
+            ValueError: As `fakequant`, on a GPU too for an invalid amax; the spec has no group; a tensor is on meta; a
+                transform of torch.func looks on; `tokens` has an unexpected group or another shape than [E].
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {f"experts.{i}.w": torch.tensor([[1.0, -0.3, 0.001, 0.0]]) * (i + 1) for i in range(2)}
+            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+            >>> fq.report(params, fq.calibrate(params)).groups["experts.*.w"].sqnr
+            tensor([58.2791, 58.2791], dtype=torch.float64)
+        """
+        return report(params, state, spec=self.spec, tokens=tokens)
+
+    def sync(
+        self,
+        state: State,
+        group: "ProcessGroup",
+        *,
+        split: Mapping[str, Literal["out", "in"]] | None = None,
+        same_experts: bool = True,
+    ) -> State:
+        """One state of all ranks in `group`, for plain local tensors. What ranks differ in decides what is reduced.
+
+            ranks with                            weights                     input amax    tokens
+            split={...}: parts of each weight     max of leaves that collapse max           kept: all see the same
+            (tensor parallel)                     the split axis
+            split=None: different batches         kept                        max           summed
+            ... and same_experts=False (EP)       kept                        max if shared kept: each rank its own
+
+        Args:
+            state: From `calibrate`, of this rank's own weights and batches; alike in names and shapes on all ranks.
+            group: The ranks, this one among them.
+            split: Globs over group keys to the axis of [E, out, in] that is split, "out" (column parallel, fc1) or "in"
+                (row parallel, fc2); the last match counts. The same on all ranks.
+            same_experts: False for expert-parallel ranks with different batches.
+
+        Returns:
+            A new state; leaves that are not reduced are the same objects. At most one all-reduce(max) and one
+            all-reduce(sum). NaN wins; -inf, which is not calibrated, is the identity.
+
+        Raises:
+            KeyError: A group is missing from the state.
+            ValueError: `group` is no process group with this rank; the state does not fit the spec; a glob matches
+                nothing; the split cuts a block; a leaf is a DTensor or on meta. All before anything is sent.
+
+        Source: ModelOpt 0.47 `sync_amax_across_distributed_group` and `max_calibrate`.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            >>> params = {"experts.0.fc1.weight": torch.tensor([[1.0, -2.0]])}
+            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+            >>> fq.sync(fq.calibrate(params), torch.distributed.group.WORLD, split={"*.fc1.*": "out"})
+            {'experts.*.fc1.weight': {'amax': tensor([2.])}}
+            >>> torch.distributed.destroy_process_group()
+        """
+        return sync(state, group, spec=self.spec, split=split, same_experts=same_experts)
 
 
 def transform(
     spec: Spec,
     *,
-    model: Module | None = None,
-    out_dtype: torch.dtype | None = None,
-    backward: Backward = "pass_through",
-    separate: bool = False,
     method: Method = MAX,
+    backward: Backward = "pass_through",
+    out_dtype: torch.dtype | None = None,
+    separate: bool = False,
 ) -> Transform:
-    """The functions that quantize by a spec.
-
-    Args:
-        spec: From `select`.
-        model: Whose parameters the spec was selected from: `apply` runs it, and `calibrate` where inputs are selected.
-        out_dtype: dtype of the fake-quantized weights; their own if None.
-        backward: "pass_through", "clip" or "lsq"; see `fq_transforms.fakequant.fakequant`.
-        separate: True gives each fake-quantized weight memory of its own on a GPU, in place of one allocation a group.
-        method: How `calibrate` chooses an amax; see `fq_transforms.methods`.
+    """The `Transform` that quantizes by a spec; its options are documented there.
 
     Raises:
-        ValueError: `spec` is no Spec, an option is not one of its choices, or a format has no amax that the method
-            could choose.
+        ValueError: As `Transform`.
 
     Example:
         >>> import fq_transforms as fqt
@@ -133,31 +470,7 @@ def transform(
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4, bias=False))
         >>> params = dict(model.named_parameters())
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.MXFP4}))
-        >>> state = fq.calibrate(params)
-        >>> functional_call(model, fq.fakequant(params, state), (torch.ones(2, 32),)).shape
+        >>> functional_call(model, fq.fakequant(params, fq.calibrate(params)), (torch.ones(2, 32),)).shape
         torch.Size([2, 4])
     """
-    if not isinstance(spec, Spec):  # pyright: ignore[reportUnnecessaryIsInstance] (rules are passed by mistake)
-        raise ValueError(f"spec: found {type(spec).__name__}, wanted a Spec; call transform(select(params, rules))")
-    check_options(out_dtype, backward)
-    check_method(method, None, spec)
-    options: dict[str, Any] = {"out_dtype": out_dtype, "backward": backward, "separate": separate}
-
-    def run(params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
-        if model is None:
-            raise ValueError(
-                "model: found None, wanted the module that `apply` runs; call transform(spec, model=model)"
-            )
-        return apply(model, params, state, args, kwargs, spec=spec, **options)
-
-    return Transform(
-        init=partial(init, spec=spec),
-        calibrate=partial(calibrate, spec=spec, method=method, model=model),
-        fakequant=partial(fakequant, spec=spec, **options),
-        pack=partial(pack, spec=spec),
-        unpack=partial(unpack, spec=spec),
-        spec=spec,
-        backward=backward,
-        apply=run,
-        finish=partial(finish, spec=spec),
-    )
+    return Transform(spec, method=method, backward=backward, out_dtype=out_dtype, separate=separate)

@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.activations.products import Use, products
-from fq_transforms.checks import DTYPES, is_mapped
+from fq_transforms.checks import DTYPES, plain_weights_of
+from fq_transforms.ops.private import is_mapped
 from fq_transforms.spec import Inputs
-from fq_transforms.state import plain_weights_of
 
 __all__ = ["Forward", "Seen", "check_input", "observe"]
 
@@ -47,7 +47,7 @@ SeenType = TypeVar("SeenType", bound=Seen)
 
 def observe(
     params: Mapping[str, Tensor],
-    batch: Any,
+    batches: Any,
     wanted: Sequence[Inputs],
     kind: Callable[[Inputs, torch.device], SeenType],
     *,
@@ -59,16 +59,16 @@ def observe(
 
     Args:
         params: Names to tensors; may hold more than `wanted` names.
-        batch: One batch or many, see `fq_transforms.calibrate.calibrate`.
+        batches: One batch or many, see `Transform.calibrate`.
         wanted: The groups, at least one.
         kind: What is kept of each.
         model: Whose parameters `params` are. What it writes into buffers is lost.
-        forward: See `fq_transforms.calibrate.calibrate`.
+        forward: See there.
         caller: The function that errors name.
 
     Raises:
         KeyError: A parameter is missing.
-        ValueError: As `fq_transforms.calibrate.calibrate` says of inputs.
+        ValueError: As `Transform.calibrate` says of inputs.
     """
     if model is None:
         raise ValueError(f"model: found None, wanted the module that reads {wanted[0].names[0]!r}, for its inputs")
@@ -79,7 +79,7 @@ def observe(
     ran: set[str] = set()
     found = {inputs.key: kind(inputs, params[inputs.names[0]].device) for inputs in wanted}
     number = -1
-    for number, one in enumerate(_batches(batch, wanted[0], caller)):
+    for number, one in enumerate(_batches(batches, wanted[0], caller)):
         of_batch: dict[str, SeenType] = {}  # in the order in which the layers ran
 
         def see(use: Use, x: Tensor, of_batch: dict[str, SeenType] = of_batch) -> Tensor:
@@ -106,7 +106,7 @@ def observe(
         for key, seen in of_batch.items():
             found[key].merge(seen)
     if number < 0:
-        raise ValueError(f"batch: found no batch in {type(batch).__name__}, wanted at least one")
+        raise ValueError(f"batches: found no batch in {type(batches).__name__}, wanted at least one")
     if idle := [inputs for inputs in wanted if inputs.key not in ran and inputs.always_runs]:
         raise ValueError(
             f"inputs {idle[0].key!r}: found that its layer never ran in {number + 1} batches ({len(idle)} of "
@@ -141,20 +141,20 @@ def _check_finite(seen: Iterable[Seen], number: int, caller: str) -> None:
                 )
 
 
-def _batches(batch: Any, inputs: Inputs, caller: str) -> Generator[Any]:
+def _batches(batches: Any, inputs: Inputs, caller: str) -> Generator[Any]:
     """One batch (a tensor, a tuple, a mapping), or each of many."""
-    if batch is None:
+    if batches is None:
         raise ValueError(
-            f"batch: found None, wanted batches for {inputs.key!r}: {caller}(params, batch), with a tensor, a tuple "
+            f"batches: found None, wanted some for {inputs.key!r}: {caller}(params, batches), with a tensor, a tuple "
             "of arguments, a dict of keyword arguments, or a list of these"
         )
-    if isinstance(batch, Tensor | tuple | Mapping):
-        yield batch
-    elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        yield from batch
+    if isinstance(batches, Tensor | tuple | Mapping):
+        yield batches
+    elif isinstance(batches, Iterable) and not isinstance(batches, str | bytes):
+        yield from batches
     else:
         raise ValueError(
-            f"batch: found {type(batch).__name__}, wanted a tensor, a tuple, a dict, or an iterable of these"
+            f"batches: found {type(batches).__name__}, wanted a tensor, a tuple, a dict, or an iterable of these"
         )
 
 
@@ -169,6 +169,6 @@ def _run(call: Callable[..., Any], one: Any, forward: Forward | None) -> None:
         call(**cast("Mapping[str, Any]", one))
     else:
         raise ValueError(
-            f"batch: found {type(one).__name__} as one of them, wanted a tensor, a tuple of arguments or a dict of "
+            f"batches: found {type(one).__name__} as one of them, wanted a tensor, a tuple of arguments or a dict of "
             "keyword arguments; pass forward=lambda call, batch: call(...) for others"
         )

@@ -12,10 +12,11 @@ from torch.nn import Module
 
 from fq_transforms.activations.observe import Forward, check_input, observe
 from fq_transforms.activations.products import Use, products
+from fq_transforms.checks import UNCALIBRATED, check_state, plain_weights_of
 from fq_transforms.formats import Format
 from fq_transforms.ops.quantize.autograd import Backward, expert_amax, fake_quantize
 from fq_transforms.spec import Inputs, Spec
-from fq_transforms.state import UNCALIBRATED, GroupState, InputAmax, State, Stateless, check, plain_weights_of
+from fq_transforms.state import GroupState, State
 
 __all__ = ["calibrated_inputs", "quantize_input", "quantized_inputs"]
 
@@ -24,17 +25,17 @@ MOST_ROWS = 32768
 
 
 def calibrated_inputs(
-    params: Mapping[str, Tensor], batch: Any, *, spec: Spec, model: Module | None, forward: Forward | None
+    params: Mapping[str, Tensor], batches: Any, *, spec: Spec, model: Module | None, forward: Forward | None
 ) -> dict[str, GroupState]:
     """Run the model on the batches, unquantized, and return the entries of its inputs: largest magnitudes and counts.
 
-    See `fq_transforms.calibrate.calibrate`.
+    See `Transform.calibrate`.
     """
     wanted = [inputs for inputs in spec.inputs if inputs.leaf_shapes]
     found: dict[str, _Largest] = {}
     if wanted:
-        found = observe(params, batch, wanted, _Largest, model=model, forward=forward, caller="calibrate")
-    return {i.key: found[i.key].entry() if i.leaf_shapes else Stateless() for i in spec.inputs}
+        found = observe(params, batches, wanted, _Largest, model=model, forward=forward, caller="calibrate")
+    return {i.key: found[i.key].entry() if i.leaf_shapes else {} for i in spec.inputs}
 
 
 class _Largest:
@@ -66,9 +67,10 @@ class _Largest:
     def sizes(self) -> Tensor:
         return self.amax[:-1]
 
-    def entry(self) -> InputAmax:
+    def entry(self) -> GroupState:
         amax = self.sizes()
-        return InputAmax(amax.clone() if self.inputs.per_expert else amax.amax().reshape(1), self.tokens[:-1].clone())
+        amax = amax.clone() if self.inputs.per_expert else amax.amax().reshape(1)
+        return {"amax": amax, "tokens": self.tokens[:-1].clone()}
 
 
 @contextmanager
@@ -82,8 +84,7 @@ def quantized_inputs(
 ) -> Generator[None]:
     """Within, the model computes with each selected input quantized, if `weights` are what it has as parameters.
 
-    One call or several. Raises ValueError as `fq_transforms.activations.apply.apply` does; for a layer that never ran, on
-    leaving.
+    One call or several. Raises ValueError as `Transform.apply` does; for a layer that never ran, on leaving.
     """
     if not spec.inputs:
         yield
@@ -128,25 +129,24 @@ def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> No
 
 def _check_seen(state: State, spec: Spec) -> None:
     """Raise ValueError unless every input has an amax. Those on a CPU `fakequant` has checked; others wait once."""
-    leaves = [entry.amax for entry in state.values() if isinstance(entry, InputAmax)]
+    leaves = [state[inputs.key]["amax"] for inputs in spec.inputs if inputs.leaf_shapes]
     for device in {leaf.device for leaf in leaves if leaf.device.type not in ("cpu", "meta")}:
         if not bool(torch.cat([leaf for leaf in leaves if leaf.device == device]).isfinite().all()):
-            check(state, spec)
+            check_state(state, spec)
 
 
 def quantize_input(use: Use, x: Tensor, scales: GroupState, *, backward: Backward) -> Tensor:
     """Quantize and dequantize x [..., in], each row by the scales of its expert; in the dtype of x.
 
-    The formulas are those of weights, `fq_transforms.ops.quantize.reference.fake_quantize_reference`, with a token as a row: by
-    tensor with the amax of the state, by channel with amax = max(abs(row)), in blocks along `in`.
+    The formulas are those of weights, `fake_quantize_reference`, with a token as a row: by tensor with the amax of the state, by channel with amax = max(abs(row)), in blocks along `in`.
     """
     inputs = use.inputs
     check_input(inputs, x)
     if x.numel() == 0:
         return x
     format, matrix = inputs.format, x.reshape(-1, x.shape[-1])
-    if isinstance(scales, InputAmax):
-        amax = scales.amax.to(x.device)
+    if "amax" in scales:
+        amax = scales["amax"].to(x.device)
         if not inputs.per_expert or isinstance(use.experts, int):
             amax = amax if len(amax) == 1 else amax.narrow(0, cast("int", use.experts), 1)
         else:

@@ -42,8 +42,7 @@ from fq_transforms.checkpoint.described import (
 )
 from fq_transforms.checkpoint.storage import Reader, Writer, in_threads, read_metadata
 from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
-from fq_transforms.checks import spread_of
-from fq_transforms.dtensor import local_values, position
+from fq_transforms.dtensor import local_values, position, spread_of
 from fq_transforms.pack import PackedTree
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, flatten, unflatten

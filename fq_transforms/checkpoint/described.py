@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from fq_transforms.checkpoint.trees import KINDS, STATE, Kind
 from fq_transforms.dtensor import local_values
 from fq_transforms.spec import Spec
-from fq_transforms.state import LeafType
+from fq_transforms.checks import LeafType
 
 __all__ = [
     "check_complete",

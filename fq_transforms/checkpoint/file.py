@@ -25,9 +25,11 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.contents import check_groups, check_no_others, named
 from fq_transforms.checkpoint.trees import STATE
-from fq_transforms.checks import is_sharded
+from fq_transforms.dtensor import is_sharded
 from fq_transforms.spec import Spec
-from fq_transforms.state import State, check, check_same_leaves, flatten, state_of, unflatten
+from fq_transforms.checks import check_same_leaves
+from fq_transforms.checks import check_state as check
+from fq_transforms.state import State, flatten, unflatten
 
 __all__ = ["load_file", "read_spec", "save_file"]
 
@@ -95,7 +97,7 @@ def load_file(path: str | os.PathLike[str], *, like: State | None = None, spec: 
             check_groups(stored, spec)
             check_no_others(stored, {group.key for group in spec.all_groups})
         state: State = {
-            group.key: state_of(group, [leaves[f"{group.key}.{field}"] for field in group.leaf_shapes])
+            group.key: {name: leaves[f"{group.key}.{name}"] for name in group.leaf_shapes}
             for group in stored.all_groups
         }
         check(state, stored)

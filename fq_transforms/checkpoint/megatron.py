@@ -53,7 +53,7 @@ from fq_transforms.checkpoint.megatron_shards import (
 )
 from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
 from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
-from fq_transforms.checks import is_sharded
+from fq_transforms.dtensor import is_sharded
 from fq_transforms.pack import PackedTree
 from fq_transforms.partition import Part
 from fq_transforms.spec import Group, Spec, refuse_inputs

@@ -49,9 +49,9 @@ from fq_transforms.checkpoint.modelopt_names import (
     native_shape,
     quantizer_name,
 )
-from fq_transforms.checks import is_sharded
+from fq_transforms.dtensor import is_sharded
 from fq_transforms.spec import Group, Spec, refuse_inputs
-from fq_transforms.state import State, check, flatten, group_state
+from fq_transforms.state import State, check, flatten
 
 __all__ = ["read", "write"]
 
@@ -125,8 +125,9 @@ def read(
                 f"entry {key!r}: found a global amax, wanted none for {group.format.name} in group {group.key!r}; "
                 "select the static two-level format that it was made in"
             )
-        leaves = [_read_leaf(entries, index, group, field, forms, part, shared) for field in group.leaf_shapes]
-        state[group.key] = group_state(group.format, *leaves)
+        state[group.key] = {
+            name: _read_leaf(entries, index, group, name, forms, part, shared) for name in group.leaf_shapes
+        }
         read_keys |= {key for stems in index.values() for form in forms for key in stems.get(form.stem, {}).values()}
     left = {key for stems in index.values() for keys in stems.values() for key in keys.values()} - read_keys
     if left and strict:

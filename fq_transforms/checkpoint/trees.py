@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fq_transforms.dtensor import local_values
-from fq_transforms.pack import Packed, PackedTree, PackedTwoLevel, check_packed, packed_leaves
+from fq_transforms.pack import PackedTree, check_packed, packed_leaves
 from fq_transforms.spec import Group, Spec, refuse_inputs
-from fq_transforms.state import UNCALIBRATED, LeafType, State, check, flatten, leaf_types
+from fq_transforms.checks import UNCALIBRATED, LeafType, leaf_types
+from fq_transforms.state import State, check, flatten
 
 __all__ = ["KINDS", "PACKED", "STATE", "Kind", "Tree", "kind_of"]
 
@@ -49,10 +50,10 @@ def kind_of(tree: Mapping[str, Any]) -> Kind:
 
     Example:
         >>> import torch
-        >>> kind_of({"w": Packed(torch.zeros(1, 2, 2), torch.ones(1))}).name
+        >>> kind_of({"w": {"codes": torch.zeros(1, 2, 2), "scale": torch.ones(1)}}).name
         'packed'
     """
-    return PACKED if any(isinstance(group, Packed | PackedTwoLevel) for group in tree.values()) else STATE
+    return PACKED if any("codes" in group for group in tree.values()) else STATE
 
 
 def _check_packed(packed: PackedTree, spec: Spec, *, values: bool = True) -> None:

@@ -31,7 +31,7 @@ from fq_transforms.export.plan import Coded, Kind, Plan, inverse, kind_of, plan,
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.pack.reference import pack_scales
 from fq_transforms.spec import Spec
-from fq_transforms.state import BlockAmax, State, Stateless
+from fq_transforms.state import State
 
 __all__ = ["compressed_tensors", "decompress", "multipliers"]
 
@@ -184,9 +184,9 @@ def _check_global_scales(plan: Plan) -> None:
     """Raise ValueError where a global scale is so small that its reciprocal, which readers divide by, is infinite."""
     for key, group in plan.groups.items():
         leaves = plan.state[key]
-        if group.format.scale != "e4m3" or isinstance(leaves, Stateless):
+        if group.format.scale != "e4m3" or not leaves:
             continue
-        _, scale = pack_scales(leaves[0], leaves[-1] if isinstance(leaves, BlockAmax) else None, format=group.format)
+        _, scale = pack_scales(leaves["amax"], leaves.get("global_amax"), format=group.format)
         assert scale is not None
         wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()
         if len(wrong):

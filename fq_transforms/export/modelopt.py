@@ -28,7 +28,7 @@ from fq_transforms.export.files import bytes_of, check_free, write
 from fq_transforms.export.plan import Coded, Kind, Kinds, Plan, inverse, kind_of, plan, tensors
 from fq_transforms.formats import E4M3, Format, IntElement
 from fq_transforms.spec import Spec, ranges
-from fq_transforms.state import InputAmax, State
+from fq_transforms.state import State
 
 __all__ = ["modelopt_hf"]
 
@@ -143,7 +143,7 @@ def _check_input_scales(plan: Plan) -> None:
     """Raise ValueError where engines would find no scale that they can divide by, or for some modules none."""
     for inputs in plan.inputs.values():
         entry = plan.state[inputs.key]
-        if not isinstance(entry, InputAmax):
+        if not entry or "tokens" not in entry:
             continue
         scale = entry.amax / _largest(inputs.format)
         wrong: list[int] = (scale < torch.finfo(torch.float32).tiny).nonzero().flatten().tolist()

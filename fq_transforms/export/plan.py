@@ -7,14 +7,16 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import is_sharded, weights_of
+from fq_transforms.checks import weights_of
+from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.files import progress
 from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
 from fq_transforms.export.ties import check_ties
 from fq_transforms.formats import Format, IntElement, code_bits
-from fq_transforms.pack import PackedTwoLevel, check_packable, pack
+from fq_transforms.checks import check_state
+from fq_transforms.pack import check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
-from fq_transforms.state import InputAmax, State, check
+from fq_transforms.state import State
 
 __all__ = ["Coded", "Kind", "Kinds", "Plan", "inverse", "kind_of", "plan", "tensors"]
 
@@ -184,11 +186,11 @@ def _packed(plan: Plan, group: Group, found: Sequence[Part], encode: Encode) -> 
     entry = None if inputs is None else plan.state[inputs.key]
     for expert in range(group.experts):
         codes, scale = leaves.codes[expert], leaves.scale[expert]
-        global_scale = leaves.global_scale[expert] if isinstance(leaves, PackedTwoLevel) else None
+        global_scale = leaves["global_scale"][expert] if "global_scale" in leaves else None
         for name, rows in found:
             of_rows = _take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale
             module = module_of(name.replace("*", str(expert)))
-            amax = entry.amax.expand(group.experts)[expert] if isinstance(entry, InputAmax) else None
+            amax = entry["amax"].expand(group.experts)[expert] if entry and "tokens" in entry else None
             of_inputs = None if inputs is None else inputs.format
             own = encode(Coded(group.format, _take(codes, rows), of_rows, global_scale, of_inputs, amax))
             yield from ((f"{module}.{last}", tensor) for last, tensor in own.items())

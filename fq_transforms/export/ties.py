@@ -8,7 +8,7 @@ from torch import Tensor
 from fq_transforms.checkpoint.modelopt_names import FUSED
 from fq_transforms.export.names import Part
 from fq_transforms.spec import Group, Inputs
-from fq_transforms.state import BlockAmax, ExpertAmax, InputAmax, State
+from fq_transforms.state import State
 
 __all__ = ["check_ties"]
 
@@ -79,6 +79,5 @@ def _check_tied(
 def _one_number(state: State, group: Group) -> Tensor | None:
     """The leaf of one number an expert, which engines share between fused roles; None if there is none."""
     leaves = state[group.key]
-    if isinstance(leaves, BlockAmax):
-        return leaves.global_amax
-    return leaves.amax if isinstance(leaves, ExpertAmax | InputAmax) and leaves.amax.dim() == 1 else None
+    leaf = leaves.get("global_amax", leaves.get("amax"))
+    return leaf if leaf is not None and leaf.dim() == 1 else None

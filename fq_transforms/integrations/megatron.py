@@ -1,11 +1,11 @@
 """Megatron-Core: select, calibrate, fake-quantize, save and load a whole model with MoE layers, in one call each.
 
-    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4})
-    state = megatron.calibrate(model, spec)                                 # by Max equal on ranks that share a weight
-    with megatron.layerwise(model, state, spec=spec):                       # around forward_backward_func
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4}))
+    state = megatron.calibrate(fq, model)                                   # equal on ranks that share a weight
+    with megatron.layerwise(fq, model, state):                              # around forward_backward_func
         losses = forward_backward_func(...)
-    megatron.save(path, model, state, spec=spec)                            # weights and amax, one checkpoint
-    state = megatron.load(path, model, spec=spec)                           # another model, another parallelism
+    megatron.save(path, fq, model, state)                                   # weights and amax, one checkpoint
+    state = megatron.load(path, fq, model)                                  # another model, another parallelism
 
 `model` is a GPTModel or another of Megatron's models, alone or wrapped by its DistributedDataParallel and
 Float16Module. Names are those of the innermost model, so that they do not depend on the wrappers.
@@ -14,6 +14,7 @@ Float16Module. Names are those of the innermost model, so that they do not depen
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,15 @@ from torch import Tensor
 from torch.nn import Module
 
 import fq_transforms as fqt
+from fq_transforms.calibrate import check_statistics, chosen_leaves, importance_of, progress
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.checks import weights_of
-from fq_transforms.choose import check_method, chosen_leaves, importance_of, progress
-from fq_transforms.fakequant import fakequant as _fakequant
 from fq_transforms.integrations import te
-from fq_transforms.methods import MAX, Max, Method
-from fq_transforms.ops.quantize.autograd import Backward
+from fq_transforms.methods import MAX, Max
 from fq_transforms.partition import AXES, collapsed_axes
-from fq_transforms.rounding import Stochastic
 from fq_transforms.select import Rule
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
-from fq_transforms.training.main_grad import carry_main_grad
 
 __all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
 
@@ -62,92 +59,74 @@ def select(model: Module, rules: Mapping[str, fqt.Format | None] | Sequence[Rule
     return fqt.select(dict(unwrap(model).named_parameters()), rules)
 
 
-def calibrate(
-    model: Module, spec: Spec, *, method: Method = MAX, statistics: Mapping[str, Tensor] | None = None
-) -> State:
+def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tensor] | None = None) -> State:
     """The amax of every selected weight, where tensor parallelism splits it over all ranks that hold a part.
 
     At most two collectives, an all-reduce(max) of all leaves that need it: over the experts' tensor-parallel group and
     over that of the dense layers. None over expert or data parallel ranks. What is split is read from
-    `model.sharded_state_dict()`.
+    `model.sharded_state_dict()`. Methods other than `Max` choose after the collectives, by the global amax of all
+    ranks, and want whole granules on each.
 
     Args:
+        fq: Of a spec from `select`, without inputs.
         model: As above.
-        spec: From `select`.
-        method: How an amax is chosen, see `fq_transforms.methods`. Others than `Max` choose after the collectives, by
-            the global amax of NVFP4_STATIC of all ranks, and want whole granules on each.
-        statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. See
-            `fq_transforms.calibrate`. They decide on each rank by themselves, so that replicas of a weight have one
-            state only if their statistics are equal: from `mean_squares(group=)`, for experts over the expert
-            data-parallel group and for dense layers over the data-parallel one.
+        statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. Replicas
+            of a weight have one state only if their statistics are equal: see docs/calibration.
 
     Raises:
-        KeyError, ValueError: As `fq_transforms.calibrate` and `fq_transforms.distributed`; the method is not `Max`, and tensor
-            parallelism splits a granule, on all ranks alike. Statistics, in which ranks may differ, are checked after
-            the last collective, so that no rank waits for one that has raised; weights are before it.
+        KeyError, ValueError: As `fq.calibrate` and `fq.sync`; the method is not `Max`, and tensor parallelism splits a
+            granule, on all ranks alike. Statistics, in which ranks may differ, are checked after the last collective,
+            so that no rank waits for one that has raised; weights are before it.
     """
     from megatron.core import parallel_state
 
-    refuse_inputs(spec, "integrations.megatron.calibrate")
-    check_method(method, None, spec)
+    refuse_inputs(fq.spec, "integrations.megatron.calibrate")
     model = unwrap(model)
-    axes = leaves.split_axes(spec, _sharded_state_dict(model))
-    _check_whole(method, spec, axes)
+    axes = leaves.split_axes(fq.spec, _sharded_state_dict(model))
+    _check_whole(fq, axes)
     params = dict(model.named_parameters())
-    state = fqt.calibrate(params, spec=spec)
+    state = replace(fq, method=MAX).calibrate(params)
     experts: dict[str, Any] = {key: axis for key, axis in axes.items() if _EXPERTS.search(key)}
     dense: dict[str, Any] = {key: axis for key, axis in axes.items() if key not in experts}
     groups: Any = parallel_state  # whose functions are annotated as giving None or a number too
     if experts:
-        state = fqt.sync(state, spec, groups.get_expert_tensor_parallel_group(), split=experts)
+        state = fq.sync(state, groups.get_expert_tensor_parallel_group(), split=experts)
     if dense:
-        state = fqt.sync(state, spec, groups.get_tensor_model_parallel_group(), split=dense)
+        state = fq.sync(state, groups.get_tensor_model_parallel_group(), split=dense)
     # Last: ranks may differ in statistics, and none may wait for one that has raised.
-    check_method(method, statistics, spec)
-    return state if isinstance(method, Max) else _chosen(method, state, params, spec, statistics)
+    check_statistics(fq.method, statistics, fq.spec)
+    return state if isinstance(fq.method, Max) else _chosen(fq, params, state, statistics)
 
 
 def fakequant(
-    model: Module,
-    state: State,
-    *,
-    spec: Spec,
-    out_dtype: torch.dtype | None = None,
-    backward: Backward = "pass_through",
-    rounding: Stochastic | None = None,
+    fq: fqt.Transform, model: Module, state: State, *, rounding: fqt.Stochastic | None = None
 ) -> dict[str, Tensor]:
     """The model's parameters, fake-quantized, for `functional_call(unwrap(model), weights, ...)`.
 
     Under pass-through they carry `main_grad`, and are good for all microbatches of a step: nothing of their graph is
     used up by a backward pass.
 
-    NOTE rounding by chance: all ranks take one seed, a new one a step, so that the replicas of a weight, over data or
-    tensor parallel ranks, stay equal. A rank of expert parallelism says `first_expert`, the number of its first, or its
-    experts round as those of other ranks do. Slices of tensor parallelism draw the same bits at the same places of
-    each: the mean is the weight, but their errors are not independent.
+    NOTE stochastic rounding: all ranks take one seed, a new one per step, so that the replicas of a weight, over data
+    or tensor parallel ranks, stay equal. A rank of expert parallelism passes `first_expert`, the number of its first,
+    or its experts round as those of other ranks do. Slices of tensor parallelism draw the same bits at the same places
+    of each: the mean is the weight, but their errors are not independent.
 
     Raises:
-        KeyError, ValueError: As `fq_transforms.fakequant` and `carry_main_grad`; Transformer Engine's op fuser computes
-            the experts; Megatron's DistributedDataParallel gathers parameters while the model runs
+        KeyError, ValueError: As `fq.fakequant` and `carry_main_grad`; Transformer Engine's op fuser computes the
+            experts; Megatron's DistributedDataParallel gathers parameters while the model runs
             (`overlap_param_gather`), before which they are stale.
     """
-    refuse_inputs(spec, "integrations.megatron.fakequant")
+    refuse_inputs(fq.spec, "integrations.megatron.fakequant")
     _check_gathered(model, "layerwise")
-    _check_unfused(unwrap(model), spec)
+    _check_unfused(unwrap(model), fq.spec)
     params = dict(unwrap(model).named_parameters())
-    weights = _fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward, rounding=rounding)
-    carry_main_grad(params, weights, backward=backward)
+    weights = fq.fakequant(params, state, rounding=rounding)
+    fqt.carry_main_grad(fq, params, weights)
     return weights
 
 
 def layerwise(
-    model: Module,
-    state: State,
-    *,
-    spec: Spec,
-    out_dtype: torch.dtype | None = None,
-    backward: Backward = "pass_through",
-    recompute: bool = True,
+    fq: fqt.Transform, model: Module, state: State, *, recompute: bool = True
 ) -> AbstractContextManager[None]:
     """`fq_transforms.layerwise` on the model within the wrappers; Transformer Engine's autocast is refused.
 
@@ -160,21 +139,21 @@ def layerwise(
             read before they are gathered.
     """
     inner = unwrap(model)
-    _check_unfused(inner, spec)
-    for group in spec.groups:
+    _check_unfused(inner, fq.spec)
+    for group in fq.spec.groups:
         if len({name.rpartition(".")[0] for name in group.names}) > 1:
             _check_gathered(model, "Transformer Engine's grouped experts")
-    return te.layerwise(inner, state, spec=spec, out_dtype=out_dtype, backward=backward, recompute=recompute)
+    return te.layerwise(fq, inner, state, recompute=recompute)
 
 
-def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
+def save(path: str | Path, fq: fqt.Transform, model: Module, state: State) -> None:
     """Save model and state in one distributed checkpoint of Megatron's.
 
     Args:
         path: An empty directory that all ranks see; made if it is not there.
+        fq: What the state was calibrated by.
         model: As above.
         state: From `calibrate`.
-        spec: Of `state`.
 
     Raises:
         KeyError, ValueError: As `fq_transforms.checkpoint.megatron.sharded_state_dict`; nothing is written then.
@@ -183,12 +162,12 @@ def save(path: str | Path, model: Module, state: State, *, spec: Spec) -> None:
     from megatron.core import dist_checkpointing
 
     entries = _sharded_state_dict(unwrap(model))
-    entries |= leaves.sharded_state_dict(state, spec, entries)
+    entries |= leaves.sharded_state_dict(fq, state, entries)
     Path(path).mkdir(parents=True, exist_ok=True)  # by every rank: who is first does not matter, and nobody waits
     dist_checkpointing.save(entries, str(path))
 
 
-def load(path: str | Path, model: Module, *, spec: Spec) -> State:
+def load(path: str | Path, fq: fqt.Transform, model: Module) -> State:
     """Load a model's weights, in place, and give the state; at any parallelism, whatever it was saved at.
 
     Everything of the state is checked before the model is changed: see `fq_transforms.checkpoint.megatron.verify`. An
@@ -196,8 +175,8 @@ def load(path: str | Path, model: Module, *, spec: Spec) -> State:
 
     Args:
         path: From `save`.
+        fq: Of a spec selected from this model.
         model: As above; parameters on meta are given memory on the current device first.
-        spec: Selected from this model.
 
     Raises:
         KeyError, ValueError: As `verify` and `load_state`. Whatever Megatron raises.
@@ -205,41 +184,40 @@ def load(path: str | Path, model: Module, *, spec: Spec) -> State:
     from megatron.core import dist_checkpointing
 
     model = unwrap(model)
-    leaves.verify(path, spec, _sharded_state_dict(model))
+    leaves.verify(path, fq, _sharded_state_dict(model))
     _materialize(model)
     entries = _sharded_state_dict(model)
-    empty = fqt.state.init(dict(model.named_parameters()), spec=spec)
-    places = entries | leaves.sharded_state_dict(empty, spec, entries)
+    empty = fq.init(dict(model.named_parameters()))
+    places = entries | leaves.sharded_state_dict(fq, empty, entries)
     loaded: dict[str, Any] = dist_checkpointing.load(places, str(path))  # pyright: ignore[reportAssignmentType]
-    state = leaves.load_state(loaded, spec, empty)
+    state = leaves.load_state(fq, loaded, empty)
     model.load_state_dict({name: loaded[name] for name in entries})
     return state
 
 
-def _check_whole(method: Method, spec: Spec, axes: Mapping[str, str]) -> None:
+def _check_whole(fq: fqt.Transform, axes: Mapping[str, str]) -> None:
     """Raise ValueError if a rank holds only a part of a granule: sums over ranks are not made."""
-    if isinstance(method, Max):
+    if isinstance(fq.method, Max):
         return
-    for group in spec.groups:
+    for group in fq.spec.groups:
         axis = axes.get(group.key)
         if axis is not None and AXES.index(axis) in collapsed_axes(group.format, "amax"):
             raise ValueError(
-                f"method {type(method).__name__}: found group {group.key!r} split along {axis!r} by tensor parallelism "
-                f"within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or a format of "
-                "smaller granules"
+                f"method {type(fq.method).__name__}: found group {group.key!r} split along {axis!r} by tensor "
+                f"parallelism within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or a "
+                "format of smaller granules"
             )
 
 
 def _chosen(
-    method: Method, state: State, params: Mapping[str, Tensor], spec: Spec, statistics: Mapping[str, Tensor] | None
+    fq: fqt.Transform, params: Mapping[str, Tensor], state: State, statistics: Mapping[str, Tensor] | None
 ) -> State:
-    """The state that a method chooses, from that of `Max` over all ranks."""
+    """The state that the method chooses, from that of `Max` over all ranks."""
     chosen: State = {}
-    for group in progress(spec.groups, method):
+    for group in progress(fq.spec.groups, fq.method):
         weights = [weight.detach() for weight in weights_of(params, group)]
         importance = importance_of(group, weights, statistics)
-        most = state[group.key]
-        chosen[group.key] = most._replace(**chosen_leaves(method, group, weights, None, most._asdict(), importance))
+        chosen[group.key] = chosen_leaves(fq.method, group, weights, None, state[group.key], importance)
     return chosen
 
 

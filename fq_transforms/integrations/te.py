@@ -6,8 +6,7 @@ autocast Transformer Engine would quantize the fake-quantized weights once more:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import fq_transforms as fqt
+from fq_transforms.state import State
 
 __all__ = ["functional_call", "is_grouped_linear", "is_te", "layerwise", "refuse_autocast"]
 
@@ -78,6 +78,15 @@ def functional_call(
         return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
 
 
-# `fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast. Grouped layers
-# hold the fake numbers in their own parameters while they compute.
-layerwise = partial(fqt.layerwise, inspect=refuse_autocast, lends=is_grouped_linear)
+def layerwise(
+    fq: fqt.Transform, model: Module, state: State, *, recompute: bool = True
+) -> AbstractContextManager[None]:
+    """`fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast.
+
+    Grouped layers hold the fake numbers in their own parameters while they compute, forward and backward, so backward
+    belongs inside.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: As `fq_transforms.layerwise`; a selected layer runs under an autocast.
+    """
+    return fqt.layerwise(fq, model, state, recompute=recompute, inspect=refuse_autocast, lends=is_grouped_linear)

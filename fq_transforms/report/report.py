@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import is_sharded, weights_of
-from fq_transforms.dtensor import layout_of
+from fq_transforms.checks import check_state, is_concrete, local_group, weights_of
+from fq_transforms.dtensor import is_sharded, layout_of
 from fq_transforms.formats import Format
+from fq_transforms.ops.private import is_functorch_active
 from fq_transforms.ops.report.reference import Measures, histogram_reference, report_reference
 from fq_transforms.report.plot import Histogram, Row, plot
 from fq_transforms.spec import Group, Spec
-from fq_transforms.state import BlockAmax, GroupState, InputAmax, State, Stateless, check, is_concrete, local_group
+from fq_transforms.state import GroupState, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,60 +169,22 @@ class Report:
 def report(
     params: Mapping[str, Tensor], state: State, *, spec: Spec, tokens: Mapping[str, Tensor] | None = None
 ) -> Report:
-    """What fake quantization does to each expert, measured in one pass over the weights: one launch a group on a GPU.
-
-        sqnr = 10 log10(sum of w^2 / sum of (w - y)^2) dB,   y = fakequant(params, state, out_dtype=torch.float32)
-
-    and per expert how many weights are clipped, how many become zero though they are not, how many scales underflow,
-    and the largest magnitude. Definitions, per format: `fq_transforms.ops.report.reference`. Fake weights are never stored.
-
-    Args:
-        params: Names to tensors; may hold more than the spec names.
-        state: From `calibrate`, or loaded.
-        spec: What is quantized, and how.
-        tokens: Group key to integers [E]: tokens that each expert saw, shown beside the rest. If None, those that the
-            state has where inputs were calibrated.
-
-    Returns:
-        A `Report`, on the CPU; no input is changed. An outlier counts as signal, too: where it takes the scale of all
-        others, it is `zeroed` that tells. Sums are of exact fp64 squares, right to n * 2**-53 of
-        themselves for n weights, in an order that is the same at each call; counts are exact. Experts of zeros lose
-        nothing: their SQNR is inf. A NaN in a weight makes its expert's SQNR NaN, which counts as the worst. Of
-        DTensors each rank reports its own shard, by the experts' global numbers, with no collective: under expert
-        parallelism whole experts, under tensor parallelism its part of them.
-
-    Raises:
-        KeyError: A parameter or a group of the state is missing.
-        ValueError: As `fakequant`, and on a GPU, too, for an amax that is NaN, infinite or negative, since a report
-            waits for its numbers anyway; the spec has no group; a tensor is on meta; it is called under
-            a transform of torch.func; `tokens` has a group that the spec has not, or other shapes than [E].
-
-    Example:
-        >>> from fq_transforms.calibrate import calibrate
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
-        >>> params = {f"experts.{i}.w": torch.tensor([[1.0, -0.3, 0.001, 0.0]]) * (i + 1) for i in range(2)}
-        >>> spec = select(params, {"*": INT8})
-        >>> found = report(params, calibrate(params, spec=spec), spec=spec)
-        >>> found.groups["experts.*.w"].sqnr
-        tensor([58.2791, 58.2791], dtype=torch.float64)
-        >>> found.groups["experts.*.w"].zeroed
-        tensor([1, 1])
-    """
+    """`Transform.report`, with the spec of the Transform."""
     if not spec.groups:
         raise ValueError("spec: found no group, wanted at least one; select(params, rules) makes a spec")
-    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+    if is_functorch_active():
         raise ValueError("report: found a call under torch.func, wanted plain tensors, whose values it reads")
-    check(state, spec, values=is_concrete)
+    check_state(state, spec, values=is_concrete)
     if tokens is None:
-        entries = {group.key: state.get(f"{group.key}.input") for group in spec.groups}
-        tokens = {key: entry.tokens.long() for key, entry in entries.items() if isinstance(entry, InputAmax)}
+        entries = {group.key: state.get(f"{group.key}.input", {}) for group in spec.groups}
+        tokens = {key: entry["tokens"].long() for key, entry in entries.items() if "tokens" in entry}
     counted = _checked_tokens(tokens, spec)
     found: list[tuple[Group, tuple[int, ...], Measures, Tensor]] = []
     local: dict[str, tuple[Sequence[Tensor], GroupState]] = {}
     with torch.no_grad():
         for group in spec.groups:
-            weights, scales, experts = _local(params, group, state[group.key])
+            detached = {name: leaf.detach() for name, leaf in state[group.key].items()}
+            weights, scales, experts = _local(params, group, detached)
             local[group.key] = weights, scales
             measures = _measure(group, weights, scales, len(experts))
             found.append((group, experts, measures, _expert_amax(scales, measures)))
@@ -261,7 +224,9 @@ def _checked_tokens(tokens: Mapping[str, Tensor], spec: Spec) -> dict[str, Tenso
     checked: dict[str, Tensor] = {}
     for key, count in tokens.items():
         if key not in experts:
-            raise ValueError(f"tokens: found the group {key!r}, wanted those of the spec, such as {list(experts)[:2]}")
+            raise ValueError(
+                f"tokens: found the unexpected group {key!r}, wanted those of the spec, such as {list(experts)[:2]}"
+            )
         if tuple(count.shape) != (experts[key],) or count.dtype.is_floating_point:
             raise ValueError(
                 f"tokens {key!r}: found {tuple(count.shape)} {count.dtype}, wanted integers ({experts[key]},)"
@@ -278,14 +243,14 @@ def _local(
     for name, weight in zip(group.names, weights, strict=True):
         if weight.is_meta:
             raise ValueError(f"parameter {name!r}: found a tensor on meta, wanted values to measure")
-    for leaf in scales:
+    for leaf in scales.values():
         if leaf.device != weights[0].device:
             raise ValueError(
                 f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
                 "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
             )
     layout = layout_of(group, weights)
-    if layout is not None or any(map(is_sharded, scales)):
+    if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
     if layout is None:
         return weights, scales, tuple(range(group.experts))
@@ -294,7 +259,7 @@ def _local(
 
 def _measure(group: Group, weights: Sequence[Tensor], scales: GroupState, experts: int) -> Measures:
     """What is measured of a group's experts, [E] each, where the weights are."""
-    amax, global_amax = _leaves(scales)
+    amax, global_amax = scales.get("amax"), scales.get("global_amax")
     if experts == 0:
         device = weights[0].device
         sums = torch.zeros(0, dtype=torch.float64, device=device)
@@ -325,18 +290,13 @@ def _histograms(
         i = found.worst
         assert i is not None
         weights, scales = local[found.key]
-        amax, global_amax = _leaves(scales)
+        amax, global_amax = scales.get("amax"), scales.get("global_amax")
         edges, counts = histogram_reference(
             _expert(of_spec[found.key], weights, i), _at(amax, i), _at(global_amax, i), format=found.format
         )
         sqnr = found.sqnr[i].item()
         histograms.append(Histogram(found.key, found.experts[i], sqnr, found.format, edges.cpu(), counts.cpu()))
     return histograms
-
-
-def _leaves(scales: GroupState) -> tuple[Tensor | None, Tensor | None]:
-    amax = None if isinstance(scales, Stateless) else scales.amax.detach()
-    return amax, scales.global_amax.detach() if isinstance(scales, BlockAmax) else None
 
 
 def _matrix(group: Group, weights: Sequence[Tensor]) -> Tensor:
@@ -354,8 +314,7 @@ def _at(leaf: Tensor | None, i: int) -> Tensor | None:
 
 
 def _expert_amax(scales: GroupState, measures: Measures) -> Tensor:
-    amax, global_amax = _leaves(scales)
-    leaf = amax if global_amax is None else global_amax
+    leaf = scales.get("global_amax", scales.get("amax"))
     if leaf is None:
         return measures.largest
     return leaf if leaf.dim() == 1 or not leaf.numel() else leaf.flatten(1).amax(1)

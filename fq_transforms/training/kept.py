@@ -9,12 +9,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from fq_transforms.checks import check_state, is_read
 from fq_transforms.fakequant import requantize_group
 from fq_transforms.ops.known import Contiguous
 from fq_transforms.ops.quantize.autograd import is_transformed
 from fq_transforms.ops.relaunch import Relaunch
 from fq_transforms.spec import Spec
-from fq_transforms.state import State, check, is_read
+from fq_transforms.state import State
 
 __all__ = ["Kept"]
 
@@ -52,7 +53,7 @@ class Kept:
         if self._addresses != list(map(Tensor.data_ptr, tensors)) or any(any(map(hooks, tensors)) for hooks in _HOOKS):
             return None
         params = dict(params)  # which may make its tensors as they are asked for
-        check(state, spec, values=is_read)
+        check_state(state, spec, values=is_read)
         torch.clear_autocast_cache()  # in which the leaves' old values may be
         if self._launch_again(params, state, spec):
             torch.autograd.graph.increment_version(tensors)
@@ -91,7 +92,10 @@ class Kept:
 
     def _read(self, params: Mapping[str, Tensor], state: State, spec: Spec) -> list[Tensor]:
         """All that a step reads."""
-        return [*map(params.__getitem__, self.leaves), *(leaf for group in spec.groups for leaf in state[group.key])]
+        return [
+            *map(params.__getitem__, self.leaves),
+            *(leaf for group in spec.groups for leaf in state[group.key].values()),
+        ]
 
     def keep(
         self,

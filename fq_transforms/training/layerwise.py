@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
 from torch.utils import _pytree as pytree
 
-from fq_transforms.checks import is_sharded
-from fq_transforms.fakequant import check_options, quantize_group
+from fq_transforms.checks import check_state, is_read
+from fq_transforms.dtensor import is_sharded
+from fq_transforms.fakequant import quantize_group
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
-from fq_transforms.state import BlockAmax, GroupState, State, Stateless, check, is_read
+from fq_transforms.state import GroupState, State
 from fq_transforms.training.lend import Lender, is_lendable
-from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.training.main_grad import carry_between, has_main_grad
 from fq_transforms.training.slots import Slots, tensors_in
+from fq_transforms.transform import Transform
 
 __all__ = ["check_not_fsdp", "layerwise"]
 
@@ -36,71 +38,52 @@ CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)  # which hav
 
 @contextmanager
 def layerwise(
+    fq: Transform,
     model: Module,
     state: State,
     *,
-    spec: Spec,
-    out_dtype: torch.dtype | None = None,
-    backward: Backward = "pass_through",
     recompute: bool = True,
     inspect: Callable[[Module], None] | None = None,
     lends: Callable[[Module], bool] | None = None,
 ) -> Generator[None]:
     """Within, each selected layer of `model` computes with fake-quantized weights, made when its forward begins.
 
-    The whole-model form, `functional_call(model, fakequant(params, state))`, holds a second copy of all selected
-    weights until backward. Here one layer's exist at a time. Composes with `functional_call`: what is quantized is
-    what a layer has as its parameters when it runs. Nothing stays on the model, after an exception neither.
-
-    Call `.backward()` inside if anything in the model is checkpointed (activations made again in backward): outside,
-    the layer would be run again with its own weights.
-
-    With `recompute`, PyTorch does not see what changes in place between forward and backward within a selected layer,
-    nor does this function if it is written through `.data`, as some optimizers do: gradients are right for models that
-    run without it, and if the optimizer comes after backward.
+    Fake weights are those of `fq.fakequant`; here one layer's exist at a time. Nothing stays on the model. Call
+    `.backward()` inside if anything is checkpointed: outside, a layer would run again with its own weights.
 
     Args:
+        fq: From `transform`; "pass_through" or "clip", without inputs.
         model: Whose `named_parameters()` the spec was selected from.
-        state: From `calibrate`, or loaded. Its values are checked on entry only.
-        spec: What is quantized, and how.
-        out_dtype: As `fakequant`.
-        backward: As `fakequant`.
-        recompute: Make the fake weights again in backward, from the parameters and the amax, bit for bit, in place of
-            keeping them. The peak of memory is then one layer's fake weights above the unquantized model's (a group's,
-            where fc1 and fc2 are layers of their own), and backward takes a launch more a group. Where hooks on saved
-            tensors are active already, as in a checkpointed layer, these decide.
-        inspect: Called with each selected layer, and with each module below it that holds weights, before they are
-            replaced; may raise.
+        state: From `fq.calibrate`, or loaded. Its values are checked on entry only.
+        recompute: Make the fake weights again in backward, bit for bit, instead of keeping them. Where hooks on saved
+            tensors are active already, these decide. See docs/training for what PyTorch does not see then.
+        inspect: Called with each selected layer, and each module below it that holds weights; may raise.
         lends: With `recompute`, True for layers that are one node of the autograd graph and read their parameters
-            themselves, as Transformer Engine's GroupedLinear does: the parameters hold the fake numbers while forward
-            and backward of the layer run, which costs the host less. Backward must run inside then. Under "clip",
-            another `out_dtype`, a torch.func transform, or if they are no leaves, it is as in other layers.
+            themselves: these hold the fake numbers while forward and backward of the layer run.
 
     Raises:
         KeyError: A parameter is not in the model; a group is not in the state.
-        ValueError: As `fakequant`; with `recompute`, a parameter is a DTensor, a torch.func transform looks on, or
-            Megatron's own linear layer accumulates into `main_grad`. On leaving, a selected layer never ran while the
-            model or others did: something else read its weights, unquantized. A layer is FSDP2's.
+        ValueError: As `fq.fakequant`; `fq` has "lsq" or inputs; with `recompute`, a parameter is a DTensor, a transform
+            of torch.func looks on, or Megatron's own linear layer accumulates into `main_grad`; a layer is FSDP2's. On
+            leaving, a selected layer never ran while others did.
         RuntimeError: In backward, parameters or amax have changed since forward; a layer that lends is not inside.
 
     Example:
-        >>> from fq_transforms.calibrate import calibrate
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
+        >>> import fq_transforms as fqt
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -2.01], [0.5, 0.25]]))
         >>> params = dict(model.named_parameters())
-        >>> spec = select(params, {"*": INT8})
-        >>> with layerwise(model, calibrate(params, spec=spec), spec=spec):
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+        >>> with layerwise(fq, model, fq.calibrate(params)):
         ...     model(torch.tensor([1.0, 0.0]))
         tensor([0.9971, 0.5065], grad_fn=<SqueezeBackward4>)
     """
-    check_options(out_dtype, backward)
-    if backward == "lsq":
-        raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fakequant")
+    if fq.backward == "lsq":
+        raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fq.fakequant")
+    spec = fq.spec
     refuse_inputs(spec, "layerwise")
-    check(state, spec, values=is_read)
-    options = _Options(out_dtype, backward, recompute, inspect, lends)
+    check_state(state, spec, values=is_read)
+    options = _Options(fq.out_dtype, fq.backward, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
     ran: list[bool] = []
     with ExitStack() as hooks:
@@ -203,7 +186,7 @@ class _Site:
         for group, scales in zip(self.groups, self.scales, strict=True):
             outs = quantize_group(params, group, scales, out_dtype=out_dtype, backward=backward)
             weights.update(zip(group.names, outs, strict=True))
-        carry_main_grad(params, weights, backward=backward)
+        carry_between(params, weights, backward=backward)
         leaving, remake = ExitStack(), None
         if recompute and torch.is_grad_enabled():
             self._check_flags_return(params)
@@ -288,7 +271,7 @@ class _Source:
         self.places = self.to_come = 0
 
     def _versions(self) -> list[int]:
-        tensors = (*self.params, *self.scales)
+        tensors = (*self.params, *self.scales.values())
         try:
             return [tensor._version for tensor in tensors]  # pyright: ignore[reportPrivateUsage] (it has no public name)
         except RuntimeError:  # made under inference mode: without a version
@@ -314,8 +297,7 @@ class _Source:
                 "wanted the values of forward to make the fake weights again; call backward before the optimizer, or "
                 "pass recompute=False"
             )
-        amax = None if isinstance(self.scales, Stateless) else self.scales.amax
-        global_amax = self.scales.global_amax if isinstance(self.scales, BlockAmax) else None
+        amax, global_amax = self.scales.get("amax"), self.scales.get("global_amax")
         if not self.group.stacked:
             amax, global_amax = (None if leaf is None else leaf[experts] for leaf in (amax, global_amax))
         with torch.no_grad():

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fq_transforms.ops.quantize.autograd import Backward
+from fq_transforms.transform import Transform
 
-__all__ = ["carry_main_grad", "has_main_grad"]
+__all__ = ["carry_between", "carry_main_grad", "has_main_grad"]
 
 # What Transformer Engine 2.20 and Megatron-Core 0.19 ask a weight for. The first two are its memory and its answer.
 ATTRIBUTES = ("main_grad", "grad_added_to_main_grad", "zero_out_wgrad", "overwrite_main_grad")
@@ -24,36 +25,36 @@ def has_main_grad(param: Tensor) -> bool:
     return getattr(param, "main_grad", None) is not None
 
 
-def carry_main_grad(
-    params: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, backward: Backward = "pass_through"
-) -> None:
+def carry_main_grad(fq: Transform, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Let fake-quantized weights accumulate their gradients where the parameters do. Changes attributes only.
 
     Args:
+        fq: What made the weights.
         params: Names to parameters. Those without `main_grad` are left alone.
-        weights: From `fakequant` of these parameters, or leaves made of its results. Entries that are the parameter
+        weights: From `fq.fakequant` of these parameters, or leaves made of its results. Entries that are the parameter
             itself are left alone.
-        backward: What `fakequant` was called with.
 
     Raises:
-        ValueError: A parameter has `main_grad` and `backward` is "clip", whose gradient is not the parameter's; or it
-            is sharded by Megatron's FSDP, which makes `main_grad` during the backward pass.
+        ValueError: A parameter has `main_grad` and the gradient of `fq` is not the identity's; or it is sharded by
+            Megatron's FSDP, which makes `main_grad` during the backward pass.
 
     Source: Transformer Engine 2.20.2 `module/grouped_linear.py`, Megatron-Core 0.19.2 `DistributedDataParallel`.
 
     Example:
-        >>> from fq_transforms.calibrate import calibrate
-        >>> from fq_transforms.fakequant import fakequant
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
+        >>> import fq_transforms as fqt
         >>> params = {"experts.0.w": torch.nn.Parameter(torch.ones(2, 2))}
         >>> params["experts.0.w"].main_grad = torch.zeros(2, 2)
-        >>> spec = select(params, {"*": INT8})
-        >>> weights = fakequant(params, calibrate(params, spec=spec), spec=spec)
-        >>> carry_main_grad(params, weights)
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+        >>> weights = fq.fakequant(params, fq.calibrate(params))
+        >>> carry_main_grad(fq, params, weights)
         >>> weights["experts.0.w"].main_grad is params["experts.0.w"].main_grad
         True
     """
+    carry_between(params, weights, backward=fq.backward)
+
+
+def carry_between(params: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, backward: Backward) -> None:
+    """`carry_main_grad` for weights made by a backward rule."""
     for name, weight in weights.items():
         param = params[name]
         if hasattr(param, "__fsdp_param__") and weight is not param:

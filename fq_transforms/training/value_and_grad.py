@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.quantize import quantized_inputs
-from fq_transforms.checks import is_sharded
-from fq_transforms.fakequant import fakequant
+from fq_transforms.dtensor import is_sharded
 from fq_transforms.state import State
 from fq_transforms.training.kept import Kept
 from fq_transforms.training.layerwise import check_not_fsdp
-from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
+from fq_transforms.training.main_grad import carry_between, has_main_grad
 from fq_transforms.training.slots import Places
 from fq_transforms.transform import Transform
 
@@ -58,8 +57,7 @@ def value_and_grad(
         KeyError, ValueError: As `fakequant`; a parameter is not in the model; none requires a gradient; there is no
             microbatch; a loss is no scalar, or has no gradient; a quantized parameter has `main_grad`, and `fq` does
             not pass gradients through. The model is FSDP2's, which computes with parameters of its own. `fq` has "lsq";
-            `keep` comes with another `backward`, with rounding, with another `fakequant` than the package's, or with
-            DTensors.
+            `keep` comes with another rule than "pass_through", or with DTensors.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -80,8 +78,8 @@ def value_and_grad(
             "'pass_through' or 'clip'; take torch.func.vjp of fq.fakequant in params and state"
         )
     places = Places(model)
-    if keep and (reason := _why_not_kept(fq)):
-        raise ValueError(f"keep: found {reason}, wanted fq of transform() itself, which passes gradients through")
+    if keep and fq.backward != "pass_through":
+        raise ValueError(f"keep: found backward={fq.backward!r}, wanted 'pass_through'")
     memory = Kept() if keep else None
 
     def step(
@@ -156,8 +154,8 @@ def _fake_leaves(
         leaves[name] = params[name].detach().requires_grad_()
     if fused:
         passed = set(quantized)
-        carry_main_grad(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
-        carry_main_grad(params, {name: leaves[name] for name in fused if name not in passed})
+        carry_between(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
+        carry_between(params, {name: leaves[name] for name in fused if name not in passed}, backward="pass_through")
 
     def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pulled = [name for name in quantized if name not in fused] if fused else quantized
@@ -172,25 +170,10 @@ def _fake_leaves(
     return leaves, pull
 
 
-def _is_ours(fq: Transform) -> bool:
-    return isinstance(fq.fakequant, partial) and fq.fakequant.func is fakequant
-
-
-def _why_not_kept(fq: Transform) -> str:
-    """What there is that fake weights cannot be written over with; nothing if they can."""
-    if fq.backward != "pass_through":
-        return f"backward={fq.backward!r}"
-    if not _is_ours(fq):
-        return "a fakequant of somebody else's"
-    given: Any = fq.fakequant
-    return "rounding" if given.keywords.get("rounding") is not None else ""
-
-
 def _is_identity(fq: Transform, params: Mapping[str, Tensor]) -> bool:
     """True if the pullback is known to be the identity: no graph has to be kept for it, nor walked."""
-    is_ours = _is_ours(fq)
     firsts = (params.get(group.names[0]) for group in fq.spec.groups)  # a group is sharded as its first parameter is
-    return is_ours and fq.backward == "pass_through" and not any(p is not None and is_sharded(p) for p in firsts)
+    return fq.backward == "pass_through" and not any(p is not None and is_sharded(p) for p in firsts)
 
 
 def _run(
