@@ -18,7 +18,8 @@ from fq_transforms.formats import (
     Format,
 )
 from fq_transforms.rounding import Stochastic
-from fq_transforms.select import Rule, select
+from fq_transforms.rules import Rule
+from fq_transforms.select import select
 from fq_transforms.spec import Spec
 from fq_transforms.state import merge, tie
 from fq_transforms.training.layerwise import layerwise

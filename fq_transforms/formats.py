@@ -4,13 +4,16 @@ A `Format` lies on four axes: the element (`IntElement` or `FloatElement`), the 
 (`block`), the type of that scale (`scale`), and who sets it (`dynamic`). Where the field's libraries disagree, the
 disagreement is a number here too, and each library's choice is a constant with its name in it.
 
-The formulas that use these numbers are in `fq_transforms.ops.quantize.reference`. To make a new format, make a new constant.
+The formulas that use these numbers are in `fq_transforms.ops.quantize.reference`. To make a new format, make a new
+constant.
 """
 
 import json
 import struct
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from fq_transforms.parse import read_fields, shown
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Format:
         element: What one quantized weight can be.
         block: (rows of `out`, columns of `in`) that share one scale; None is the whole extent. So (None, None) is
             per tensor, (1, None) per channel, (1, 16) a block of sixteen inputs, (128, 128) a square block.
-        scale: "fp32"; "e4m3", an E4M3 scale a block under one fp32 scale an expert; or "e8m0", a power of two.
+        scale: "fp32"; "e4m3", an E4M3 scale per block under one fp32 scale per expert; or "e8m0", a power of two.
         dynamic: True if the amax of a block is taken from the weight at each call, False if it is state.
         min_scale: Two-level formats: the smallest E4M3 scale. 2**-9, the smallest positive E4M3, is what deployment
             stores; 0 lets small scales underflow, and with them their block.
@@ -116,6 +119,12 @@ class Format:
             or isinstance(self.element, FloatElement),
             f"{self.element}, wanted integers of at most 8 bits": not isinstance(self.element, IntElement)
             or (-128 <= self.element.low <= 0 < self.element.high <= 127 and 0 < self.element.qmax <= 128),
+            f"{self.element}, wanted a float element within fp32": not isinstance(self.element, FloatElement)
+            or (
+                1 <= self.element.exponent_bits <= 8
+                and 0 <= self.element.mantissa_bits <= 23
+                and 0 < self.element.max < 2.0**128
+            ),
         }
         for found, is_right in choices.items():
             if not is_right:
@@ -136,18 +145,18 @@ class Format:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Format":
-        """The format whose numbers are `data`, as read from JSON.
+        """The format whose numbers are `data`, as read from JSON. Raises ValueError if they are not a format's.
 
         Example:
             >>> Format.from_dict(json.loads(NVFP4.to_json())) == NVFP4
             True
         """
-        element: dict[str, Any] = data["element"]
-        numbers: dict[str, Any] = {
-            **data,
-            "element": IntElement(**element) if "qmax" in element else FloatElement(**element),
-            "block": tuple(data["block"]),
-        }
+        what = f"format {shown(data['name'])}" if isinstance(cast("Any", data), dict) and "name" in data else "format"
+        numbers = read_fields(data, what, *_FIELDS)
+        is_int = "qmax" in numbers["element"]
+        element = read_fields(numbers["element"], f"{what}, element", _INT_FIELDS if is_int else _FLOAT_FIELDS)
+        numbers["element"] = IntElement(**element) if is_int else FloatElement(**element)
+        numbers["block"] = tuple(numbers["block"])
         return Format(**numbers)
 
     @property
@@ -183,6 +192,21 @@ class Format:
         if self.dynamic or self.block == (None, None):
             return ()
         return self.granules(out_features, in_features)
+
+
+# What `Format.from_dict` reads: fields that a format must have, and others.
+_FIELDS = (
+    {"name": "text", "element": "an object", "block": "two sides, each a count or null"},
+    {
+        "scale": "text",
+        "dynamic": "true or false",
+        "min_scale": "a number",
+        "unit_scale_below": "a number",
+        "exponent_rounding": "text",
+    },
+)
+_INT_FIELDS = {"qmax": "a number", "low": "an integer", "high": "an integer"}
+_FLOAT_FIELDS = {"exponent_bits": "a count", "mantissa_bits": "a count", "max": "a number"}
 
 
 def code_bits(format: Format) -> int:

@@ -1,23 +1,23 @@
-"""Rules for whole models, by ModelOpt's names, with its exclusions. Pass one to `select`.
+"""Rules for whole models, by ModelOpt's names, with its exclusions. Pass one to `select`, or build on it.
 
-    spec = select(params, presets.FP8_DEFAULT)                    # a Preset: weights, and what they are multiplied with
-    spec = select(params, presets.NVFP4_EXPERTS_ONLY_CFG)         # rules for weights only
-    spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*", None)])
+    spec = select(params, presets.FP8_DEFAULT_CFG)                          # weights, and what they are multiplied with
+    spec = select(params, presets.weights_only(presets.FP8_DEFAULT_CFG))    # weights only
+    spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*")])  # all but a layer
 
-`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded; `*_EXPERTS_ONLY_CFG` only routed experts.
-A name without `_CFG` is a `Preset`, the whole of ModelOpt 0.47's configuration of the name with `_CFG`: the same
-weights and inputs, in the same formats. Those of a name that says weights, or A16, have no inputs.
+A name that ModelOpt 0.47 has is its whole configuration: the same weights and inputs, in the same formats.
+`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded, `*_EXPERTS_ONLY_CFG` only routed experts.
+ModelOpt has one of the latter, NVFP4's. The others are ours, made after it: each is the rule of a whole model's
+configuration, weights and inputs, for the routed experts.
 
 NOTE only what a matrix is multiplied with: where a model has `nn.LayerNorm`, batch norms or pooling, ModelOpt's
 configurations quantize their inputs as well. RMSNorm, which mixtures of experts have, has none there.
-
-Where ModelOpt 0.47 has a configuration of the name, its weight format is the same; the other experts-only names are
-made after its NVFP4_EXPERTS_ONLY_CFG.
 """
+
+from dataclasses import replace
 
 from fq_transforms import formats
 from fq_transforms.formats import Format
-from fq_transforms.select import Preset, Rule
+from fq_transforms.rules import Rule, Rules, as_rules
 
 # ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers.
 _MODELOPT = (
@@ -53,21 +53,21 @@ _BY_CLASS = (
     "*shared_experts.gate_weight",
 )
 # A model need not have any of these, so none is required.
-EXCLUDED = tuple(Rule(pattern, None, required=False) for pattern in (*_MODELOPT, *_BY_CLASS))
+EXCLUDED = tuple(Rule(pattern, required=False) for pattern in (*_MODELOPT, *_BY_CLASS))
 
 
-def whole_model(format: Format) -> tuple[Rule, ...]:
+def whole_model(weights: Format | None, inputs: Format | None = None) -> tuple[Rule, ...]:
     """Every matrix but the excluded.
 
     Example:
         >>> rule = whole_model(formats.FP8)[0]
-        >>> rule.pattern, rule.format.name
-        ('*', 'FP8')
+        >>> rule.pattern, rule.weights.name, rule.inputs
+        ('*', 'FP8', None)
     """
-    return (Rule("*", format), *EXCLUDED)
+    return (Rule("*", weights, inputs), *EXCLUDED)
 
 
-def experts_only(format: Format) -> tuple[Rule, ...]:
+def experts_only(weights: Format | None, inputs: Format | None = None) -> tuple[Rule, ...]:
     """Routed experts: module lists, Megatron's local_experts, TE's grouped linears, stacked parameters.
 
     Example:
@@ -75,40 +75,39 @@ def experts_only(format: Format) -> tuple[Rule, ...]:
         ['*.experts.*', '*.local_experts.*']
     """
     patterns = ("*.experts.*", "*.local_experts.*", "experts.*", "local_experts.*")
-    rules = tuple(Rule(pattern, format, required=False) for pattern in patterns)
-    return (*rules, *EXCLUDED)
+    return (*(Rule(pattern, weights, inputs, required=False) for pattern in patterns), *EXCLUDED)
 
 
-NVFP4_DEFAULT_CFG = whole_model(formats.NVFP4)
-NVFP4_EXPERTS_ONLY_CFG = experts_only(formats.NVFP4)
-FP8_DEFAULT_CFG = whole_model(formats.FP8)
-FP8_EXPERTS_ONLY_CFG = experts_only(formats.FP8)
-FP8_PER_CHANNEL_PER_TOKEN_CFG = whole_model(formats.FP8_PER_CHANNEL)
-FP8_PER_CHANNEL_EXPERTS_ONLY_CFG = experts_only(formats.FP8_PER_CHANNEL)
+def weights_only(rules: Rules) -> tuple[Rule, ...]:
+    """The same rules without inputs: they select the same weights, in the same formats.
+
+    Example:
+        >>> weights_only(FP8_DEFAULT_CFG) == whole_model(formats.FP8)
+        True
+    """
+    return tuple(replace(rule, inputs=None, per_expert_inputs=False) for rule in as_rules(rules))
+
+
+# ModelOpt 0.47's. Weights first, then inputs; per-channel inputs have one scale per token.
+NVFP4_DEFAULT_CFG = whole_model(formats.NVFP4, formats.NVFP4)
+NVFP4_EXPERTS_ONLY_CFG = experts_only(formats.NVFP4, formats.NVFP4)
+W4A16_NVFP4_CFG = whole_model(formats.NVFP4)
+FP8_DEFAULT_CFG = whole_model(formats.FP8, formats.FP8)
+FP8_PER_CHANNEL_PER_TOKEN_CFG = whole_model(formats.FP8_PER_CHANNEL, formats.FP8_PER_CHANNEL)
 FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG = whole_model(formats.FP8_BLOCK)
-FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.FP8_BLOCK)
-INT8_DEFAULT_CFG = whole_model(formats.INT8_PER_CHANNEL)
+INT8_DEFAULT_CFG = whole_model(formats.INT8_PER_CHANNEL, formats.INT8)
 INT8_WEIGHT_ONLY_CFG = whole_model(formats.INT8_PER_CHANNEL)
-INT8_EXPERTS_ONLY_CFG = experts_only(formats.INT8_PER_CHANNEL)
 INT4_BLOCKWISE_WEIGHT_ONLY_CFG = whole_model(formats.INT4_BLOCK128)
-INT4_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.INT4_BLOCK128)
-MXFP8_DEFAULT_CFG = whole_model(formats.MXFP8)
-MXFP8_EXPERTS_ONLY_CFG = experts_only(formats.MXFP8)
-MXFP6_DEFAULT_CFG = whole_model(formats.MXFP6_E3M2)
-MXFP6_EXPERTS_ONLY_CFG = experts_only(formats.MXFP6_E3M2)
-MXFP4_DEFAULT_CFG = whole_model(formats.MXFP4)
-MXFP4_EXPERTS_ONLY_CFG = experts_only(formats.MXFP4)
+MXFP8_DEFAULT_CFG = whole_model(formats.MXFP8, formats.MXFP8)
+MXFP6_DEFAULT_CFG = whole_model(formats.MXFP6_E3M2, formats.MXFP6_E3M2)
+MXFP4_DEFAULT_CFG = whole_model(formats.MXFP4, formats.MXFP4)
 
-# Whole presets. Inputs by channel have a scale a token.
-FP8_DEFAULT = Preset(FP8_DEFAULT_CFG, whole_model(formats.FP8))
-FP8_PER_CHANNEL_PER_TOKEN = Preset(FP8_PER_CHANNEL_PER_TOKEN_CFG, whole_model(formats.FP8_PER_CHANNEL))
-FP8_2D_BLOCKWISE_WEIGHT_ONLY = Preset(FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)
-INT8_DEFAULT = Preset(INT8_DEFAULT_CFG, whole_model(formats.INT8))
-INT8_WEIGHT_ONLY = Preset(INT8_WEIGHT_ONLY_CFG)
-INT4_BLOCKWISE_WEIGHT_ONLY = Preset(INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
-NVFP4_DEFAULT = Preset(NVFP4_DEFAULT_CFG, whole_model(formats.NVFP4))
-NVFP4_EXPERTS_ONLY = Preset(NVFP4_EXPERTS_ONLY_CFG, experts_only(formats.NVFP4))
-W4A16_NVFP4 = Preset(NVFP4_DEFAULT_CFG)
-MXFP8_DEFAULT = Preset(MXFP8_DEFAULT_CFG, whole_model(formats.MXFP8))
-MXFP6_DEFAULT = Preset(MXFP6_DEFAULT_CFG, whole_model(formats.MXFP6_E3M2))
-MXFP4_DEFAULT = Preset(MXFP4_DEFAULT_CFG, whole_model(formats.MXFP4))
+# Ours: ModelOpt has none of these names.
+FP8_EXPERTS_ONLY_CFG = experts_only(formats.FP8, formats.FP8)
+FP8_PER_CHANNEL_EXPERTS_ONLY_CFG = experts_only(formats.FP8_PER_CHANNEL, formats.FP8_PER_CHANNEL)
+FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.FP8_BLOCK)
+INT8_EXPERTS_ONLY_CFG = experts_only(formats.INT8_PER_CHANNEL, formats.INT8)
+INT4_BLOCKWISE_EXPERTS_ONLY_CFG = experts_only(formats.INT4_BLOCK128)
+MXFP8_EXPERTS_ONLY_CFG = experts_only(formats.MXFP8, formats.MXFP8)
+MXFP6_EXPERTS_ONLY_CFG = experts_only(formats.MXFP6_E3M2, formats.MXFP6_E3M2)
+MXFP4_EXPERTS_ONLY_CFG = experts_only(formats.MXFP4, formats.MXFP4)

@@ -1,4 +1,4 @@
-"""A static `Spec`: which parameters are quantized, grouped by expert, and how; as a table, and as JSON.
+"""A static `Spec`: which parameters are quantized, grouped by expert, and how; as a table, JSON, a difference.
 
 A group is one role in one layer. Its key is the parameter's name with the expert number as `*`:
 
@@ -11,13 +11,17 @@ A group is one role in one layer. Its key is the parameter's name with the exper
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from zlib import crc32
 
 from fq_transforms.formats import Format
+from fq_transforms.parse import parse_json, read_fields, shown
+from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 
 __all__ = ["Group", "Inputs", "Skipped", "Spec", "group_key", "ranges", "refuse_inputs"]
 
@@ -27,7 +31,7 @@ EXPERT_LISTS = (r"(?:.*\.)?(?:local_)?experts\.(?P<expert>\d+)\..+", r"(?:.*\.)?
 
 @dataclass(frozen=True)
 class Group:
-    """The weights of one role in one layer, one an expert.
+    """The weights of one role in one layer, one per expert.
 
     Attributes:
         key: The parameters' name with the expert number as `*`; for stacked and dense weights the name itself.
@@ -83,7 +87,7 @@ class Inputs(Group):
     """What the weights of one role in one layer are multiplied with: tokens [tokens, in], and how they are quantized.
 
     The fields of `Group`, of these weights; `key` is theirs with `.input` behind it, `format` that of the inputs. A row
-    of a matrix [tokens, in] is a token, so a format by channel has a scale a token, made when the model runs.
+    of a matrix [tokens, in] is a token, so a format per channel has one scale per token, made when the model runs.
 
     Attributes:
         per_expert: Each expert has an amax of its own; else they share one, the largest.
@@ -110,8 +114,8 @@ class Inputs(Group):
     def scope(self) -> str:
         """How many scales there are, in words."""
         if self.is_calibrated:
-            return "an amax an expert" if self.per_expert else "one amax"
-        return "a scale a token" if self.format.block == (1, None) else "a scale a block"
+            return "one amax per expert" if self.per_expert else "one amax"
+        return "one scale per token" if self.format.block == (1, None) else "one scale per block"
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,13 @@ AnyGroup = TypeVar("AnyGroup", bound=Group)
 @dataclass(frozen=True)
 class Spec:
     """What is quantized, how, and what is not. Static: frozen, hashable, a table when printed, JSON when stored.
+
+    Attributes:
+        groups: Weights that are quantized.
+        skipped: Parameters that are not, and why.
+        inputs: What weights are multiplied with, where that is quantized.
+        rules: What `select` was given, for the record. Two specs are equal if they quantize the same, whatever rules
+            led there: a state, a checkpoint and a compiled function depend on the groups alone.
 
     Example:
         >>> import torch
@@ -149,6 +160,7 @@ class Spec:
     groups: tuple[Group, ...]
     skipped: tuple[Skipped, ...] = ()
     inputs: tuple[Inputs, ...] = ()
+    rules: tuple[Rule, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def all_groups(self) -> tuple[Group, ...]:
@@ -156,26 +168,69 @@ class Spec:
         return (*self.groups, *self.inputs)
 
     def to_json(self) -> str:
-        """The spec as one line of JSON, formats with all of their numbers."""
+        """The spec as one line of JSON, its rules too, all formats with their numbers."""
         data: dict[str, Any] = {
             "groups": [_group_to_dict(group) for group in self.groups],
             "skipped": [asdict(skipped) for skipped in self.skipped],
         }
         if self.inputs:
             data["inputs"] = [_group_to_dict(inputs) for inputs in self.inputs]
+        if self.rules:
+            data["rules"] = [rule_to_dict(rule, names=False) for rule in self.rules]
         return json.dumps(data)
 
     @staticmethod
     def from_json(text: str) -> "Spec":
-        """The spec that `to_json` wrote. Raises ValueError if the text is not one."""
+        """The spec that `to_json` wrote. Raises ValueError if the text is not one; the message names the entry."""
         try:
-            data = json.loads(text)
-            groups = tuple(_group_from_json(Group, **group) for group in data["groups"])
-            inputs = tuple(_group_from_json(Inputs, **group) for group in data.get("inputs", ()))
-            skipped = tuple(Skipped(shape=tuple(s.pop("shape")), **s) for s in data["skipped"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a stored Spec: {error!r} in {text[:80]!r}") from error
-        return Spec(groups, skipped, inputs)
+            data = read_fields(
+                parse_json(text),
+                "spec",
+                {"groups": "a list", "skipped": "a list"},
+                {"inputs": "a list", "rules": "a list"},
+            )
+            spec = Spec(
+                tuple(_group_from_dict(Group, f"groups[{i}]", group) for i, group in enumerate(data["groups"])),
+                tuple(_skipped_from_dict(f"skipped[{i}]", entry) for i, entry in enumerate(data["skipped"])),
+                tuple(
+                    _group_from_dict(Inputs, f"inputs[{i}]", group) for i, group in enumerate(data.get("inputs", ()))
+                ),
+                rules_from_list(data.get("rules", [])),
+            )
+            counts = Counter(group.key for group in spec.all_groups)
+            if twice := [key for key, count in counts.items() if count > 1]:
+                raise ValueError(f"found the group {twice[0]!r} twice, wanted each once")
+        except ValueError as error:
+            raise ValueError(f"not a stored Spec: {error}, in {str(text)[:80]!r}") from error
+        return spec
+
+    def diff(self, other: "Spec") -> str:
+        """What differs between two specs: a table, layers as a range; "" if they are equal.
+
+        Each row says what differs in a group, in its inputs, or in a parameter that is not quantized; "-" stands where
+        a spec has no such entry. Rules are not compared. The order is named where nothing else differs.
+
+        Example:
+            >>> import torch
+            >>> from fq_transforms.formats import FP8, NVFP4
+            >>> from fq_transforms.select import select
+            >>> params = {f"layers.{i}.up.weight": torch.empty(8, 32) for i in range(4)} | {"head": torch.empty(8, 32)}
+            >>> print(select(params, {"*": FP8}).diff(select(params, {"*": NVFP4, "head": None})))
+            name                     what           self               other
+            layers.{0-3}.up.weight   format         FP8                NVFP4
+            head                     quantized      FP8, 8 x 32 dense  -
+            head                     not quantized  -                  8 x 32: excluded by head
+        """
+        if not isinstance(cast("Any", other), Spec):
+            raise ValueError(f"other: found {type(other).__name__}, wanted a Spec")
+        rows = [
+            *_differences("quantized", self.groups, other.groups),
+            *_differences("inputs", self.inputs, other.inputs),
+            *_differences("not quantized", self.skipped, other.skipped),
+        ]
+        if not rows:
+            return "" if self == other else "the order of groups or parameters"
+        return _table([("name", "what", "self", "other"), *((name, *cells) for name, cells in _collapse(rows))])
 
     def __str__(self) -> str:
         quantized = [
@@ -192,15 +247,7 @@ class Spec:
             rows += [("not quantized", "why", "", "shape", "")]
             not_quantized = [(group_key(s.name, ())[0], (s.reason, "", _by(s.shape), "")) for s in self.skipped]
             rows += [(name, *cells) for name, cells in _collapse(not_quantized)]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i == 2 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join(line.rstrip() for line in [*lines, self.summary])
+        return f"{_table(rows, right=2)}\n{self.summary}"
 
     @property
     def summary(self) -> str:
@@ -237,14 +284,98 @@ def group_key(name: str, patterns: Sequence[str]) -> tuple[str, int]:
     return name, 0
 
 
+_GROUP_FIELDS = {
+    "key": "text",
+    "names": "a list of text",
+    "format": "an object",
+    "experts": "a count",
+    "shape": "two counts",
+}
+
+
 def _group_to_dict(group: Group) -> dict[str, Any]:
     return {f.name: getattr(group, f.name) for f in fields(group) if f.init} | {"format": group.format.to_dict()}
 
 
-def _group_from_json(
-    kind: type[AnyGroup], format: dict[str, Any], names: list[str], shape: list[int], **others: Any
-) -> AnyGroup:
-    return kind(format=Format.from_dict(format), names=tuple(names), shape=(shape[0], shape[1]), **others)
+def _group_from_dict(kind: type[AnyGroup], what: str, data: Any) -> AnyGroup:
+    if isinstance(data, dict) and "key" in data:
+        what += f", key {shown(data['key'])}"
+    flags = ["stacked", "transposed"] + ["per_expert"] * (kind is Inputs)
+    values = read_fields(data, what, _GROUP_FIELDS, dict.fromkeys(flags, "true or false"))
+    names, experts = values["names"], values["experts"]
+    if len(names) != (1 if values.get("stacked") else experts):
+        raise ValueError(
+            f"{what}: found {len(names)} names of {experts} experts, wanted one of each, or one if stacked"
+        )
+    try:
+        format = Format.from_dict(values["format"])
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    values.update(names=tuple(names), shape=tuple(values["shape"]), format=format)
+    return kind(**values)
+
+
+def _skipped_from_dict(what: str, data: Any) -> Skipped:
+    values = read_fields(data, what, {"name": "text", "shape": "a list of counts", "reason": "text"})
+    return Skipped(values["name"], tuple(values["shape"]), values["reason"])
+
+
+def _differences(
+    what: str, these: Sequence[Group | Skipped], those: Sequence[Group | Skipped]
+) -> Iterable[tuple[str, tuple[str, str, str]]]:
+    """Rows of (name, (what differs, here, there))."""
+    here, there = ({x.key if isinstance(x, Group) else x.name: x for x in side} for side in (these, those))
+    for key in here | there:
+        name = key if what != "not quantized" else group_key(key, ())[0]
+        one, two = here.get(key), there.get(key)
+        if one is None or two is None:
+            yield name, (what, _in_words(one), _in_words(two))
+        else:
+            for f in fields(one):
+                a, b = getattr(one, f.name), getattr(two, f.name)
+                if f.compare and a != b:
+                    yield name, (f.name, *_both_in_words(a, b))
+
+
+def _in_words(entry: Group | Skipped | None) -> str:
+    if entry is None:
+        return "-"
+    if isinstance(entry, Skipped):
+        return f"{_by(entry.shape)}: {entry.reason}"
+    experts = f"{entry.experts} experts, " if entry.experts != 1 else ""
+    if isinstance(entry, Inputs):
+        return f"{entry.format.name}, {experts}{entry.scope}"
+    return f"{entry.format.name}, {experts}{_by(entry.shape)} {entry.layout}"
+
+
+def _both_in_words(a: Any, b: Any) -> tuple[str, str]:
+    """Two values of a field, short, and so that their difference is seen."""
+    if isinstance(a, Format) and a.name == b.name:
+        differ = [
+            (name, x, y) for (name, x), y in zip(a.to_dict().items(), b.to_dict().values(), strict=True) if x != y
+        ]
+        one, two = (", ".join(f"{name}={pair[i]}" for name, *pair in differ) for i in range(2))
+        return f"{a.name} with {one}", f"{b.name} with {two}"
+    if isinstance(a, Format):
+        return a.name, b.name
+    if isinstance(a, tuple) and all(isinstance(x, int) for x in (*a, *b)):
+        return _by(a), _by(b)
+    if isinstance(a, tuple):  # names
+        return next((repr(x), repr(y)) for x, y in zip_longest(a, b) if x != y)
+    return str(a), str(b)
+
+
+def _table(rows: Sequence[tuple[str, ...]], *, right: int | None = None) -> str:
+    """Rows in columns, one of them aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = (
+        (
+            cell.rjust(width) if i == right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -35,7 +35,7 @@ def check_no_others(stored: Spec, wanted: Collection[str]) -> None:
 
 
 def joined(specs: Mapping[int, Spec]) -> Spec:
-    """The groups of all ranks, each once, in the order of the ranks.
+    """The groups of all ranks, each once, in the order of the ranks; and their rules, where they are the same.
 
     Raises:
         ValueError: Ranks disagree about a group; the message names them.
@@ -54,7 +54,13 @@ def joined(specs: Mapping[int, Spec]) -> Spec:
             skipped.setdefault(parameter.name, parameter)
     groups = [group for _, group in first.values()]
     inputs = tuple(group for group in groups if isinstance(group, Inputs))
-    return Spec(tuple(g for g in groups if not isinstance(g, Inputs)), tuple(skipped.values()), inputs)
+    rules = {spec.rules for spec in specs.values()}
+    return Spec(
+        tuple(g for g in groups if not isinstance(g, Inputs)),
+        tuple(skipped.values()),
+        inputs,
+        rules.pop() if len(rules) == 1 else (),
+    )
 
 
 def difference(found: Group, wanted: Group) -> tuple[str, str] | None:

@@ -64,7 +64,8 @@ def _check_tied(
     if len(one) != len(two):
         raise ValueError(
             f"state {both}: found {len(one)} and {len(two)} amax, wanted one for all experts or one for each in both: "
-            "inference engines fuse them under one scale; let `per_expert` treat them alike, and calibrate again"
+            "inference engines fuse them under one scale; let their rules have the same `per_expert_inputs`, and "
+            "calibrate again"
         )
     if torch.equal(one, two):
         return

@@ -12,7 +12,7 @@ Float16Module. Names are those of the innermost model, so that they do not depen
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
 from fq_transforms.methods import MAX, Max
 from fq_transforms.partition import AXES, collapsed_axes
-from fq_transforms.select import Rule
+from fq_transforms.rounding import Stochastic
+from fq_transforms.rules import Rules
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
 
@@ -46,12 +47,12 @@ def unwrap(model: Module) -> Module:
     return model
 
 
-def select(model: Module, rules: Mapping[str, fqt.Format | None] | Sequence[Rule]) -> Spec:
+def select(model: Module, rules: Rules) -> Spec:
     """`fq_transforms.select` over the parameters of a model.
 
     Args:
         model: As above.
-        rules: Globs over parameter names to formats, or a preset; see `fq_transforms.select`.
+        rules: As of `fq_transforms.select`.
 
     Raises:
         ValueError: As `fq_transforms.select`.

@@ -1,0 +1,241 @@
+"""Rules say which parameters are quantized, and in which formats: what `select` takes, as Python, JSON or YAML.
+
+    rules = {"*.experts.*": NVFP4, "*.0.*": None}                     # weights only; None leaves out
+    rules = [Rule("*.experts.*", weights=NVFP4, inputs=FP8)]          # weights, and what they are multiplied with
+    rules = [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*")]           # a preset, and an exception
+
+    text = to_yaml(rules)                    - pattern: '*.experts.*'
+    rules = from_yaml(text)                    weights: NVFP4
+                                               inputs: FP8
+
+The last rule that matches a name decides alone: its weights and its inputs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+from fq_transforms.formats import FORMATS, Format
+from fq_transforms.parse import check_text, nearest, parse_json, read_fields, shown, unique
+
+__all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The formats of the weights that match a pattern, and of the inputs that they are multiplied with.
+
+    The last rule that matches a name decides both, so an exception repeats what it does not change. `Rule(pattern)`
+    leaves out weights and inputs; `Rule(pattern, inputs=FP8)` quantizes the inputs only.
+
+    Attributes:
+        pattern: Glob over the whole parameter name, case-sensitive; `*` crosses dots.
+        weights: Format of the weights; None leaves them as they are.
+        inputs: Format of the inputs; None leaves them as they are. Per tensor (FP8, INT8), with a calibrated amax; per
+            channel (FP8_PER_CHANNEL), with one scale per token; in dynamic blocks (MX, or NVFP4 with a calibrated
+            global amax).
+        required: False if the rule may match nothing, as a preset's exclusions may.
+        per_expert_inputs: The inputs of each expert have an amax of their own. By default the experts of a group share
+            one, the largest, as ModelOpt's do.
+
+    Raises:
+        ValueError: A field is of another type; inputs have static scales along blocks; `per_expert_inputs` without
+            inputs.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, NVFP4
+        >>> Rule("*.experts.*", NVFP4, FP8).inputs.name
+        'FP8'
+    """
+
+    pattern: str
+    weights: Format | None = None
+    inputs: Format | None = None
+    required: bool = field(default=True, kw_only=True)
+    per_expert_inputs: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        what = f"rule {shown(self.pattern)}"
+        if not isinstance(cast("Any", self.pattern), str):
+            raise ValueError(
+                f"{what}: found {type(self.pattern).__name__}, wanted a glob pattern such as '*.experts.*'"
+            )
+        for role in ("weights", "inputs"):
+            found: Any = getattr(self, role)
+            if not (found is None or isinstance(found, Format)):
+                raise ValueError(f"{what}: found {role}={shown(found)}, wanted a Format such as fqt.NVFP4, or None")
+        for flag in ("required", "per_expert_inputs"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"{what}: found {flag}={shown(getattr(self, flag))}, wanted True or False")
+        if self.inputs and not (self.inputs.block in ((None, None), (1, None)) or self.inputs.dynamic):
+            raise ValueError(
+                f"{what}: found inputs={self.inputs.name}, whose blocks {self.inputs.block} have static scales, wanted "
+                "a format per tensor such as FP8, per channel (one scale per token), or of dynamic blocks such as NVFP4"
+            )
+        if self.per_expert_inputs and not self.inputs:
+            raise ValueError(f"{what}: found per_expert_inputs=True without inputs, wanted inputs= a format beside it")
+
+
+Rules: TypeAlias = Mapping[str, Format | None] | Sequence[Rule]
+
+
+def as_rules(rules: Rules) -> tuple[Rule, ...]:
+    """Rules as a tuple: a mapping from patterns to formats is of weights only, required, in its order.
+
+    Raises:
+        ValueError: These are no rules.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> as_rules({"*": FP8, "*.0.*": None}) == (Rule("*", FP8), Rule("*.0.*"))
+        True
+    """
+    if isinstance(rules, Mapping):
+        return tuple(Rule(pattern, weights) for pattern, weights in rules.items())
+    given: Any = rules
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)  # a str is a sequence too
+    if wrong := [rule for rule in given if not isinstance(rule, Rule)] if is_list else [given]:
+        hint = "; put it into a list" if isinstance(wrong[0], Rule) else ""
+        raise ValueError(
+            f"rules: found {shown(wrong[0])}, wanted a mapping from patterns to formats such as "
+            "{'*.experts.*': fqt.NVFP4}, a list of fqt.Rule(pattern, weights, inputs), or a preset such as "
+            f"fqt.presets.FP8_DEFAULT_CFG{hint}"
+        )
+    return tuple(given)
+
+
+def to_json(rules: Rules) -> str:
+    """Rules as JSON, one per line; a format by its name if it is one of `FORMATS`, else as its numbers.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, NVFP4
+        >>> print(to_json([Rule("*.experts.*", NVFP4, FP8), Rule("*.0.*", required=False)]))
+        [
+          {"pattern": "*.experts.*", "weights": "NVFP4", "inputs": "FP8"},
+          {"pattern": "*.0.*", "weights": null, "required": false}
+        ]
+    """
+    lines = [json.dumps(rule_to_dict(rule)) for rule in as_rules(rules)]
+    return "[\n  " + ",\n  ".join(lines) + "\n]"
+
+
+def from_json(text: str) -> tuple[Rule, ...]:
+    """The rules that `to_json` wrote, or that a person did: `weights` and what follows may be left out.
+
+    Raises:
+        ValueError: The text is no list of rules. The message names the rule and the key, and the nearest known name.
+
+    Example:
+        >>> rule, = from_json('[{"pattern": "*", "weights": "FP8"}]')
+        >>> rule.weights.name, rule.inputs
+        ('FP8', None)
+    """
+    try:
+        return rules_from_list(parse_json(text))
+    except ValueError as error:
+        raise ValueError(f"not rules in JSON: {error}") from error
+
+
+def to_yaml(rules: Rules) -> str:
+    """Rules as YAML, the same lists and keys as in JSON. Raises ImportError without PyYAML.
+
+    Example:
+        >>> from fq_transforms.formats import FP8, NVFP4
+        >>> print(to_yaml([Rule("*.experts.*", NVFP4, FP8)]))
+        - pattern: '*.experts.*'
+          weights: NVFP4
+          inputs: FP8
+    """
+    entries = [rule_to_dict(rule) for rule in as_rules(rules)]
+    return str(_yaml().safe_dump(entries, sort_keys=False, allow_unicode=True)).rstrip("\n")
+
+
+def from_yaml(text: str) -> tuple[Rule, ...]:
+    """The rules in a YAML text, read by PyYAML's safe loader, which makes plain values only and runs nothing.
+
+    Raises:
+        ValueError: As `from_json`.
+        ImportError: PyYAML is not installed.
+
+    Example:
+        >>> rule, = from_yaml("- {pattern: '*', weights: FP8}")
+        >>> rule.weights.name
+        'FP8'
+    """
+    yaml = _yaml()
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader takes the last of equal keys; this one refuses them."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            # Before the safe loader merges `<<` into the node, whose keys may come again.
+            unique((key.value, value.value) for key, value in node.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return rules_from_list(yaml.load(check_text(text), Loader=Loader))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not rules in YAML; is each pattern quoted, as '*.experts.*' is? {error}") from error
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # The safe loader lets errors of its conversions through, as of `!!bool x`, and fails on a list as a key.
+        raise ValueError(f"not rules in YAML: {error or type(error).__name__}") from error
+
+
+def rule_to_dict(rule: Rule, *, names: bool = True) -> dict[str, Any]:
+    """A rule ready for JSON: `weights` always, the rest where it is no default. Without `names`, formats as numbers."""
+
+    def written(format: Format) -> str | dict[str, Any]:
+        if names and FORMATS.get(format.name) == format:
+            return format.name
+        return {**format.to_dict(), "block": list(format.block)}  # YAML's safe dumper knows no tuples
+
+    data: dict[str, Any] = {"pattern": rule.pattern, "weights": written(rule.weights) if rule.weights else None}
+    if rule.inputs:
+        data["inputs"] = written(rule.inputs)
+    if not rule.required:
+        data["required"] = False
+    if rule.per_expert_inputs:
+        data["per_expert_inputs"] = True
+    return data
+
+
+def rules_from_list(data: Any) -> tuple[Rule, ...]:
+    """Rules from what JSON or YAML holds. Raises ValueError that names the rule."""
+    if not isinstance(data, list):
+        raise ValueError(f"found {shown(data)}, wanted a list of rules such as {{'pattern': '*', 'weights': 'FP8'}}")
+    return tuple(_rule_from_dict(number, entry) for number, entry in enumerate(data))
+
+
+def _rule_from_dict(number: int, data: Any) -> Rule:
+    what = f"rules[{number}]"
+    if isinstance(data, dict) and isinstance(data.get("pattern"), str):
+        what += f", pattern {shown(data['pattern'])}"
+    flags = dict.fromkeys(("required", "per_expert_inputs"), "true or false")
+    entry = read_fields(data, what, {"pattern": "text"}, {"weights": "a format", "inputs": "a format", **flags})
+    for role in ("weights", "inputs"):
+        found = entry.get(role)
+        if isinstance(found, str):
+            if found not in FORMATS:
+                raise ValueError(
+                    f"{what}: found {role}={shown(found)}, wanted a format's name such as "
+                    f"{' or '.join(nearest(found, FORMATS, 2))}, or all of its numbers"
+                )
+            entry[role] = FORMATS[found]
+        elif found is not None:
+            try:
+                entry[role] = Format.from_dict(found)
+            except ValueError as error:
+                raise ValueError(f"{what}: {role}: {error}") from error
+    try:
+        return Rule(**entry)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("rules in YAML need PyYAML: pip install pyyaml; JSON needs nothing") from error
+    return yaml
