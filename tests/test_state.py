@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fq_transforms.calibrate import calibrate
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, FP8_PER_CHANNEL, INT8_PER_CHANNEL, MXFP4, NVFP4, NVFP4_STATIC
+from fq_transforms.rules import Rule
 from fq_transforms.select import select
 from fq_transforms.state import BlockAmax, ExpertAmax, InputAmax, Stateless, check, flatten, init, merge, tie, unflatten
 from tests.cases import ALL_FORMATS, DTYPES, assert_names, experts, message_of, name_of, same_bits, shapes_of
@@ -653,8 +654,8 @@ def with_inputs(device="cpu"):
     """Weights, and inputs that experts share, that each has, and that keep nothing."""
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32, device=device) for i in range(3) for role in ("w1", "w2")}
     params |= {"q.weight": torch.ones(4, 32, device=device)}
-    inputs = {"*.w1.*": FP8, "*.w2.*": NVFP4, "q.*": FP8_PER_CHANNEL}
-    return params, select(params, {"experts.*": FP8}, inputs=inputs, per_expert="*.w2.*")
+    rules = [Rule("*.w1.*", FP8, FP8), Rule("*.w2.*", FP8, NVFP4, per_expert_inputs=True)]
+    return params, select(params, [*rules, Rule("q.*", inputs=FP8_PER_CHANNEL)])
 
 
 def of_inputs(seed):
@@ -713,7 +714,7 @@ def test_flat_leaves_of_inputs_go_back():
 def test_tied_roles_share_their_inputs_too():
     """Gate and up get the same tokens: their inputs' scales are tied as the weights' are."""
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(2) for role in ("w1", "w3")}
-    spec = select(params, {"*": FP8}, inputs={"*": FP8})
+    spec = select(params, [Rule("*", FP8, FP8)])
     tokens = torch.ones(2, dtype=torch.float64)
     state = calibrate_weights(params, spec) | {
         f"experts.*.{role}.weight.input": InputAmax(torch.tensor([amax]), tokens)

@@ -14,8 +14,9 @@ SHARED, OWN, DENSE = "experts.*.w1.weight.input", "experts.*.w2.weight.input", "
 def prepared():
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(3) for role in ("w1", "w2")}
     params |= {"q.weight": torch.ones(4, 32), "k.weight": torch.ones(4, 32)}
-    rules = {"*.w?.*": fqt.FP8, "q.*": fqt.NVFP4, "k.*": fqt.MXFP8}
-    return params, fqt.select(params, {"*": fqt.FP8}, inputs=rules, per_expert="*.w2.*")
+    rules = [fqt.Rule("*.w1.*", fqt.FP8, fqt.FP8), fqt.Rule("*.w2.*", fqt.FP8, fqt.FP8, per_expert_inputs=True)]
+    rules += [fqt.Rule("q.*", fqt.FP8, fqt.NVFP4), fqt.Rule("k.*", fqt.FP8, fqt.MXFP8)]
+    return params, fqt.select(params, rules)
 
 
 def state_of(rank):

@@ -212,16 +212,6 @@ def test_mistakes_are_refused_at_the_door(params):
         fqt.transform(spec, out_dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rules", [{"experts.*": "NVFP4"}, [("experts.*", fqt.FP8)], "experts.*"], ids=str)
-def test_rules_of_a_wrong_type_are_refused(params, rules, pytestconfig):
-    """A format by its name, a list of pairs, a bare pattern: the error shows what rules are."""
-    error = Exception if pytestconfig.getoption("--shape-checks") else ValueError  # a type checker stands before it
-    with pytest.raises(error, match="rules: found .* wanted a mapping from patterns to formats|Type-check error"):
-        fqt.select(params, rules)
-    with pytest.raises(error, match="rules: found .* wanted a mapping from patterns to formats|Type-check error"):
-        fqt.select(params, {}, inputs=rules)
-
-
 @pytest.fixture
 def mesh():
     """A device mesh of this process alone."""

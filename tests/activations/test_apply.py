@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import optree
 import pytest
@@ -18,7 +19,7 @@ from tests.cases import assert_names, message_of
 from tests.models import language_model, tokens
 
 BATCHES = [tokens(2, 9, seed=seed) for seed in range(3)]
-NAMES = ["FP8_DEFAULT", "INT8_DEFAULT", "NVFP4_DEFAULT", "FP8_PER_CHANNEL_PER_TOKEN"]
+NAMES = ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"]
 
 
 class UntiedListMoE(models.ListMoE):
@@ -70,7 +71,7 @@ def modelopt():
 def theirs(modelopt, model, preset):
     """The model as ModelOpt calibrates and fake-quantizes it."""
     model = copy.deepcopy(model)
-    modelopt.quantize(model, copy.deepcopy(getattr(modelopt, f"{preset}_CFG")), run_all)
+    modelopt.quantize(model, copy.deepcopy(getattr(modelopt, preset)), run_all)
     return model
 
 
@@ -94,9 +95,9 @@ def test_a_list_of_experts_equals_modelopt(modelopt, moe, preset):
     """Every input's amax and every logit, whether ModelOpt ties the experts' inputs or does not."""
     model, params = language_model(moe)
     peer = theirs(modelopt, model, preset)
+    rules, untied = getattr(presets, preset), moe is UntiedListMoE
     fq = fqt.transform(
-        fqt.select(params, getattr(presets, preset), per_expert="*.experts.*" if moe is UntiedListMoE else ()),
-        model=model,
+        fqt.select(params, [replace(r, per_expert_inputs=untied and r.inputs is not None) for r in rules]), model=model
     )
     state = fq.calibrate(params, BATCHES)
     amaxes = input_amax_of(peer)
@@ -122,7 +123,7 @@ def test_fused_experts_equal_modelopt(modelopt, implementation, preset):
     peer = copy.deepcopy(model)
     batches = [tokens(2, 9, seed=seed) for seed in range(3)]
     modelopt.quantize(
-        peer, copy.deepcopy(getattr(modelopt, f"{preset}_CFG")), lambda m: [m(input_ids=batch) for batch in batches]
+        peer, copy.deepcopy(getattr(modelopt, preset)), lambda m: [m(input_ids=batch) for batch in batches]
     )
     model.config._experts_implementation = implementation
     fq = fqt.transform(fqt.select(params, getattr(presets, preset)), model=model)
@@ -143,10 +144,10 @@ def test_fused_experts_equal_modelopt(modelopt, implementation, preset):
 RULES = {"*.experts.*": fqt.INT8, "*proj*": fqt.FP8}
 
 
-def prepared(inputs=None, backward="pass_through", **options):
+def prepared(backward="pass_through", per_expert=False):
     model, params = language_model()
-    spec = fqt.select(params, RULES, inputs=RULES if inputs is None else inputs, **options)
-    fq = fqt.transform(spec, model=model, backward=backward)
+    rules = [fqt.Rule(pattern, f, f, per_expert_inputs=per_expert) for pattern, f in RULES.items()]
+    fq = fqt.transform(fqt.select(params, rules), model=model, backward=backward)
     return model, params, fq, fq.calibrate(params, BATCHES)
 
 
@@ -185,7 +186,7 @@ def by_hand(model, params, fq, state, batch, backward="pass_through"):
 
 
 @pytest.mark.parametrize("backward", ["pass_through", "clip"])
-@pytest.mark.parametrize("per_expert", [(), "*.experts.*"])
+@pytest.mark.parametrize("per_expert", [False, True])
 def test_gradients_equal_those_of_quantized_layers(backward, per_expert):
     """`.backward()` and torch.func.grad, weights and inputs, as of a model whose layers quantize their inputs."""
     model, params, fq, state = prepared(backward=backward, per_expert=per_expert)
@@ -216,7 +217,7 @@ def test_gradients_equal_those_of_quantized_layers(backward, per_expert):
 
 def test_the_result_is_that_of_quantized_layers():
     """One number for all, and one an expert."""
-    for per_expert in ((), "*.experts.*"):
+    for per_expert in (False, True):
         model, params, fq, state = prepared(per_expert=per_expert)
         for batch in BATCHES:
             assert torch.equal(fq.apply(params, state, batch), by_hand(model, params, fq, state, batch))
@@ -252,7 +253,7 @@ def test_nothing_changes_and_nothing_stays():
 def test_calls_may_be_nested():
     """A teacher within the student's forward, of the same model and parameters, quantizes by its own state only."""
     model, params, fq, state = prepared()
-    other = fqt.transform(fqt.select(params, {}, inputs={"*proj*": fqt.INT8}), model=model)
+    other = fqt.transform(fqt.select(params, [fqt.Rule("*proj*", inputs=fqt.INT8)]), model=model)
     teacher_state = other.calibrate(params, BATCHES[0])
     alone = fq.apply(params, state, BATCHES[0]), other.apply(params, teacher_state, BATCHES[1])
     found = []
@@ -268,7 +269,7 @@ def test_calls_may_be_nested():
 
     both = Both()
     names = dict(both.named_parameters())
-    spec = fqt.select(names, {f"*{k}": f for k, f in RULES.items()}, inputs={f"*{k}": f for k, f in RULES.items()})
+    spec = fqt.select(names, [fqt.Rule(f"*{pattern}", f, f) for pattern, f in RULES.items()])
     outer = fqt.transform(spec, model=both)
     out = outer.apply(names, {f"model.{key}": entry for key, entry in state.items()}, BATCHES[0])
     assert torch.equal(out, alone[0])
@@ -289,7 +290,7 @@ def test_layers_that_run_again_in_backward_are_refused(reentrant):
     """Activation checkpointing would compute them again, unquantized, and give gradients of another function."""
     model = Checkpointed(reentrant)
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8}), model=model)
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)]), model=model)
     x = torch.ones(2, 4, requires_grad=True)
     state = fq.calibrate(params, x)
     message = message_of(ValueError, fq.apply, params, state, x)
@@ -309,7 +310,7 @@ def test_without_inputs_it_is_functional_call():
 
 
 def test_mistakes_are_named():
-    _, params, fq, state = prepared(per_expert="*.experts.*")
+    _, params, fq, state = prepared(per_expert=True)
     few = fq.calibrate(params, BATCHES[0][:1, :1])
     message = message_of(ValueError, fq.apply, params, few, BATCHES[0])
     assert_names(message, "layers.", "found no token for expert ", " of 4", "finish(state, spec=spec, unseen=...)")
@@ -320,7 +321,8 @@ def test_mistakes_are_named():
     idle = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
     idle.forward = idle["used"].forward
     params = dict(idle.named_parameters())
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*": fqt.MXFP8, "*weight": fqt.FP8_PER_CHANNEL}), model=idle)
+    rules = [fqt.Rule("*", inputs=fqt.MXFP8), fqt.Rule("*weight", inputs=fqt.FP8_PER_CHANNEL)]
+    fq = fqt.transform(fqt.select(params, rules), model=idle)
     message = message_of(ValueError, fq.apply, params, fq.calibrate(params), torch.ones(1, 4))
     assert_names(message, "'idle.weight.input'", "never ran in this call (1 of 2 groups")
 
@@ -328,7 +330,7 @@ def test_mistakes_are_named():
 def test_learned_scales_are_of_weights_only():
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}), model=model, backward="lsq")
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.INT8)]), model=model, backward="lsq")
     state = fq.calibrate(params, torch.randn(4, 32))
     with pytest.raises(ValueError) as error:
         fq.apply(params, state, torch.randn(4, 32))
@@ -338,7 +340,7 @@ def test_learned_scales_are_of_weights_only():
 def test_a_report_has_the_tokens_that_calibration_counted():
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}), model=model)
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.INT8)]), model=model)
     state = fq.calibrate(params, [torch.randn(4, 32), torch.randn(3, 32)])
     found = fqt.report(params, state, spec=fq.spec)
     assert found.groups["0.weight"].tokens.tolist() == [7]

@@ -13,7 +13,7 @@ NONE = -torch.inf
 
 def prepared(amax, *, per_expert=True, weights=(1.0, 2.0, 4.0, 0.0)):
     params = {KEY.replace("*", str(i)).removesuffix(".input"): torch.full((2, 2), w) for i, w in enumerate(weights)}
-    spec = fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8}, per_expert="*" if per_expert else ())
+    spec = fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8, per_expert_inputs=per_expert)])
     tokens = torch.tensor([0.0 if a == NONE else 3.0 for a in amax] if per_expert else [0.0, 3.0, 0.0, 0.0])
     state = fqt.calibrate(params, spec=fqt.select(params, {"*": fqt.FP8}))
     state[KEY] = InputAmax(torch.tensor(amax), tokens.double())

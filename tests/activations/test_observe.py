@@ -19,9 +19,9 @@ from tests.models import TOP_K, language_model, tokens
 INPUT_FORMATS = [fqt.FP8, fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.INT8_PER_CHANNEL, fqt.NVFP4, fqt.MXFP8, fqt.MXFP4]
 
 
-def prepared(per_expert="*.experts.*", format=fqt.FP8):
+def prepared(per_expert=True, format=fqt.FP8):
     model, params = language_model()
-    spec = fqt.select(params, {"*.experts.*": fqt.INT8}, inputs={"*.experts.*": format}, per_expert=per_expert)
+    spec = fqt.select(params, [fqt.Rule("*.experts.*", fqt.INT8, format, per_expert_inputs=per_expert)])
     return model, params, fqt.transform(spec, model=model)
 
 
@@ -32,7 +32,7 @@ def same(a, b):
 BATCHES = [tokens(1, 1 + seed, seed=seed) for seed in range(8)]  # the first leaves experts without tokens
 
 
-@pytest.mark.parametrize("per_expert", [(), "*.experts.*"])
+@pytest.mark.parametrize("per_expert", [False, True])
 def test_the_state_is_what_the_layers_get(per_expert):
     """The amax and the tokens of each expert, by forward hooks on the linear layers."""
     model, params, fq = prepared(per_expert)
@@ -112,7 +112,7 @@ def test_calibration_changes_nothing():
         name: (tensor, tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()
     }
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"layer.weight": fqt.FP8}, inputs={"layer*": fqt.FP8}), model=model)
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("layer*", fqt.FP8, fqt.FP8)]), model=model)
     state = fq.calibrate(params, [torch.ones(2, 4), torch.ones(3, 4)])
     assert state["layer.weight.input"].tokens.tolist() == [5]
     assert not any(leaf.requires_grad for leaf in fqt.state.flatten(state).values())
@@ -127,7 +127,7 @@ def test_calibration_changes_nothing():
 def test_no_data_is_needed_where_nothing_is_calibrated():
     """Formats by token and MX make their scales when the model runs."""
     for format in (fqt.FP8_PER_CHANNEL, fqt.MXFP8):
-        model, params, fq = prepared((), format)
+        model, params, fq = prepared(False, format)
         state = fq.calibrate(params)
         assert {type(state[i.key]) for i in fq.spec.inputs} == {Stateless}
         fq.apply(params, state, BATCHES[0])
@@ -142,9 +142,8 @@ def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert, m
     """Rows of many experts at once, as grouped_mm has them, are bit for bit those of each expert alone."""
     monkeypatch.setattr("fq_transforms.activations.quantize.MOST_ROWS", 3)
     name = "mlp.experts.up"
-    (inputs,) = fqt.select(
-        {name: torch.ones(3, 2, 64)}, {}, inputs={"*": format}, per_expert=name if per_expert else ()
-    ).inputs
+    rule = fqt.Rule("*", inputs=format, per_expert_inputs=per_expert)
+    (inputs,) = fqt.select({name: torch.ones(3, 2, 64)}, [rule]).inputs
     x = torch.stack(cases.experts(7, (64,), dtype))
     experts = torch.tensor([0, 0, 1, 2, 2, 2, 3])  # the last row is no expert's
     amax = torch.tensor([0.3, 1.0, 5.0] if per_expert else [0.7])
@@ -174,9 +173,8 @@ def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert, m
 def test_clipping_stops_the_gradient_of_an_input(per_expert):
     """Beyond the amax of the row's expert, for one expert and for many."""
     name = "mlp.experts.up"
-    (inputs,) = fqt.select(
-        {name: torch.ones(2, 2, 4)}, {}, inputs={"*": fqt.INT8}, per_expert=name if per_expert else ()
-    ).inputs
+    rule = fqt.Rule("*", inputs=fqt.INT8, per_expert_inputs=per_expert)
+    (inputs,) = fqt.select({name: torch.ones(2, 2, 4)}, [rule]).inputs
     x = torch.tensor([[0.5, -3.0, 1.0, 2.0], [0.5, -3.0, 1.0, 2.0]], requires_grad=True)
     scales = InputAmax(torch.tensor([1.0, 2.0] if per_expert else [2.0]), torch.ones(2, dtype=torch.float64))
     for backward in ("clip", "pass_through"):
@@ -188,7 +186,7 @@ def test_clipping_stops_the_gradient_of_an_input(per_expert):
 
 def split_over_ranks(rank, size, order):
     _, params, fq = prepared()
-    _, _, shared = prepared(())
+    _, _, shared = prepared(False)
     torch.set_num_threads(1)
     own = [BATCHES[i] for i in order[rank::size]]
     world = torch.distributed.group.WORLD
@@ -242,10 +240,11 @@ def test_mistakes_are_named():
         for layer in (model.first, model.second):
             layer.weight.copy_(torch.eye(4))
             layer.bias.zero_()
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*weight": fqt.FP8}), model=model)
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*weight", inputs=fqt.FP8)]), model=model)
     message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4))
     assert_names(message, "'idle.weight.input'", "never ran in 1 batches (1 of 3 groups did not)")
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*t.weight": fqt.FP8, "sec*weight": fqt.FP8}), model=model)
+    rules = [fqt.Rule(pattern, inputs=fqt.FP8) for pattern in ("*t.weight", "sec*weight")]
+    fq = fqt.transform(fqt.select(params, rules), model=model)
     fq.calibrate(params, [torch.ones(1, 4)] * 2)
     for value, batch in ((-1.0, 2), (torch.inf, 2)):
         bad = [torch.ones(1, 4), torch.zeros(1, 4), torch.full((1, 4), value), torch.full((1, 4), value)]
@@ -264,7 +263,7 @@ def test_a_gpu_quantizes_rows_as_the_reference_does(format, dtype, per_expert):
     """The kernels on [tokens, in], on one row an expert, and by row: bit for bit what the CPU gives."""
     name = "mlp.experts.up"
     weights = {name: torch.ones(3, 2, 64)}
-    (inputs,) = fqt.select(weights, {}, inputs={"*": format}, per_expert=name if per_expert else ()).inputs
+    (inputs,) = fqt.select(weights, [fqt.Rule("*", inputs=format, per_expert_inputs=per_expert)]).inputs
     x = torch.stack(cases.experts(70, (64,), dtype))
     amax = torch.tensor([0.3, 1.0, 5.0] if per_expert else [0.7])
     for experts in (torch.arange(70) % 4, 1):

@@ -127,8 +127,8 @@ CASES = [
 def seen(case, change, *, params=None):
     model = Call(case.function)
     weights = dict(model.named_parameters()) if params is None else params
-    rules = dict.fromkeys(["dense", "experts.*", "weight?"], fqt.FP8)
-    spec = fqt.select(weights, {}, inputs=rules, transposed="experts.down")
+    rules = [fqt.Rule(pattern, inputs=fqt.FP8) for pattern in ("dense", "experts.*", "weight?")]
+    spec = fqt.select(weights, rules, transposed="experts.down")
     uses = []
 
     def on_input(use, x):
@@ -181,7 +181,7 @@ def test_weights_in_one_allocation_are_told_apart():
     weights = dict(model.named_parameters()) | {
         name: part.view(OUT, IN) for name, part in zip(("weight0", "weight1", "dense"), memory, strict=False)
     }
-    spec = fqt.select(weights, {}, inputs={"weight?": fqt.FP8, "dense": fqt.FP8})
+    spec = fqt.select(weights, [fqt.Rule("weight?", inputs=fqt.FP8), fqt.Rule("dense", inputs=fqt.FP8)])
     uses = []
     with products(model, weights, spec.inputs, lambda use, x: uses.append(use) or x):
         functional_call(model, weights, (x(T),))
@@ -278,7 +278,7 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
     """Its product lies in an autograd.Function: rows have their experts by m_splits, and gradients the fake input."""
     model = GroupedLinear(3)
     weights = dict(model.named_parameters())
-    spec = fqt.select(weights, {}, inputs={"*": fqt.INT8}, per_expert="*")
+    spec = fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8, per_expert_inputs=True)])
     fq = fqt.transform(spec, model=model)
     args, kwargs = ((x(T),), {"m_splits": [2, 0, 4]}) if as_keyword else ((x(T), [2, 0, 4]), {})
     state = fq.calibrate(weights, [kwargs | {"inp": args[0]} if as_keyword else args])
@@ -302,7 +302,7 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
 def test_layers_that_normalize_their_input_are_refused(engine):
     model = LayerNormLinear()
     weights = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(weights, {}, inputs={"*": fqt.INT8}), model=model)
+    fq = fqt.transform(fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8)]), model=model)
     assert_names(
         message_of(ValueError, fq.calibrate, weights, x(T)), "'weight.input'", "LayerNormLinear, which normalizes"
     )
@@ -317,8 +317,11 @@ def _megatron(rank, size):
     share(Layout(ep=2))
     model = initialized(Layout(ep=2), gated=True).eval()
     weights = dict(model.named_parameters())
-    rules = {"*.local_experts.*weight": fqt.FP8, "*linear_proj.weight": fqt.FP8}
-    fq = fqt.transform(fqt.select(weights, rules, inputs=rules, per_expert="*experts*"), model=model)
+    rules = [
+        fqt.Rule("*.local_experts.*weight", fqt.FP8, fqt.FP8, per_expert_inputs=True),
+        fqt.Rule("*linear_proj.weight", fqt.FP8, fqt.FP8),
+    ]
+    fq = fqt.transform(fqt.select(weights, rules), model=model)
     state = fq.calibrate(weights, tokens())
     counts = {i.key: state[i.key].tokens for i in fq.spec.inputs}
     amaxes = {i.key: state[i.key].amax for i in fq.spec.inputs}
@@ -334,7 +337,7 @@ def _megatron(rank, size):
     with torch.no_grad():
         layer.weight.copy_(torch.randn(OUT, IN))
     own = dict(layer.named_parameters())
-    fq = fqt.transform(fqt.select(own, {}, inputs={"*": fqt.INT8}), model=layer)
+    fq = fqt.transform(fqt.select(own, [fqt.Rule("*", inputs=fqt.INT8)]), model=layer)
     at = fq.calibrate(own, x(T))
     fq.apply(own, at, x(T))[0].sum().backward()
     quantized = fake_quantize_reference(x(T), x(T).abs().max(), None, format=fqt.INT8, out_dtype=torch.float32)
@@ -358,7 +361,7 @@ def test_megatrons_linear_layers_are_hooked_for_the_call(ranks):
 
 def test_meta_weights_are_refused():
     weights = {name: p.to("meta") for name, p in Call(None).named_parameters()}
-    spec = fqt.select(weights, {}, inputs={"dense": fqt.FP8})
+    spec = fqt.select(weights, [fqt.Rule("dense", inputs=fqt.FP8)])
     with (
         pytest.raises(ValueError, match="'dense': found a meta tensor"),
         products(Call(None), weights, spec.inputs, None),

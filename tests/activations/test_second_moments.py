@@ -213,7 +213,7 @@ def test_inputs_that_the_model_maps_are_refused(observing):
     """Their values cannot be read: said so, with the layer and the batch, in place of PyTorch's own error."""
     model = Mapped()
     params = dict(model.named_parameters())
-    spec = fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8})
+    spec = fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)])
     with pytest.raises(ValueError) as error:
         observing(params, [torch.ones(2, 4)], spec=spec, model=model)
     name = observing.__name__
@@ -288,7 +288,8 @@ def test_mistakes_are_named():
 def test_inputs_of_the_spec_are_not_read():
     """The statistics are of the weights, whatever the spec says of inputs; one without weights has none."""
     model, params, spec = prepared()
-    both = fqt.select(params, {"*.experts.*": fqt.INT4_BLOCK32}, inputs={"*": fqt.FP8}, per_expert="*.experts.*")
+    of_experts = fqt.Rule("*.experts.*", fqt.INT4_BLOCK32, fqt.FP8, per_expert_inputs=True)
+    both = fqt.select(params, [fqt.Rule("*", inputs=fqt.FP8), of_experts])
     found = fqt.mean_squares(params, BATCHES, spec=both, model=model)
     wanted = fqt.mean_squares(params, BATCHES, spec=spec, model=model)
     assert list(found) == [group.key for group in both.groups]

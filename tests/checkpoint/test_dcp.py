@@ -399,12 +399,19 @@ def test_state_types_are_named_tuples_again(tmp_path):
     assert isinstance(checkpoint.load_file(tmp_path / "a")["experts.*.w"], BlockAmax)
 
 
+STATIC = fqt.NVFP4_STATIC
+RULES = [
+    fqt.Rule("*.up.*", STATIC, fqt.FP8),
+    fqt.Rule("*.down.*", STATIC, fqt.NVFP4, per_expert_inputs=True),
+    fqt.Rule("q*", STATIC, fqt.MXFP8),
+]
+
+
 def of_inputs():
     """Weights, and inputs that experts share, that each has, and that keep nothing."""
     params = {f"experts.{i}.{role}.w": w for role in ("up", "down") for i, w in enumerate(experts(3, (32, 32)))}
     params |= {"q.w": torch.ones(32, 32)}
-    inputs = {"*.up.*": fqt.FP8, "*.down.*": fqt.NVFP4, "q*": fqt.MXFP8}
-    fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, inputs=inputs, per_expert="*.down.*"))
+    fq = fqt.transform(fqt.select(params, RULES))
     state = fqt.calibrate(params, spec=replace(fq.spec, inputs=()))
     tokens = torch.tensor([2.0**52 + 1, 0.0, 3.0], dtype=torch.float64)
     return (
@@ -435,17 +442,20 @@ def test_inputs_round_trip(kind, tmp_path):
     path = tmp_path / "state"
     save(state, path, spec=fq.spec)
     assert checkpoint.read_spec(path) == fq.spec
+    assert checkpoint.read_spec(path).rules == tuple(RULES)
     found = load(path, like=fq.init(meta), spec=fq.spec)
     assert same_leaves(found, state)
     assert [type(entry) for entry in found.values()] == [type(entry) for entry in state.values()]
-    rules = {"*.up.*": fqt.FP8, "*.down.*": fqt.NVFP4, "q*": fqt.MXFP8}
-    for inputs, per_expert, fragment in [
-        (rules | {"*.up.*": fqt.INT8}, "*.down.*", "'experts.*.up.w.input': found format FP8"),
-        (rules, (), "'experts.*.down.w.input': found leaves {'amax': (3,), 'tokens': (3,)}"),
-        ({k: rules[k] for k in ("*.up.*", "*.down.*")}, "*.down.*", "['q.w.input']"),
-        ({}, (), "['experts.*.down.w.input', 'experts.*.up.w.input', 'q.w.input']"),
+    for change, fragment in [
+        (fqt.Rule("*.up.*", STATIC, fqt.INT8), "'experts.*.up.w.input': found format FP8"),
+        (
+            fqt.Rule("*.down.*", STATIC, fqt.NVFP4),
+            "'experts.*.down.w.input': found leaves {'amax': (3,), 'tokens': (3,)}",
+        ),
+        (fqt.Rule("q*", STATIC), "['q.w.input']"),
+        (fqt.Rule("*", STATIC), "['experts.*.down.w.input', 'experts.*.up.w.input', 'q.w.input']"),
     ]:
-        other = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, inputs=inputs, per_expert=per_expert))
+        other = fqt.transform(fqt.select(params, [*RULES, change]))
         with pytest.raises(ValueError, match=re.escape(fragment)):
             load(path, like=other.init(meta), spec=other.spec)
     unseen = state | {"experts.*.down.w.input": InputAmax(torch.tensor([0.3, -torch.inf, 7.0]), torch.ones(3).double())}

@@ -362,7 +362,7 @@ def test_modelopt_writes_the_same_input_scales(name, kind, tmp_path):
     model, params = build(kind, **inner)
     model.config._experts_implementation = "eager"  # the only one whose linears ModelOpt sees
     params = {name: tensor.clone() for name, tensor in params.items()}
-    spec = fqt.select(params, {"*.experts.*": format}, inputs={"*.experts.*": of_inputs})
+    spec = fqt.select(params, [fqt.Rule("*.experts.*", format, of_inputs)])
     state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
     model = mtq.quantize(model, of_experts(mtq, format.name, theirs_of_inputs), lambda m: m(TOKENS))
     if format.name in LARGEST:
@@ -389,7 +389,7 @@ def test_modelopt_writes_the_same_input_scales(name, kind, tmp_path):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
-@pytest.mark.parametrize("name", ["FP8_DEFAULT", "INT8_DEFAULT", "NVFP4_DEFAULT", "MXFP8_DEFAULT"])
+@pytest.mark.parametrize("name", ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"])
 def test_modelopt_writes_the_same_input_scales_of_whole_models(name, tmp_path):
     """Presets, attention and experts, each calibrated by its own library: all names, and each input scale's bits."""
     mtq = pytest.importorskip("modelopt.torch.quantization")
@@ -399,14 +399,14 @@ def test_modelopt_writes_the_same_input_scales_of_whole_models(name, tmp_path):
     params = {name: tensor.clone() for name, tensor in params.items()}
     spec = fqt.select(params, getattr(fqt.presets, name))
     state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
-    state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")]) if name != "MXFP8_DEFAULT" else state
-    model = mtq.quantize(model, getattr(mtq, f"{name}_CFG"), lambda m: m(TOKENS))
+    state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")]) if name != "MXFP8_DEFAULT_CFG" else state
+    model = mtq.quantize(model, getattr(mtq, name), lambda m: m(TOKENS))
     fqt.export.modelopt_hf(params, state, tmp_path / "ours", spec=spec, config=model.config)
     exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
     ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     scales = [tensor for tensor in theirs if tensor.endswith("input_scale")]
-    assert len(scales) == (0 if name == "MXFP8_DEFAULT" else 2 * (4 + 3 * EXPERTS))
+    assert len(scales) == (0 if name == "MXFP8_DEFAULT_CFG" else 2 * (4 + 3 * EXPERTS))
     for tensor in scales if "P4" not in name else theirs:
         assert torch.equal(bits_of(ours[tensor]), bits_of(theirs[tensor])), tensor
 
@@ -432,9 +432,9 @@ def test_input_scales_of_each_expert(layout, tmp_path):
         "te": lambda: megatron_of(params, model.config, "te"),
         "sequential": lambda: megatron_of(params, model.config, "sequential"),
     }[layout]()
-    rules = {"*.experts.*": fqt.NVFP4, "*self_attn.[qkv]*_proj*": fqt.NVFP4, "*linear_qkv.weight": fqt.NVFP4}
-    rules = [fqt.Rule(pattern, format, required=False) for pattern, format in rules.items()]
-    spec = fqt.select(params, rules, inputs=rules, per_expert="*experts*")
+    both = {"weights": fqt.NVFP4, "inputs": fqt.NVFP4, "required": False}
+    dense = [fqt.Rule(pattern, **both) for pattern in ("*self_attn.[qkv]*_proj*", "*linear_qkv.weight")]
+    spec = fqt.select(params, [fqt.Rule("*.experts.*", **both, per_expert_inputs=True), *dense])
     state = fqt.calibrate(params, spec=replace(spec, inputs=())) | of_each_expert(spec)
     pairs = [("gate_proj", "up_proj"), ("q_proj", "k_proj"), ("q_proj", "v_proj")]
     state = fqt.tie(state, [pair for pair in pairs if any(pair[0] in key.split(".") for key in state)])
@@ -456,7 +456,7 @@ def test_unseen_experts_from_weights_are_tied(tmp_path):
     """What `finish` makes of an expert without tokens differs between gate and up: refused, and tied as told."""
     model, params = build()
     lists = in_lists(params)
-    spec = fqt.select(lists, {"*.experts.*": fqt.FP8}, inputs={"*.experts.*": fqt.FP8}, per_expert="*")
+    spec = fqt.select(lists, [fqt.Rule("*.experts.*", fqt.FP8, fqt.FP8, per_expert_inputs=True)])
     state = fqt.tie(fqt.calibrate(lists, spec=replace(spec, inputs=())), [("gate_proj", "up_proj")])
     state |= of_each_expert(spec)
     for key, entry in state.items():
@@ -490,8 +490,8 @@ def test_tied_inputs_are_exported(tmp_path):
 def test_modelopt_mixed_inputs(tmp_path):
     """Weights alone beside weights with inputs: each module by its algorithm."""
     model, params = build()
-    rules = {"*.experts.*": fqt.NVFP4}
-    spec = fqt.select(params, rules, inputs={"*layers.0.*.experts.*": fqt.NVFP4})
+    rules = [fqt.Rule("*.experts.*", fqt.NVFP4), fqt.Rule("*layers.0.*.experts.*", fqt.NVFP4, fqt.NVFP4)]
+    spec = fqt.select(params, rules)
     state = fqt.calibrate(params, [TOKENS], spec=spec, model=model)
     fqt.export.modelopt_hf(params, state, tmp_path / "a", spec=spec, config=model.config)
     own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["quantized_layers"]
@@ -505,8 +505,8 @@ def test_modelopt_mixed_inputs(tmp_path):
 def faults_of_inputs():
     lists = in_lists(build()[1])
     gate, up = (f"model.layers.1.mlp.experts.*.{role}.weight" for role in ("gate_proj", "up_proj"))
-    rules = {"*.experts.*": fqt.FP8}
-    spec = fqt.select(lists, rules, inputs=rules)
+    fp8 = fqt.FP8
+    spec = fqt.select(lists, [fqt.Rule("*.experts.*", fp8, fp8)])
     state = fqt.tie(fqt.calibrate(lists, spec=replace(spec, inputs=())), [("gate_proj", "up_proj")])
     for inputs in spec.inputs:
         state[inputs.key] = fqt.state.InputAmax(torch.ones(1), torch.ones(EXPERTS, dtype=torch.float64))
@@ -514,16 +514,17 @@ def faults_of_inputs():
     def with_amax(value):
         return state | {f"{up}.input": state[f"{up}.input"]._replace(amax=torch.tensor([value]))}
 
-    def of_inputs(rules_of_inputs, weights=rules, **options):
-        return fqt.select(lists, weights, inputs=rules_of_inputs, **options)
+    def after(*first, **last):
+        return fqt.select(lists, [fqt.Rule("*.experts.*", *first), fqt.Rule(**last)])
 
-    other, gate_only, up_only = (
-        of_inputs(of) for of in ({"*.experts.*": fqt.NVFP4}, {"*gate_proj*": fqt.FP8}, {"*up_proj*": fqt.FP8})
-    )
-    down_only = of_inputs({"*down_proj*": fqt.FP8})
-    alone, first_layer = of_inputs(rules, {"*down_proj*": fqt.FP8}), of_inputs({"*layers.0.*.experts.*": fqt.FP8})
-    mixed = of_inputs(rules, per_expert="*up_proj*")
-    of_experts = state | of_each_expert(of_inputs(rules, per_expert="*"))
+    both = {"weights": fp8, "inputs": fp8}
+    other = after(fp8, pattern="*.experts.*", weights=fp8, inputs=fqt.NVFP4)
+    gate_only, up_only, down_only = (after(fp8, pattern=f"*{role}_proj*", **both) for role in ("gate", "up", "down"))
+    alone = after(None, fp8, pattern="*down_proj*", **both)
+    first_layer = after(fp8, pattern="*layers.0.*.experts.*", **both)
+    mixed = after(fp8, fp8, pattern="*up_proj*", **both, per_expert_inputs=True)
+    each = after(fp8, pattern="*.experts.*", **both, per_expert_inputs=True)
+    of_experts = state | of_each_expert(each)
     of_mixed = {key: (of_experts if "up_proj" in key else state)[key] for key in state}
     down = up.replace("up_proj", "down_proj")
     one_is_zero = of_experts | {
@@ -533,7 +534,7 @@ def faults_of_inputs():
         "not tied": (spec, with_amax(2.0), f"{gate}.input", f"{up}.input", "1.0 and 2.0", "fqt.tie"),
         "zero": (spec, with_amax(0.0) | {f"{gate}.input": with_amax(0.0)[f"{up}.input"]}, "found 0.0 for all experts"),
         "zero for one": (
-            of_inputs(rules, per_expert="*"),
+            each,
             one_is_zero,
             f"{down}.input.amax",
             "found 0.0 for expert 1 of 3",
@@ -551,7 +552,7 @@ def faults_of_inputs():
         "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
         "inputs of some roles": (down_only, state, "gate_proj", "down_proj", "none and FP8", "all experts of"),
         "no weights at all": (
-            fqt.select(lists, {}, inputs=rules),
+            fqt.select(lists, [fqt.Rule("*.experts.*", inputs=fp8)]),
             state,
             "found no weights in the spec",
             "inputs of 6 groups",

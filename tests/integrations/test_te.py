@@ -209,7 +209,7 @@ def test_memory(te, fused):
 def test_inputs(te, format, per_expert):
     """The amax of each expert's own tokens, and the output of a module that is fed the quantized numbers."""
     model, params, _, _, xs, _ = setup(te, format)
-    spec = fqt.select(params, {"*": format}, inputs={"*": format}, per_expert="*" if per_expert else ())
+    spec = fqt.select(params, [fqt.Rule("*", format, format, per_expert_inputs=per_expert)])
     fq = fqt.transform(spec, model=model)
     seen = fq.calibrate(params, [(x, SPLITS) for x in xs])
     fed = observed(model, xs)

@@ -252,8 +252,9 @@ class Layers(torch.nn.Module):
 def of_inputs(model, backward):
     """The transform, a state whose inputs clip, parameters and microbatches."""
     params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    spec = fqt.select(params, {"*": fqt.INT8}, inputs={"first.*": fqt.FP8, "second.*": fqt.INT8, "third.*": fqt.MXFP4})
-    fq = fqt.transform(spec, model=model, backward=backward)
+    inputs = {"first.*": fqt.FP8, "second.*": fqt.INT8, "third.*": fqt.MXFP4}
+    rules = [fqt.Rule(pattern, fqt.INT8, format) for pattern, format in inputs.items()]
+    fq = fqt.transform(fqt.select(params, rules), model=model, backward=backward)
     batches = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     state = fq.calibrate(params, batches)
     return (
