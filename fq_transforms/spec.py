@@ -331,10 +331,9 @@ def _differences(
         if one is None or two is None:
             yield name, (what, _in_words(one), _in_words(two))
         else:
-            for f in fields(one):
-                a, b = getattr(one, f.name), getattr(two, f.name)
-                if f.compare and a != b:
-                    yield name, (f.name, *_both_in_words(a, b))
+            for f in (f.name for f in fields(one) if f.compare):
+                if (a := getattr(one, f)) != (b := getattr(two, f)):
+                    yield name, (f, *_both_in_words(a, b))
 
 
 def _in_words(entry: Group | Skipped | None) -> str:

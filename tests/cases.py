@@ -31,6 +31,16 @@ BELOW_TINY, ABOVE_TINY = (float(np.nextafter(np.float32(TINY), np.float32(to))) 
 AMAXES = [0.0, 2.0**-149, BELOW_TINY, ABOVE_TINY, 1e-3, 0.3, 1.0, 3.7, 127.0, 448.0, 65504.0, 3e38, FLOAT32_MAX]
 
 
+def meta(*shape, dtype=torch.bfloat16):
+    """A parameter without storage: selection reads names, shapes and dtypes only."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def expert_list(pattern, experts=4, shape=(48, 64)):
+    """Separate experts, most recent first, so that nothing leans on the order of a state dict."""
+    return {pattern.format(i): meta(*shape) for i in reversed(range(experts))}
+
+
 def shapes_of(format):
     """Shapes that a format can quantize."""
     if format.has_blocks_along_in:  # one block; an odd number of them in a row, and just more than the widest tile

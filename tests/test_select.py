@@ -1,40 +1,18 @@
-"""Which parameters are quantized: each naming convention, each refusal, and the spec as a value, JSON and a table."""
+"""Which parameters are quantized: each naming convention, what rules decide, and each refusal."""
 
-import json
-import re
 import time
-from dataclasses import FrozenInstanceError, replace
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-import fq_transforms as fqt
-from fq_transforms.checks import weights_of
-from fq_transforms.formats import (
-    FORMATS,
-    FP8,
-    FP8_BLOCK,
-    INT4_BLOCK32,
-    INT8_PER_CHANNEL,
-    MXFP4,
-    NVFP4,
-    NVFP4_STATIC,
-)
-from fq_transforms.select import Preset, Rule, select
-from fq_transforms.spec import Group, Spec
-from fq_transforms.state import InputAmax
-from tests.cases import ALL_FORMATS, assert_names, message_of, name_of
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    """A parameter without storage: selection reads names, shapes and dtypes only."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def expert_list(pattern, experts=4, shape=(48, 64)):
-    """Separate experts, most recent first, so that nothing leans on the order of a state dict."""
-    return {pattern.format(i): meta(*shape) for i in reversed(range(experts))}
-
+from fq_transforms import presets
+from fq_transforms.formats import FP8, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4
+from fq_transforms.rules import Rule
+from fq_transforms.select import select
+from tests.cases import ALL_FORMATS, assert_names, expert_list, message_of, meta, name_of
 
 # name -> (parameters, [(key, experts, (out, in), stacked, transposed)], keywords of select)
 CONVENTIONS = {
@@ -271,11 +249,100 @@ def test_none_excludes_and_can_be_taken_back():
 
 
 def test_a_mapping_is_a_list_of_required_rules():
-    """The two ways to write rules are one: a mapping is `Rule`s in its order."""
+    """The ways to write rules are one: a mapping is `Rule`s of weights in its order, and so is a preset."""
     params = {"a.weight": meta(32, 32), "b.weight": meta(32, 32)}
-    wanted = select(params, {"*": FP8, "b.*": NVFP4})
-    rules = [Rule("*", FP8), Rule("b.*", NVFP4)]
-    assert select(params, rules) == select(params, tuple(rules)) == wanted
+    wanted = select(params, {"*": FP8, "b.*": NVFP4, "a.*": None})
+    rules = [Rule("*", FP8), Rule("b.*", NVFP4), Rule("a.*")]
+    for same in (rules, tuple(rules)):
+        spec = select(params, same)
+        assert spec == wanted
+        assert spec.rules == wanted.rules == tuple(rules)
+    assert select(params, presets.FP8_DEFAULT_CFG).rules is presets.FP8_DEFAULT_CFG
+
+
+NAMES = ["a.x.weight", "a.y.weight", "b.x.weight", "b.y.weight"]
+RULES = st.lists(
+    st.builds(
+        Rule,
+        st.sampled_from(["*", "a.*", "b.*", "*.x.*", "*.y.*", *NAMES]),
+        st.sampled_from([None, FP8, NVFP4, MXFP4]),
+        st.sampled_from([None, FP8, NVFP4, INT8_PER_CHANNEL]),
+    ),
+    max_size=5,
+)
+
+
+@given(RULES)
+def test_the_last_rule_that_matches_decides_weights_and_inputs(rules):
+    """Law: each name has the formats of its last rule alone, both of them; without one, or with None, it has none."""
+    params = {name: meta(32, 32) for name in NAMES}
+    last = {name: next((r for r in reversed(rules) if fnmatchcase(name, r.pattern)), Rule("")) for name in NAMES}
+    if not any(rule.weights or rule.inputs for rule in last.values()):
+        assert_names(message_of(ValueError, select, params, rules), "the rules select no weight")
+        return
+    spec = select(params, rules)
+    assert {g.key: g.format for g in spec.groups} == {name: r.weights for name, r in last.items() if r.weights}
+    assert {i.key: i.format for i in spec.inputs} == {f"{name}.input": r.inputs for name, r in last.items() if r.inputs}
+    assert {s.name for s in spec.skipped} == {name for name, rule in last.items() if not rule.weights}
+    assert spec.rules == tuple(rules)
+
+
+@given(RULES)
+def test_weights_only_selects_the_same_weights(rules):
+    """Law: without inputs the rules select the same groups, in the same formats, or nothing where there were none."""
+    params = {name: meta(32, 32) for name in NAMES}
+    of_weights = presets.weights_only(rules)
+    try:
+        groups = select(params, rules).groups
+    except ValueError:
+        groups = ()
+    if groups:
+        spec = select(params, of_weights)
+        assert spec.groups == groups
+        assert not spec.inputs
+    else:
+        assert_names(message_of(ValueError, select, params, of_weights), "the rules select no weight")
+
+
+def test_what_is_skipped_says_why():
+    """Left out by a rule, without a rule, or multiplied with quantized inputs while it stays as it is itself."""
+    params = {f"{name}.weight": meta(32, 32) for name in "abcd"}
+    spec = select(params, [Rule("a.*", FP8), Rule("b.*", inputs=FP8), Rule("c.*")])
+    assert {skipped.name: skipped.reason for skipped in spec.skipped} == {
+        "b.weight": "inputs only by b.*",
+        "c.weight": "excluded by c.*",
+        "d.weight": "no rule",
+    }
+
+
+def test_inputs_are_groups_of_their_own():
+    """Their key is the weights' with `.input`; a format by channel and MX keep nothing, others amax and tokens."""
+    params = (
+        expert_list("layers.0.experts.{}.w1.weight")
+        | expert_list("layers.0.experts.{}.w2.weight", shape=(64, 48))
+        | {"layers.0.experts.down_proj": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
+    )
+    rules = [
+        Rule("*.w1.*", NVFP4, FP8),
+        Rule("*.w2.*", NVFP4, NVFP4, per_expert_inputs=True),
+        Rule("*down_proj", NVFP4, INT8_PER_CHANNEL),
+        Rule("*.q.*", inputs=MXFP4),
+    ]
+    spec = select(params, rules)
+    assert [group.key for group in spec.groups] == [
+        "layers.0.experts.*.w1.weight", "layers.0.experts.*.w2.weight", "layers.0.experts.down_proj"
+    ]  # fmt: skip
+    assert {i.key: (i.format.name, i.names[-1], i.shape, i.leaf_shapes) for i in spec.inputs} == {
+        "layers.0.experts.*.w1.weight.input": (
+            "FP8", "layers.0.experts.3.w1.weight", (48, 64), {"amax": (1,), "tokens": (4,)},
+        ),
+        "layers.0.experts.*.w2.weight.input": (
+            "NVFP4", "layers.0.experts.3.w2.weight", (64, 48), {"amax": (4,), "tokens": (4,)},
+        ),
+        "layers.0.experts.down_proj.input": ("INT8_PER_CHANNEL", "layers.0.experts.down_proj", (64, 32), {}),
+        "layers.0.q.weight.input": ("MXFP4", "layers.0.q.weight", (64, 64), {}),
+    }  # fmt: skip
+    assert [g.key for g in select(params, [Rule("*.q.*", inputs=FP8)]).all_groups] == ["layers.0.q.weight.input"]
 
 
 def test_globs_match_the_whole_name_in_its_case():
@@ -293,7 +360,7 @@ def test_globs_match_the_whole_name_in_its_case():
 def test_a_rule_that_is_not_required_may_match_nothing():
     """A preset's exclusions hold for models that do not have what they exclude."""
     params = {"a.weight": meta(32, 32)}
-    spec = select(params, [Rule("*", FP8), Rule("*lm_head*", None, required=False)])
+    spec = select(params, [Rule("*", FP8), Rule("*lm_head*", required=False)])
     assert [group.key for group in spec.groups] == ["a.weight"]
 
 
@@ -462,6 +529,42 @@ REFUSALS = {
     "no rule": (experts_with(), {}, {}, ["no weight", "4 parameters"]),
     "everything excluded": (experts_with(), {"*": FP8, "*.w1.*": None}, {}, ["no weight", "4 parameters", "*.w1.*"]),
     "no parameter": ({}, [Rule("*", FP8, required=False)], {}, ["no weight", "0 parameters"]),
+    "inputs that match nothing": (
+        experts_with(),
+        [Rule("*", FP8, FP8), Rule("*.expert.*", FP8, INT8_PER_CHANNEL)],
+        {},
+        ["rule '*.expert.*' matches no weight", "found none"],
+    ),
+    "mixed inputs": (
+        experts_with(),
+        [Rule("*", FP8, FP8), Rule("*.experts.2.*", FP8, NVFP4)],
+        {},
+        [KEY, "different formats of inputs", f"'{FIRST}': FP8", f"'{THIRD}': NVFP4"],
+    ),
+    "inputs of one expert": (
+        experts_with(),
+        [Rule("*.experts.2.*", inputs=FP8)],
+        {},
+        [KEY, "its experts get different formats of inputs", f"'{FIRST}': None", f"'{THIRD}': FP8"],
+    ),
+    "an amax of its own for one expert's inputs": (
+        experts_with(),
+        [Rule("*", FP8, FP8), Rule("*.experts.2.*", FP8, FP8, per_expert_inputs=True)],
+        {},
+        [KEY, "different per_expert_inputs", f"'{FIRST}': False", f"'{THIRD}': True", "let the rules treat them alike"],
+    ),
+    "a block that does not divide in, of inputs": (
+        {"layer.weight": meta(64, 40)},
+        [Rule("*", FP8, MXFP4)],
+        {},
+        ["'layer.weight'", (64, 40), "`in` to be a multiple of 32", "MXFP4"],
+    ),
+    "a parameter with the inputs' name": (
+        {"clash": meta(8, 32), "clash.input": meta(8, 32)},
+        [Rule("clash", inputs=FP8)],
+        {},
+        ["inputs of 'clash': found a parameter 'clash.input'"],
+    ),
     "a typo in experts=": (
         experts_with(),
         ALL_FP8,
@@ -506,279 +609,6 @@ def test_the_first_bad_group_of_many_is_the_one_named():
     assert "layers.0" not in message
 
 
-def cpu_experts(dtype=torch.float32):
-    """Two experts with values, and their group."""
-    params = {f"experts.{i}.weight": torch.ones(8, 4, dtype=dtype) for i in range(2)}
-    (group,) = select(params, {"*": FP8}).groups
-    return params, group
-
-
-def test_weights_come_in_the_order_of_the_experts():
-    """Kills experts in the order of the dict."""
-    params, group = cpu_experts()
-    shuffled = dict(reversed(params.items())) | {"norm.weight": torch.ones(3)}
-    found = weights_of(shuffled, group)
-    assert [weight is params[f"experts.{i}.weight"] for i, weight in enumerate(found)] == [True, True]
-
-
-# name -> (expert 1's weight, the error, what its message must say)
-MISFITS = {
-    "missing": (None, KeyError, ["'experts.1.weight'", "'experts.*.weight'", "not in params"]),
-    "another shape": (
-        torch.ones(4, 8),
-        ValueError,
-        ["'experts.1.weight'", "found shape (4, 8)", "wants (8, 4)", "select again"],
-    ),
-    "one dimension more": (torch.ones(1, 8, 4), ValueError, ["'experts.1.weight'", "(1, 8, 4)", "(8, 4)"]),
-    "float64": (
-        torch.ones(8, 4).double(),
-        ValueError,
-        ["'experts.1.weight'", "torch.float64", "bfloat16, float16 or float32"],
-    ),
-    "int8": (
-        torch.ones(8, 4).to(torch.int8),
-        ValueError,
-        ["'experts.1.weight'", "torch.int8", "bfloat16, float16 or float32"],
-    ),
-    "another dtype": (
-        torch.ones(8, 4).bfloat16(),
-        ValueError,
-        ["'experts.1.weight'", "found torch.bfloat16", "wanted torch.float32", "'experts.0.weight'"],
-    ),
-    "another device": (
-        torch.ones(8, 4, device="meta"),
-        ValueError,
-        ["'experts.1.weight'", "on meta", "on cpu", "'experts.0.weight'"],
-    ),
-}
-
-
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_weights_that_do_not_fit_the_spec_are_refused(misfit):
-    """Each error of `weights_of` names the parameter, what was found and what the spec wants."""
-    weight, error, fragments = MISFITS[misfit]
-    params, group = cpu_experts()
-    params["experts.1.weight"] = weight
-    if weight is None:
-        del params["experts.1.weight"]
-    assert_names(message_of(error, weights_of, params, group), *fragments)
-
-
-def test_a_transposed_group_wants_the_stored_shape():
-    """Kills a check of [out, in] against a parameter that is stored [in, out]."""
-    params = {"experts.w1": torch.ones(2, 4, 8)}
-    (group,) = select(params, {"*": FP8}, transposed="*").groups
-    assert (group.shape, group.parameter_shape) == ((8, 4), (2, 4, 8))
-    assert weights_of(params, group)[0] is params["experts.w1"]
-    message = message_of(ValueError, weights_of, {"experts.w1": torch.ones(2, 8, 4)}, group)
-    assert_names(message, "'experts.w1'", (2, 8, 4), (2, 4, 8))
-
-
-def some_spec(format=FP8):
-    """A spec with each kind of group, and skipped parameters."""
-    params = {f"experts.{i}.w1.weight": meta(32, 128) for i in range(3)}
-    params |= {"moe.experts.gate_up_proj": meta(4, 128, 256), "moe.experts.down_proj": meta(4, 128, 128)}
-    params |= {"attn.weight": meta(32, 128), "norm.weight": meta(32), "lm_head.weight": meta(64, 128)}
-    return select(params, {"*": format, "lm_head.*": None})
-
-
-def test_a_spec_is_frozen():
-    """A spec is static: neither it nor what it holds can be changed."""
-    spec = some_spec()
-    for value, field in (
-        (spec, "groups"),
-        (spec.groups[0], "key"),
-        (spec.skipped[0], "reason"),
-        (spec.groups[0].format, "block"),
-    ):
-        with pytest.raises(FrozenInstanceError):
-            setattr(value, field, None)
-
-
-def test_a_spec_is_a_value():
-    """Equal by what it says, hashable accordingly (torch.compile guards and caches by it), and unequal by any field."""
-    spec, same = some_spec(), some_spec()
-    assert spec is not same
-    assert spec == same
-    assert hash(spec) == hash(same)
-    assert {spec: 1}[same] == 1
-    group = spec.groups[0]
-    different = (
-        {"key": "other"},
-        {"names": group.names[::-1]},
-        {"format": NVFP4},
-        {"experts": 2},
-        {"shape": (128, 32)},
-        {"stacked": True},
-        {"transposed": True},
-    )
-    for change in different:
-        assert replace(spec, groups=(replace(group, **change), *spec.groups[1:])) != spec
-    assert replace(spec, skipped=()) != spec
-
-
-@pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
-def test_json_holds_the_whole_spec(format):
-    """from_json(to_json(spec)) == spec for every format, on one line: a checkpoint can say what it holds."""
-    spec = some_spec(format)
-    text = spec.to_json()
-    again = Spec.from_json(text)
-    assert "\n" not in text
-    assert again == spec
-    assert hash(again) == hash(spec)
-    assert str(again) == str(spec)
-    assert again.groups[0].format == FORMATS[format.name]
-
-
-def test_json_holds_numbers_and_not_names():
-    """Kills a spec that looks its formats up: a format of the user's own comes back whole."""
-    own = replace(FP8, name="INT8", unit_scale_below=1e-5)
-    spec = some_spec(own)
-    assert Spec.from_json(spec.to_json()).groups[0].format == own != FORMATS["INT8"]
-
-
-def broken(change):
-    """A stored spec with one change, as JSON."""
-    data = json.loads(some_spec().to_json())
-    change(data)
-    return json.dumps(data)
-
-
-GARBAGE = {
-    "nothing": "",
-    "no JSON": "groups: []",
-    "cut off": some_spec().to_json()[:-7],
-    "null": "null",
-    "a number": "7",
-    "a list": "[]",
-    "a string": '"groups"',
-    "another object": '{"weights": []}',
-    "no skipped": '{"groups": []}',
-    "groups are a number": '{"groups": 7, "skipped": []}',
-    "a group is a number": '{"groups": [7], "skipped": []}',
-    "a field is missing": broken(lambda data: data["groups"][0].pop("experts")),
-    "a field is unknown": broken(lambda data: data["groups"][0].update(zero_point=1)),
-    "a format is a name": broken(lambda data: data["groups"][0].update(format="FP8")),
-    "a format is missing": broken(lambda data: data["groups"][0].pop("format")),
-    "an element is a name": broken(lambda data: data["groups"][0]["format"].update(element="E4M3")),
-    "a block is a number": broken(lambda data: data["groups"][0]["format"].update(block=16)),
-    "a block that no format has": broken(lambda data: data["groups"][0]["format"].update(block=[3, 3])),
-    "a shape is a number": broken(lambda data: data["groups"][0].update(shape=16)),
-    "a skipped parameter without a reason": broken(lambda data: data["skipped"][0].pop("reason")),
-}
-
-
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_what_is_no_stored_spec_is_refused(garbage):
-    """Whatever a file holds, from_json raises ValueError and says that it is no stored spec and how it begins."""
-    text = GARBAGE[garbage]
-    assert_names(message_of(ValueError, Spec.from_json, text), "not a stored Spec", repr(text[:20])[1:-1])
-
-
-def small_model():
-    """Two layers with a dense attention, a router, stacked and separate experts."""
-    params = {"model.embed_tokens.weight": meta(64, 32)}
-    for layer in range(2):
-        prefix = f"model.layers.{layer}."
-        params[f"{prefix}self_attn.q_proj.weight"] = meta(32, 32)
-        params[f"{prefix}self_attn.q_proj.bias"] = meta(32)
-        params[f"{prefix}mlp.gate.weight"] = meta(4, 32)
-        params[f"{prefix}mlp.experts.gate_up_proj"] = meta(4, 64, 32)
-        params[f"{prefix}mlp.experts.down_proj"] = meta(4, 32, 32)
-        params |= {f"{prefix}side.experts.{i}.w1.weight": meta(16, 32) for i in range(3)}
-        params[f"{prefix}norm.weight"] = meta(32)
-    return params | {"lm_head.weight": meta(64, 32)}
-
-
-TABLE = """\
-quantized                                    format               experts  out x in  layout
-model.layers.{0-1}.self_attn.q_proj.weight   INT8_PER_CHANNEL           1  32 x 32   dense
-model.layers.{0-1}.mlp.experts.gate_up_proj  NVFP4                      4  64 x 32   stacked
-model.layers.{0-1}.mlp.experts.down_proj     NVFP4                      4  32 x 32   stacked
-model.layers.0.side.experts.*.w1.weight      NVFP4                      3  16 x 32   separate
-model.layers.1.side.experts.*.w1.weight      FP8                        3  16 x 32   separate
-not quantized                                why                           shape
-model.embed_tokens.weight                    no rule                       64 x 32
-model.layers.{0-1}.self_attn.q_proj.bias     bias                          32
-model.layers.{0-1}.mlp.gate.weight           excluded by *gate.*           4 x 32
-model.layers.{0-1}.norm.weight               1-D                           32
-lm_head.weight                               no rule                       64 x 32
-8 groups, 24 weights: 86.9 % of 34,176 parameters"""
-
-
-def test_the_table_of_a_small_model():
-    """print(spec): what is quantized and how, what is not and why, layers as a range, the share of all parameters."""
-    rules = {"*.layers.*": INT8_PER_CHANNEL, "*.experts.*": NVFP4, "*.1.side.*": FP8, "*gate.*": None}
-    spec = select(small_model(), rules)
-    # Quantized are 2 * (32 * 32 + 4 * 64 * 32 + 4 * 32 * 32 + 3 * 16 * 32) = 29,696; the rest is 2 * 64 * 32 and
-    # 2 * (32 + 4 * 32 + 32).
-    share = 29_696 / (29_696 + 4_096 + 384)
-    assert TABLE.endswith(f"{100 * share:.1f} % of {29_696 + 4_096 + 384:,} parameters")
-    assert str(spec) == TABLE
-
-
-def rows_of(spec):
-    """The rows of a printed table, as (first column, the rest)."""
-    return [tuple(line.split("  ", 1)) for line in str(spec).splitlines()]
-
-
-def test_layers_collapse_to_ranges():
-    """Twenty-eight equal layers are one row, {0-27}; layers that differ are rows of their own, {0, 2-4} and 1."""
-    params = {f"model.layers.{n}.mlp.up.weight": meta(32, 32) for n in range(28)}
-    (row,) = [name for name, *_ in rows_of(select(params, {"*": FP8})) if "mlp" in name]
-    assert row == "model.layers.{0-27}.mlp.up.weight"
-    params = {f"model.layers.{n}.mlp.up.weight": meta(64 if n == 1 else 32, 32) for n in range(5)}
-    rows = [name for name, *_ in rows_of(select(params, {"*": FP8})) if "mlp" in name]
-    assert rows == ["model.layers.{0, 2-4}.mlp.up.weight", "model.layers.1.mlp.up.weight"]
-
-
-@pytest.mark.parametrize(
-    ("params", "keywords", "layout"),
-    [
-        ({"a.weight": meta(8, 8)}, {}, "dense"),
-        ({"a.weight": meta(8, 8)}, {"transposed": "*"}, "dense, transposed"),
-        ({f"experts.{i}.weight": meta(8, 8) for i in range(2)}, {}, "separate"),
-        ({f"experts.{i}.weight": meta(8, 8) for i in range(2)}, {"transposed": "*"}, "separate, transposed"),
-        ({"experts.0.weight": meta(8, 8)}, {}, "separate"),
-        ({"experts.w1": meta(2, 8, 8)}, {}, "stacked"),
-        ({"experts.w1": meta(2, 8, 8)}, {"transposed": "*"}, "stacked, transposed"),
-    ],
-)
-def test_the_table_names_the_layout(params, keywords, layout):
-    """The last column says how a group is stored: dense, separate or stacked, and whether it is transposed."""
-    row = str(select(params, {"*": FP8}, **keywords)).splitlines()[1]
-    assert row.split("8 x 8")[1].strip() == layout
-
-
-def test_the_table_lists_everything_not_quantized():
-    """Each skipped parameter is in the lower half with its reason; an unquantized one cannot hide."""
-    spec = select(small_model(), {"*gate_up_proj": NVFP4})
-    lines = str(spec).splitlines()
-    lower = lines[[line.split("  ")[0] for line in lines].index("not quantized") + 1 : -1]
-    names = [line.split("  ")[0] for line in lower]
-    listed = {name.replace("{0-1}", str(n)) for name in names for n in range(2)}
-    assert listed == {re.sub(r"experts\.\d+", "experts.*", skipped.name) for skipped in spec.skipped}
-    reasons = {skipped.reason for skipped in spec.skipped}
-    assert all(any(reason in line for reason in reasons) for line in lower)
-
-
-def test_the_table_of_a_spec_that_quantizes_everything():
-    """Without skipped parameters there is no lower half, and the share is all of it; one is not "1 groups"."""
-    spec = select({"a.weight": meta(8, 8)}, {"*": FP8})
-    assert str(spec).splitlines()[-1] == "1 group, 1 weight: 100.0 % of 64 parameters"
-    assert "not quantized" not in str(spec)
-
-
-def test_a_notebook_shows_the_table_as_text():
-    """_repr_html_ is the table in <pre>, its characters escaped."""
-    spec = Spec((Group("a<b&c>", ("a<b&c>",), FP8, 1, (8, 8)),))
-    html = spec._repr_html_()
-    assert html.startswith("<pre>")
-    assert html.endswith("</pre>")
-    assert "a&lt;b&amp;c" in html
-    assert "<b" not in html
-
-
 FORTY_SIX_LAYERS = """\
 quantized                                             format   experts  out x in  layout
 decoder.layers.{0-45}.mlp.experts.linear_fc1.weight*  NVFP4        128  64 x 32   separate
@@ -805,135 +635,3 @@ def test_forty_six_layers_of_128_experts_are_selected_at_once():
     assert spec.groups[0].names[127] == "decoder.layers.0.mlp.experts.linear_fc1.weight127"
     assert table.splitlines()[:-1] == FORTY_SIX_LAYERS.splitlines()
     assert table.endswith(": 99.0 % of 18,276,352 parameters")
-
-
-CHANGED_IN_PLACE = {
-    "shape": lambda w: setattr(w, "data", torch.ones(16, 32)),
-    "transposed": lambda w: setattr(w, "data", w.data.T),
-    "dtype": lambda w: setattr(w, "data", w.data.double()),
-    "mixed": lambda w: setattr(w, "data", w.data.bfloat16()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGED_IN_PLACE.values(), ids=CHANGED_IN_PLACE)
-def test_a_parameter_that_changes_in_place_is_checked_again(change):
-    """A group that passed once is compared with what it was, and a parameter that became another tensor is refused."""
-    params = {f"experts.{i}.w1.weight": torch.nn.Parameter(torch.ones(8, 32)) for i in range(4)}
-    (group,) = select(params, {"*": FP8}).groups
-    for _ in range(2):
-        assert weights_of(params, group) == list(params.values())
-    change(params["experts.2.w1.weight"])
-    with pytest.raises(ValueError, match=r"experts\.2\.w1\.weight"):
-        weights_of(params, group)
-    params["experts.2.w1.weight"] = torch.nn.Parameter(torch.ones(8, 32))
-    assert weights_of(params, group) == list(params.values())
-
-
-def of_inputs():
-    """Weights of each layout; inputs by tensor, an expert and shared, by token, and in blocks."""
-    params = (
-        expert_list("layers.0.experts.{}.w1.weight")
-        | expert_list("layers.0.experts.{}.w2.weight", shape=(64, 48))
-        | {"layers.0.experts.down_proj": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
-    )
-    inputs = {"*": FP8, "*.w2.*": NVFP4, "*down_proj": INT8_PER_CHANNEL, "*.q.*": MXFP4}
-    return params, select(params, {"*.experts.*": NVFP4}, inputs=inputs, per_expert=["*.w2.*"])
-
-
-def test_inputs_are_groups_of_their_own():
-    """Their key is the weights' with `.input`; a format by channel and MX keep nothing, others amax and tokens."""
-    _, spec = of_inputs()
-    assert [group.key for group in spec.groups] == [
-        "layers.0.experts.*.w1.weight", "layers.0.experts.*.w2.weight", "layers.0.experts.down_proj"
-    ]  # fmt: skip
-    assert {i.key: (i.format.name, i.names[-1], i.shape, i.leaf_shapes) for i in spec.inputs} == {
-        "layers.0.experts.*.w1.weight.input": (
-            "FP8", "layers.0.experts.3.w1.weight", (48, 64), {"amax": (1,), "tokens": (4,)},
-        ),
-        "layers.0.experts.*.w2.weight.input": (
-            "NVFP4", "layers.0.experts.3.w2.weight", (64, 48), {"amax": (4,), "tokens": (4,)},
-        ),
-        "layers.0.experts.down_proj.input": ("INT8_PER_CHANNEL", "layers.0.experts.down_proj", (64, 32), {}),
-        "layers.0.q.weight.input": ("MXFP4", "layers.0.q.weight", (64, 64), {}),
-    }  # fmt: skip
-
-
-def test_a_spec_with_inputs_is_a_value_and_json():
-    """Equal, hashable, through JSON; a stored spec without inputs is one of an older version."""
-    params, spec = of_inputs()
-    again = Spec.from_json(spec.to_json())
-    assert (again, hash(again), str(again)) == (spec, hash(spec), str(spec))
-    assert [i.leaf_shapes for i in again.inputs] == [i.leaf_shapes for i in spec.inputs]
-    without = replace(spec, inputs=())
-    assert without == select(params, {"*.experts.*": NVFP4}) != spec
-    assert "inputs" not in json.loads(without.to_json())
-    assert Spec.from_json(without.to_json()) == without
-
-
-def test_the_table_has_inputs():
-    _, spec = of_inputs()
-    assert "\n".join(str(spec).splitlines()[4:9]) == (
-        "inputs                              format            experts  in        scales\n"
-        "layers.0.experts.*.w1.weight.input  FP8                     4  64        one amax\n"
-        "layers.0.experts.*.w2.weight.input  NVFP4                   4  48        an amax an expert\n"
-        "layers.0.experts.down_proj.input    INT8_PER_CHANNEL        4  32        a scale a token\n"
-        "layers.0.q.weight.input             MXFP4                   1  64        a scale a block"
-    )
-
-
-def test_a_preset_has_rules_for_both():
-    """`inputs` beside a preset replaces its own; rules alone have none."""
-    params, _ = of_inputs()
-    preset = Preset((Rule("*", FP8),), (Rule("*", FP8), Rule("*.q.*", None)))
-    assert [i.format.name for i in select(params, preset).inputs] == ["FP8"] * 3
-    assert [i.key for i in select(params, preset, inputs={"*.q.*": MXFP4}).inputs] == ["layers.0.q.weight.input"]
-    assert select(params, preset, inputs={}).inputs == select(params, preset.rules).inputs == ()
-    assert [g.key for g in select(params, {}, inputs={"*.q.*": FP8}).all_groups] == ["layers.0.q.weight.input"]
-
-
-@pytest.mark.parametrize(
-    ("options", "fragments"),
-    [
-        ({"inputs": {"*nothing*": FP8}}, ["rule '*nothing*' matches no weight"]),
-        ({"inputs": {"*.q.*": FP8_BLOCK}}, ["inputs of 'layers.0.q.weight': found FP8_BLOCK", "(128, 128)"]),
-        ({"inputs": {"*.q.*": INT4_BLOCK32}}, ["inputs of 'layers.0.q.weight': found INT4_BLOCK32", "static scales"]),
-        ({"inputs": {"*.q.*": NVFP4_STATIC}}, ["found NVFP4_STATIC", "of dynamic blocks such as NVFP4"]),
-        ({"inputs": {"*.0.w1.*": FP8}}, ["'layers.0.experts.*.w1.weight': its experts get different formats"]),
-        ({"inputs": {"*.odd.*": MXFP4}}, ["'layers.0.odd.weight'", "`in` to be a multiple of 32"]),
-        ({"inputs": {"*.q.*": FP8}, "per_expert": "*.w1.*"}, ["per_expert='*.w1.*' matches no weight with inputs"]),
-        ({"inputs": {"*.w1.*": FP8}, "per_expert": "*.0.w1.*"}, ["per_expert= matches 1 of 4 experts"]),
-        ({"inputs": {"clash": FP8}}, ["inputs of 'clash': found a parameter 'clash.input'"]),
-        ({"inputs": {}}, ["the rules select no weight"]),
-    ],
-)
-def test_mistakes_in_inputs_are_refused_by_name(options, fragments):
-    params, _ = of_inputs()
-    params |= {"layers.0.odd.weight": meta(8, 33), "clash": meta(8, 32), "clash.input": meta(8, 32)}
-    assert_names(message_of(ValueError, select, params, {}, **options), *fragments)
-
-
-def test_what_has_no_place_for_inputs_says_so(tmp_path):
-    """Kills scales of inputs that are left out in silence: packing, export, modules of other engines' checkpoints."""
-    params = {"experts.0.w1.weight": torch.ones(32, 32)}
-    model = torch.nn.Linear(1, 1)
-    fq = fqt.transform(fqt.select(params, {"*": FP8}, inputs={"*": FP8}))
-    spec, state = fq.spec, fq.init(params)
-    packed = fqt.transform(replace(spec, inputs=())).pack(params, fqt.calibrate(params, spec=replace(spec, inputs=())))
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    doors = {
-        "pack": lambda: fq.pack(params, state),
-        "export": lambda: fqt.export.compressed_tensors(params, state, tmp_path, spec=spec, config=config),
-        "checkpoint.megatron": lambda: fqt.checkpoint.megatron.sharded_state_dict(state, spec, {}),
-        "checkpoint.megatron ": lambda: fqt.checkpoint.megatron.load_state({}, spec, state),
-        "checkpoint.megatron  ": lambda: fqt.checkpoint.megatron.verify(tmp_path, spec, {}),
-        "checkpoint.modelopt": lambda: fqt.checkpoint.modelopt.read({}, spec),
-        "checkpoint.modelopt ": lambda: fqt.checkpoint.modelopt.write(
-            state | {"experts.*.w1.weight.input": InputAmax(torch.ones(1), torch.ones(1).double())}, spec
-        ),
-        "layerwise": lambda: fqt.layerwise(model, state, spec=spec).__enter__(),
-        "packed weights": lambda: fqt.checkpoint.save(packed, tmp_path / "packed", spec=spec),
-    }
-    for what, door in doors.items():
-        assert_names(
-            message_of(ValueError, door), what.strip(), "the inputs of 1 groups in the spec", "wanted weights only"
-        )

@@ -29,7 +29,6 @@ from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
 from fq_transforms.methods import MAX, Max
 from fq_transforms.partition import AXES, collapsed_axes
-from fq_transforms.rounding import Stochastic
 from fq_transforms.rules import Rules
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
