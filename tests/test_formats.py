@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, Format, IntElement
+from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, FloatElement, Format, IntElement
 from fq_transforms.ops import launch
 from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
 from tests.cases import experts, name_of, same_bits
@@ -32,6 +32,9 @@ REFUSED = {
     "a static power of two": {"element": E4M3, "block": (1, 32), "scale": "e8m0"},
     "a dynamic fp32 scale": {"element": E4M3, "block": (1, 32), "dynamic": True},
     "sixteen bits": {"element": IntElement(32767, -32768, 32767), "block": (None, None)},
+    "an element of nine exponent bits": {"element": FloatElement(9, 3, 448.0), "block": (None, None)},
+    "an element without exponent": {"element": FloatElement(0, 3, 1.0), "block": (None, None)},
+    "an infinite element": {"element": FloatElement(4, 3, float("inf")), "block": (None, None)},
     "an unknown scale": {"element": E4M3, "block": (None, None), "scale": "fp16"},
     "an unknown rounding": {
         "element": E4M3,

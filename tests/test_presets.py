@@ -6,6 +6,7 @@ Held twice: against a table of names written by hand, and against ModelOpt's own
 import importlib
 import re
 import warnings
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -26,7 +27,8 @@ from fq_transforms.formats import (
     NVFP4,
     IntElement,
 )
-from fq_transforms.select import Preset, Rule, select
+from fq_transforms.rules import Rule
+from fq_transforms.select import select
 
 LAYERS, EXPERTS = range(2), range(3)
 HIDDEN = (256, 128)  # any matrix: every block of a format divides it
@@ -145,29 +147,30 @@ MODELS = {
     },
 }
 
-# Every preset: its format, and whether it takes the whole model.
+# Every preset: the formats of its weights and of its inputs, and whether it takes the whole model.
 WHOLE = {
-    "NVFP4_DEFAULT_CFG": NVFP4,
-    "FP8_DEFAULT_CFG": FP8,
-    "FP8_PER_CHANNEL_PER_TOKEN_CFG": FP8_PER_CHANNEL,
-    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": FP8_BLOCK,
-    "INT8_DEFAULT_CFG": INT8_PER_CHANNEL,
-    "INT8_WEIGHT_ONLY_CFG": INT8_PER_CHANNEL,
-    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": INT4_BLOCK128,
-    "MXFP8_DEFAULT_CFG": MXFP8,
-    "MXFP6_DEFAULT_CFG": MXFP6_E3M2,
-    "MXFP4_DEFAULT_CFG": MXFP4,
+    "NVFP4_DEFAULT_CFG": (NVFP4, NVFP4),
+    "W4A16_NVFP4_CFG": (NVFP4, None),
+    "FP8_DEFAULT_CFG": (FP8, FP8),
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": (FP8_PER_CHANNEL, FP8_PER_CHANNEL),
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": (FP8_BLOCK, None),
+    "INT8_DEFAULT_CFG": (INT8_PER_CHANNEL, INT8),
+    "INT8_WEIGHT_ONLY_CFG": (INT8_PER_CHANNEL, None),
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": (INT4_BLOCK128, None),
+    "MXFP8_DEFAULT_CFG": (MXFP8, MXFP8),
+    "MXFP6_DEFAULT_CFG": (MXFP6_E3M2, MXFP6_E3M2),
+    "MXFP4_DEFAULT_CFG": (MXFP4, MXFP4),
 }
 EXPERTS_ONLY = {
-    "FP8_PER_CHANNEL_EXPERTS_ONLY_CFG": FP8_PER_CHANNEL,
-    "NVFP4_EXPERTS_ONLY_CFG": NVFP4,
-    "FP8_EXPERTS_ONLY_CFG": FP8,
-    "FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG": FP8_BLOCK,
-    "INT8_EXPERTS_ONLY_CFG": INT8_PER_CHANNEL,
-    "INT4_BLOCKWISE_EXPERTS_ONLY_CFG": INT4_BLOCK128,
-    "MXFP8_EXPERTS_ONLY_CFG": MXFP8,
-    "MXFP6_EXPERTS_ONLY_CFG": MXFP6_E3M2,
-    "MXFP4_EXPERTS_ONLY_CFG": MXFP4,
+    "NVFP4_EXPERTS_ONLY_CFG": (NVFP4, NVFP4),
+    "FP8_EXPERTS_ONLY_CFG": (FP8, FP8),
+    "FP8_PER_CHANNEL_EXPERTS_ONLY_CFG": (FP8_PER_CHANNEL, FP8_PER_CHANNEL),
+    "FP8_2D_BLOCKWISE_EXPERTS_ONLY_CFG": (FP8_BLOCK, None),
+    "INT8_EXPERTS_ONLY_CFG": (INT8_PER_CHANNEL, INT8),
+    "INT4_BLOCKWISE_EXPERTS_ONLY_CFG": (INT4_BLOCK128, None),
+    "MXFP8_EXPERTS_ONLY_CFG": (MXFP8, MXFP8),
+    "MXFP6_EXPERTS_ONLY_CFG": (MXFP6_E3M2, MXFP6_E3M2),
+    "MXFP4_EXPERTS_ONLY_CFG": (MXFP4, MXFP4),
 }
 MIXTURES = [name for name, model in MODELS.items() if model["experts"]]
 
@@ -190,9 +193,14 @@ def parameters(model):
     return {part: expand(templates) for part, templates in MODELS[model].items()}
 
 
+def names_of(groups):
+    """The names of all weights in some groups."""
+    return {name for group in groups for name in group.names}
+
+
 def quantized_by(preset, params):
     """The names that a preset quantizes."""
-    return {name for group in select(params, getattr(presets, preset)).groups for name in group.names}
+    return names_of(select(params, getattr(presets, preset)).groups)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -202,8 +210,11 @@ def test_a_whole_model_preset_takes_every_matrix_but_the_excluded(preset, model)
     parts = parameters(model)
     params = parts["left"] | parts["dense"] | parts["experts"]
     spec = select(params, getattr(presets, preset))
-    assert quantized_by(preset, params) == parts["dense"].keys() | parts["experts"].keys()
-    assert {group.format for group in spec.groups} == {WHOLE[preset]}
+    weights, inputs = WHOLE[preset]
+    assert names_of(spec.groups) == parts["dense"].keys() | parts["experts"].keys()
+    assert {group.format for group in spec.groups} == {weights}
+    assert names_of(spec.inputs) == (names_of(spec.groups) if inputs else set())
+    assert {group.format for group in spec.inputs} == {inputs} - {None}
     assert {skipped.name for skipped in spec.skipped} == parts["left"].keys()
 
 
@@ -214,8 +225,11 @@ def test_an_experts_only_preset_takes_the_routed_experts(preset, model):
     parts = parameters(model)
     params = parts["left"] | parts["dense"] | parts["experts"]
     spec = select(params, getattr(presets, preset))
-    assert quantized_by(preset, params) == parts["experts"].keys()
-    assert {group.format for group in spec.groups} == {EXPERTS_ONLY[preset]}
+    weights, inputs = EXPERTS_ONLY[preset]
+    assert names_of(spec.groups) == parts["experts"].keys()
+    assert {group.format for group in spec.groups} == {weights}
+    assert names_of(spec.inputs) == (names_of(spec.groups) if inputs else set())
+    assert {group.format for group in spec.inputs} == {inputs} - {None}
     assert {group.experts for group in spec.groups} == ({4} if spec.groups[0].stacked else {len(EXPERTS)})
     assert {skipped.name for skipped in spec.skipped} == parts["left"].keys() | parts["dense"].keys()
 
@@ -257,14 +271,35 @@ def test_the_raw_gate_of_megatrons_shared_experts_is_left_alone():
 
 
 def test_every_preset_is_in_the_tables():
-    """No preset without a test, and none that the tables name only."""
-    names = {name for name in vars(presets) if name.endswith("_CFG")}
-    assert names == WHOLE.keys() | EXPERTS_ONLY.keys()
+    """No preset without a test, none that the tables name only, and none by two names."""
+    found = {name: value for name, value in vars(presets).items() if name.isupper() and name[0] != "_"}
+    del found["EXCLUDED"]
+    assert found.keys() == WHOLE.keys() | EXPERTS_ONLY.keys()
+    assert len(set(found.values())) == len(found)
 
 
 def test_every_format_has_both_kinds_of_preset():
-    """Each format is there for the whole model and for its experts only."""
-    assert set(WHOLE.values()) == set(EXPERTS_ONLY.values())
+    """Each format of weights is there for the whole model and for its experts only."""
+    assert {weights for weights, _ in WHOLE.values()} == {weights for weights, _ in EXPERTS_ONLY.values()}
+
+
+@pytest.mark.parametrize("preset", [name for name in EXPERTS_ONLY if name not in MODELOPT])
+def test_our_own_presets_are_modelopts_for_the_experts(preset):
+    """Law: an experts-only preset that ModelOpt has not is one that it has, with the rule for the experts alone."""
+    name = next(name for name in WHOLE if name.startswith(preset.removesuffix("EXPERTS_ONLY_CFG")))  # its default
+    whole = getattr(presets, name)[0]
+    assert presets.experts_only(whole.weights, whole.inputs) == getattr(presets, preset)
+
+
+@pytest.mark.parametrize("preset", [*WHOLE, *EXPERTS_ONLY])
+def test_the_weights_of_a_preset_alone(preset):
+    """Law: `weights_only` selects the same weights, in the same formats, and no inputs; twice is as once."""
+    parts = parameters("Mixtral")
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    rules = getattr(presets, preset)
+    spec = select(params, presets.weights_only(rules))
+    assert spec == replace(select(params, rules), inputs=())
+    assert presets.weights_only(spec.rules) == spec.rules
 
 
 @pytest.mark.parametrize("preset", [*WHOLE, *EXPERTS_ONLY])
@@ -272,11 +307,11 @@ def test_a_preset_is_rules_to_build_on(preset):
     """A preset is a tuple of rules: a later rule changes it for a layer, and the preset itself stays as it is."""
     rules = getattr(presets, preset)
     assert isinstance(rules, tuple)
-    assert all(isinstance(rule, Rule) and not rule.required for rule in rules if rule.format is None)
+    assert all(isinstance(rule, Rule) and not rule.required for rule in rules if rule.weights is None)
     parts = parameters("Mixtral")
     params = parts["left"] | parts["dense"] | parts["experts"]
     both = {name for name in quantized_by(preset, params) if ".layers.0." not in name}
-    spec = select(params, [*rules, Rule("*.layers.0.*", None)])
+    spec = select(params, [*rules, Rule("*.layers.0.*")])
     assert {name for group in spec.groups for name in group.names} == both
     assert getattr(presets, preset) is rules
 
@@ -288,7 +323,8 @@ def test_a_preset_can_be_made_of_any_format(kind):
     params = parts["left"] | parts["dense"] | parts["experts"]
     wanted = parts["experts"].keys() | (parts["dense"].keys() if kind == "whole_model" else set())
     for format in FORMATS.values():
-        spec = select(params, getattr(presets, kind)(format))
+        spec = select(params, getattr(presets, kind)(format, FP8))
+        assert names_of(spec.inputs) == wanted
         assert {name for group in spec.groups for name in group.names} == wanted
         assert {group.format for group in spec.groups} == {format}
 
@@ -317,84 +353,46 @@ def decide(config, name, shape, role="weight"):
     return decision
 
 
+@pytest.mark.parametrize("role", ["weight", "input"])
 @pytest.mark.parametrize(
     ("preset", "model"),
     [(preset, model) for preset in MODELOPT for model in (MIXTURES if preset in EXPERTS_ONLY else MODELS)],
 )
-def test_modelopt_quantizes_the_same_weights(modelopt, preset, model):
-    """ModelOpt's configuration of the name, read as it reads it, enables exactly the quantizers of these weights."""
+def test_modelopt_quantizes_the_same(modelopt, preset, model, role):
+    """ModelOpt's configuration of the name, read as it reads it, enables exactly these quantizers, name by name."""
     parts = parameters(model)
     params = parts["left"] | parts["dense"] | parts["experts"]
     config = getattr(modelopt, preset)
-    theirs = {name for name, param in params.items() if decide(config, name, param.shape) is not None}
-    assert quantized_by(preset, params) == theirs
+    theirs = {name for name, param in params.items() if decide(config, name, param.shape, role) is not None}
+    spec = select(params, getattr(presets, preset))
+    assert names_of(spec.groups if role == "weight" else spec.inputs) == theirs
 
 
+@pytest.mark.parametrize("role", ["weight", "input"])
 @pytest.mark.parametrize("preset", MODELOPT)
-def test_modelopt_has_the_same_numbers(modelopt, preset):
+def test_modelopt_has_the_same_numbers(modelopt, preset, role):
     """Element, block, scale and who sets it, from ModelOpt's num_bits, axis and block_sizes."""
-    numbers = decide(getattr(modelopt, preset), "model.layers.0.mlp.experts.0.up_proj.weight", HIDDEN)
-    format = (WHOLE | EXPERTS_ONLY)[preset]
+    numbers = decide(getattr(modelopt, preset), "model.layers.0.mlp.experts.0.up_proj.weight", HIDDEN, role)
+    format = (WHOLE | EXPERTS_ONLY)[preset][role == "input"]
+    assert (format is None) == (numbers is None)
+    if format is None:
+        return
     blocks = dict(numbers.get("block_sizes") or {})
     bits = numbers["num_bits"]
     if isinstance(bits, int):
         assert format.element == IntElement(2 ** (bits - 1) - 1, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     else:
         assert (format.element.exponent_bits, format.element.mantissa_bits) == tuple(bits)
-    if blocks:
+    if blocks:  # a block of None along `in` is a whole row, which is a token
         assert format.block == (blocks.get(-2, 1), blocks[-1])
     else:
         assert format.block == {None: (None, None), 0: (1, None)}[numbers["axis"]]
     assert format.scale == {None: "fp32", (4, 3): "e4m3", (8, 0): "e8m0"}[blocks.get("scale_bits")]
-    assert format.dynamic == (blocks.get("type") == "dynamic")
+    # Scales of one token are made from the token, whatever the format says of weights.
+    per_token = role == "input" and format.block == (1, None)
+    assert (format.dynamic or per_token) == ("dynamic" in (blocks.get("type"), numbers.get("type")))
 
 
 def test_the_other_names_are_not_modelopts(modelopt):
     """Kills a name that is taken from ModelOpt and means something else there."""
     assert not [preset for preset in WHOLE | EXPERTS_ONLY if preset not in MODELOPT and hasattr(modelopt, preset)]
-
-
-# Every whole preset, and the format of its inputs.
-PRESETS = {
-    "FP8_DEFAULT": FP8,
-    "FP8_PER_CHANNEL_PER_TOKEN": FP8_PER_CHANNEL,
-    "FP8_2D_BLOCKWISE_WEIGHT_ONLY": None,
-    "INT8_DEFAULT": INT8,
-    "INT8_WEIGHT_ONLY": None,
-    "INT4_BLOCKWISE_WEIGHT_ONLY": None,
-    "NVFP4_DEFAULT": NVFP4,
-    "NVFP4_EXPERTS_ONLY": NVFP4,
-    "W4A16_NVFP4": None,
-    "MXFP8_DEFAULT": MXFP8,
-    "MXFP6_DEFAULT": MXFP6_E3M2,
-    "MXFP4_DEFAULT": MXFP4,
-}
-
-
-def test_every_whole_preset_is_in_the_table():
-    assert {name for name, value in vars(presets).items() if isinstance(value, Preset)} == PRESETS.keys()
-
-
-@pytest.mark.parametrize("model", MIXTURES)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_whole_preset_is_modelopts_configuration_of_the_name(modelopt, preset, model):
-    """Weights and inputs, layer by layer, enabled or not, in the same numbers."""
-    parts = parameters(model)
-    params = parts["left"] | parts["dense"] | parts["experts"]
-    config = getattr(modelopt, f"{preset}_CFG")
-    spec = select(params, getattr(presets, preset))
-    for groups, role in ((spec.groups, "weight"), (spec.inputs, "input")):
-        theirs = {name for name, param in params.items() if decide(config, name, param.shape, role) is not None}
-        assert {name for group in groups for name in group.names} == theirs, role
-    assert {inputs.format for inputs in spec.inputs} == ({PRESETS[preset]} - {None})
-    if PRESETS[preset] is not None:
-        numbers = decide(config, "model.layers.0.mlp.experts.0.up_proj.weight", HIDDEN, "input")
-        blocks, format = dict(numbers.get("block_sizes") or {}), PRESETS[preset]
-        element, bits = format.element, numbers["num_bits"]
-        if isinstance(bits, int):
-            assert element.qmax == 2 ** (bits - 1) - 1
-        else:
-            assert (element.exponent_bits, element.mantissa_bits) == tuple(bits)
-        # A block of -1: None is a whole row, which is a token.
-        assert format.block == ((1, blocks[-1]) if -1 in blocks else (None, None))
-        assert (numbers.get("type") == "dynamic" or blocks.get("type") == "dynamic") == (format.block != (None, None))

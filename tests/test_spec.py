@@ -386,6 +386,12 @@ def rows_of_difference(text):
     return {tuple(re.split(r"  +", line)) for line in text.splitlines()[1:]}
 
 
+def test_a_difference_is_of_two_specs(pytestconfig):
+    error = Exception if pytestconfig.getoption("--shape-checks") else ValueError  # a type checker stands before it
+    with pytest.raises(error, match="other: found str, wanted a Spec|Type-check error"):
+        SPEC.diff(SPEC.to_json())
+
+
 def test_formats_of_one_name_differ_in_their_numbers():
     own = replace(FP8, element=replace(FP8.element, max=240.0))
     text = some_spec().diff(some_spec(own))
