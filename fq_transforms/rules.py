@@ -148,7 +148,8 @@ def to_yaml(rules: Rules) -> str:
           inputs: FP8
     """
     entries = [rule_to_dict(rule) for rule in as_rules(rules)]
-    return str(_yaml().safe_dump(entries, sort_keys=False, allow_unicode=True)).rstrip("\n")
+    # Not allow_unicode: PyYAML 6.0 writes U+0085 as it is then, and reads it back as a space.
+    return str(_yaml().safe_dump(entries, sort_keys=False)).rstrip("\n")
 
 
 def from_yaml(text: str) -> tuple[Rule, ...]:

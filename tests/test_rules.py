@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fq_transforms import presets
@@ -151,6 +151,7 @@ ANY_RULES = st.lists(
 )
 
 
+@example([Rule("\x85")])  # a line break to YAML
 @given(ANY_RULES)
 def test_json_and_yaml_lead_back(rules):
     """Law: reading what was written gives the same rules, whatever the pattern and the format; both hold the same."""
