@@ -1,6 +1,6 @@
 """Per-expert fake quantization of Mixture-of-Experts weights, as pure functions on torch.func."""
 
-from fq_transforms import checkpoint, export, formats, methods, presets, state
+from fq_transforms import checkpoint, export, formats, methods, presets, rules, state
 from fq_transforms.formats import (
     FP8,
     FP8_BLOCK,
@@ -56,6 +56,7 @@ __all__ = [
     "merge",
     "methods",
     "presets",
+    "rules",
     "select",
     "state",
     "tie",
