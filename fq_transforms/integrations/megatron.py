@@ -204,8 +204,8 @@ def _check_whole(fq: fqt.Transform, axes: Mapping[str, str]) -> None:
         if axis is not None and AXES.index(axis) in collapsed_axes(group.format, "amax"):
             raise ValueError(
                 f"method {type(fq.method).__name__}: found group {group.key!r} split along {axis!r} by tensor "
-                f"parallelism within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or a "
-                "format of smaller granules"
+                f"parallelism within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or "
+                "a format of smaller granules"
             )
 
 

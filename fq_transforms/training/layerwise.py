@@ -23,11 +23,11 @@ from torch.utils import _pytree as pytree
 from fq_transforms.checks import check_state, is_read
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.fakequant import quantize_group
-from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
+from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
 from fq_transforms.training.lend import Lender, is_lendable
-from fq_transforms.training.main_grad import carry_between, has_main_grad
+from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.training.slots import Slots, tensors_in
 from fq_transforms.transform import Transform
 
@@ -46,44 +46,38 @@ def layerwise(
     inspect: Callable[[Module], None] | None = None,
     lends: Callable[[Module], bool] | None = None,
 ) -> Generator[None]:
-    """Within, each selected layer of `model` computes with fake-quantized weights, made when its forward begins.
+    """Within, each selected layer of `model` computes with the weights of `fq.fakequant`, made when its forward begins.
 
-    Fake weights are those of `fq.fakequant`; here one layer's exist at a time. Nothing stays on the model. Call
-    `.backward()` inside if anything is checkpointed: outside, a layer would run again with its own weights.
+    One layer's fake weights exist at a time, and nothing stays on the model. Call `.backward()` inside if activations
+    are checkpointed: outside, a layer would run again with its own weights. More: docs/training.md.
 
     Args:
-        fq: From `transform`; "pass_through" or "clip", without inputs.
+        fq: "pass_through" or "clip", without inputs.
         model: Whose `named_parameters()` the spec was selected from.
         state: From `fq.calibrate`, or loaded. Its values are checked on entry only.
-        recompute: Make the fake weights again in backward, bit for bit, instead of keeping them. Where hooks on saved
-            tensors are active already, these decide. See docs/training for what PyTorch does not see then.
+        recompute: Make the fake weights again in backward, bit for bit. Hooks on saved tensors around it decide first.
         inspect: Called with each selected layer, and each module below it that holds weights; may raise.
-        lends: With `recompute`, True for layers that are one node of the autograd graph and read their parameters
-            themselves: these hold the fake numbers while forward and backward of the layer run.
+        lends: With `recompute`, True for layers of one autograd node: their parameters hold the fake numbers meanwhile.
 
     Raises:
-        KeyError: A parameter is not in the model; a group is not in the state.
-        ValueError: As `fq.fakequant`; `fq` has "lsq" or inputs; with `recompute`, a parameter is a DTensor, a transform
-            of torch.func looks on, or Megatron's own linear layer accumulates into `main_grad`; a layer is FSDP2's. On
-            leaving, a selected layer never ran while others did.
-        RuntimeError: In backward, parameters or amax have changed since forward; a layer that lends is not inside.
+        KeyError, ValueError: As `fq.fakequant`; "lsq" or inputs; a layer is FSDP2's, or never ran while others did;
+            with `recompute` a DTensor, torch.func, or Megatron's own fused accumulation; "clip" and `main_grad`.
+        RuntimeError: In backward, weights or amax have changed since forward; a layer that lends is not inside.
 
     Example:
         >>> import fq_transforms as fqt
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
-        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -2.01], [0.5, 0.25]]))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 4, bias=False))
         >>> params = dict(model.named_parameters())
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
         >>> with layerwise(fq, model, fq.calibrate(params)):
-        ...     model(torch.tensor([1.0, 0.0]))
-        tensor([0.9971, 0.5065], grad_fn=<SqueezeBackward4>)
+        ...     model(torch.ones(2, 32)).sum().backward()
     """
     if fq.backward == "lsq":
         raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fq.fakequant")
     spec = fq.spec
     refuse_inputs(spec, "layerwise")
     check_state(state, spec, values=is_read)
-    options = _Options(fq.out_dtype, fq.backward, recompute, inspect, lends)
+    options = _Options(fq, recompute, inspect, lends)
     sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
     ran: list[bool] = []
     with ExitStack() as hooks:
@@ -110,8 +104,7 @@ def layerwise(
 
 
 class _Options(NamedTuple):
-    out_dtype: torch.dtype | None
-    backward: Backward
+    fq: Transform
     recompute: bool
     inspect: Callable[[Module], None] | None
     lends: Callable[[Module], bool] | None
@@ -130,7 +123,8 @@ class _Site:
                 self.slots.add(name, holder, name.rpartition(".")[2])
                 self.modules[name] = holder
         self.lender = Lender(type(module).__name__)
-        can_lend = options.recompute and options.backward == "pass_through"
+        # Under "clip" the layer's own gradient is not the parameter's: it must pass through a node of the quantizer.
+        can_lend = options.recompute and options.fq.backward == "pass_through"
         is_own = all(holder is module for holder in self.modules.values())
         self.lends = can_lend and is_own and options.lends is not None and options.lends(module)
         self.lendable: tuple[Tensor, ...] = ()  # what was found so
@@ -164,7 +158,7 @@ class _Site:
             return False
         found = tuple(params.values())
         if len(found) != len(self.lendable) or not all(map(is_, found, self.lendable)):
-            if not all(is_lendable(param, self.options.out_dtype) for param in found):
+            if not all(is_lendable(param, self.options.fq.out_dtype) for param in found):
                 return False
             self.lendable = found
         return True
@@ -181,14 +175,16 @@ class _Site:
         return lent
 
     def _exchange(self, params: dict[str, Tensor]) -> "_Exchanged":
-        out_dtype, backward, recompute, *_ = self.options
+        fq = self.options.fq
         weights: dict[str, Tensor] = {}
         for group, scales in zip(self.groups, self.scales, strict=True):
-            outs = quantize_group(params, group, scales, out_dtype=out_dtype, backward=backward)
+            outs = quantize_group(
+                params, group, scales, out_dtype=fq.out_dtype, backward=fq.backward, separate=fq.separate
+            )
             weights.update(zip(group.names, outs, strict=True))
-        carry_between(params, weights, backward=backward)
+        carry_main_grad(fq, params, weights)
         leaving, remake = ExitStack(), None
-        if recompute and torch.is_grad_enabled():
+        if self.options.recompute and torch.is_grad_enabled():
             self._check_flags_return(params)
             remake = self._remake(params, weights)
             if remake is not None:
@@ -307,7 +303,8 @@ class _Source:
                 global_amax,
                 format=self.group.format,
                 transposed=self.group.transposed,
-                out_dtype=self.options.out_dtype,
+                out_dtype=self.options.fq.out_dtype,
+                separate=self.options.fq.separate,
             )
 
 

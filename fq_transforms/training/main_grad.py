@@ -1,8 +1,8 @@
 """Fused gradient accumulation under fake quantization: the fake weight carries the real weight's `main_grad`.
 
-Transformer Engine and Megatron add a weight's gradient to `weight.main_grad` within the matrix product, and tell so by
-`weight.grad_added_to_main_grad`. Under pass-through the gradient of the fake weight is that of the real one, so both
-can share the memory.
+Transformer Engine and Megatron add a weight's gradient to `weight.main_grad` within the matrix product, and say so by
+`weight.grad_added_to_main_grad`. Under "pass_through" the gradient of the fake weight is that of the real one, so both
+can share the memory. Under any other rule they cannot: what the layer adds has not been through the rule.
 """
 
 import weakref
@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.transform import Transform
 
-__all__ = ["carry_between", "carry_main_grad", "has_main_grad"]
+__all__ = ["carry_main_grad", "has_main_grad"]
 
 # What Transformer Engine 2.20 and Megatron-Core 0.19 ask a weight for. The first two are its memory and its answer.
 ATTRIBUTES = ("main_grad", "grad_added_to_main_grad", "zero_out_wgrad", "overwrite_main_grad")
@@ -35,8 +34,9 @@ def carry_main_grad(fq: Transform, params: Mapping[str, Tensor], weights: Mappin
             itself are left alone.
 
     Raises:
-        ValueError: A parameter has `main_grad` and the gradient of `fq` is not the identity's; or it is sharded by
-            Megatron's FSDP, which makes `main_grad` during the backward pass.
+        KeyError: A weight has no parameter.
+        ValueError: A quantized parameter has `main_grad` and `fq` another rule than "pass_through"; a parameter is
+            sharded by Megatron's FSDP, which makes `main_grad` during the backward pass.
 
     Source: Transformer Engine 2.20.2 `module/grouped_linear.py`, Megatron-Core 0.19.2 `DistributedDataParallel`.
 
@@ -50,11 +50,7 @@ def carry_main_grad(fq: Transform, params: Mapping[str, Tensor], weights: Mappin
         >>> weights["experts.0.w"].main_grad is params["experts.0.w"].main_grad
         True
     """
-    carry_between(params, weights, backward=fq.backward)
-
-
-def carry_between(params: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, backward: Backward) -> None:
-    """`carry_main_grad` for weights made by a backward rule."""
+    quantized: set[str] | None = None  # made where it is asked for: the names of a whole model
     for name, weight in weights.items():
         param = params[name]
         if hasattr(param, "__fsdp_param__") and weight is not param:
@@ -64,11 +60,13 @@ def carry_between(params: Mapping[str, Tensor], weights: Mapping[str, Tensor], *
             )
         if weight is param or not has_main_grad(param):
             continue
-        if backward != "pass_through":
-            raise ValueError(
-                f"parameter {name!r}: found main_grad and backward={backward!r}, wanted 'pass_through'; or switch off "
-                "gradient-accumulation fusion"
-            )
+        if fq.backward != "pass_through":
+            quantized = quantized or {one for group in fq.spec.groups for one in group.names}
+            if name in quantized:
+                raise ValueError(
+                    f"parameter {name!r}: found main_grad and backward={fq.backward!r}, wanted 'pass_through'; or "
+                    "switch off gradient-accumulation fusion"
+                )
         for attribute in ATTRIBUTES:
             if hasattr(param, attribute):
                 setattr(weight, attribute, getattr(param, attribute))

@@ -13,7 +13,7 @@ from fq_transforms.dtensor import is_sharded
 from fq_transforms.state import State
 from fq_transforms.training.kept import Kept
 from fq_transforms.training.layerwise import check_not_fsdp
-from fq_transforms.training.main_grad import carry_between, has_main_grad
+from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.training.slots import Places
 from fq_transforms.transform import Transform
 
@@ -29,52 +29,37 @@ class ValueAndGrad(Protocol):
 
 
 def value_and_grad(
-    loss_fn: Callable[[Module, Any], Tensor], model: Module, fq: Transform, *, keep: bool = False
+    loss_fn: Callable[[Module, Any], Tensor], fq: Transform, model: Module, *, keep: bool = False
 ) -> ValueAndGrad:
-    """The function that gives the losses and the gradients of a step under fake quantization.
+    """A function `(params, state, microbatches) -> (losses, grads)`: one `fakequant` and one pullback per step.
 
-    All microbatches see the same fake weights, which are made once, and the gradients are pulled back to the
-    parameters once, by the rule that `fq` has. `.backward()` is called with the fake weights in place, so that
-    checkpointed activations are made again with them too.
+    `losses` is [microbatches], detached. `grads` has an entry for each parameter that requires a gradient, in its shape
+    and dtype, added up over microbatches: zeros if no loss depends on it, `main_grad` itself if it has one.
 
     Args:
-        loss_fn: `loss_fn(model, microbatch)` gives a scalar. Scale it as for any gradient accumulation: gradients add
-            up over the microbatches.
-        model: What the weights are put into. Its own parameters are neither used nor changed, nor is its `grad`.
-        fq: From `transform`. Inputs that its spec has are quantized as `fq.apply` does, and layers with such
-            inputs cannot be checkpointed.
-        keep: Keep the fake weights from step to step, and write over them: as much memory as the quantized weights
-            take, between steps too, for less of the host's time. `loss_fn` must not hold on to a weight, nor to
-            what is a view of one. Plain tensors under "pass_through" only.
-
-    Returns:
-        `(params, state, microbatches) -> (losses, grads)`. `losses` is [microbatches], detached. `grads` has an entry
-        for each parameter with `requires_grad`, in its shape and dtype; zeros where no loss depends on it. For a
-        parameter with `main_grad` the gradients are added to that, by the layer's own fusion where it has one, and
-        the entry is `main_grad` itself.
+        loss_fn: `loss_fn(model, microbatch)` gives a scalar, scaled as for any gradient accumulation.
+        fq: "pass_through" or "clip". Inputs are quantized as by `fq.apply`; their layers cannot be checkpointed.
+        model: What the weights are put into. Its own parameters and their `grad` are neither used nor changed.
+        keep: Write over the last step's fake weights, which `loss_fn` must not hold on to: see docs/training.md.
 
     Raises:
-        KeyError, ValueError: As `fakequant`; a parameter is not in the model; none requires a gradient; there is no
-            microbatch; a loss is no scalar, or has no gradient; a quantized parameter has `main_grad`, and `fq` does
-            not pass gradients through. The model is FSDP2's, which computes with parameters of its own. `fq` has "lsq";
-            `keep` comes with another rule than "pass_through", or with DTensors.
+        KeyError, ValueError: As `fq.fakequant`; a parameter is not in the model; none is trained; no microbatch; a loss
+            is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; FSDP2; `keep` with "clip" or DTensors.
 
     Source: the design of JAX's `value_and_grad`.
 
     Example:
         >>> import fq_transforms as fqt
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
-        >>> params = dict(model.named_parameters())
+        >>> params = {"weight": torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))}
         >>> fq = fqt.transform(fqt.select(params, {"weight": fqt.FP8}))
-        >>> step = value_and_grad(lambda model, x: model(x).sum(), model, fq)
+        >>> step = value_and_grad(lambda model, x: model(x).sum(), fq, torch.nn.Linear(2, 1, bias=False))
         >>> step(params, fq.calibrate(params), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
         (tensor([-3., -5.]), {'weight': tensor([[4., 6.]])})
     """
     check_not_fsdp("model", model.modules())
     if fq.backward == "lsq":
         raise ValueError(
-            "fq: found backward='lsq', whose gradient of the state is not among what value_and_grad gives, wanted "
+            "backward: found 'lsq', whose gradient of the state is not among what value_and_grad gives, wanted "
             "'pass_through' or 'clip'; take torch.func.vjp of fq.fakequant in params and state"
         )
     places = Places(model)
@@ -153,9 +138,7 @@ def _fake_leaves(
     for name in others:
         leaves[name] = params[name].detach().requires_grad_()
     if fused:
-        passed = set(quantized)
-        carry_between(params, {name: leaves[name] for name in quantized}, backward=fq.backward)
-        carry_between(params, {name: leaves[name] for name in fused if name not in passed}, backward="pass_through")
+        carry_main_grad(fq, params, {name: leaves[name] for name in (*quantized, *fused)})
 
     def pull(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pulled = [name for name in quantized if name not in fused] if fused else quantized
