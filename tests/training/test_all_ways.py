@@ -1,0 +1,92 @@
+"""Law: every way to train gives the outputs and gradients of `functional_call`, bit for bit, or refuses by name."""
+
+import pytest
+import torch
+
+from fq_transforms.integrations import te
+from tests.cases import CORE_FORMATS, name_of
+from tests.training.ways import CARRYING, KINDS, WAYS, assert_untouched, functional, lends, numbers_of, setup
+
+# The dtype of the parameters, and `out_dtype`.
+DTYPES = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+
+# Everything that refuses: under "clip", weights written over have no graph to come back through, and what a layer adds
+# to `main_grad` has not been clipped.
+REFUSED = {("value_and_grad, kept", "clip"): "keep: found backward='clip'"}
+REFUSED_WITH_MAIN_GRAD = {(way, "clip"): "found main_grad and backward='clip'" for way in CARRYING}
+
+
+@pytest.fixture(autouse=True)
+def grouped_linear(monkeypatch):
+    """Transformer Engine's and Megatron's paths take our layer of one node for a GroupedLinear."""
+    monkeypatch.setattr(te, "is_grouped_linear", lends)
+
+
+def record(model):
+    """The outputs of the expert layers, as they come, in place of the model's hooks."""
+    outputs = []
+    for mlp in model.mlp:
+        forward = mlp.forward
+
+        def recording(x, forward=forward):
+            outputs.append(forward(x))
+            return outputs[-1]
+
+        mlp.forward = recording
+    return outputs
+
+
+def run(way, model, fq, state, x, outputs):
+    """All that there is to compare: outputs, loss, and gradients of the input and of parameters, by name."""
+    outputs.clear()
+    x = x.detach().requires_grad_()
+    loss, grads = way(model, fq, state, x)
+    last = outputs[-len(model.mlp) :]
+    return {"loss": loss, "x": x.grad, **grads, **{f"output {i}": out.detach() for i, out in enumerate(last)}}
+
+
+def check(ways, refused, format, dtypes, backward, main_grad):
+    dtype, out_dtype = dtypes
+    model, fq, state, x = setup(*KINDS, format=format, dtype=dtype, backward=backward, out_dtype=out_dtype)
+    outputs, before = record(model), numbers_of(model)
+    wanted = run(functional, model, fq, state, x, outputs)
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in wanted.values())
+    for name, way in ways.items():
+        for param in model.parameters() if main_grad else ():
+            param.main_grad, param.grad_added_to_main_grad = torch.zeros(param.shape), False
+        if (name, backward) in refused:
+            with pytest.raises(ValueError, match=refused[name, backward]):
+                way(model, fq, state, x)
+        else:
+            found = run(way, model, fq, state, x, outputs)
+            differ = [key for key, tensor in wanted.items() if not torch.equal(found[key].to(tensor.dtype), tensor)]
+            assert not differ, f"{name}: {differ[:4]}"
+            assert found.keys() == wanted.keys()
+        assert_untouched(model, before)
+    return model, fq, state, x, outputs, wanted
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda two: "-".join(map(name_of, two)))
+@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+def test_every_way_gives_what_functional_call_gives(format, dtypes, backward):
+    """In every format; and where a format clips, the gradients of weights beyond their amax are zero, and no others."""
+    model, fq, state, x, outputs, wanted = check(WAYS, REFUSED, format, dtypes, backward, main_grad=False)
+    if backward == "clip":
+        passing = type(fq)(fq.spec, out_dtype=fq.out_dtype)
+        passed = run(functional, model, passing, state, x, outputs)
+        zeroed = 0
+        for group in fq.spec.groups:
+            for name in group.names:
+                is_zeroed = (wanted[name] == 0) & (passed[name] != 0)
+                assert torch.equal(wanted[name], passed[name].masked_fill(is_zeroed, 0))
+                zeroed += int(is_zeroed.sum())
+        assert (zeroed > 0) == format.clips
+
+
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda two: "-".join(map(name_of, two)))
+@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+def test_fused_accumulation_adds_what_functional_call_gives(format, dtypes, backward):
+    """`main_grad` of layers that add to it themselves; refused under "clip" in all formats, those that never clip too."""
+    check(CARRYING, REFUSED_WITH_MAIN_GRAD, format, dtypes, backward, main_grad=True)
