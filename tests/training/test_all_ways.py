@@ -88,5 +88,5 @@ def test_every_way_gives_what_functional_call_gives(format, dtypes, backward):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda two: "-".join(map(name_of, two)))
 @pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
 def test_fused_accumulation_adds_what_functional_call_gives(format, dtypes, backward):
-    """`main_grad` of layers that add to it themselves; refused under "clip" in all formats, those that never clip too."""
+    """`main_grad` of layers that add to it themselves; "clip" is refused in every format, also if it never clips."""
     check(CARRYING, REFUSED_WITH_MAIN_GRAD, format, dtypes, backward, main_grad=True)

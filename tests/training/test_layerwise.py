@@ -1,169 +1,31 @@
 """`layerwise`: the numbers of the whole-model form, one layer's fake weights at a time, and nothing left behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
-from tests.cases import ALL_FORMATS, assert_names, name_of
-
-HIDDEN, FFN, EXPERTS = 128, 256, 4
-
-
-class Lists(torch.nn.Module):
-    """Experts in a module list, each a module of two linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        up, down = (
-            (lambda: torch.nn.Linear(HIDDEN, FFN, bias=False)),
-            (lambda: torch.nn.Linear(FFN, HIDDEN, bias=False)),
-        )
-        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict({"w1": up(), "w2": down()}) for _ in range(EXPERTS))
-
-    def forward(self, x):
-        parts = x.chunk(EXPERTS)
-        return torch.cat([e["w2"](torch.relu(e["w1"](part))) for e, part in zip(self.experts, parts, strict=True)])
-
-
-class Grouped(torch.nn.Module):
-    """Experts as weight0..N-1 of one module, as in Transformer Engine."""
-
-    def __init__(self, out_features, in_features):
-        super().__init__()
-        for i in range(EXPERTS):
-            self.register_parameter(f"weight{i}", torch.nn.Parameter(torch.randn(out_features, in_features) / 8))
-
-    def forward(self, x):
-        weights = [getattr(self, f"weight{i}") for i in range(EXPERTS)]
-        return torch.cat([part @ w.mT for part, w in zip(x.chunk(EXPERTS), weights, strict=True)])
-
-
-class GroupedMLP(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear_fc1, self.linear_fc2 = Grouped(FFN, HIDDEN), Grouped(HIDDEN, FFN)
-
-    def forward(self, x):
-        return self.linear_fc2(torch.relu(self.linear_fc1(x)))
-
-
-class Stacked(torch.nn.Module):
-    """Experts in one parameter [E, out, in]."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = torch.nn.Module()
-        self.experts.forward = self.compute
-        self.experts.up = torch.nn.Parameter(torch.randn(EXPERTS, FFN, HIDDEN) / 8)
-        self.experts.down = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN, FFN) / 8)
-
-    def compute(self, x):
-        x = torch.relu(torch.bmm(x.view(EXPERTS, -1, HIDDEN), self.experts.up.mT))
-        return torch.bmm(x, self.experts.down.mT).flatten(0, 1)
-
-    def forward(self, x):
-        return self.experts(x)
-
-
-class Model(torch.nn.Module):
-    """Two layers of experts, each after a dense one."""
-
-    def __init__(self, kind, checkpointed=None):
-        super().__init__()
-        self.dense = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
-        self.mlp = torch.nn.ModuleList(kind() for _ in range(2))
-        self.checkpointed = checkpointed
-
-    def forward(self, x):
-        for dense, mlp in zip(self.dense, self.mlp, strict=True):
-            x = dense(x)
-            x = x + (mlp(x) if self.checkpointed is None else checkpoint(mlp, x, use_reentrant=self.checkpointed))
-        return x.square().mean()
-
+from tests.cases import assert_names
+from tests.training.ways import (
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    GroupedMLP,
+    Lists,
+    Model,
+    Stacked,
+    assert_equal,
+    assert_untouched,
+    by_layer,
+    functional,
+    grads_of,
+    numbers_of,
+    setup,
+)
 
 KINDS = [Lists, GroupedMLP, Stacked]
-
-
-def setup(kind=GroupedMLP, format=fqt.NVFP4, dtype=torch.float32, backward="pass_through", **options):
-    model = Model(kind, **options).to(dtype)
-    params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"mlp.*": format}), backward=backward)
-    state = fq.calibrate(params)
-    if backward == "clip":
-        state = {key: type(group)(*(leaf * 0.5 for leaf in group)) for key, group in state.items()}
-    return model, fq, state, torch.randn(8 * EXPERTS, HIDDEN, dtype=dtype)
-
-
-def grads_of(model):
-    found = {name: param.grad for name, param in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
-def whole(model, fq, state, x):
-    """The whole-model form."""
-    loss = functional_call(model, fq.fakequant(dict(model.named_parameters()), state), (x,))
-    loss.backward()
-    return loss.detach(), grads_of(model)
-
-
-def by_layer(model, fq, state, x, **options):
-    with fqt.layerwise(model, state, spec=fq.spec, backward=fq.backward, **options):
-        loss = model(x)
-        loss.backward()
-    return loss.detach(), grads_of(model)
-
-
-def assert_equal(found, wanted):
-    assert torch.equal(found[0], wanted[0])
-    assert found[1].keys() == wanted[1].keys()
-    assert all(grad is not None and grad.any() for grad in wanted[1].values())
-    assert not [name for name, grad in wanted[1].items() if not torch.equal(found[1][name], grad)]
-
-
-def assert_untouched(model, before):
-    assert {name: id(param) for name, param in model.named_parameters()} == before
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format", ALL_FORMATS[:13], ids=name_of)
-def test_numbers_of_the_whole_model_form(format, kind, recompute):
-    """Loss and every gradient, bit for bit, for every kind of experts; and no hook or tensor stays on the model."""
-    model, fq, state, x = setup(kind, format)
-    before = {name: id(param) for name, param in model.named_parameters()}
-    assert_equal(by_layer(model, fq, state, x, recompute=recompute), whole(model, fq, state, x))
-    assert_untouched(model, before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_clip_and_dtypes(kind, dtype):
-    model, fq, state, x = setup(kind, fqt.INT8_PER_CHANNEL, dtype, "clip")
-    wanted = whole(model, fq, state, x)
-    assert_equal(by_layer(model, fq, state, x), wanted)
-    passed = whole(model, fq._replace(fakequant=fqt.transform(fq.spec).fakequant), state, x)
-    assert any(not torch.equal(passed[1][name], grad) for name, grad in wanted[1].items())
-
-
-def test_master_weights():
-    """fp32 parameters, bf16 fake weights; made again in backward in bf16 too."""
-    model, fq, state, x = setup(GroupedMLP)
-    to_bf16 = fqt.transform(fq.spec, out_dtype=torch.bfloat16)
-    for layer in model.dense:
-        layer.to(torch.bfloat16)
-    x = x.bfloat16()
-    wanted = whole(model, to_bf16, state, x)
-    with fqt.layerwise(model, state, spec=fq.spec, out_dtype=torch.bfloat16):
-        loss = model(x)
-        loss.backward()
-    assert_equal((loss.detach(), grads_of(model)), wanted)
-    assert model.mlp[0].linear_fc1.weight0.dtype == torch.float32
 
 
 GROUP = EXPERTS * FFN * HIDDEN * 4  # bytes of one group's fake weights
@@ -175,8 +37,8 @@ GROUP = EXPERTS * FFN * HIDDEN * 4  # bytes of one group's fake weights
 )
 def test_fake_weights_are_not_kept(books, kind, in_forward, in_backward):
     """None outlives its layer's forward, nor its use in backward. Without recompute all of them wait for backward."""
-    model, fq, state, x = setup(kind)
-    with fqt.layerwise(model, state, spec=fq.spec):
+    model, fq, state, x = setup(kind, kind)
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         assert (books.now, books.most, books.calls) == (0, in_forward, 4)
         books.most = 0
@@ -185,7 +47,7 @@ def test_fake_weights_are_not_kept(books, kind, in_forward, in_backward):
     assert (books.now, books.most) == (0, in_backward)
 
     books.most = 0
-    with fqt.layerwise(model, state, spec=fq.spec, recompute=False):
+    with fqt.layerwise(fq, model, state, recompute=False):
         loss = model(x)
         assert books.now == 4 * GROUP
         loss.backward()
@@ -195,10 +57,10 @@ def test_fake_weights_are_not_kept(books, kind, in_forward, in_backward):
 
 def test_no_gradient_no_hooks(books):
     model, fq, state, x = setup()
-    with torch.no_grad(), fqt.layerwise(model, state, spec=fq.spec):
+    with torch.no_grad(), fqt.layerwise(fq, model, state):
         loss = model(x)
     assert (books.now, books.most, books.calls) == (0, GROUP, 4)
-    assert torch.equal(loss, whole(model, fq, state, x)[0])
+    assert torch.equal(loss, functional(model, fq, state, x)[0])
 
 
 def test_frozen_weights(books):
@@ -206,21 +68,21 @@ def test_frozen_weights(books):
     model, fq, state, x = setup()
     for name, param in model.named_parameters():
         param.requires_grad_("mlp" not in name)
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         assert books.now == 0
         loss.backward()
     found = grads_of(model)
-    wanted = whole(model, fq, state, x)[1]
+    wanted = functional(model, fq, state, x)[1]
     assert all(torch.equal(found[name], wanted[name]) for name in found if "dense" in name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_twice_through_one_graph(kind):
     """retain_graph: the second backward makes the fake weights again, as the first did."""
-    model, fq, state, x = setup(kind)
-    wanted = whole(model, fq, state, x)[1]
-    with fqt.layerwise(model, state, spec=fq.spec):
+    model, fq, state, x = setup(kind, kind)
+    wanted = functional(model, fq, state, x)[1]
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         for _ in range(2):
             loss.backward(retain_graph=True)
@@ -229,8 +91,8 @@ def test_twice_through_one_graph(kind):
 
 def test_two_launches_a_group_through_one_graph(books):
     """Weights of one module are made again together, once a backward."""
-    model, fq, state, x = setup(GroupedMLP)
-    with fqt.layerwise(model, state, spec=fq.spec):
+    model, fq, state, x = setup()
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         for backwards in (1, 2):
             loss.backward(retain_graph=True)
@@ -241,9 +103,9 @@ def test_two_launches_a_group_through_one_graph(books):
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed_activations(books, kind, reentrant):
     """A layer whose activations are made again is run again with fake weights, and keeps none in between."""
-    model, fq, state, x = setup(kind, checkpointed=reentrant)
+    model, fq, state, x = setup(kind, kind, checkpointed=reentrant)
     x.requires_grad_()
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         assert books.now == 0
         loss.backward()
@@ -251,14 +113,14 @@ def test_checkpointed_activations(books, kind, reentrant):
     del loss
     assert books.now == 0
     model.checkpointed = None
-    assert_equal(found, whole(model, fq, state, x))
+    assert_equal(found, functional(model, fq, state, x))
 
 
 def test_checkpoint_outside_is_another_gradient():
     """Why backward belongs inside, as the docstring says: outside, the layer is run again with its own weights."""
     model, fq, state, x = setup(format=fqt.INT4_BLOCK32, checkpointed=False)
     x.requires_grad_()
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
     loss.backward()
     outside = grads_of(model)
@@ -271,7 +133,7 @@ def test_inside_functional_call():
     model, fq, state, x = setup()
     params = {name: param.detach().mul(1.25).requires_grad_() for name, param in model.named_parameters()}
     state = fq.calibrate(params)
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = functional_call(model, params, (x,))
         loss.backward()
     wanted_loss = functional_call(model, fq.fakequant(params, state), (x,))
@@ -286,11 +148,11 @@ def test_under_torch_func():
     params = {name: param.detach() for name, param in model.named_parameters()}
 
     def loss(params, recompute):
-        with fqt.layerwise(model, state, spec=fq.spec, recompute=recompute):
+        with fqt.layerwise(fq, model, state, recompute=recompute):
             return functional_call(model, params, (x,))
 
     found = torch.func.grad(loss)(params, False)
-    wanted = whole(model, fq, state, x)[1]
+    wanted = functional(model, fq, state, x)[1]
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="recompute=False"):
         torch.func.grad(loss)(params, True)
@@ -299,10 +161,10 @@ def test_under_torch_func():
 def test_other_hooks_on_saved_tensors_decide():
     """save_on_cpu and the like are not gone round: inside them nothing is made again, and the numbers are the same."""
     model, fq, state, x = setup()
-    wanted = whole(model, fq, state, x)
+    wanted = functional(model, fq, state, x)
     packed = []
     with (
-        fqt.layerwise(model, state, spec=fq.spec),
+        fqt.layerwise(fq, model, state),
         torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t),
     ):
         loss = model(x)
@@ -323,25 +185,26 @@ def test_dense_weights_within_a_site():
         def forward(self, x):
             return Lists.forward(self, torch.relu(self.gate(x)))
 
-    model, fq, state, x = setup(Both)
+    model, fq, state, x = setup(Both, Both)
     assert len(fq.spec.groups) == 6
-    assert_equal(by_layer(model, fq, state, x), whole(model, fq, state, x))
+    assert_equal(by_layer(model, fq, state, x), functional(model, fq, state, x))
 
 
 def test_faults_name_the_parameter():
     model, fq, state, x = setup()
-    before = {name: id(param) for name, param in model.named_parameters()}
+    before = numbers_of(model)
 
     # An exception within the layer.
-    with pytest.raises(RuntimeError, match="shape|size"), fqt.layerwise(model, state, spec=fq.spec):
+    with pytest.raises(RuntimeError, match="shape|size"), fqt.layerwise(fq, model, state):
         model(x[:, :3])
     assert_untouched(model, before)
 
     # Weights changed between forward and backward.
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
         with torch.no_grad():
             model.mlp[0].linear_fc2.weight1.mul_(2)
+        before = numbers_of(model)
         with pytest.raises(RuntimeError) as error:
             loss.backward()
     assert_names(str(error.value), "mlp.0.linear_fc2.weight*", "changed in place")
@@ -349,32 +212,33 @@ def test_faults_name_the_parameter():
 
     # Amax changed likewise.
     model.zero_grad()
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         loss = model(x)
-        state["mlp.1.linear_fc1.weight*"].amax.mul_(2)
+        state["mlp.1.linear_fc1.weight*"]["amax"].mul_(2)
         with pytest.raises(RuntimeError) as error:
             loss.backward()
     assert_names(str(error.value), "mlp.1.linear_fc1.weight*")
 
     # A spec of another model; a state of another spec.
-    other = Model(Lists)
-    with pytest.raises(KeyError) as error, fqt.layerwise(other, state, spec=fq.spec):
+    other = Model(Lists, Lists)
+    with pytest.raises(KeyError) as error, fqt.layerwise(fq, other, state):
         pass
     assert_names(error.value.args[0], "mlp.0.linear_fc1.weight0", "Model")
-    with pytest.raises(KeyError, match="linear_fc1"), fqt.layerwise(model, {}, spec=fq.spec):
+    with pytest.raises(KeyError, match="linear_fc1"), fqt.layerwise(fq, model, {}):
         pass
-    with pytest.raises(ValueError, match="backward"), fqt.layerwise(model, state, spec=fq.spec, backward="ste"):
+    lsq = replace(fq, backward="lsq")
+    with pytest.raises(ValueError, match=r"backward: found 'lsq'.*fakequant"), fqt.layerwise(lsq, model, state):
         pass
 
     # An invalid amax: the quantizer's own error, from within the layer's hook.
-    bad = {key: type(group)(*(leaf * torch.nan for leaf in group)) for key, group in state.items()}
-    with pytest.raises(ValueError, match="amax"), fqt.layerwise(model, bad, spec=fq.spec):
+    bad = {key: {name: leaf * torch.nan for name, leaf in group.items()} for key, group in state.items()}
+    with pytest.raises(ValueError, match="amax"), fqt.layerwise(fq, model, bad):
         model(x)
     assert_untouched(model, before)
 
     # `inspect` sees each module before its weights are replaced, and may refuse.
     seen = []
-    with fqt.layerwise(model, state, spec=fq.spec, inspect=seen.append):
+    with fqt.layerwise(fq, model, state, inspect=seen.append):
         model(x)
     assert seen == [m for mlp in model.mlp for m in (mlp.linear_fc1, mlp.linear_fc2)]
 
@@ -393,10 +257,10 @@ def test_a_layer_that_never_runs_is_named():
     model = Reader()
     fq = fqt.transform(fqt.select(dict(model.named_parameters()), {"*": fqt.INT8}))
     state = fq.calibrate(dict(model.named_parameters()))
-    with pytest.raises(ValueError) as error, fqt.layerwise(model, state, spec=fq.spec):
+    with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
         model(torch.ones(2, HIDDEN))
     assert_names(str(error.value), "read.weight", "Linear", "never ran")
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         pass
 
 
@@ -421,7 +285,7 @@ def test_weights_in_a_parameter_list():
 
     model, fq, state = only_layer(Listed())
     x = torch.ones(2, HIDDEN)
-    with torch.no_grad(), fqt.layerwise(model, state, spec=fq.spec):
+    with torch.no_grad(), fqt.layerwise(fq, model, state):
         found = model(x)
     with torch.no_grad():
         assert torch.equal(found, functional_call(model, fq.fakequant(dict(model.named_parameters()), state), (x,)))
@@ -439,7 +303,7 @@ def test_the_only_layer_never_runs():
             return x @ self.read.weight
 
     model, fq, state = only_layer(Reader())
-    with pytest.raises(ValueError, match="0.read.weight"), fqt.layerwise(model, state, spec=fq.spec):
+    with pytest.raises(ValueError, match="0.read.weight"), fqt.layerwise(fq, model, state):
         model(torch.ones(2, HIDDEN))
 
 
@@ -447,8 +311,8 @@ def test_a_state_made_under_inference_mode():
     model, fq, _, x = setup()
     with torch.inference_mode():
         state = fq.calibrate(dict(model.named_parameters()))
-    usual = {key: type(group)(*(leaf.clone() for leaf in group)) for key, group in state.items()}
-    assert_equal(by_layer(model, fq, state, x), whole(model, fq, usual, x))
+    usual = {key: {name: leaf.clone() for name, leaf in group.items()} for key, group in state.items()}
+    assert_equal(by_layer(model, fq, state, x), functional(model, fq, usual, x))
 
 
 def test_a_layer_that_gives_its_weight():
@@ -460,7 +324,7 @@ def test_a_layer_that_gives_its_weight():
 
     model, fq, state = only_layer(Giver(HIDDEN, HIDDEN, bias=False))
     model[0].weight.main_grad = torch.zeros(HIDDEN, HIDDEN)
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         _, weight = model(torch.ones(2, HIDDEN))
     (wanted,) = fq.fakequant(dict(model.named_parameters()), state).values()
     assert torch.equal(weight, wanted)
@@ -471,10 +335,10 @@ def test_megatrons_own_fused_accumulation_is_refused():
     model, fq, state = only_layer(torch.nn.Linear(HIDDEN, HIDDEN, bias=False))
     model[0].weight.main_grad = torch.zeros(HIDDEN, HIDDEN)
     model[0].gradient_accumulation_fusion = True
-    with pytest.raises(ValueError) as error, fqt.layerwise(model, state, spec=fq.spec):
+    with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
         model(torch.ones(2, HIDDEN))
     assert_names(str(error.value), "0.weight", "gradient_accumulation_fusion", "recompute=False")
-    with fqt.layerwise(model, state, spec=fq.spec, recompute=False):
+    with fqt.layerwise(fq, model, state, recompute=False):
         model(torch.ones(2, HIDDEN))
 
 
@@ -498,7 +362,7 @@ def test_a_layer_within_itself():
         if len(calls) > 1:
             raise ValueError("no deeper")
 
-    with fqt.layerwise(model, state, spec=fq.spec, inspect=refuse):
+    with fqt.layerwise(fq, model, state, inspect=refuse):
         first, second = model(torch.ones(2, HIDDEN))
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.ones(2, HIDDEN) @ model[0].weight.mT)
@@ -524,7 +388,7 @@ def test_a_layer_that_replaces_its_data():
         model, x = Rescaled(), torch.ones(4, 4, requires_grad=True)
         params = dict(model.named_parameters())
         fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
-        with fqt.layerwise(model, fq.calibrate(params), spec=fq.spec, recompute=recompute):
+        with fqt.layerwise(fq, model, fq.calibrate(params), recompute=recompute):
             model(x).sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
@@ -558,7 +422,7 @@ def test_a_view_in_another_dtype_is_saved_as_it_is():
     model, x = SavesBytes(), torch.ones(4, requires_grad=True)
     params = dict(model.named_parameters())
     fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
-    with fqt.layerwise(model, fq.calibrate(params), spec=fq.spec):
+    with fqt.layerwise(fq, model, fq.calibrate(params)):
         model(x).sum().backward()
     assert model.weight.grad is not None
 
@@ -568,16 +432,16 @@ def test_a_container_without_forward_is_no_layer():
     model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))})
     params = dict(model.named_parameters())
     fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
-    entering = fqt.layerwise(model, fq.calibrate(params), spec=fq.spec)
+    entering = fqt.layerwise(fq, model, fq.calibrate(params))
     with pytest.raises(ValueError, match="ModuleDict, which has no forward"), entering:
         pass
 
 
 def test_inspect_sees_the_modules_below():
     """Experts that are modules of their own are asked too."""
-    model, fq, state, x = setup(Lists)
+    model, fq, state, x = setup(Lists, Lists)
     seen = []
-    with fqt.layerwise(model, state, spec=fq.spec, inspect=seen.append):
+    with fqt.layerwise(fq, model, state, inspect=seen.append):
         model(x)
     assert [module for module in seen if isinstance(module, torch.nn.Linear)] == [
         expert[w] for mlp in model.mlp for w in ("w1", "w2") for expert in mlp.experts
@@ -588,15 +452,15 @@ def _under_fsdp2(rank, size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = Model(GroupedMLP)
+    model = Model(GroupedMLP, GroupedMLP)
     params = {name: param.detach().clone() for name, param in model.named_parameters()}
     fq = fqt.transform(fqt.select(params, {"mlp.*": fqt.FP8}))
     state = fq.calibrate(params)
     fully_shard(model.mlp[1], mesh=init_device_mesh("cpu", (size,)))
     said = []
     for call in (
-        lambda: fqt.layerwise(model, state, spec=fq.spec).__enter__(),
-        lambda: fqt.value_and_grad(lambda model, x: model(x), model, fq),
+        lambda: fqt.layerwise(fq, model, state).__enter__(),
+        lambda: fqt.value_and_grad(lambda model, x: model(x), fq, model),
     ):
         try:
             call()

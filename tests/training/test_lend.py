@@ -5,91 +5,40 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
-from tests.cases import ALL_FORMATS, assert_names, name_of
-from tests.training.test_layerwise import (
+from tests.cases import assert_names
+from tests.training.ways import (
     EXPERTS,
     FFN,
-    GROUP,
     HIDDEN,
-    Grouped,
+    SEEN,
+    OneNode,
+    OneNodeMLP,
     assert_equal,
-    assert_untouched,
+    assert_own,
+    by_layer,
+    functional,
     grads_of,
+    lends,
+    numbers_of,
     setup,
-    whole,
 )
 
-SEEN = []  # what the weights are when they are computed with
+GROUP = EXPERTS * FFN * HIDDEN * 4  # bytes of one group's fake weights
 
 
-class _Node(torch.autograd.Function):
-    """As Transformer Engine's GroupedLinear: one node, which saves the weights as they are."""
-
-    @staticmethod
-    def forward(ctx, x, *weights):
-        SEEN.append(weights[0].detach().clone())
-        if torch.isnan(x).any():
-            raise ArithmeticError("forward")
-        ctx.save_for_backward(x, *weights)
-        return torch.cat([part @ w.mT for part, w in zip(x.chunk(EXPERTS), weights, strict=True)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors
-        SEEN.append(weights[0].detach().clone())
-        if torch.isnan(grad).any():
-            raise ArithmeticError("backward")
-        parts = list(zip(grad.chunk(EXPERTS), x.chunk(EXPERTS), weights, strict=True))
-        return torch.cat([g @ w for g, _, w in parts]), *[g.mT @ part for g, part, _ in parts]
-
-
-class OneNode(Grouped):
-    def forward(self, x):
-        return _Node.apply(x, *[getattr(self, f"weight{i}") for i in range(EXPERTS)])
-
-
-class OneNodeMLP(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear_fc1, self.linear_fc2 = OneNode(FFN, HIDDEN), OneNode(HIDDEN, FFN)
-
-    def forward(self, x):
-        return self.linear_fc2(torch.relu(self.linear_fc1(x)))
-
-
-def lends(module):
-    return isinstance(module, OneNode)
+def lending(fq, model, state, **options):
+    return fqt.layerwise(fq, model, state, lends=lends, **options)
 
 
 def lent(model, fq, state, x, **options):
-    with fqt.layerwise(model, state, spec=fq.spec, backward=fq.backward, lends=lends, **options):
-        loss = model(x)
-        loss.backward()
-    return loss.detach(), grads_of(model)
+    return by_layer(model, fq, state, x, lends=lends, **options)
 
 
-def numbers_of(model):
-    return {name: (param.data_ptr(), param.detach().clone()) for name, param in model.named_parameters()}
-
-
-def assert_own(model, before):
-    """Each parameter is where it was, and what it was."""
-    for name, (address, numbers) in before.items():
-        param = model.get_parameter(name)
-        assert param.data_ptr() == address
-        assert torch.equal(param, numbers)
-
-
-@pytest.mark.parametrize("format", ALL_FORMATS[:13], ids=name_of)
-def test_numbers_of_the_whole_model_form(format):
-    """Loss and every gradient, bit for bit, and nothing left behind."""
-    model, fq, state, x = setup(OneNodeMLP, format, torch.bfloat16)
-    before, ids = numbers_of(model), {name: id(param) for name, param in model.named_parameters()}
-    wanted = whole(model, fq, state, x)
+def test_the_parameters_hold_the_fake_numbers_in_forward_and_backward():
+    """What the node sees of its own parameters; test_all_ways.py compares what it makes of them."""
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP, dtype=torch.bfloat16)
     SEEN.clear()
-    assert_equal(lent(model, fq, state, x), wanted)
-    assert_own(model, before)
-    assert_untouched(model, ids)
+    lent(model, fq, state, x)
     fakes = fq.fakequant(dict(model.named_parameters()), state)
     firsts = [fakes[f"mlp.{layer}.linear_{fc}.weight0"] for layer in (0, 1) for fc in ("fc1", "fc2")]
     assert len(SEEN) == 8
@@ -99,8 +48,8 @@ def test_numbers_of_the_whole_model_form(format):
 
 def test_memory(books):
     """One group's fake weights at a time."""
-    model, fq, state, x = setup(OneNodeMLP)
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
+    with lending(fq, model, state):
         loss = model(x)
         assert (books.now, books.most, books.calls) == (0, GROUP, 4)
         books.most = 0
@@ -109,9 +58,9 @@ def test_memory(books):
 
 
 def test_twice_through_one_graph():
-    model, fq, state, x = setup(OneNodeMLP)
-    wanted = whole(model, fq, state, x)[1]
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
+    wanted = functional(model, fq, state, x)[1]
+    with lending(fq, model, state):
         loss = model(x)
         for _ in range(2):
             loss.backward(retain_graph=True)
@@ -121,13 +70,13 @@ def test_twice_through_one_graph():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_activations(reentrant):
     """Forward is run again within backward, and the non-reentrant kind even within the node's own backward."""
-    model, fq, state, x = setup(OneNodeMLP, checkpointed=reentrant)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP, checkpointed=reentrant)
     before = numbers_of(model)
     x.requires_grad_()
     found = lent(model, fq, state, x)
     assert_own(model, before)
     model.checkpointed = None
-    assert_equal(found, whole(model, fq, state, x))
+    assert_equal(found, functional(model, fq, state, x))
 
 
 def test_checkpointed_layer_alone():
@@ -140,7 +89,7 @@ def test_checkpointed_layer_alone():
     before = numbers_of(model)
     grads = []
     for checkpointed in (False, True):
-        with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+        with lending(fq, model, state):
             leaf = x.clone().requires_grad_()
             out = torch.utils.checkpoint.checkpoint(model, leaf, use_reentrant=False) if checkpointed else model(leaf)
             out.square().sum().backward()
@@ -151,7 +100,7 @@ def test_checkpointed_layer_alone():
 
 def test_parameters_are_their_own_between():
     """Hooks on gradients, and whoever looks between the layers, see the parameters' own numbers."""
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     before = numbers_of(model)
     seen = []
 
@@ -169,38 +118,38 @@ def test_parameters_are_their_own_between():
 
 
 def test_frozen_weights_and_no_gradient(books):
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     for name, param in model.named_parameters():
         param.requires_grad_("mlp" not in name)
-    wanted = whole(model, fq, state, x)
+    wanted = functional(model, fq, state, x)
     found = lent(model, fq, state, x)
     assert torch.equal(found[0], wanted[0])
     assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1] if "dense" in name)
     books.calls = 0
-    with torch.no_grad(), fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    with torch.no_grad(), lending(fq, model, state):
         assert torch.equal(model(x), wanted[0])
     assert books.calls == 4
 
 
 def test_a_failed_forward_leaves_nothing():
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     before = numbers_of(model)
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    with lending(fq, model, state):
         with pytest.raises(ArithmeticError, match="forward"):
             model(x * torch.nan)
         assert_own(model, before)
         model(x).backward()
     found = grads_of(model)
-    wanted = whole(model, fq, state, x)[1]
+    wanted = functional(model, fq, state, x)[1]
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_failed_backward_leaves_nothing():
     """Whoever comes next takes the numbers back: another forward, of the model or the layer, or the end."""
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     before = numbers_of(model)
-    wanted = whole(model, fq, state, x)
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    wanted = functional(model, fq, state, x)
+    with lending(fq, model, state):
         for _ in range(2):
             with pytest.raises(ArithmeticError, match="backward"):
                 (model(x) * torch.nan).backward()
@@ -212,15 +161,15 @@ def test_a_failed_backward_leaves_nothing():
         with pytest.raises(ArithmeticError, match="backward"):
             (model(x) * torch.nan).backward()
     assert_own(model, before)
-    with pytest.raises(ArithmeticError), fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    with pytest.raises(ArithmeticError), lending(fq, model, state):
         (model(x) * torch.nan).backward()
     assert_own(model, before)
 
 
 def test_backward_outside_is_refused():
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     before = numbers_of(model)
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    with lending(fq, model, state):
         loss = model(x)
     with pytest.raises(RuntimeError) as error:
         loss.backward()
@@ -229,8 +178,8 @@ def test_backward_outside_is_refused():
 
 
 def test_parameters_that_changed_are_refused():
-    model, fq, state, x = setup(OneNodeMLP)
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
+    with lending(fq, model, state):
         loss = model(x)
         with torch.no_grad():
             model.mlp[1].linear_fc2.weight1.mul_(2)
@@ -243,7 +192,7 @@ def test_layers_of_several_nodes_are_refused():
     """Whoever says that a layer is one node is checked."""
     model, fq, state, x = setup()
     before = numbers_of(model)
-    with pytest.raises(ValueError) as error, fqt.layerwise(model, state, spec=fq.spec, lends=lambda module: True):
+    with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state, lends=lambda module: True):
         model(x)
     assert_names(str(error.value), "Grouped", "CatBackward0", "one node")
     assert_own(model, before)
@@ -251,24 +200,20 @@ def test_layers_of_several_nodes_are_refused():
 
 def test_weights_that_cannot_hold_other_numbers_are_exchanged():
     """Results of other operations, gradients that are not the identity's, another dtype, torch.func."""
-    model, fq, state, x = setup(OneNodeMLP)
+    model, fq, state, x = setup(OneNodeMLP, OneNodeMLP)
     params = dict(model.named_parameters())
     computed = {name: param * 1.0 for name, param in params.items()}
-    with fqt.layerwise(model, state, spec=fq.spec, lends=lends):
+    with lending(fq, model, state):
         loss = functional_call(model, computed, (x,))
         loss.backward()
-    assert_equal((loss.detach(), grads_of(model)), whole(model, fq, state, x))
+    assert_equal((loss.detach(), grads_of(model)), functional(model, fq, state, x))
 
-    master = fqt.transform(fq.spec, out_dtype=torch.bfloat16)
-    for layer in model.dense:
-        layer.to(torch.bfloat16)
-    wanted = whole(model, master, state, x.bfloat16())
-    assert_equal(lent(model, fq, state, x.bfloat16(), out_dtype=torch.bfloat16), wanted)
+    master = setup(OneNodeMLP, OneNodeMLP, out_dtype=torch.bfloat16)
+    wanted = functional(*master)
+    assert_equal(lent(*master), wanted)
 
-    with fqt.layerwise(model, state, spec=fq.spec, out_dtype=torch.bfloat16, lends=lends, recompute=False):
-        loss = model(x.bfloat16())
+    model, fq, state, x = master
+    with lending(fq, model, state, recompute=False):
+        loss = model(x)
     loss.backward()  # kept: nothing to make again, so it may be outside
     assert_equal((loss.detach(), grads_of(model)), wanted)
-
-    clipped = setup(OneNodeMLP, fqt.INT8, backward="clip")
-    assert_equal(lent(*clipped), whole(*clipped))

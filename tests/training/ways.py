@@ -1,6 +1,7 @@
 """Experts as models have them, and every way to train them under fake quantization."""
 
 import weakref
+from collections import deque
 
 import torch
 from torch.func import functional_call
@@ -41,17 +42,18 @@ class Grouped(torch.nn.Module):
         return torch.cat([part @ w.mT for part, w in zip(x.chunk(EXPERTS), weights, strict=True)])
 
 
+SEEN = deque(maxlen=16)  # the first weight of a node, at each of the last computations with it
+
+
 class _Node(torch.autograd.Function):
     """As Transformer Engine's: it saves the weights as they are, and adds gradients to `main_grad` if they have one.
 
     It then gives gradients of NaN, which nobody may use. tests/integrations/test_te.py has the real one, on a GPU.
     """
 
-    seen = []  # what the first weight is whenever it is computed with
-
     @staticmethod
     def forward(ctx, x, *weights):
-        _Node.seen.append(weights[0].detach().clone())
+        SEEN.append(weights[0].detach().clone())
         if torch.isnan(x).any():
             raise ArithmeticError("forward")
         ctx.save_for_backward(x, *weights)
@@ -62,7 +64,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *weights = ctx.saved_tensors
-        _Node.seen.append(weights[0].detach().clone())
+        SEEN.append(weights[0].detach().clone())
         if torch.isnan(grad).any():
             raise ArithmeticError("backward")
         back, grads = [], grad.chunk(EXPERTS)
@@ -83,8 +85,6 @@ class _Node(torch.autograd.Function):
 
 class OneNode(Grouped):
     """As Transformer Engine's GroupedLinear: one node of the autograd graph."""
-
-    seen = _Node.seen
 
     def forward(self, x):
         return _Node.apply(x, *[getattr(self, f"weight{i}") for i in range(EXPERTS)])
@@ -143,8 +143,8 @@ KINDS = [Lists, GroupedMLP, Stacked, OneNodeMLP]
 
 
 def setup(*kinds, format=fqt.NVFP4, dtype=torch.float32, checkpointed=None, **options):
-    """A model, its transform, a state by which static formats clip, and an input."""
-    model = Model(*kinds, checkpointed=checkpointed).to(dtype)
+    """A model of two grouped layers, or of these kinds; its transform; a state, which clips under "clip"; an input."""
+    model = Model(*kinds or (GroupedMLP, GroupedMLP), checkpointed=checkpointed).to(dtype)
     with torch.no_grad():
         for number, param in enumerate(model.mlp.parameters()):
             param.mul_(2.0 ** (number % 3 - 1))  # each expert an amax of its own
@@ -267,12 +267,17 @@ def numbers_of(model):
     return {name: (param, param.data_ptr(), param.detach().clone()) for name, param in model.named_parameters()}
 
 
-def assert_untouched(model, before):
-    """Parameters are the same objects, where they were and what they were; and no hook is left."""
+def assert_own(model, before):
+    """Parameters are the same objects, where they were and what they were."""
     assert dict(model.named_parameters()).keys() == before.keys()
     for name, param in model.named_parameters():
         own, address, numbers = before[name]
         assert param is own
         assert param.data_ptr() == address
         assert torch.equal(param, numbers)
+
+
+def assert_untouched(model, before):
+    """Nor is there a hook left."""
+    assert_own(model, before)
     assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
