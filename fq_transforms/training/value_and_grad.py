@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from fq_transforms.activations.quantize import quantized_inputs
 from fq_transforms.dtensor import is_sharded
+from fq_transforms.rounding import Stochastic
 from fq_transforms.state import State
 from fq_transforms.training.kept import Kept
 from fq_transforms.training.layerwise import check_not_fsdp
@@ -21,17 +22,22 @@ __all__ = ["value_and_grad"]
 
 
 class ValueAndGrad(Protocol):
-    """`(params, state, microbatches) -> (losses, grads)`."""
+    """`(params, state, microbatches) -> (losses, grads)`; `rounding` is that of `fq.fakequant`."""
 
     def __call__(
-        self, params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
+        self,
+        params: Mapping[str, Tensor],
+        state: State,
+        microbatches: Iterable[Any],
+        *,
+        rounding: Stochastic | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def value_and_grad(
     loss_fn: Callable[[Module, Any], Tensor], fq: Transform, model: Module, *, keep: bool = False
 ) -> ValueAndGrad:
-    """A function `(params, state, microbatches) -> (losses, grads)`: one `fakequant` and one pullback per step.
+    """A function `(params, state, microbatches, *, rounding=None) -> (losses, grads)`: one `fakequant`, one pullback.
 
     `losses` is [microbatches], detached. `grads` has an entry for each parameter that requires a gradient, in its shape
     and dtype, added up over microbatches: zeros if no loss depends on it, `main_grad` itself if it has one.
@@ -44,7 +50,7 @@ def value_and_grad(
 
     Raises:
         KeyError, ValueError: As `fq.fakequant`; a parameter is not in the model; none is trained; no microbatch; a loss
-            is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; FSDP2; `keep` with "clip" or DTensors.
+            is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; FSDP2; `keep` with clip, rounding, DTensors.
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -68,8 +74,14 @@ def value_and_grad(
     memory = Kept() if keep else None
 
     def step(
-        params: Mapping[str, Tensor], state: State, microbatches: Iterable[Any]
+        params: Mapping[str, Tensor],
+        state: State,
+        microbatches: Iterable[Any],
+        *,
+        rounding: Stochastic | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if keep and rounding is not None:
+            raise ValueError(f"keep: found rounding={rounding}, wanted None; leave `keep` away")
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
@@ -81,7 +93,7 @@ def value_and_grad(
             if kept is not None:
                 kept.is_used = True
             with torch.enable_grad():
-                leaves, pull = _fake_leaves(fq, params, state, trained, fused, kept)
+                leaves, pull = _fake_leaves(fq, params, state, rounding, trained, fused, kept)
                 places.find(leaves)
                 with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
                     losses = _run(partial(loss_fn, model), microbatches, places, leaves, fused)
@@ -106,6 +118,7 @@ def _fake_leaves(
     fq: Transform,
     params: Mapping[str, Tensor],
     state: State,
+    rounding: Stochastic | None,
     trained: Sequence[str],
     fused: Mapping[str, Any],
     kept: Kept | None,
@@ -127,7 +140,7 @@ def _fake_leaves(
         quantized, others, weights = kept.quantized, kept.others, dict(leaves)
     else:
         with torch.set_grad_enabled(needs_graph):
-            weights = fq.fakequant(primals, state)
+            weights = fq.fakequant(primals, state, rounding=rounding)
         leaves = {name: weight.detach() for name, weight in weights.items()} if needs_graph else dict(weights)
         quantized = [name for name in trained if weights[name] is not primals[name]]
         others = [name for name in trained if weights[name] is primals[name]]
