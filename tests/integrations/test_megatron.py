@@ -54,10 +54,10 @@ def _calibrates_as_by_hand(rank, size, layout):
     share(layout)
     model = build(layout, gated=True)
     for format in (fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.NVFP4_STATIC):
-        spec = megatron.select(model, dict.fromkeys(RULES, format))
-        assert len(spec.groups) == 4 * LAYERS
+        fq = fqt.transform(megatron.select(model, dict.fromkeys(RULES, format)))
+        assert len(fq.spec.groups) == 4 * LAYERS
         params = dict(model.named_parameters())
-        assert same(megatron.calibrate(model, spec), state_of(params, spec)), format.name
+        assert same(megatron.calibrate(fq, model), state_of(params, fq.spec)), format.name
 
 
 @pytest.mark.dist
@@ -96,20 +96,21 @@ def _chooses(rank, size, layout):
     )
     found = []
     for format, rules, method in CHOICES:
-        spec = megatron.select(model, dict.fromkeys(rules, format))
+        fq = fqt.transform(megatron.select(model, dict.fromkeys(rules, format)), method=method)
         for is_weighted in (False, True)[: 1 + isinstance(method, Mse)]:
             statistics = {}
-            for group in spec.groups:
+            for group in fq.spec.groups:
                 rank_of, ranks = (place[1], layout.etp) if "experts" in group.key else (place[2], layout.tp)
                 is_cut = "linear_fc2" in group.key or "linear_proj" in group.key
                 whole = importance(group.key, group.shape[1] * (ranks if is_cut else 1))
                 statistics[group.key] = whole.chunk(ranks)[rank_of] if is_cut else whole
             given = statistics if is_weighted else None
-            found.append(fqt.state.flatten(megatron.calibrate(model, spec, method=method, statistics=given)))
+            found.append(fqt.state.flatten(megatron.calibrate(fq, model, statistics=given)))
     refused = {}
     for format, method in ((fqt.FP8, Mse()), (fqt.INT8_PER_CHANNEL, Percentile(90)), (fqt.NVFP4, Mse())):
         try:
-            megatron.calibrate(model, megatron.select(model, dict.fromkeys(RULES, format)), method=method)
+            spec = megatron.select(model, dict.fromkeys(RULES, format))
+            megatron.calibrate(fqt.transform(spec, method=method), model)
         except ValueError as error:
             refused[format.name] = str(error)
     return place, found, refused
@@ -150,7 +151,7 @@ def _errs_in_statistics_on_rank_1(rank, size, fault):
     elif rank:
         method = Max()
     try:
-        state = megatron.calibrate(model, spec, method=method, statistics=statistics)
+        state = megatron.calibrate(fqt.transform(spec, method=method), model, statistics=statistics)
     except (KeyError, ValueError) as error:
         return str(error)
     return len(state)
@@ -171,50 +172,50 @@ def test_statistics_that_are_wrong_on_one_rank_leave_the_other_its_state(ranks, 
 def _observes(rank, size, layout):
     share(layout)
     model = initialized(layout, gated=True).eval()
-    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4_STATIC})
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4_STATIC}), method=Mse())
     params, batches = dict(model.named_parameters()), [tokens(), tokens(1)]
-    means = fqt.mean_squares(params, batches, spec=spec, model=model, unseen="ones")
+    means = fq.input_second_moments(params, batches, model=model, unseen="ones")
     seen = {}
-    for name in (name for group in spec.groups for name in group.names):
+    for name in (name for group in fq.spec.groups for name in group.names):
         model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
             lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
         )
     with torch.no_grad():
         for batch in batches:
             model(*batch)
-    for group in spec.groups:
+    for group in fq.spec.groups:
         for name, found in zip(group.names, means[group.key], strict=True):
             assert found.shape == (128 // layout.etp if "linear_fc2" in name else 128,)
             x = torch.cat(seen.get(name, [torch.ones(0, len(found))]))
             wanted = x.square().mean(0).float() if len(x) else torch.ones_like(found)
             torch.testing.assert_close(found, wanted, rtol=2**-23, atol=0)
-    megatron.calibrate(model, spec, method=Mse(), statistics=means)
+    megatron.calibrate(fq, model, statistics=means)
     return sum(len(torch.cat(x)) for x in seen.values())
 
 
 @pytest.mark.dist
-def test_mean_squares_are_of_the_ranks_part(ranks):
+def test_second_moments_are_of_the_ranks_part(ranks):
     """By hooks: of its experts, and for fc2 of its input channels; and as such `calibrate` takes them."""
     assert sum(ranks(_observes, Layout(ep=2, etp=2, tp=2))) > 0
 
 
 def _rounds(rank, size):
-    """By chance: what `fqt.fakequant` gives, with `main_grad` carried; another seed is another rounding."""
+    """At random: what `fq.fakequant` gives, with `main_grad` carried; another seed is another rounding."""
     share(Layout())
     ddp = wrapped(build(Layout(), gated=True))
-    spec = megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4})
-    state, params = megatron.calibrate(ddp, spec), dict(ddp.module.named_parameters())
-    by_chance = [megatron.fakequant(ddp, state, spec=spec, rounding=fqt.Stochastic(seed)) for seed in (1, 2)]
-    wanted = fqt.fakequant(params, state, spec=spec, rounding=fqt.Stochastic(1))
-    for group in spec.groups:
+    fq = fqt.transform(megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4}))
+    state, params = megatron.calibrate(fq, ddp), dict(ddp.module.named_parameters())
+    at_random = [megatron.fakequant(fq, ddp, state, rounding=fqt.Stochastic(seed)) for seed in (1, 2)]
+    wanted = fq.fakequant(params, state, rounding=fqt.Stochastic(1))
+    for group in fq.spec.groups:
         for name in group.names:
-            assert torch.equal(by_chance[0][name], wanted[name])
-            assert not torch.equal(by_chance[0][name], by_chance[1][name])
-            assert by_chance[0][name].main_grad is params[name].main_grad
+            assert torch.equal(at_random[0][name], wanted[name])
+            assert not torch.equal(at_random[0][name], at_random[1][name])
+            assert at_random[0][name].main_grad is params[name].main_grad
 
 
 @pytest.mark.dist
-def test_fakequant_rounds_by_chance(ranks):
+def test_fakequant_rounds_at_random(ranks):
     ranks(_rounds, size=1)
 
 
@@ -225,18 +226,18 @@ def _trains(rank, size, folder, layout):
     for way in ("whole", "layerwise", "kept"):
         # eval: Megatron trains MoE under tensor parallelism with sequence parallelism only, whose norms need a GPU.
         ddp = wrapped(initialized(layout, gated=True).eval())
-        spec = megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4})
-        state = megatron.calibrate(ddp, spec)
+        fq = fqt.transform(megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4}))
+        state = megatron.calibrate(fq, ddp)
         ddp.zero_grad_buffer()
         ids, positions, mask = tokens()
         losses = []
         for _ in range(2):
             if way == "whole":
-                weights = megatron.fakequant(ddp, state, spec=spec)
+                weights = megatron.fakequant(fq, ddp, state)
                 loss = functional_call(ddp.module, weights, (ids, positions, mask), {"labels": ids}).mean()
                 loss.backward()
             else:
-                with megatron.layerwise(ddp, state, spec=spec, recompute=way == "layerwise"):
+                with megatron.layerwise(fq, ddp, state, recompute=way == "layerwise"):
                     loss = ddp(ids, positions, mask, labels=ids).mean()
                     loss.backward()
             losses.append(loss.detach())
@@ -251,18 +252,18 @@ def _trains(rank, size, folder, layout):
     assert not torch.equal(ddp(ids, positions, mask, labels=ids).mean(), losses[0])
 
     with torch.no_grad():
-        logits = functional_call(ddp.module, megatron.fakequant(ddp, state, spec=spec), (ids, positions, mask))
+        logits = functional_call(ddp.module, megatron.fakequant(fq, ddp, state), (ids, positions, mask))
     allow_writers()
-    megatron.save(f"{folder}/model", ddp, state, spec=spec)
+    megatron.save(f"{folder}/model", fq, ddp, state)
     with torch.device("meta"):
         fresh = build(layout, gated=True).eval()
     assert all(param.is_meta for param in fresh.parameters())
     marked = {name: vars(param).copy() for name, param in fresh.named_parameters()}
-    restored = megatron.load(f"{folder}/model", fresh, spec=spec)
+    restored = megatron.load(f"{folder}/model", fq, fresh)
     assert same(restored, state)
     assert all(vars(param) == marked[name] and not param.is_meta for name, param in fresh.named_parameters())
     with torch.no_grad():
-        again = functional_call(fresh, megatron.fakequant(fresh, restored, spec=spec), (ids, positions, mask))
+        again = functional_call(fresh, megatron.fakequant(fq, fresh, restored), (ids, positions, mask))
     assert torch.equal(again, logits)
     return logits
 
@@ -270,11 +271,11 @@ def _trains(rank, size, folder, layout):
 def _loads_elsewhere(rank, size, folder, layout):
     share(layout)
     model = build(layout, gated=True).eval()
-    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4})
-    state = megatron.load(f"{folder}/model", model, spec=spec)
-    assert same(state, megatron.calibrate(model, spec))
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4}))
+    state = megatron.load(f"{folder}/model", fq, model)
+    assert same(state, megatron.calibrate(fq, model))
     with torch.no_grad():
-        return functional_call(model, megatron.fakequant(model, state, spec=spec), tokens())
+        return functional_call(model, megatron.fakequant(fq, model, state), tokens())
 
 
 @pytest.mark.dist
@@ -297,15 +298,15 @@ def _faults(rank, size, folder):
 
     model = build(Layout(), gated=True)
     said = {}
-    spec = megatron.select(model, {"*.mlp.experts.*": fqt.FP8})
-    state = megatron.calibrate(model, spec)
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.FP8}))
+    state = megatron.calibrate(fq, model)
     gathering = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     gathering.ddp_config.overlap_param_gather = True
     for name, call in {
-        "fakequant": lambda: megatron.fakequant(gathering, state, spec=spec),
-        "layerwise": lambda: megatron.layerwise(gathering, state, spec=spec),
+        "fakequant": lambda: megatron.fakequant(fq, gathering, state),
+        "layerwise": lambda: megatron.layerwise(fq, gathering, state),
         "no rule": lambda: megatron.select(model, {"*.no_such.*": fqt.FP8}),
-        "no checkpoint": lambda: megatron.load(f"{folder}/nothing", model, spec=spec),
+        "no checkpoint": lambda: megatron.load(f"{folder}/nothing", fq, model),
     }.items():
         try:
             call()
@@ -313,13 +314,14 @@ def _faults(rank, size, folder):
             said[name] = str(error)
     # A checkpoint of another format changes nothing of the model that was to be loaded.
     allow_writers()
-    megatron.save(f"{folder}/fp8", model, state, spec=spec)
+    megatron.save(f"{folder}/fp8", fq, model, state)
     other = build(Layout(), gated=True)
     with torch.no_grad():
         for param in other.parameters():
             param.fill_(7.0)
     try:
-        megatron.load(f"{folder}/fp8", other, spec=megatron.select(other, {"*.mlp.experts.*": fqt.INT8}))
+        int8 = fqt.transform(megatron.select(other, {"*.mlp.experts.*": fqt.INT8}))
+        megatron.load(f"{folder}/fp8", int8, other)
     except ValueError as error:
         said["format"] = str(error)
     assert all(bool((param == 7.0).all()) for param in other.parameters())
@@ -344,13 +346,13 @@ def test_transformer_engines_op_fuser_is_refused():
     model = torch.nn.Module()
     model.experts = torch.nn.Module()
     model.experts.linear_fc1 = torch.nn.Linear(32, 32, bias=False)
-    spec = megatron.select(model, {"*": fqt.FP8})
-    state = fqt.calibrate(dict(model.named_parameters()), spec=spec)
-    megatron.fakequant(model, state, spec=spec)
+    fq = fqt.transform(megatron.select(model, {"*": fqt.FP8}))
+    state = fq.calibrate(dict(model.named_parameters()))
+    megatron.fakequant(fq, model, state)
     model.experts._with_fused_impl = True
     for call in (megatron.fakequant, megatron.layerwise):
         with pytest.raises(ValueError) as error:
-            call(model, state, spec=spec)
+            call(fq, model, state)
         assert_names(str(error.value), "experts.linear_fc1.weight", "op_fuser")
 
 

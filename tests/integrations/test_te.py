@@ -1,4 +1,4 @@
-"""Transformer Engine's own modules, and Megatron's models of them, on a GPU: what test_main_grad.py mimics.
+"""Transformer Engine's own modules, and Megatron's models of them, on a GPU: what tests/training/ways.py mimics.
 
 Needs transformer-engine; the last tests megatron-core, and ModelOpt. Skipped, and counted, without.
 """
@@ -6,6 +6,7 @@ Needs transformer-engine; the last tests megatron-core, and ModelOpt. Skipped, a
 import copy
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 import fq_transforms as fqt
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import assert_names, name_of
+from tests.training.ways import halved
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -29,7 +31,7 @@ def te():
 class MLP(torch.nn.Module):
     def __init__(self, te, **options):
         super().__init__()
-        options |= {"bias": False, "params_dtype": torch.bfloat16, "device": "cuda"}
+        options |= {"bias": False, "device": "cuda"}
         self.linear_fc1 = te.GroupedLinear(EXPERTS, IN, OUT, **options)
         self.linear_fc2 = te.GroupedLinear(EXPERTS, OUT, IN, **options)
 
@@ -37,9 +39,10 @@ class MLP(torch.nn.Module):
         return self.linear_fc2(torch.relu(self.linear_fc1(x, splits)), splits)
 
 
-def setup(te, format=fqt.NVFP4, fused=False, flags=True, **options):
+def setup(te, format=fqt.NVFP4, fused=False, flags=True, dtype=torch.bfloat16, **options):
+    """The module, its transform with these options, a state, which clips under "clip", inputs and their gradients."""
     torch.manual_seed(1)
-    model = MLP(te, fuse_wgrad_accumulation=fused, **options)
+    model = MLP(te, fuse_wgrad_accumulation=fused, params_dtype=dtype)
     params = dict(model.named_parameters())
     with torch.no_grad():
         for number, param in enumerate(params.values()):
@@ -49,10 +52,13 @@ def setup(te, format=fqt.NVFP4, fused=False, flags=True, **options):
             param.main_grad = torch.zeros(param.shape, dtype=torch.float32, device="cuda")
             if flags:
                 param.grad_added_to_main_grad = False
-    fq = fqt.transform(fqt.select(params, {"*": format}))
+    fq = fqt.transform(fqt.select(params, {"*": format}), **options)
+    state = fq.calibrate(params)
+    if fq.backward == "clip":
+        state = halved(state)
     xs = [torch.randn(EXPERTS * TOKENS, IN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     gs = [torch.randn(EXPERTS * TOKENS, IN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    return model, params, fq, fq.calibrate(params), xs, gs
+    return model, params, fq, state, xs, gs
 
 
 SPLITS = [TOKENS + 16, TOKENS - 16, 2 * TOKENS, 0]
@@ -85,7 +91,7 @@ def run(call, xs, gs):
 def whole(model, params, fq, state, xs, gs):
     def call(x):
         weights = fq.fakequant(params, state)
-        fqt.carry_main_grad(params, weights)
+        fqt.carry_main_grad(fq, params, weights)
         return functional_call(model, weights, (x, SPLITS))
 
     return run(call, xs, gs)
@@ -93,21 +99,21 @@ def whole(model, params, fq, state, xs, gs):
 
 def once(model, params, fq, state, xs, gs):
     weights = fq.fakequant(params, state)
-    fqt.carry_main_grad(params, weights)
+    fqt.carry_main_grad(fq, params, weights)
     return run(lambda x: functional_call(model, weights, (x, SPLITS)), xs, gs)
 
 
 def layerwise(model, params, fq, state, xs, gs):
     from fq_transforms.integrations import te
 
-    with te.layerwise(model, state, spec=fq.spec):
+    with te.layerwise(fq, model, state):
         return run(lambda x: model(x, SPLITS), xs, gs)
 
 
 def kept(model, params, fq, state, xs, gs):
     from fq_transforms.integrations import te
 
-    with te.layerwise(model, state, spec=fq.spec, recompute=False):
+    with te.layerwise(fq, model, state, recompute=False):
         return run(lambda x: model(x, SPLITS), xs, gs)
 
 
@@ -127,6 +133,42 @@ def test_outputs_and_gradients(te, format, way):
         assert torch.equal(params[name].grad, param.grad), name
     plain = run(lambda x: model(x, SPLITS), xs, gs)
     assert not torch.equal(plain[0], wanted[0])
+
+
+@pytest.mark.parametrize("way", [layerwise, kept])
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("format", [fqt.FP8, fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.MXFP4], ids=name_of)
+def test_rules_and_master_weights(te, format, dtype, backward, way):
+    """bf16 weights, and fp32 ones that are computed with in bf16: as `functional_call`, whose "clip" zeroes gradients.
+
+    test_all_ways.py has the same law of layers in plain PyTorch. Only bf16 weights under "pass_through" are lent to.
+    """
+    model, params, fq, state, xs, gs = setup(te, format, dtype=dtype, backward=backward, out_dtype=torch.bfloat16)
+
+    def grads_by(way, fq):
+        outputs = way(model, params, fq, state, xs, gs)
+        grads = {name: param.grad for name, param in params.items()}
+        model.zero_grad()
+        return outputs, grads
+
+    outputs, wanted = grads_by(whole, fq)
+    found, grads = grads_by(way, fq)
+    assert all(torch.equal(a, b) for a, b in zip(found, outputs, strict=True))
+    for name, grad in wanted.items():
+        assert grads[name].dtype == dtype
+        assert torch.equal(grads[name], grad), name
+    if backward == "clip":
+        _, passed = grads_by(whole, replace(fq, backward="pass_through"))
+        assert any(((wanted[name] == 0) & (passed[name] != 0)).any() for name in params) == format.clips
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_accumulation_is_refused_under_clip(te, way):
+    """What Transformer Engine adds to `main_grad` has not been clipped."""
+    arguments = setup(te, fqt.FP8, fused=True, backward="clip")
+    with pytest.raises(ValueError, match=r"linear_fc1.weight0.*found main_grad and backward='clip'"):
+        way(*arguments)
 
 
 @pytest.mark.parametrize("flags", [True, False])
@@ -171,7 +213,7 @@ def test_value_and_grad(te):
     """Fused and not: the gradients of two microbatches through one fakequant."""
     for fused in (True, False):
         model, params, fq, state, xs, gs = setup(te, fused=fused)
-        step = fqt.value_and_grad(lambda model, b: (model(b[0], SPLITS) * b[1]).sum(), model, fq)
+        step = fqt.value_and_grad(lambda model, b: (model(b[0], SPLITS) * b[1]).sum(), fq, model)
         _, grads = step(params, state, zip(xs, gs, strict=True))
         reference, wanted, *rest = setup(te, fused=fused)
         whole(reference, wanted, *rest)
@@ -209,22 +251,24 @@ def test_memory(te, fused):
 def test_inputs(te, format, per_expert):
     """The amax of each expert's own tokens, and the output of a module that is fed the quantized numbers."""
     model, params, _, _, xs, _ = setup(te, format)
-    spec = fqt.select(params, [fqt.Rule("*", format, format, per_expert_inputs=per_expert)])
-    fq = fqt.transform(spec, model=model)
-    seen = fq.calibrate(params, [(x, SPLITS) for x in xs])
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", format, format, per_expert_inputs=per_expert)]))
+    seen = fq.calibrate(params, [(x, SPLITS) for x in xs], model=model)
     fed = observed(model, xs)
     for name, batches in fed.items():
         found = seen[f"{name}.weight*.input"]
         amax = torch.stack([torch.cat(parts).abs().amax().float() for parts in list(zip(*batches, strict=True))[:3]])
-        assert torch.equal(found.amax[:3] if per_expert else found.amax, amax if per_expert else amax.max()[None])
-        assert found.tokens.tolist() == [2.0 * split for split in SPLITS]
-    state = fq.finish(seen, unseen="max-of-peers") if per_expert else seen
+        if per_expert:
+            assert torch.equal(found["amax"][:3], amax)
+        else:
+            assert torch.equal(found["amax"], amax.max()[None])
+        assert found["tokens"].tolist() == [2.0 * split for split in SPLITS]
+    state = fq.fill_unseen(seen, unseen="max-of-peers") if per_expert else seen
     plain = fqt.transform(fqt.select(params, {"*": format}))
     other = copied(model, params, plain, plain.calibrate(params))
 
     def quantized(module, rows):
         name = next(name for name, each in other.named_modules() if each is module)
-        amax = state[f"{name}.weight*.input"].amax
+        amax = state[f"{name}.weight*.input"]["amax"]
         return [
             fake_quantize_reference(part, amax[e if per_expert else 0], None, format=format, out_dtype=part.dtype)
             if len(part)
@@ -233,7 +277,7 @@ def test_inputs(te, format, per_expert):
         ]
 
     with torch.no_grad():
-        found = [fq.apply(params, state, x, SPLITS) for x in xs]
+        found = [fq.apply(model, params, state, x, SPLITS) for x in xs]
         handles = [
             each.register_forward_pre_hook(replacing(quantized)) for each in (other.linear_fc1, other.linear_fc2)
         ]
@@ -306,7 +350,7 @@ def test_single_grouped_weight(te, monkeypatch):
     except RuntimeError as error:
         print("single_grouped_weight does not run here:", error)
     with pytest.raises(ValueError) as error:
-        fqt.calibrate(params, spec=fqt.select(params, {"*": fqt.FP8}))
+        fqt.transform(fqt.select(params, {"*": fqt.FP8})).calibrate(params)
     assert_names(str(error.value), "weight")
 
 
@@ -457,23 +501,23 @@ def test_megatron_trains(parallel, distributed):
         tensor_parallel.model_parallel_cuda_manual_seed(7)
         ddp, optimizer = trainer(gpt(fused=True), distributed)
         assert all(module.fuse_wgrad_accumulation for module in ddp.modules() if hasattr(module, "num_gemms"))
-        spec = megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4})
+        fq = fqt.transform(megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4}))
         found = losses.setdefault(way, [])
         for step in range(STEPS):
-            state = megatron.calibrate(ddp, spec)
+            state = megatron.calibrate(fq, ddp)
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
             inner = megatron.unwrap(ddp)
-            weights = megatron.fakequant(ddp, state, spec=spec) if way == "once" else None
+            weights = megatron.fakequant(fq, ddp, state) if way == "once" else None
             for microbatch in range(2):
                 seed = 2 * step + microbatch
                 if way in ("whole", "once"):
-                    fakes = weights or megatron.fakequant(ddp, state, spec=spec)
+                    fakes = weights or megatron.fakequant(fq, ddp, state)
                     ids, positions, mask, labels = batch(seed)
                     loss = functional_call(inner, fakes, (ids, positions, mask), {"labels": labels}).float().mean() / 2
                     loss.backward()
                 else:
-                    with megatron.layerwise(ddp, state, spec=spec, recompute=way == "layerwise"):
+                    with megatron.layerwise(fq, ddp, state, recompute=way == "layerwise"):
                         loss = loss_of(ddp, seed) / 2
                         loss.backward()
                 found.append(loss.item())
@@ -492,24 +536,27 @@ def test_megatron_restores_on_meta(parallel, format, tmp_path):
     from fq_transforms.integrations import megatron
 
     model = gpt()
-    spec = megatron.select(model, {"*.mlp.experts.*": format})
-    state = megatron.calibrate(model, spec)
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": format}))
+    state = megatron.calibrate(fq, model)
     ids, positions, mask, _ = batch(0)
     with torch.no_grad():
-        logits = functional_call(model, megatron.fakequant(model, state, spec=spec), (ids, positions, mask))
-    megatron.save(tmp_path / "checkpoint", model, state, spec=spec)
+        logits = functional_call(model, megatron.fakequant(fq, model, state), (ids, positions, mask))
+    megatron.save(tmp_path / "checkpoint", fq, model, state)
 
     tensor_parallel.model_parallel_cuda_manual_seed(11)
     fresh = gpt(meta=True)
     # Megatron gives its own embeddings memory at once; the experts are Transformer Engine's, and wait.
     assert all(param.is_meta for name, param in fresh.named_parameters() if ".experts." in name)
-    restored = megatron.load(tmp_path / "checkpoint", fresh, spec=megatron.select(fresh, {"*.mlp.experts.*": format}))
+    again = fqt.transform(megatron.select(fresh, {"*.mlp.experts.*": format}))
+    assert again == fq
+    restored = megatron.load(tmp_path / "checkpoint", again, fresh)
     assert not any(tensor.is_meta for tensor in (*fresh.parameters(), *fresh.buffers()))
     for key, group in state.items():
-        assert all(torch.equal(a, b) for a, b in zip(group, restored[key], strict=True)), key
+        assert group.keys() == restored[key].keys()
+        assert all(torch.equal(leaf, restored[key][name]) for name, leaf in group.items()), key
     with torch.no_grad():
-        again = functional_call(fresh, megatron.fakequant(fresh, restored, spec=spec), (ids, positions, mask))
-    assert torch.equal(again, logits)
+        found = functional_call(fresh, megatron.fakequant(again, fresh, restored), (ids, positions, mask))
+    assert torch.equal(found, logits)
 
 
 def test_megatron_refuses_autocast(parallel):
@@ -517,7 +564,7 @@ def test_megatron_refuses_autocast(parallel):
     from fq_transforms.integrations import megatron
 
     model = gpt(fp8="e4m3", fp8_recipe="tensorwise")
-    spec = megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4})
-    state = megatron.calibrate(model, spec)
-    with pytest.raises(ValueError, match="autocast"), megatron.layerwise(model, state, spec=spec):
+    fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4}))
+    state = megatron.calibrate(fq, model)
+    with pytest.raises(ValueError, match="autocast"), megatron.layerwise(fq, model, state):
         loss_of(model, 0)
