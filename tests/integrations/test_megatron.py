@@ -160,7 +160,7 @@ def _errs_in_statistics_on_rank_1(rank, size, fault):
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("missing", "1 of 4 missing"), ("unknown", "found unknown groups ['none']"), ("max", "found some for Max")],
+    [("missing", "1 of 4 missing"), ("unknown", "found unexpected groups ['none']"), ("max", "found some for Max")],
 )
 def test_statistics_that_are_wrong_on_one_rank_leave_the_other_its_state(ranks, fault, words):
     """They are checked after the collectives, which the other rank waits in."""
