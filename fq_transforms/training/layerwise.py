@@ -1,4 +1,4 @@
-"""Fake quantization a layer at a time: fake weights live while their layer computes, and are made again in backward.
+"""Fake quantization one layer at a time: fake weights live while their layer computes, and are made again in backward.
 
 NOTE what is saved: a layer saves its weights for the backward pass, and so keeps the fake ones. Within a layer's
 forward, saved-tensor hooks keep in their place what they are made of: the parameters and the amax, which live anyway.

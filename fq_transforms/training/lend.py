@@ -3,7 +3,7 @@
 Such a layer (Transformer Engine's GroupedLinear) saves its parameters themselves, and reads their numbers when it
 computes: in forward, and again in backward. So these two moments are all that they have to hold fake numbers for. The
 graph is that of the unquantized layer, with the parameters at its ends: no weight is exchanged, kept or made again by
-itself, and gradient hooks and `main_grad` are none the wiser.
+itself, and gradient hooks and `main_grad` see the parameters as always.
 
 NOTE failed backward: an exception in the node skips the hook that takes the numbers back. Whoever comes next takes them
 back: the layer's forward, the model's, or the end of `layerwise`, after which no backward may lend.

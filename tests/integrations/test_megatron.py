@@ -79,7 +79,7 @@ CHOICES = [
 
 
 def importance(key, columns):
-    """Statistics of a group's whole input, other for each."""
+    """Statistics of a group's whole input, different for each."""
     return torch.rand(columns, generator=torch.Generator().manual_seed(len(key) + int(key.split(".")[2]))) + 0.1
 
 

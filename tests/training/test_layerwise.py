@@ -89,7 +89,7 @@ def test_twice_through_one_graph(kind):
             assert not [name for name, grad in grads_of(model).items() if not torch.equal(grad, wanted[name])]
 
 
-def test_two_launches_a_group_through_one_graph(books):
+def test_two_launches_per_group_through_one_graph(books):
     """Weights of one module are made again together, once a backward."""
     model, fq, state, x = setup()
     with fqt.layerwise(fq, model, state):
@@ -244,7 +244,7 @@ def test_faults_name_the_parameter():
 
 
 def test_a_layer_that_never_runs_is_named():
-    """Weights that another module reads would be used unquantized, without a word."""
+    """Weights that another module reads would be silently unquantized."""
 
     class Reader(torch.nn.Module):
         def __init__(self):
