@@ -1,23 +1,18 @@
 """Files as compressed-tensors 0.20 reads them, written without it; and plain weights from such files, read by it.
 
-    {module}.weight_packed          codes of less than 8 bits: uint8, or int32 with eight INT4 in each
-    {module}.weight                 codes of 8 bits: float8 or int8 [out, in]
-    {module}.weight_scale           what codes are multiplied with: fp32 [1], [out, 1], [out, in/block] or
-                                    [out/128, in/128]; E4M3 (NVFP4) or E8M0 as uint8 (MX) [out, in/block]
-    {module}.weight_global_scale    NVFP4: what scales are divided by, fp32 [1]
-    {module}.weight_shape           INT4: [out, in]
-    config.json                     `quantization_config`: a scheme for each format, and which modules are not quantized
-
-NOTE integers: fakequant divides by qmax / amax, readers multiply. With the reciprocal five in a million weights would
-differ by one step, once rounded to bf16; so of the reciprocal and its neighbours that one is stored by which all codes
-come out right. For INT8 there is none in one granule of a hundred thousand: there one code is a step off.
+{module}.weight_packed          codes of less than 8 bits: uint8, or int32 with eight INT4 in each
+{module}.weight                 codes of 8 bits: float8 or int8 [out, in]
+{module}.weight_scale           what codes are multiplied with: fp32 [1], [out, 1], [out, in/block] or
+                                [out/128, in/128]; E4M3 (NVFP4) or E8M0 as uint8 (MX) [out, in/block]
+{module}.weight_global_scale    NVFP4: what scales are divided by, fp32 [1]
+{module}.weight_shape           INT4: [out, in]
+config.json                     `quantization_config`: a scheme per format, and which modules are not quantized
 """
 
 import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,22 +22,22 @@ from torch import Tensor
 
 from fq_transforms.checks import DTYPES
 from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
-from fq_transforms.export.plan import Coded, Kind, Plan, inverse, kind_of, plan, tensors
+from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKey, Target, export, format_key, inverse
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.ops.pack.reference import pack_scales
-from fq_transforms.spec import Spec
 from fq_transforms.state import State
+from fq_transforms.transform import Transform
 
 __all__ = ["compressed_tensors", "decompress", "multipliers"]
 
 # In units of the last place, the nearest first.
 NEIGHBOURS = (0, 1, -1, 2, -2)
-# What files have of a quantized module.
+# What files may hold of a quantized module.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
 
 
 class Scheme(NamedTuple):
-    """How compressed-tensors names a format: its compressor, the arguments of its weights, what it calls the codes."""
+    """How compressed-tensors describes a format: its compressor, its name for the codes, arguments of the weights."""
 
     format: str
     codes: str
@@ -56,7 +51,7 @@ def _scheme(format: str, codes: str, bits: int, kind: str, strategy: str, **othe
 
 _NV = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
-SCHEMES: dict[Kind, Scheme] = {
+SCHEMES: dict[FormatKey, Scheme] = {
     ("int8", "tensor", "fp32"): _scheme("int-quantized", "weight", 8, "int", "tensor"),
     ("int8", "channel", "fp32"): _scheme("int-quantized", "weight", 8, "int", "channel"),
     **{
@@ -74,35 +69,32 @@ SCHEMES: dict[Kind, Scheme] = {
 
 
 def compressed_tensors(
+    path: str | os.PathLike[str],
+    fq: Transform,
     params: Mapping[str, Tensor],
     state: State,
-    folder: str | os.PathLike[str],
     *,
-    spec: Spec,
     config: Any,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a checkpoint that compressed-tensors reads: `folder` has shards, their index and config.json.
+    """Write a folder that compressed-tensors reads to `fq.fakequant`'s weights: shards, their index, config.json.
 
-    The codes and scales are those of `fqt.pack`, so a reader gets `fakequant`'s weights. One group is packed at a
-    time, and no more than a shard is held. One process calls it, with the whole model; copy tokenizer files afterwards.
-    transformers 5.23 loads quantized Linear modules, but of stacked experts only some formats: use `decompress`.
+    Takes every format but MXFP6_E3M2, weights only. Names, ties, and what each engine loads: docs/export.
 
     Args:
-        params: `model.state_dict()`: names to tensors [out, in], or stacked [E, out, in], from transformers or
-            Megatron-Core. All are written, those that the spec does not name as they are, but for Transformer Engine's
-            `_extra_state`, and for a head that is the embedding.
-        state: From `calibrate`; roles that engines fuse are tied.
-        folder: A new name, or an empty directory. It appears whole or not at all.
-        spec: What is packed, and how: any format but MXFP6_E3M2. Weights only.
-        config: `model.config` of transformers, or what config.json holds, with `architectures`.
-        max_shard_size: Of a file: bytes, or such as "5GB".
+        path: A new name, or an empty directory. It appears whole or not at all.
+        fq: What is packed, and how.
+        params: The whole `model.state_dict()`, buffers too. What is not selected is written as it is.
+        state: From `calibrate`. Roles that engines fuse are tied: see `tie`.
+        config: `model.config` of transformers, or what config.json holds, with `model_type` and `architectures`.
+        max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
 
     Raises:
-        KeyError: As `modelopt_hf`.
-        ValueError: As `modelopt_hf`, or the spec has inputs.
-        ImportError: As `modelopt_hf`.
-        OSError: As `modelopt_hf`.
+        KeyError: A parameter or a group of the state is missing.
+        ValueError: A group is not calibrated, or its format has no name in these files; fused roles are not tied; a
+            name or shape is not known in files of this model; `path` is taken. All but NaN weights before a write.
+        ImportError: tqdm is not installed.
+        OSError: A file cannot be written.
 
     Source: the compressors and `QuantizationConfig` of compressed-tensors 0.20.
 
@@ -113,40 +105,33 @@ def compressed_tensors(
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
         >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
         >>> with tempfile.TemporaryDirectory() as parent:
-        ...     compressed_tensors(params, fq.calibrate(params), f"{parent}/model", spec=fq.spec, config=config)
-        ...     sorted(path.name for path in Path(parent, "model").iterdir())
+        ...     compressed_tensors(f"{parent}/model", fq, params, fq.calibrate(params), config=config)
+        ...     sorted(file.name for file in Path(parent, "model").iterdir())
         ['config.json', 'model.safetensors']
     """
-    path, limit = Path(os.path.realpath(folder)), bytes_of(max_shard_size)
-    check_free(path)
-    found = plan(params, state, spec, config, target="compressed-tensors", kinds=[(kind, None) for kind in SCHEMES])
-    _check_global_scales(found)
-    document = found.config | {"quantization_config": _quantization_config(found)}
-    encode = partial(_encode, dtype=params[spec.groups[0].names[0]].dtype)
-    write(path, tensors(found, encode, f"export {path.name}"), {"config.json": document}, limit)
+    export(TARGET, path, fq, params, state, config, max_shard_size)
 
 
 def decompress(
-    folder: str | os.PathLike[str],
-    to: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write the plain weights that a checkpoint of compressed-tensors stands for, as its own decompressors read them.
+    """Write the plain weights that a folder of compressed-tensors stands for, as its own decompressors read them.
 
-    What is written is an ordinary checkpoint of transformers with `fakequant`'s weights, which `from_pretrained`
-    loads into any class, also where it does not load the compressed one.
+    It is an ordinary folder of transformers, which `from_pretrained` loads into any class.
 
     Args:
-        folder: From `compressed_tensors`, or another whose `config_groups` name their formats.
-        to: A new name, or an empty directory. It appears whole or not at all.
+        source: From `compressed_tensors`, or another whose `config_groups` name their formats.
+        destination: A new name, or an empty directory. It appears whole or not at all.
         dtype: Of the weights that were quantized: bf16, fp16 or fp32.
         max_shard_size: Of a file: bytes, or such as "5GB".
 
     Raises:
-        ValueError: `folder` is no such checkpoint, `to` is not empty, a module's tensors are incomplete, or `dtype` is
-            another.
+        ValueError: `source` is no such folder, or says what plain weights cannot; `destination` is taken; tensors of a
+            module are missing or unexpected; `dtype` is another.
         ImportError: compressed-tensors or tqdm is not installed.
         OSError: A file cannot be read or written.
 
@@ -159,50 +144,53 @@ def decompress(
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
         >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         >>> with tempfile.TemporaryDirectory() as parent:
-        ...     compressed_tensors(params, fq.calibrate(params), f"{parent}/a", spec=fq.spec, config=config)
+        ...     compressed_tensors(f"{parent}/a", fq, params, fq.calibrate(params), config=config)
         ...     decompress(f"{parent}/a", f"{parent}/b")
         ...     json.loads(Path(parent, "b", "config.json").read_text())["dtype"]
         'bfloat16'
     """
-    source, path, limit = Path(folder), Path(os.path.realpath(to)), bytes_of(max_shard_size)
+    folder, limit = Path(os.path.realpath(destination)), bytes_of(max_shard_size)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype}, wanted bfloat16, float16 or float32")
-    check_free(path)
-    config = json.loads((source / "config.json").read_text())
+    check_free(folder)
+    compressed = Path(source)
+    config = json.loads((compressed / "config.json").read_text())
     about = config.pop("quantization_config", {})
     if about.get("quant_method") != "compressed-tensors":
         raise ValueError(
             f"folder {str(source)!r}: found quant_method {about.get('quant_method')!r} in config.json, wanted "
             "'compressed-tensors'"
         )
-    _check_weights_only(source, about)
+    _check_weights_only(compressed, about)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write(path, _decompressed(source, about, dtype), {"config.json": config}, limit)
+    write(folder, _decompressed(compressed, about, dtype), {"config.json": config}, limit)
 
 
-def _check_global_scales(plan: Plan) -> None:
+def _check_global_scales(plan: ExportPlan) -> None:
     """Raise ValueError where a global scale is so small that its reciprocal, which readers divide by, is infinite."""
-    for key, group in plan.groups.items():
-        leaves = plan.state[key]
-        if group.format.scale != "e4m3" or not leaves:
+    for group in (source.group for source in plan.sources):
+        if group is None or group.format.scale != "e4m3":
             continue
+        leaves = plan.state[group.key]
         _, scale = pack_scales(leaves["amax"], leaves.get("global_amax"), format=group.format)
         assert scale is not None
         wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()
         if len(wrong):
             expert = int(wrong[0, 0])
             raise ValueError(
-                f"state {key!r}: found an amax so small for {group.expert_name(expert)!r} that its global scale "
+                f"state {group.key!r}: found an amax so small for {group.expert_name(expert)!r} that its global scale "
                 f"{scale[expert].item()} has no reciprocal in fp32, wanted 0 or a larger one; scale the weights up, or "
                 "set them to 0"
             )
 
 
 def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch.dtype) -> Float32[Tensor, "..."]:
-    """What codes are multiplied with to get what dividing by `scale` gives, in `dtype`; see NOTE integers.
+    """What codes are multiplied with to get, in `dtype`, what dividing by `scale` gives; 0 for a scale of 0.
 
-    Of the numbers next to the reciprocal the one by which fewest codes differ, the nearest of several. In fp32 it is
-    the reciprocal, since quotients and products differ there anyway. For a scale of 0 it is 0.
+    `fakequant` divides by qmax / amax, readers multiply. In bf16 the reciprocal would set five in a million weights a
+    step off. So of the fp32 numbers next to it that one is taken by which fewest codes differ, the nearest of several.
+    INT8 has no exact one in one of a hundred thousand granules: there one code is a step off. In fp32 it is the
+    reciprocal: quotients and products differ there anyway.
 
     Example:
         >>> from fq_transforms.formats import IntElement
@@ -222,40 +210,42 @@ def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch
     return best
 
 
-def _encode(coded: Coded, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    codes, scale, global_scale = coded.codes, coded.scale, coded.global_scale
-    scheme = SCHEMES[kind_of(coded.format)]
+def _encode(coded: CodedWeight) -> dict[str, Tensor]:
+    codes, scale = coded.codes, coded.scale
+    scheme = SCHEMES[format_key(coded.format)]
     if isinstance(coded.format.element, IntElement):
-        scale = multipliers(scale, coded.format.element, dtype)
-    own = {scheme.codes: codes, "weight_scale": scale if scale.dim() else scale[None]}
+        scale = multipliers(scale, coded.format.element, coded.dtype)
+    tensors = {scheme.codes: codes, "weight_scale": scale if scale.dim() else scale[None]}
     if scheme.format == "pack-quantized":
         shape = torch.tensor([codes.shape[0], 2 * codes.shape[1]])
-        own |= {scheme.codes: codes.view(torch.int32), "weight_shape": shape}
-    if global_scale is not None:
-        own["weight_global_scale"] = inverse(global_scale, of_zero=1.0)[None]
-    return own
+        tensors |= {scheme.codes: codes.view(torch.int32), "weight_shape": shape}
+    if coded.global_scale is not None:
+        tensors["weight_global_scale"] = inverse(coded.global_scale, of_zero=1.0)[None]
+    return tensors
 
 
-def _quantization_config(plan: Plan) -> dict[str, Any]:
-    of_format: dict[Format, list[str]] = {}
+def _documents(plan: ExportPlan) -> dict[str, Any]:
+    modules_of: dict[Format, list[str]] = {}
     for module, (format, _) in plan.formats.items():
-        of_format.setdefault(format, []).append(module)
+        modules_of.setdefault(format, []).append(module)
+    schemes = {format: SCHEMES[format_key(format)] for format in modules_of}
     groups = {
         f"group_{n}": {
-            "targets": ["Linear"] if len(of_format) == 1 else _patterns(modules),
-            "weights": SCHEMES[kind_of(format)].weights,
-            "format": SCHEMES[kind_of(format)].format,
+            "targets": ["Linear"] if len(modules_of) == 1 else _patterns(modules),
+            "weights": schemes[format].weights,
+            "format": schemes[format].format,
         }
-        for n, (format, modules) in enumerate(of_format.items())
+        for n, (format, modules) in enumerate(modules_of.items())
     }
-    formats = {SCHEMES[kind_of(format)].format for format in of_format}
-    return {
+    names = {scheme.format for scheme in schemes.values()}
+    about = {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": names.pop() if len(names) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": plan.excluded,
     }
+    return {"config.json": plan.config | {"quantization_config": about}}
 
 
 def _patterns(modules: list[str]) -> list[str]:
@@ -265,7 +255,7 @@ def _patterns(modules: list[str]) -> list[str]:
 
 
 def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """All weights of a checkpoint, a module at a time."""
+    """All weights of a folder, module by module."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
@@ -290,11 +280,11 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[str]) -> None:
-    """Raise ValueError unless a module has its codes, and nothing that a decompressor would pass over."""
+    """Raise ValueError unless a module has its codes, and nothing that a decompressor would ignore."""
     wanted = {"weight", "weight_packed"} & set(known)
     others = stored.keys() - PARTS
     if not wanted <= stored.keys() or others:
-        raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and none but {PARTS}")
+        raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and nothing but {PARTS}")
 
 
 def _check_weights_only(folder: Path, about: Mapping[str, Any]) -> None:
@@ -318,3 +308,6 @@ def _scheme_of(module: str, schemes: list[Any]) -> Any:
         if "Linear" in scheme.targets:
             return scheme
     raise ValueError(f"module {module!r}: found no scheme among {[scheme.targets for scheme in schemes][:3]}")
+
+
+TARGET = Target("compressed-tensors", [(key, None) for key in SCHEMES], _check_global_scales, _encode, _documents)

@@ -1,6 +1,6 @@
-"""A checkpoint in the layout of transformers: safetensors in shards, their index, and the JSON files beside them.
+"""A folder in the layout of transformers: safetensors in shards, their index, and the JSON files beside them.
 
-All is written into a staging directory beside the target, whose renaming is the commit. Tensors come one at a time; no
+It is written into a staging directory beside the target, whose renaming is the commit. Tensors come one at a time; no
 more than a shard of them is held.
 """
 
@@ -75,13 +75,13 @@ def progress(items: Sequence[T], what: str) -> Iterable[T]:
 def write(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], documents: Mapping[str, Any], max_shard_size: int
 ) -> None:
-    """Write a checkpoint: it appears whole or not at all.
+    """Write a folder: it appears whole or not at all.
 
     Args:
         folder: A new name, or an empty directory.
-        tensors: Names and tensors, on any device; they are taken one at a time.
+        tensors: Names and tensors, on any device, taken one at a time.
         documents: Names of JSON files to what they hold.
-        max_shard_size: Of a file, in bytes. A tensor that is larger has a file of its own.
+        max_shard_size: Of a file, in bytes. A larger tensor has a file of its own.
 
     Raises:
         ValueError: The folder is taken.
@@ -116,7 +116,7 @@ def write(
 
 
 class Files:
-    """The tensors of a checkpoint by name. Each file is opened once, as its header may list thousands."""
+    """The tensors of a folder by name. Each file is opened once: its header may list thousands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shards = folder, _shards_of(folder)
@@ -130,7 +130,7 @@ class Files:
         self._closing.close()
 
     def read(self, name: str) -> Tensor:
-        """One tensor, which the others do not wait for: files are mapped."""
+        """One tensor. Files are mapped, so others are not read."""
         file = self.shards[name]
         if file not in self._opened:
             self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
@@ -138,7 +138,7 @@ class Files:
 
 
 def _shards_of(folder: Path) -> dict[str, str]:
-    """Name of each tensor of a checkpoint to the name of its file.
+    """Name of each tensor of a folder to the name of its file.
 
     Raises:
         ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there.
@@ -184,7 +184,7 @@ def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]
 
 
 def _name_shards(stage: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files the names that say how many they are, and write the index if it is more than one."""
+    """Rename the files, now that their number is known, and write the index if there are several."""
     if len(shards) == 1:
         (stage / "0.safetensors").rename(stage / SINGLE)
         return

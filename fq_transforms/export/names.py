@@ -3,21 +3,23 @@
     in memory                                            in files
     model.layers.0.mlp.experts.gate_up_proj [E, ., .]    ...mlp.experts.{e}.gate_proj.weight, ...up_proj.weight
     model.layers.0.mlp.experts.down_proj                 ...mlp.experts.{e}.down_proj.weight
-    decoder.layers.0.mlp.experts.linear_fc1.weight{e}    the first, under model.layers.0
+    decoder.layers.0.mlp.experts.linear_fc1.weight{e}    as gate_up_proj, under model.layers.0
     decoder.layers.0.mlp.experts.local_experts.{e}....   likewise
 
 Files of Mixtral have `block_sparse_moe` in place of `mlp`, and w1, w3, w2 in place of gate_proj, up_proj, down_proj.
-Names of lists of experts, and of whatever is no expert in transformers, are the same in files.
+Lists of experts, and whatever is no expert in transformers, have the same names in files.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MODEL_TYPES", "Part", "check_config", "expanded", "file_names", "module_of", "parts"]
+from fq_transforms.spec import Group, Inputs
+
+__all__ = ["MODEL_TYPES", "FileTensor", "Source", "check_config", "file_names", "file_tensors", "module_of"]
 
 
 class Family(NamedTuple):
@@ -43,8 +45,8 @@ MODEL_TYPES = {
     "glm4_moe": _DEEPSEEK,
 }
 
-# Names in Megatron-Core, under `decoder.layers.{n}.`, to those under `model.layers.{n}.`: more than one name for a
-# matrix that holds them one below the other. {e} is the expert.
+# Names in Megatron-Core, under `decoder.layers.{n}.`, to those under `model.layers.{n}.`. A matrix that holds several,
+# one below the other, has a name for each.
 _MEGATRON_EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(?P<of_list>\*|\d+)\.(?P<fc_of_list>linear_fc[12])\.weight"
     r"|(?P<fc>linear_fc[12])\.weight(?P<grouped>\*|\d+))"
@@ -74,7 +76,7 @@ _MEGATRON_LAYER = {
     "mlp.shared_experts.linear_fc2.weight": ("mlp.{shared}.down_proj.weight",),
     "mlp.shared_experts.gate_weight": ("mlp.shared_expert_gate.weight",),
 }
-# Under multi-latent attention the same words are of other norms.
+# Under multi-latent attention the same words mean other norms.
 _MEGATRON_LATENT = {
     "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
     "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
@@ -96,43 +98,72 @@ ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
 _STACKED = re.compile(r"(?P<parent>(?:.*\.)?)mlp\.experts\.(?P<role>gate_up_proj|down_proj)")
 
 
-class Part(NamedTuple):
+class FileTensor(NamedTuple):
     """A tensor of the files: its name, `*` for an expert of a stack, and which rows of `out` of its source it has."""
 
     name: str
     rows: slice | Tensor
 
 
-def parts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Part]:
+class Source(NamedTuple):
+    """A quantized group, or a parameter that is not quantized, and what it becomes in the files.
+
+    Attributes:
+        name: Group key, or name of the parameter.
+        group: The group; None for a parameter that is not quantized.
+        inputs: What the group's weights are multiplied with, where that is quantized.
+        shape: (out, in) of the matrix; or the shape of what is no matrix.
+        experts: How many a `*` in a name of the files stands for.
+        tensors: Of the files.
+    """
+
+    name: str
+    group: Group | None
+    inputs: Inputs | None
+    shape: tuple[int, ...]
+    experts: int
+    tensors: list[FileTensor]
+
+    def names_of(self, tensor: FileTensor) -> list[str]:
+        """The names that one of `tensors` has in the files: one per expert if it has a `*`."""
+        if "*" not in tensor.name:
+            return [tensor.name]
+        return [tensor.name.replace("*", str(expert)) for expert in range(self.experts)]
+
+    @property
+    def names(self) -> list[str]:
+        """All names in the files."""
+        return [name for tensor in self.tensors for name in self.names_of(tensor)]
+
+
+def file_tensors(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[FileTensor]:
     """The tensors of the files that the parameter `name`, or the group of that key, becomes.
 
     Args:
         name: A parameter's name, or a group's key, with `*` for the expert.
-        shape: (out, in) of the matrix, canonical; or the shape of what is no weight.
-        config: What config.json holds; read are `model_type` and, for a fused QKV, the numbers of heads.
+        shape: (out, in) of the matrix, canonical; or the shape of what is no matrix.
+        config: What config.json holds. `model_type` is read and, for a fused QKV, the numbers of heads.
 
     Raises:
-        ValueError: The name is none that files of this model have.
+        ValueError: Files of this model have no such name; rows are not those of two halves or of all heads.
 
     Example:
-        >>> [part.name for part in parts("mlp.experts.gate_up_proj", (8, 4), {"model_type": "mixtral"})]
+        >>> [tensor.name for tensor in file_tensors("mlp.experts.gate_up_proj", (8, 4), {"model_type": "mixtral"})]
         ['block_sparse_moe.experts.*.w1.weight', 'block_sparse_moe.experts.*.w3.weight']
-        >>> parts("decoder.layers.2.mlp.experts.linear_fc2.weight5", (4, 8), {"model_type": "qwen3_moe"})
-        [Part(name='model.layers.2.mlp.experts.5.down_proj.weight', rows=slice(None, None, None))]
     """
     names = file_names(name, config)
     if len(names) == 1:
-        return [Part(names[0], slice(None))]
+        return [FileTensor(names[0], slice(None))]
     if len(names) == 3:
-        return [Part(n, rows) for n, rows in zip(names, _rows_of_qkv(name, shape[0], config), strict=True)]
+        return [FileTensor(n, rows) for n, rows in zip(names, _rows_of_qkv(name, shape[0], config), strict=True)]
     half, odd = divmod(shape[0], 2)
     if odd:
         raise ValueError(f"parameter {name!r}: found {shape[0]} rows of `out`, wanted two halves, gate and up")
-    return [Part(names[0], slice(0, half)), Part(names[1], slice(half, None))]
+    return [FileTensor(names[0], slice(0, half)), FileTensor(names[1], slice(half, None))]
 
 
 def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of `parts`, which need no shape.
+    """The names of `file_tensors`, which need no shape.
 
     Raises:
         ValueError: The name is none that files of this model have.
@@ -149,8 +180,8 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(f"{match['parent']}{family.moe}.experts.*.{role}.weight" for role in roles)
     if re.search(r"(?:^|\.)experts\.[^.]+$", name):
         raise ValueError(
-            f"parameter {name!r}: found stacked experts of a role that no files of {config.get('model_type')!r} are "
-            "known to have, wanted mlp.experts.gate_up_proj or mlp.experts.down_proj"
+            f"parameter {name!r}: found stacked experts of a role that is not known in files of "
+            f"{config.get('model_type')!r}, wanted mlp.experts.gate_up_proj or mlp.experts.down_proj"
         )
     megatron = _MEGATRON_NAME.fullmatch(name)
     if megatron and megatron["inside"]:
@@ -160,7 +191,7 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         return _MEGATRON_TOP[megatron["top"]]
     if _NOT_IN_FILES.match(name):
         raise ValueError(
-            f"parameter {name!r}: found a wrapper's prefix, or a name of Megatron's for which none of transformers is "
+            f"parameter {name!r}: found a wrapper's prefix, or a name of Megatron's whose name in transformers is not "
             "known, wanted names as the model itself has them; rename it, or leave it out of params"
         )
     # transformers keeps Mixtral's block of experts as `mlp` in memory.
@@ -178,27 +209,32 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def expanded(name: str, experts: int) -> list[str]:
-    """A name of the files once for every expert that its `*` stands for.
-
-    Example:
-        >>> expanded("mlp.experts.*.up_proj.weight", 2)
-        ['mlp.experts.0.up_proj.weight', 'mlp.experts.1.up_proj.weight']
-    """
-    return [name.replace("*", str(expert)) for expert in range(experts)] if "*" in name else [name]
-
-
-def check_config(rows: Mapping[str, int], config: Mapping[str, Any]) -> None:
+def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
     """Raise ValueError unless the files have the layers, experts, vocabulary and routing biases that config says.
 
-    A part of a model, such as one rank's, has names like those of a whole one.
-
-    Args:
-        rows: Names of the files to their rows.
-        config: What config.json holds. What it does not say is not checked.
+    A part of a model, such as one rank's, has names like those of a whole one. What config does not say is not checked.
     """
+    rows: dict[str, int] = {}
+    for source in sources:
+        of_source = torch.arange(source.shape[0] if source.shape else 1)
+        for tensor in source.tensors:
+            rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
+    _check_layers_and_experts(rows, config)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if config.get("vocab_size") and rows.get(name, config["vocab_size"]) != config["vocab_size"]:
+            raise ValueError(
+                f"parameter {name!r}: found {rows[name]} rows, wanted {config['vocab_size']}, as vocab_size in config "
+                "says; cut the padding off"
+            )
+    for name in rows if config.get("model_type") in ROUTED_WITH_BIAS else ():
+        bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
+        if name.endswith(".mlp.gate.weight") and bias not in rows:
+            raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
+
+
+def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
     layers: dict[int, set[int]] = {}
-    for name in rows:
+    for name in names:
         if match := _IN_LAYER.match(name):
             experts = layers.setdefault(int(match["layer"]), set())
             if match["expert"]:
@@ -214,16 +250,6 @@ def check_config(rows: Mapping[str, int], config: Mapping[str, Any]) -> None:
                 f"params: found {len(experts)} experts in layer {layer}, wanted {config[key]}, as {key} in config "
                 "says; gather the experts of all ranks"
             )
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if config.get("vocab_size") and rows.get(name, config["vocab_size"]) != config["vocab_size"]:
-            raise ValueError(
-                f"parameter {name!r}: found {rows[name]} rows, wanted {config['vocab_size']}, as vocab_size in config "
-                "says; cut the padding off"
-            )
-    for name in rows if config.get("model_type") in ROUTED_WITH_BIAS else ():
-        bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
-        if name.endswith(".mlp.gate.weight") and bias not in rows:
-            raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
 
 
 def _names_in_layer(name: str, inside: str, family: Family, is_latent: bool) -> tuple[str, ...]:
@@ -236,8 +262,8 @@ def _names_in_layer(name: str, inside: str, family: Family, is_latent: bool) -> 
         return _MEGATRON_LATENT[inside]
     if inside not in _MEGATRON_LAYER:
         raise ValueError(
-            f"parameter {name!r}: found {inside!r} in a layer of Megatron's, wanted one of {sorted(_MEGATRON_LAYER)}, "
-            "or experts; leave it out of params, or give it its name in transformers"
+            f"parameter {name!r}: found {inside!r} in a Megatron layer, wanted one of {sorted(_MEGATRON_LAYER)}, or "
+            "experts; leave it out of params, or give it its name in transformers"
         )
     return tuple(n.format(moe=family.moe, shared=family.shared) for n in _MEGATRON_LAYER[inside])
 
@@ -246,8 +272,8 @@ def _family(name: str, config: Mapping[str, Any]) -> Family:
     found = str(config.get("model_type"))
     if found not in MODEL_TYPES:
         raise ValueError(
-            f"parameter {name!r}: found the model_type {found!r}, for which the names in files are not known, wanted "
-            f"one of {sorted(MODEL_TYPES)}; or experts in a list, whose names are those of the files"
+            f"parameter {name!r}: found the model_type {found!r}, whose names in files are not known, wanted one of "
+            f"{sorted(MODEL_TYPES)}; or experts in a list, whose names are those of the files"
         )
     return MODEL_TYPES[found]
 

@@ -1,77 +1,121 @@
-"""What an export will write, decided and checked before the first byte, and then its tensors, a group at a time."""
+"""An export in two steps: a plan, decided and checked before the first byte, and then its tensors, group by group."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import weights_of
+from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.export.files import progress
-from fq_transforms.export.names import Part, check_config, expanded, module_of, parts
+from fq_transforms.export.files import bytes_of, check_free, progress, write
+from fq_transforms.export.names import FileTensor, Source, check_config, file_tensors, module_of
 from fq_transforms.export.ties import check_ties
 from fq_transforms.formats import Format, IntElement, code_bits
-from fq_transforms.checks import check_state
 from fq_transforms.pack import check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
 from fq_transforms.state import State
+from fq_transforms.transform import Transform
 
-__all__ = ["Coded", "Kind", "Kinds", "Plan", "inverse", "kind_of", "plan", "tensors"]
+__all__ = ["CodedWeight", "ExportPlan", "FormatKey", "FormatKeys", "Target", "export", "format_key", "inverse"]
 
-# Element, what shares a scale, and the type of the scale: what a target has a name for, or not.
-Kind: TypeAlias = tuple[str, str, str]
-# Of weights and of what they are multiplied with, if that is quantized.
-Kinds: TypeAlias = tuple[Kind, Kind | None]
-Formats: TypeAlias = tuple[Format, Format | None]
+# Element, what shares a scale, and the type of the scale.
+FormatKey: TypeAlias = tuple[str, str, str]
+# Of weights and of their inputs, None if these are not quantized.
+FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
+
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "embedding.word_embeddings.weight",
+    "module.embedding.word_embeddings.weight",
+)
 
 
-class Coded(NamedTuple):
-    """One weight as `pack` has it, and its inputs: their format, and their amax [] if that is state."""
+class CodedWeight(NamedTuple):
+    """One weight as `pack` has it.
+
+    Attributes:
+        format: Its format.
+        codes: [out, packed in].
+        scale: One number per granule.
+        global_scale: [], of two-level formats.
+        dtype: Of the fake-quantized weight that a reader shall get.
+        inputs: Format of the inputs, where they are quantized.
+        input_amax: [], where it is state.
+    """
 
     format: Format
     codes: Tensor
     scale: Tensor
     global_scale: Tensor | None
+    dtype: torch.dtype
     inputs: Format | None
     input_amax: Tensor | None
 
 
-# To the tensors of the weight's module, by their last names.
-Encode: TypeAlias = Callable[[Coded], dict[str, Tensor]]
-
-
-class Plan(NamedTuple):
+class ExportPlan(NamedTuple):
     """An export that has been checked.
 
     Attributes:
         params: All tensors of the model, by their names in memory.
-        state: The amax of the quantized ones.
-        groups: Group key to group.
-        inputs: Group key to the inputs of its weights, where they are quantized.
-        parts: What each group (by its key) and each other parameter (by its name) becomes in the files, in order.
+        state: Of the quantized ones.
+        sources: What each group and each other parameter becomes in the files, in order.
         config: What config.json will hold.
-        formats: Module of the files to the formats of its weight and of its inputs, for what is quantized.
-        excluded: Modules of the files with a matrix that is not quantized, sorted.
+        dtype: Of the fake-quantized weights.
     """
 
     params: Mapping[str, Tensor]
     state: State
-    groups: dict[str, Group]
-    inputs: dict[str, Inputs]
-    parts: dict[str, list[Part]]
+    sources: list[Source]
     config: dict[str, Any]
-    formats: dict[str, Formats]
-    excluded: list[str]
+    dtype: torch.dtype
+
+    @property
+    def formats(self) -> dict[str, tuple[Format, Format | None]]:
+        """Module of the files to the formats of its weight and of its inputs, for what is quantized."""
+        return {
+            module_of(name): (source.group.format, source.inputs.format if source.inputs else None)
+            for source in self.sources
+            if source.group
+            for name in source.names
+        }
+
+    @property
+    def excluded(self) -> list[str]:
+        """Modules of the files with a matrix that is not quantized, sorted."""
+        plain = [source for source in self.sources if not source.group and len(source.shape) > 1]
+        modules = {module_of(name) for source in plain for name in source.names}
+        # Not in the files, but a Linear module to readers.
+        return sorted(modules | {"lm_head"} if self.config.get("tie_word_embeddings") else modules)
 
 
-def kind_of(format: Format) -> Kind:
+class Target(NamedTuple):
+    """A layout of files: all in which one differs from another.
+
+    Attributes:
+        name: In messages.
+        formats: Of weights and inputs, all that the layout has a name for.
+        check: Raises ValueError for what its readers could not use.
+        encode: From a weight to the tensors of its module, by their last names.
+        documents: The JSON files, by name.
+    """
+
+    name: str
+    formats: Collection[FormatKeys]
+    check: Callable[[ExportPlan], None]
+    encode: Callable[[CodedWeight], dict[str, Tensor]]
+    documents: Callable[[ExportPlan], dict[str, Any]]
+
+
+def format_key(format: Format) -> FormatKey:
     """What decides how a format is stored: element, what shares a scale, type of the scale.
 
     Example:
         >>> from fq_transforms.formats import FP8_BLOCK, INT4_BLOCK32_KIMI
-        >>> kind_of(INT4_BLOCK32_KIMI), kind_of(FP8_BLOCK)
+        >>> format_key(INT4_BLOCK32_KIMI), format_key(FP8_BLOCK)
         (('int4', '1x32', 'fp32'), ('e4m3', '128x128', 'fp32'))
     """
     element = format.element
@@ -95,105 +139,93 @@ def inverse(scale: Tensor, of_zero: float) -> Tensor:
     return torch.where(scale == 0, torch.full_like(scale, of_zero), scale.reciprocal())
 
 
-def plan(
+def export(
+    target: Target,
+    path: str | os.PathLike[str],
+    fq: Transform,
     params: Mapping[str, Tensor],
     state: State,
-    spec: Spec,
     config: Any,
-    *,
-    target: str,
-    kinds: Collection[Kinds],
-) -> Plan:
-    """Check all that can be checked without packing, and decide every name.
+    max_shard_size: int | str,
+) -> None:
+    """Write a folder in the layout of a target. Arguments and errors: `fq_transforms.export.compressed_tensors`."""
+    folder, limit = Path(os.path.realpath(path)), bytes_of(max_shard_size)
+    check_free(folder)
+    plan = _plan(target, fq, params, state, config)
+    target.check(plan)
+    write(folder, _tensors(plan, target, f"export {folder.name}"), target.documents(plan), limit)
 
-    `kinds` is what the target has names for: weights, and with which inputs, None for such as are not quantized.
 
-    Raises:
-        KeyError: A parameter or a group of the state is missing.
-        ValueError: See `fq_transforms.export.modelopt_hf`.
-
-    Example:
-        >>> from fq_transforms.calibrate import calibrate
-        >>> from fq_transforms.formats import FP8
-        >>> from fq_transforms.select import select
-        >>> params = {"lm_head.weight": torch.ones(4, 2), "norm.weight": torch.ones(2)}
-        >>> spec = select(params, {"lm_head*": FP8})
-        >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        >>> state = calibrate(params, spec=spec)
-        >>> list(plan(params, state, spec, config, target="t", kinds={(kind_of(FP8), None)}).parts)
-        ['lm_head.weight', 'norm.weight']
-    """
-    entries = _config(config)
+def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: State, config: Any) -> ExportPlan:
+    """Check all that can be checked without packing, and decide every name."""
+    spec, entries = fq.spec, _config(config)
     if not spec.groups:
         raise ValueError(
-            f"export to {target}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
+            f"export to {target.name}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
             "weights to pack; give them a rule"
         )
-    if all(of_inputs is None for _, of_inputs in kinds):
-        refuse_inputs(spec, f"export to {target}")
-    check(state, spec)
-    of_weights = {kind for kind, _ in kinds}
+    if all(inputs is None for _, inputs in target.formats):
+        refuse_inputs(spec, f"export to {target.name}")
+    check_state(state, spec)
+    known = {weights for weights, _ in target.formats}
     for group in spec.groups:
         check_packable(group)
-        if kind_of(group.format) not in of_weights:
+        if format_key(group.format) not in known:
             raise ValueError(
-                f"group {group.key!r}: found {group.format.name}, {kind_of(group.format)}, for which {target} has no "
-                f"name, wanted one of {sorted(of_weights)}"
+                f"group {group.key!r}: found {group.format.name}, {format_key(group.format)}, for which {target.name} "
+                f"has no name, wanted one of {sorted(known)}"
             )
         weights_of(params, group)
-    inputs = _inputs(spec, target, kinds)
+    inputs = _inputs(target, spec)
     for name, tensor in params.items():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
-    if len(dtypes) > 1:
-        raise ValueError(f"groups: found weights of {dtypes}, wanted one dtype; config.json has room for one")
-    groups = {group.key: group for group in spec.groups}
-    found = _parts(params, groups, entries)
-    check_ties(state, groups, inputs, found)
-    check_config(_rows_in_files(params, groups, found), entries)
-    formats, excluded = _modules(params, groups, inputs, found)
-    if entries.get("tie_word_embeddings"):  # not in the files, but a Linear module to readers
-        excluded = sorted({*excluded, "lm_head"})
-    entries["dtype"] = str(params[spec.groups[0].names[0]].dtype).removeprefix("torch.")
-    return Plan(params, state, groups, inputs, found, entries, formats, excluded)
+    if fq.out_dtype is None and len(dtypes) > 1:
+        raise ValueError(
+            f"groups: found weights of {dtypes}, wanted one dtype, or an out_dtype of fq; config.json has room for one"
+        )
+    dtype = fq.out_dtype or next(iter(dtypes))
+    sources = _sources(params, spec.groups, inputs, entries)
+    check_ties(state, sources)
+    check_config(sources, entries)
+    return ExportPlan(params, state, sources, entries | {"dtype": str(dtype).removeprefix("torch.")}, dtype)
 
 
-def tensors(plan: Plan, encode: Encode, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the files, under a progress bar called `what`.
-
-    One group is packed at a time: what is yielded need not be kept. `encode` is the target's.
-    """
-    for source in progress(list(plan.parts), what):
-        found = plan.parts[source]
-        if source in plan.groups:
-            yield from _packed(plan, plan.groups[source], found, encode)
+def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept."""
+    for source in progress(plan.sources, what):
+        if source.group:
+            yield from _packed(plan, source, source.group, target)
             continue
-        tensor = plan.params[source].detach()
-        for name, rows in found:
-            if "*" in name:
-                yield from ((name.replace("*", str(e)), expert[rows]) for e, expert in enumerate(tensor))
-            else:
-                yield name, tensor[rows] if tensor.dim() else tensor
+        whole = plan.params[source.name].detach()
+        for tensor in source.tensors:
+            experts = whole if "*" in tensor.name else whole[None]
+            for name, weight in zip(source.names_of(tensor), experts, strict=True):
+                yield name, weight[tensor.rows] if weight.dim() else weight
 
 
-def _packed(plan: Plan, group: Group, found: Sequence[Part], encode: Encode) -> Iterator[tuple[str, Tensor]]:
+def _packed(plan: ExportPlan, source: Source, group: Group, target: Target) -> Iterator[tuple[str, Tensor]]:
     for name in group.names:
         # On a CPU `pack` says so; elsewhere it does not wait for the device.
         if not plan.params[name].is_cpu and not bool(plan.params[name].isfinite().all()):
             raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
-    inputs = plan.inputs.get(group.key)
-    entry = None if inputs is None else plan.state[inputs.key]
+    inputs = source.inputs
+    amax = plan.state[inputs.key].get("amax") if inputs else None
     for expert in range(group.experts):
-        codes, scale = leaves.codes[expert], leaves.scale[expert]
-        global_scale = leaves["global_scale"][expert] if "global_scale" in leaves else None
-        for name, rows in found:
-            of_rows = _take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale
+        codes, scale = leaves["codes"][expert], leaves["scale"][expert]
+        for name, rows in source.tensors:
+            coded = CodedWeight(
+                format=group.format,
+                codes=_take(codes, rows),
+                scale=_take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale,
+                global_scale=leaves["global_scale"][expert] if "global_scale" in leaves else None,
+                dtype=plan.dtype,
+                inputs=inputs.format if inputs else None,
+                input_amax=None if amax is None else amax.expand(group.experts)[expert],
+            )
             module = module_of(name.replace("*", str(expert)))
-            amax = entry["amax"].expand(group.experts)[expert] if entry and "tokens" in entry else None
-            of_inputs = None if inputs is None else inputs.format
-            own = encode(Coded(group.format, _take(codes, rows), of_rows, global_scale, of_inputs, amax))
-            yield from ((f"{module}.{last}", tensor) for last, tensor in own.items())
+            yield from ((f"{module}.{last}", tensor) for last, tensor in target.encode(coded).items())
 
 
 def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
@@ -240,70 +272,51 @@ def _check_storable(name: str, tensor: Any) -> None:
         raise ValueError(f"parameter {name!r}: found a meta tensor, wanted one with values")
 
 
-def _parts(
-    params: Mapping[str, Tensor], groups: Mapping[str, Group], config: Mapping[str, Any]
-) -> dict[str, list[Part]]:
+def _sources(
+    params: Mapping[str, Tensor], groups: Iterable[Group], inputs: Mapping[str, Inputs], config: Mapping[str, Any]
+) -> list[Source]:
     """What each group and each other parameter becomes. A group stands where its first parameter is."""
-    group_of = {name: group for group in groups.values() for name in group.names}
-    found: dict[str, list[Part]] = {}
+    group_of = {name: group for group in groups for name in group.names}
+    sources: dict[str, Source] = {}
     taken: dict[str, str] = {}
-    for name, tensor in params.items():
-        group = group_of.get(name)
-        source = group.key if group else name
-        if source in found or name.endswith("_extra_state"):
+    for parameter, tensor in params.items():
+        group = group_of.get(parameter)
+        name = group.key if group else parameter
+        if name in sources or parameter.endswith("_extra_state"):
             continue
         shape = group.shape if group else tuple(tensor.shape[-2:])
-        found[source] = parts(source, shape, config)
-        if config.get("tie_word_embeddings") and found[source][0].name == "lm_head.weight":
-            if group:
-                raise ValueError(
-                    f"group {source!r}: found tie_word_embeddings in config, by which the head is the embedding, "
-                    "wanted a head of its own to quantize; exclude it with a rule to None"
-                )
-            _check_is_embedding(name, params)
-            del found[source]  # transformers does not store it either
-            continue
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
-        for part in found[source]:
-            for in_files in expanded(part.name, experts):
-                if (other := taken.setdefault(in_files, source)) != source:
-                    raise ValueError(
-                        f"parameters {other!r} and {source!r}: found {in_files!r} for both in files, wanted two names"
-                    )
-            if group:
+        source = Source(name, group, inputs.get(name), shape, experts, file_tensors(name, shape, config))
+        if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
+            _check_is_embedding(source, params)
+            continue  # transformers does not store it either
+        for in_files in source.names:
+            if (other := taken.setdefault(in_files, name)) != name:
+                raise ValueError(
+                    f"parameters {other!r} and {name!r}: found {in_files!r} for both in files, wanted two names"
+                )
+        if group:
+            for part in source.tensors:
                 _check_cut(group, part)
-    return found
+        sources[name] = source
+    return list(sources.values())
 
 
-def _check_is_embedding(head: str, params: Mapping[str, Tensor]) -> None:
-    for name in (
-        "model.embed_tokens.weight",
-        "embedding.word_embeddings.weight",
-        "module.embedding.word_embeddings.weight",
-    ):
-        if name in params and not torch.equal(params[head], params[name]):
+def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:
+    if head.group:
+        raise ValueError(
+            f"group {head.name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted a "
+            "head of its own to quantize; exclude it with a rule to None"
+        )
+    for name in EMBEDDINGS:
+        if name in params and not torch.equal(params[head.name], params[name]):
             raise ValueError(
-                f"parameter {head!r}: found other numbers than in {name!r}, and tie_word_embeddings in config, by "
+                f"parameter {head.name!r}: found other numbers than in {name!r}, and tie_word_embeddings in config, by "
                 "which one of the two would be lost, wanted tie_word_embeddings=False"
             )
 
 
-def _rows_in_files(
-    params: Mapping[str, Tensor], groups: Mapping[str, Group], found: Mapping[str, list[Part]]
-) -> dict[str, int]:
-    """Names of the files, for every expert, to the rows of each."""
-    rows: dict[str, int] = {}
-    for source, of_source in found.items():
-        group = groups.get(source)
-        shape = group.shape if group else tuple(params[source].shape)
-        experts = group.experts if group else shape[0] if shape else 0
-        for part in of_source:
-            own = len(torch.arange(shape[max(len(shape) - 2, 0)] if shape else 1)[part.rows])
-            rows |= dict.fromkeys(expanded(part.name, experts), own)
-    return rows
-
-
-def _check_cut(group: Group, part: Part) -> None:
+def _check_cut(group: Group, part: FileTensor) -> None:
     block, rows = group.format.block[0] or 1, part.rows
     if block > 1 and (isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block):
         raise ValueError(
@@ -312,8 +325,8 @@ def _check_cut(group: Group, part: Part) -> None:
         )
 
 
-def _inputs(spec: Spec, target: str, kinds: Collection[Kinds]) -> dict[str, Inputs]:
-    """Inputs by the group of their weights, each with a name beside them."""
+def _inputs(target: Target, spec: Spec) -> dict[str, Inputs]:
+    """Inputs by the group of their weights, each with a name in the target."""
     groups, found = {group.key: group for group in spec.groups}, dict[str, Inputs]()
     for inputs in spec.inputs:
         group = groups.get(key := inputs.key.removesuffix(".input"))
@@ -322,32 +335,14 @@ def _inputs(spec: Spec, target: str, kinds: Collection[Kinds]) -> dict[str, Inpu
                 f"inputs {inputs.key!r}: found no quantized weights {key!r} beside them, wanted some: files have no "
                 "place for inputs alone; leave them out with a rule to None"
             )
-        wanted = [of_inputs for of_weights, of_inputs in kinds if of_weights == kind_of(group.format) and of_inputs]
-        if kind_of(inputs.format) not in wanted:
+        own = format_key(group.format)
+        wanted = [of_inputs for of_weights, of_inputs in target.formats if of_weights == own and of_inputs]
+        if format_key(inputs.format) not in wanted:
             others = f"one of {wanted}, or no inputs" if wanted else "no inputs"
             raise ValueError(
-                f"inputs {inputs.key!r}: found {inputs.format.name}, {kind_of(inputs.format)}, beside weights in "
-                f"{group.format.name}, for which {target} has no name, wanted {others}; take them out with a rule to "
-                "None"
+                f"inputs {inputs.key!r}: found {inputs.format.name}, {format_key(inputs.format)}, beside weights in "
+                f"{group.format.name}, for which {target.name} has no name, wanted {others}; take them out with a rule "
+                "to None"
             )
         found[key] = inputs
     return found
-
-
-def _modules(
-    params: Mapping[str, Tensor],
-    groups: Mapping[str, Group],
-    inputs: Mapping[str, Inputs],
-    found: Mapping[str, list[Part]],
-) -> tuple[dict[str, Formats], list[str]]:
-    formats: dict[str, Formats] = {}
-    excluded: set[str] = set()
-    for source, of_source in found.items():
-        experts = groups[source].experts if source in groups else len(params[source]) if params[source].dim() else 0
-        names = [name for part in of_source for name in expanded(part.name, experts)]
-        if source in groups:
-            of_inputs = inputs[source].format if source in inputs else None
-            formats |= {module_of(name): (groups[source].format, of_inputs) for name in names}
-        elif params[source].dim() > 1:
-            excluded |= {module_of(name) for name in names}
-    return formats, sorted(excluded)

@@ -1,40 +1,36 @@
-"""Roles that inference engines make one matrix of, and so give one format and one scale."""
+"""Roles that inference engines fuse into one matrix, so that they need one format and one scale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.modelopt_names import FUSED
-from fq_transforms.export.names import Part
-from fq_transforms.spec import Group, Inputs
+from fq_transforms.export.names import Source
+from fq_transforms.spec import Group
 from fq_transforms.state import State
 
 __all__ = ["check_ties"]
 
-# ModelOpt's, and those of DeepSeek's latent attention in vLLM, SGLang.
+# ModelOpt's, and those of DeepSeek's latent attention in vLLM and SGLang.
 FUSED_BY_ENGINES = (*FUSED, ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
-def check_ties(
-    state: State, groups: Mapping[str, Group], inputs: Mapping[str, Inputs], found: Mapping[str, list[Part]]
-) -> None:
-    """Raise unless roles that engines fuse have one format and one scale, of weights with one number and of inputs."""
+def check_ties(state: State, sources: Iterable[Source]) -> None:
+    """Raise ValueError unless fused roles have one format and, where it is one number per weight or input, one amax."""
     # The experts of a group are alike, so the first stands for all.
-    source_of = {part.name.replace("*", "0"): source for source, of_source in found.items() for part in of_source}
+    source_of = {tensor.name.replace("*", "0"): source for source in sources for tensor in source.tensors}
     for name, source in source_of.items():
         words = name.split(".")
-        for roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
-            named = [
-                source_of.get(".".join(role if word == roles[0] else word for word in words)) for role in roles[1:]
-            ]
-            others = [other for other in named if other is not None and other != source]
-            pairs = [pair for other in others for pair in _words_apart(source, other)]
+        for first, *roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
+            named = [source_of.get(".".join(role if word == first else word for word in words)) for role in roles]
+            others = [other for other in named if other is not None and other is not source]
+            # What the error tells to tie: all that is fused with this source.
+            pairs = [pair for other in others for pair in _words_apart(source.name, other.name)]
             for other in others:
-                if source in groups or other in groups:
-                    _check_tied(state, groups, (source, other), pairs)
-                if source in inputs or other in inputs:
-                    _check_tied(state, inputs, (source, other), pairs, suffix=".input")
+                _check_tied(state, (source.name, other.name), (source.group, other.group), pairs)
+                inputs = f"{source.name}.input", f"{other.name}.input"
+                _check_tied(state, inputs, (source.inputs, other.inputs), pairs)
 
 
 def _words_apart(first: str, second: str) -> list[tuple[str, str]]:
@@ -44,18 +40,17 @@ def _words_apart(first: str, second: str) -> list[tuple[str, str]]:
 
 def _check_tied(
     state: State,
-    groups: Mapping[str, Group],
-    sources: tuple[str, str],
+    names: tuple[str, str],
+    groups: tuple[Group | None, Group | None],
     pairs: Sequence[tuple[str, str]],
-    *,
-    suffix: str = "",
 ) -> None:
-    a, b = (groups.get(source) for source in sources)
-    names = [group.format.name if group else "not quantized" for group in (a, b)]
-    both = " and ".join(repr(source + suffix) for source in sources)
+    (a, b), both = groups, " and ".join(map(repr, names))
+    if a is None and b is None:
+        return
     if a is None or b is None or a.format != b.format:
+        found = [group.format.name if group else "not quantized" for group in groups]
         raise ValueError(
-            f"{both}: found {names[0]} and {names[1]}, wanted one format: inference engines fuse them into one matrix; "
+            f"{both}: found {found[0]} and {found[1]}, wanted one format: inference engines fuse them into one matrix; "
             "let the rules treat them alike"
         )
     one, two = _one_number(state, a), _one_number(state, b)
@@ -63,8 +58,8 @@ def _check_tied(
         return
     if len(one) != len(two):
         raise ValueError(
-            f"state {both}: found {len(one)} and {len(two)} amax, wanted one for all experts or one for each in both: "
-            "inference engines fuse them under one scale; let their rules have the same `per_expert_inputs`, and "
+            f"state {both}: found {len(one)} and {len(two)} amax, wanted one for all experts or one per expert in "
+            "both: inference engines fuse them under one scale; let their rules have the same `per_expert_inputs`, and "
             "calibrate again"
         )
     if torch.equal(one, two):
@@ -78,7 +73,7 @@ def _check_tied(
 
 
 def _one_number(state: State, group: Group) -> Tensor | None:
-    """The leaf of one number an expert, which engines share between fused roles; None if there is none."""
+    """The leaf of one number per expert, which engines share between fused roles; None if there is none."""
     leaves = state[group.key]
     leaf = leaves.get("global_amax", leaves.get("amax"))
     return leaf if leaf is not None and leaf.dim() == 1 else None

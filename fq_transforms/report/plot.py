@@ -1,4 +1,4 @@
-"""The figure of a report: heat maps of SQNR, and histograms of the worst experts. matplotlib is imported inside."""
+"""The figure of a report: heat maps of SQNR, and histograms of the worst experts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ ACROSS, READABLE = 4, (16, 16)
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """The weights of one expert over their scales: each granule then has the same values, those of the element.
+    """The weights of one expert over their scales, so that every granule has the values of the element.
 
     Attributes:
         key: The group.
@@ -30,7 +30,7 @@ class Histogram:
         sqnr: Its SQNR in dB.
         format: Its format.
         edges: fp64 [bins + 1].
-        counts: int64 [bins]; the outer bins have what lies further out.
+        counts: int64 [bins]; the outer bins count what lies beyond them, too.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     """A figure: for each role its layers by experts, above the histogram of its worst expert."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # only where a figure is wanted
 
     across = min(ACROSS, len(roles))
     down = -(-len(roles) // across)

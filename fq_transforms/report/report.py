@@ -1,11 +1,11 @@
-"""`report`: what quantization does to each expert, measured in one pass over the weights: numbers, table and plot."""
+"""What quantization does to each expert, measured in one pass over the weights: numbers, a table and a plot."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import inf, isnan, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,20 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["GroupReport", "Report", "report"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupReport:
-    """What was measured of one group: tensors on the CPU, one number an expert, [E].
-
-    In the table: the lowest SQNR and its median, the number of the worst expert, shares of all weights (of all scales
-    for underflow), the largest amax over the median and over the smallest of those above zero, dead experts, whose amax
-    is zero, and unseen ones, which had no token.
+    """What was measured of one group: tensors on the CPU, one number per expert, [E].
 
     Attributes:
         key: The group.
         format: Its format.
         experts: Numbers of the experts, 0 to E - 1; of DTensors those that this rank holds parts of.
-        weights: Weights in one expert, and
-        granules: scales in one expert, of its part on this rank.
+        weights: In one expert; of DTensors, in its part on this rank.
+        granules: Scales in one expert, likewise.
         signal: fp64, sum of w^2, w in fp32.
         noise: fp64, sum of (w - y)^2, y = `fakequant(..., out_dtype=torch.float32)`.
         clipped: int64, weights more than half a step beyond what their granule can hold.
@@ -46,7 +42,7 @@ class GroupReport:
         underflow: int64, granules whose scale is as small as the format has them, with an amax above zero.
         largest: fp32, max of abs(w).
         amax: fp32, the state's: the largest of an expert's granules. `largest` for MX formats, which have none.
-        tokens: int64, tokens that each expert saw; None if nobody counted.
+        tokens: int64, tokens that each expert saw; None if they were not counted.
     """
 
     key: str
@@ -63,6 +59,10 @@ class GroupReport:
     amax: Tensor
     tokens: Tensor | None = None
 
+    def __repr__(self) -> str:
+        lowest = "" if self.worst is None else f": lowest SQNR {_number(self.sqnr[self.worst].item())} dB"
+        return f"GroupReport({self.key!r}, {self.format.name}, {_plural(len(self.experts), 'expert')}{lowest})"
+
     @property
     def sqnr(self) -> Tensor:
         """Signal to quantization noise, fp64 [E] in dB: 10 log10(signal / noise); inf where nothing is lost."""
@@ -74,9 +74,13 @@ class GroupReport:
         return int(_nan_first(self.sqnr).argmin()) if self.experts else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What quantization does to each expert. Prints as a table, worst group first; an HTML table in notebooks.
+
+    The table has the lowest SQNR and the median, the number of the worst expert, shares of all weights (of all scales
+    for underflow), the largest amax over the median and over the smallest of those above zero, dead experts, whose amax
+    is zero, and unseen ones, which had no token.
 
     Attributes:
         groups: Group key to `GroupReport`, in the order of the spec.
@@ -86,9 +90,12 @@ class Report:
     groups: dict[str, GroupReport]
     histograms: tuple[Histogram, ...]
 
+    def __repr__(self) -> str:
+        return f"Report({self._totals()[0]})"
+
     def __str__(self) -> str:
         rows = [_HEADER, *map(_cells, self._worst_first())]
-        columns = [i for i in range(len(_HEADER)) if i != _TOKENS or self._has_tokens()]
+        columns = self._columns()
         widths = [max(len(row[i]) for row in rows) for i in columns]
         lines = [
             "  ".join(row[i].ljust(w) if i in _LEFT else row[i].rjust(w) for i, w in zip(columns, widths, strict=True))
@@ -97,7 +104,7 @@ class Report:
         return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
 
     def _repr_html_(self) -> str:
-        columns = [i for i in range(len(_HEADER)) if i != _TOKENS or self._has_tokens()]
+        columns = self._columns()
 
         def line(row: Sequence[str], tag: str) -> str:
             side = {i: "left" if i in _LEFT else "right" for i in columns}
@@ -111,8 +118,8 @@ class Report:
     def plot(self) -> "Figure":
         """A figure: for each role a heat map of SQNR, layers by experts, above the histogram of its worst expert.
 
-        A role is a group key without its layer number. Histograms are of the weights over their scales, on a
-        logarithmic axis, with the values that an element can take as ticks below, and shaded where weights are clipped.
+        A role is a group key without its layer number. A histogram is of weights over their scales: counts are on a
+        logarithmic axis, ticks are the values that an element can take, and shades are where weights are clipped.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -132,6 +139,9 @@ class Report:
 
     def _worst_first(self) -> list[GroupReport]:
         return sorted(self.groups.values(), key=_lowest)
+
+    def _columns(self) -> list[int]:
+        return [i for i in range(len(_HEADER)) if i != _TOKENS or self._has_tokens()]
 
     def _has_tokens(self) -> bool:
         return any(group.tokens is not None for group in self.groups.values())
@@ -166,6 +176,23 @@ class Report:
         return lines
 
 
+class _OwnPart(NamedTuple):
+    """What this rank has of a group: all of plain tensors, its shards of DTensors."""
+
+    group: Group
+    weights: Sequence[Tensor]
+    scales: GroupState
+    experts: tuple[int, ...]
+
+    def expert(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """An expert's matrix [out, in], and its amax and global amax."""
+        weight = (self.weights[0][i] if self.group.stacked else self.weights[i]).detach()
+        amax, global_amax = (
+            None if leaf is None else leaf[i] for leaf in (self.scales.get("amax"), self.scales.get("global_amax"))
+        )
+        return weight.mT if self.group.transposed else weight, amax, global_amax
+
+
 def report(
     params: Mapping[str, Tensor], state: State, *, spec: Spec, tokens: Mapping[str, Tensor] | None = None
 ) -> Report:
@@ -179,29 +206,12 @@ def report(
         entries = {group.key: state.get(f"{group.key}.input", {}) for group in spec.groups}
         tokens = {key: entry["tokens"].long() for key, entry in entries.items() if "tokens" in entry}
     counted = _checked_tokens(tokens, spec)
-    found: list[tuple[Group, tuple[int, ...], Measures, Tensor]] = []
-    local: dict[str, tuple[Sequence[Tensor], GroupState]] = {}
     with torch.no_grad():
-        for group in spec.groups:
-            detached = {name: leaf.detach() for name, leaf in state[group.key].items()}
-            weights, scales, experts = _local(params, group, detached)
-            local[group.key] = weights, scales
-            measures = _measure(group, weights, scales, len(experts))
-            found.append((group, experts, measures, _expert_amax(scales, measures)))
-        groups: dict[str, GroupReport] = {}
-        for group, experts, measures, amax in found:  # only now: what is on a GPU has been launched
-            shape = _matrix(group, local[group.key][0]).shape[-2:]
-            groups[group.key] = GroupReport(
-                key=group.key,
-                format=group.format,
-                experts=experts,
-                weights=prod(shape),
-                granules=prod(group.format.granules(*shape)) if prod(shape) else 0,
-                **{name: leaf.cpu() for name, leaf in measures._asdict().items()},
-                amax=amax.cpu(),
-                tokens=counted[group.key][list(experts)] if group.key in counted else None,
-            )
-        return Report(groups, tuple(_histograms(groups.values(), spec, local)))
+        parts = {group.key: _own_part(params, group, state[group.key]) for group in spec.groups}
+        # All are launched before the first is read, which waits for a GPU.
+        measured = {key: _measure(part) for key, part in parts.items()}
+        groups = {key: _group_report(part, measured[key], counted.get(key)) for key, part in parts.items()}
+        return Report(groups, tuple(_histograms(groups.values(), parts)))
 
 
 def role_of(key: str) -> tuple[str, int | None]:
@@ -235,11 +245,9 @@ def _checked_tokens(tokens: Mapping[str, Tensor], spec: Spec) -> dict[str, Tenso
     return checked
 
 
-def _local(
-    params: Mapping[str, Tensor], group: Group, scales: GroupState
-) -> tuple[Sequence[Tensor], GroupState, tuple[int, ...]]:
-    """This rank's weights, scales and experts of a group; plain tensors are all its own."""
+def _own_part(params: Mapping[str, Tensor], group: Group, entry: GroupState) -> _OwnPart:
     weights: Sequence[Tensor] = weights_of(params, group)
+    scales = {name: leaf.detach() for name, leaf in entry.items()}
     for name, weight in zip(group.names, weights, strict=True):
         if weight.is_meta:
             raise ValueError(f"parameter {name!r}: found a tensor on meta, wanted values to measure")
@@ -252,72 +260,53 @@ def _local(
     layout = layout_of(group, weights)
     if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
-    if layout is None:
-        return weights, scales, tuple(range(group.experts))
-    return weights, scales, () if layout.is_empty else layout.experts
+    experts = tuple(range(group.experts)) if layout is None else () if layout.is_empty else layout.experts
+    return _OwnPart(group, weights, scales, experts)
 
 
-def _measure(group: Group, weights: Sequence[Tensor], scales: GroupState, experts: int) -> Measures:
+def _measure(part: _OwnPart) -> Measures:
     """What is measured of a group's experts, [E] each, where the weights are."""
-    amax, global_amax = scales.get("amax"), scales.get("global_amax")
-    if experts == 0:
-        device = weights[0].device
-        sums = torch.zeros(0, dtype=torch.float64, device=device)
+    weights, scales, format = part.weights, part.scales, part.group.format
+    if not part.experts:
+        sums = torch.zeros(0, dtype=torch.float64, device=weights[0].device)
         counts, largest = sums.long(), sums.float()
         return Measures(sums, sums, counts, counts, counts, largest)
     if weights[0].is_cuda:
         from fq_transforms.ops.launch import report_triton  # which needs Triton
 
-        return report_triton(weights, amax, global_amax, format=group.format, transposed=group.transposed)
-    each = [
-        report_reference(_expert(group, weights, i), _at(amax, i), _at(global_amax, i), format=group.format)
-        for i in range(experts)
-    ]
-    return Measures(*(torch.stack(column) for column in zip(*each, strict=True)))
+        amax, global_amax = scales.get("amax"), scales.get("global_amax")
+        return report_triton(weights, amax, global_amax, format=format, transposed=part.group.transposed)
+    found = [report_reference(*part.expert(i), format=format) for i in range(len(part.experts))]
+    return Measures(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
-def _histograms(
-    groups: Iterable[GroupReport], spec: Spec, local: Mapping[str, tuple[Sequence[Tensor], GroupState]]
-) -> list[Histogram]:
+def _group_report(part: _OwnPart, measures: Measures, tokens: Tensor | None) -> GroupReport:
+    group, format = part.group, part.group.format
+    shape = (part.weights[0].mT if group.transposed else part.weights[0]).shape[-2:]
+    amax = part.scales.get("global_amax", part.scales.get("amax", measures.largest))
+    return GroupReport(
+        key=group.key,
+        format=format,
+        experts=part.experts,
+        weights=prod(shape),
+        granules=prod(format.granules(*shape)) if prod(shape) else 0,
+        **{name: leaf.cpu() for name, leaf in measures._asdict().items()},
+        amax=(amax if amax.dim() == 1 or not amax.numel() else amax.flatten(1).amax(1)).cpu(),
+        tokens=None if tokens is None else tokens[list(part.experts)],
+    )
+
+
+def _histograms(groups: Iterable[GroupReport], parts: Mapping[str, _OwnPart]) -> Iterable[Histogram]:
     """Of the worst expert of each role, worst first."""
     worst: dict[str, GroupReport] = {}
     for group in sorted(groups, key=_lowest):
         if group.experts:
             worst.setdefault(_role(group.key, group.format), group)
-    of_spec = {group.key: group for group in spec.groups}
-    histograms: list[Histogram] = []
     for found in worst.values():
         i = found.worst
         assert i is not None
-        weights, scales = local[found.key]
-        amax, global_amax = scales.get("amax"), scales.get("global_amax")
-        edges, counts = histogram_reference(
-            _expert(of_spec[found.key], weights, i), _at(amax, i), _at(global_amax, i), format=found.format
-        )
-        sqnr = found.sqnr[i].item()
-        histograms.append(Histogram(found.key, found.experts[i], sqnr, found.format, edges.cpu(), counts.cpu()))
-    return histograms
-
-
-def _matrix(group: Group, weights: Sequence[Tensor]) -> Tensor:
-    return weights[0].mT if group.transposed else weights[0]
-
-
-def _expert(group: Group, weights: Sequence[Tensor], i: int) -> Tensor:
-    """An expert's matrix, [out, in]."""
-    weight = (weights[0][i] if group.stacked else weights[i]).detach()
-    return weight.mT if group.transposed else weight
-
-
-def _at(leaf: Tensor | None, i: int) -> Tensor | None:
-    return None if leaf is None else leaf[i]
-
-
-def _expert_amax(scales: GroupState, measures: Measures) -> Tensor:
-    leaf = scales.get("global_amax", scales.get("amax"))
-    if leaf is None:
-        return measures.largest
-    return leaf if leaf.dim() == 1 or not leaf.numel() else leaf.flatten(1).amax(1)
+        edges, counts = histogram_reference(*parts[found.key].expert(i), format=found.format)
+        yield Histogram(found.key, found.experts[i], found.sqnr[i].item(), found.format, edges.cpu(), counts.cpu())
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
