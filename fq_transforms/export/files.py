@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fq_transforms.checkpoint.contents import naming
@@ -131,6 +129,8 @@ class Files:
 
     def read(self, name: str) -> Tensor:
         """One tensor. Files are mapped, so others are not read."""
+        from safetensors import safe_open
+
         file = self.shards[name]
         if file not in self._opened:
             self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
@@ -143,6 +143,8 @@ def _shards_of(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there.
     """
+    from safetensors import safe_open
+
     index = folder / INDEX
     if not index.exists() and not (folder / SINGLE).exists():
         raise ValueError(f"folder {str(folder)!r}: found neither {SINGLE!r} nor {INDEX!r}, wanted a checkpoint")
@@ -176,6 +178,8 @@ def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
 
 
 def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]:
+    from safetensors.torch import save_file
+
     file = stage / f"{number}.safetensors"
     save_file(held, file, {"format": "pt"})
     with file.open("r+b") as stream:
