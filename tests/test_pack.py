@@ -78,7 +78,7 @@ def test_the_law_on_any_magnitudes(format, exponents, out, seed):
 
 @pytest.mark.parametrize("format", PACKABLE, ids=name_of)
 def test_size(format):
-    """4, 6 or 8 bits a weight, and one scale a granule; every code of the element is used by what needs it."""
+    """4, 6 or 8 bits per weight, and one scale per granule; every code of the element is used by what needs it."""
     weight = torch.randn(3, 128, 256)
     codes, scale, global_scale = pack_reference(weight, *amax_of(weight, format), format=format)
     bits = code_bits(format)
@@ -102,14 +102,13 @@ def test_trees(format, kind):
     params, rules = params_of(kind, format)
     if kind == "transposed":
         params = {name: weight.mT.contiguous() for name, weight in params.items()}
-    spec = fqt.select(params, rules, transposed=["*"] if kind == "transposed" else [])
-    fq = fqt.transform(spec)
+    fq = fqt.transform(fqt.select(params, rules, transposed=["*"] if kind == "transposed" else []))
     state = fq.calibrate(params)
     before = [weight._version for weight in params.values()]
     packed = fq.pack(params, state)
     (leaves,) = packed.values()
-    for field, (shape, dtype) in packed_leaves(spec.groups[0]).items():
-        assert (tuple(getattr(leaves, field).shape), getattr(leaves, field).dtype) == (shape, dtype)
+    for field, (shape, dtype) in packed_leaves(fq.spec.groups[0]).items():
+        assert (tuple(leaves[field].shape), leaves[field].dtype) == (shape, dtype)
     found, wanted = fq.unpack(packed), fq.fakequant(params, state)
     assert list(found) == list(params)
     for name, weight in found.items():
@@ -121,48 +120,48 @@ def test_trees(format, kind):
     other, rules = params_of("separate", format)
     theirs = fqt.transform(fqt.select(other, rules))
     (reference,) = theirs.pack(other, theirs.calibrate(other)).values()
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(leaves, reference, strict=True))
+    assert list(leaves) == list(reference)
+    assert all(torch.equal(leaf.view(torch.uint8), reference[name].view(torch.uint8)) for name, leaf in leaves.items())
 
 
 def test_a_pytree():
-    """`optree` maps over it, as over the state."""
+    """`optree` maps over it, as over the state: plain dicts of tensors."""
     params, rules = params_of("separate", fqt.NVFP4)
     fq = fqt.transform(fqt.select(params, rules))
     packed = fq.pack(params, fq.calibrate(params))
     copied = optree.tree_map(torch.clone, packed)
-    assert isinstance(copied["mlp.experts.*.w"], fqt.PackedTwoLevel)
+    assert list(copied["mlp.experts.*.w"]) == ["codes", "scale", "global_scale"]
     assert all(torch.equal(a, b) for a, b in zip(fq.unpack(copied).values(), fq.unpack(packed).values(), strict=True))
 
 
 def test_faults():
     params, rules = params_of("separate", fqt.NVFP4)
-    spec = fqt.select(params, rules)
-    fq = fqt.transform(spec)
+    fq = fqt.transform(fqt.select(params, rules))
     state = fq.calibrate(params)
     packed = fq.pack(params, state)
     leaves = packed["mlp.experts.*.w"]
+    without = {name: leaf for name, leaf in leaves.items() if name != "global_scale"}
+
+    def unlike(**others):
+        return {"mlp.experts.*.w": leaves | others}
+
     bad = {name: weight.clone() for name, weight in params.items()}
     bad["mlp.experts.1.w"][3, 4] = torch.nan
-    modelopt = fqt.select(params, {"*": NVFP4_MODELOPT})
+    modelopt = fqt.transform(fqt.select(params, {"*": NVFP4_MODELOPT}))
     odd = {"w": torch.ones(4, 5)}
-    int4 = fqt.select(odd, {"*": replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7))})
+    int4 = fqt.transform(fqt.select(odd, {"*": replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7))}))
     for error, call, *fragments in [
         (ValueError, lambda: fq.pack(bad, state), "mlp.experts.1.w", "NaN"),
         (KeyError, lambda: fq.pack({}, state), "mlp.experts.0.w"),
         (KeyError, lambda: fq.pack(params, {}), "mlp.experts.*.w"),
-        (ValueError, lambda: fqt.pack(params, state, spec=modelopt), "NVFP4_MODELOPT", "1e-05"),
-        (ValueError, lambda: fqt.pack(odd, fqt.calibrate(odd, spec=int4), spec=int4), "'w'", (4, 5), "4 bits"),
+        (ValueError, lambda: modelopt.pack(params, state), "NVFP4_MODELOPT", "1e-05"),
+        (ValueError, lambda: int4.pack(odd, int4.calibrate(odd)), "'w'", (4, 5), "4 bits"),
         (KeyError, lambda: fq.unpack({}), "mlp.experts.*.w"),
         (ValueError, lambda: fq.unpack(packed | {"other": leaves}), "other"),
         (ValueError, lambda: fq.unpack(packed, dtype=torch.float64), "float64"),
-        (
-            ValueError,
-            lambda: fq.unpack({"mlp.experts.*.w": leaves._replace(codes=leaves.codes[:2])}),
-            "codes",
-            (2, 128, 128),
-        ),
-        (ValueError, lambda: fq.unpack({"mlp.experts.*.w": leaves._replace(scale=leaves.scale.float())}), "scale"),
-        (ValueError, lambda: fq.unpack({"mlp.experts.*.w": fqt.Packed(*leaves[:2])}), "global_scale"),
+        (ValueError, lambda: fq.unpack(unlike(codes=leaves["codes"][:2])), "codes", (2, 128, 128)),
+        (ValueError, lambda: fq.unpack(unlike(scale=leaves["scale"].float())), "scale"),
+        (ValueError, lambda: fq.unpack({"mlp.experts.*.w": without}), "global_scale"),
     ]:
         with pytest.raises(error) as caught:
             call()
@@ -428,7 +427,7 @@ def test_modelopt_reads_int4(format, dtype):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_torchao_reads_nvfp4(static):
-    """NVFP4Tensor dequantizes our codes and scales, an expert at a time or all at once, to `fakequant`'s bits."""
+    """NVFP4Tensor dequantizes our codes and scales, one expert or all at once, to `fakequant`'s bits."""
     nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor
     format = fqt.NVFP4_STATIC if static else fqt.NVFP4
     for dtype in DTYPES:
@@ -436,9 +435,10 @@ def test_torchao_reads_nvfp4(static):
         fq = fqt.transform(fqt.select(params, {"*": format}))
         state = fq.calibrate(params)
         (wanted,), (leaves,) = fq.fakequant(params, state).values(), fq.pack(params, state).values()
-        stacked = nvfp4(leaves.codes, leaves.scale, 16, dtype, leaves.global_scale.view(-1, 1, 1))
+        codes, scale, global_scale = leaves.values()
+        stacked = nvfp4(codes, scale, 16, dtype, global_scale.view(-1, 1, 1))
         assert same_bits(stacked.dequantize(dtype), wanted)
-        for expert, (codes, scale, global_scale) in enumerate(zip(*leaves, strict=True)):
+        for expert, (codes, scale, global_scale) in enumerate(zip(*leaves.values(), strict=True)):
             assert same_bits(nvfp4(codes, scale, 16, dtype, global_scale).dequantize(dtype), wanted[expert])
 
 

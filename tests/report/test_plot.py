@@ -1,0 +1,58 @@
+"""The figure of a report: what it draws, and the values that an element can take."""
+
+import math
+
+import pytest
+import torch
+
+import fq_transforms as fqt
+from fq_transforms.report.plot import element_values
+from tests.cases import ALL_FORMATS, experts, name_of
+from tests.report.models import model
+
+
+def test_the_figure_has_a_heat_map_and_a_histogram_per_role(tmp_path):
+    """Heat maps are layers by experts with the report's own SQNR; below each is its worst expert."""
+    pytest.importorskip("matplotlib")
+    params, fq, _ = model([fqt.NVFP4, fqt.INT8])
+    params["layers.1.experts.2.w1"][0, 0] = 20.0
+    params["layers.2.experts.3.w1"].zero_()
+    found = fq.report(params, fq.calibrate(params))
+    figure = found.plot()
+    maps = {axes.get_title(): axes for axes in figure.axes if axes.get_images()}
+    assert list(maps) == ["layers.*.experts.*.w0, NVFP4", "layers.*.experts.*.w1, INT8"]
+    shown = torch.from_numpy(maps["layers.*.experts.*.w1, INT8"].get_images()[0].get_array().filled(math.nan))
+    wanted = torch.stack([found.groups[f"layers.{layer}.experts.*.w1"].sqnr for layer in range(3)])
+    wanted[wanted == math.inf] = math.nan
+    assert torch.equal(shown, wanted) or torch.allclose(shown, wanted, rtol=0, atol=0, equal_nan=True)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title().startswith("worst")]
+    assert len(titles) == 2
+    assert titles[1].startswith("worst: layers.1.experts.*.w1, expert 2")
+    figure.savefig(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_a_figure_of_one_dense_weight():
+    """No layer, no expert number: a role of one cell."""
+    pytest.importorskip("matplotlib")
+    params = {"w": experts(1, (32, 64))[0]}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.MXFP8}))
+    figure = fq.report(params, fq.calibrate(params)).plot()
+    assert figure.axes[0].get_title() == "w, MXFP8"
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
+def test_element_values_are_what_quantization_gives(format):
+    """Every value of the element, and no other, comes out of the reference when it is put in."""
+    values = torch.tensor(element_values(format))
+    assert (values.diff() > 0).all()
+    assert values.abs().max() in (getattr(format.element, "max", None), abs(getattr(format.element, "low", 0)))
+    if format.clips and format.scale == "fp32" and format.block == (None, None):
+        top = getattr(format.element, "max", None) or format.element.qmax
+        dense = torch.linspace(-values.abs().max(), values.abs().max(), 200_001)[None]
+        fq = fqt.transform(fqt.select({"w": dense}, {"*": format}))
+        state = {"w": {"amax": torch.tensor([float(top)])}}  # so the scale is 1
+        made = fq.fakequant({"w": dense}, state)["w"].unique()
+        assert set(made.tolist()) <= set(values.tolist())
+        coarse = values[values.abs() >= values.abs().max() / 1000]
+        assert set(coarse.tolist()) <= set(made.tolist())
