@@ -48,7 +48,7 @@ tokens = torch.randint(VOCABULARY, (2, 32))
 
 # %% [markdown]
 # ## Select, calibrate, tie
-# The fused gate_up has one amax an expert, so gate and up are tied by construction; the queries, keys and values, which
+# The fused gate_up has one amax per expert, so gate and up are tied by construction. Queries, keys and values, which
 # engines fuse too, are tied by hand. Untied, they are refused.
 
 # %%
@@ -56,7 +56,7 @@ fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*self_attn*": 
 print(fq.spec)
 state = fq.calibrate(params)
 try:
-    fqt.export.compressed_tensors(params, state, folder / "untied", spec=fq.spec, config=model.config)
+    fqt.export.compressed_tensors(folder / "untied", fq, params, state, config=model.config)
 except ValueError as error:
     print("refused:", error)
 state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")])
@@ -66,13 +66,11 @@ with torch.no_grad():
 
 # %% [markdown]
 # ## compressed-tensors
-# What transformers 5.23 loads of it by itself depends on the format, and NVFP4 experts it gets wrong without a word. So
+# What transformers 5.23 loads of it by itself depends on the format, and NVFP4 experts are silently incorrect. So
 # compressed-tensors' own decompressors write an ordinary checkpoint first. vLLM and SGLang take the compressed one.
 
 # %%
-fqt.export.compressed_tensors(
-    params, state, folder / "compressed", spec=fq.spec, config=model.config, max_shard_size="500KB"
-)
+fqt.export.compressed_tensors(folder / "compressed", fq, params, state, config=model.config, max_shard_size="500KB")
 fqt.export.decompress(folder / "compressed", folder / "plain")
 loaded = AutoModelForCausalLM.from_pretrained(folder / "plain")
 with torch.no_grad():
@@ -88,7 +86,7 @@ print(f"compressed-tensors: {size['compressed']:,} bytes in {shards} files, {siz
 # The same weights under the names of its unified export. Its tensor class gives the fake-quantized weight of an expert.
 
 # %%
-fqt.export.modelopt_hf(params, state, folder / "modelopt", spec=fq.spec, config=model.config)
+fqt.export.modelopt_hf(folder / "modelopt", fq, params, state, config=model.config)
 stored = load_file(folder / "modelopt" / "model.safetensors")
 name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 weight = NVFP4QTensor((HIDDEN, INNER), torch.bfloat16, stored[name]).dequantize(
