@@ -1,7 +1,7 @@
 """Files as ModelOpt 0.47's unified HF export writes them.
 
     {module}.weight            codes: float8 or int8 [out, in], or two E2M1 in a byte [out, in/2]
-    {module}.weight_scale      shape by `AXES`
+    {module}.weight_scale      [], [out] or [out, in/block]; of square blocks [out/128, 1, in/128, 1]
     {module}.weight_scale_2    NVFP4: the global scale, fp32 []
     {module}.input_scale       calibrated inputs: amax / largest code, for NVFP4 amax / (6 * 448); fp32 []
     hf_quant_config.json       the algorithm, and which modules are not quantized; once more in config.json
@@ -65,15 +65,6 @@ ALGORITHMS: dict[FormatKeys, Algorithm] = {
     (_NVFP4, _NVFP4): Algorithm("NVFP4", 16, weights=_OF_NVFP4, inputs=_OF_NVFP4),
     (_INT8_ROWS, None): Algorithm("W8A16"),
     (_INT8_ROWS, _INT8): Algorithm("W8A8_SQ_PER_CHANNEL"),
-}
-# Shape of `weight_scale`: "" [], "o" [out], "oi" [out, in / block], "o1i1" [out / block, 1, in / block, 1].
-AXES: dict[FormatKey, str] = {
-    _FP8: "",
-    _FP8_ROWS: "o",
-    _FP8_SQUARES: "o1i1",
-    _MXFP8: "oi",
-    _NVFP4: "oi",
-    _INT8_ROWS: "o",
 }
 # Engines look for this producer before they read the file; the version is that of the layout.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -156,11 +147,11 @@ def _encode(coded: CodedWeight) -> dict[str, Tensor]:
     scale = coded.scale
     if isinstance(coded.format.element, IntElement):
         scale = inverse(scale, of_zero=0.0)  # readers multiply
-    axes = AXES[format_key(coded.format)]
-    if axes == "o1i1":
-        scale = scale[:, None, :, None]
-    elif axes == "o":
+    granule = format_key(coded.format)[1]
+    if granule == "channel":
         scale = scale[:, 0]
+    elif granule == "128x128":
+        scale = scale[:, None, :, None]
     tensors = {"weight": coded.codes, "weight_scale": scale}
     if coded.global_scale is not None:
         tensors["weight_scale_2"] = coded.global_scale
