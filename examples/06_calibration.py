@@ -9,155 +9,38 @@ after `pip install -e '.[examples]'`; with `--small` some seconds, too few to le
 """
 
 # %%
-import math
 import sys
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call
-from tqdm.auto import tqdm, trange
+from tqdm.auto import tqdm
 
 import fq_transforms as fqt
+import tiny_moe
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 
 SMALL = "--small" in sys.argv
 STEPS = 40 if SMALL else 480
-LAYERS, HIDDEN, INNER, HEADS = (1, 64, 64, 4) if SMALL else (4, 128, 256, 4)
-EXPERTS, TOP_K = 8, 2
-CONTEXT, BATCH = 128, 16
+SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64) if SMALL else tiny_moe.Sizes(layers=4, hidden=128, inner=256)
 CALIBRATION = 4 if SMALL else 32  # batches of training text that the inputs are observed on
+IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 
-SCRIPT = globals().get("__file__")  # a notebook has none
-OUT = (Path(SCRIPT).parent if SCRIPT else Path.cwd()) / "out"
-OUT.mkdir(exist_ok=True)
+tiny_moe.OUT.mkdir(exist_ok=True)
 torch.manual_seed(0)
 
 # %% [markdown]
 # ## Text, model and training
-# To the letter those of the quickstart, whose weights these are; a test compares them.
+# Those of the quickstart, with the same weights.
 
 # %%
-paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-text = torch.frombuffer(bytearray("\n\n".join(dict.fromkeys(paragraphs)).encode()), dtype=torch.uint8).long()
-training, heldout = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+training, heldout = tiny_moe.read_text()
+inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=32 if SMALL else None)
 
-sequences = 32 if SMALL else (len(heldout) - 1) // CONTEXT
-inputs = heldout[: sequences * CONTEXT].view(sequences, CONTEXT)
-targets = heldout[1 : sequences * CONTEXT + 1].view(sequences, CONTEXT)
-
-
-def rotary(x):
-    """Turn pairs of channels of [..., T, C] by angles that grow with the position."""
-    T, C = x.shape[-2:]
-    angle = torch.outer(torch.arange(T), 1000 ** -torch.linspace(0, 1, C // 2))
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class Expert(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1 = nn.Linear(HIDDEN, INNER, bias=False)
-        self.w2 = nn.Linear(INNER, HIDDEN, bias=False)
-        self.w3 = nn.Linear(HIDDEN, INNER, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class MoE(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
-
-    def forward(self, x):
-        """Outputs for tokens [N, C], and the load-balancing loss of Switch Transformers: 1 if the load is even."""
-        probability = self.router(x).float().softmax(-1)
-        gate, chosen = probability.topk(TOP_K)
-        gate = (gate / gate.sum(-1, keepdim=True)).to(x.dtype)
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            # An expert that no token chose runs on zero rows: its gradients are then zeros, not None.
-            token, rank = (chosen == e).nonzero(as_tuple=True)
-            y = y.index_add(0, token, expert(x[token]) * gate[token, rank, None])
-        load = F.one_hot(chosen, EXPERTS).float().mean((0, 1))
-        return y, EXPERTS * load @ probability.mean(0)
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(HIDDEN), Attention()
-        self.moe_norm, self.moe = nn.RMSNorm(HIDDEN), MoE()
-
-    def forward(self, x):
-        x = x + self.attention(self.attention_norm(x))
-        y, balance = self.moe(self.moe_norm(x).flatten(0, 1))
-        return x + y.view_as(x), balance
-
-
-class LanguageModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(256, HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(HIDDEN)
-        self.head = nn.Linear(HIDDEN, 256, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, tokens):
-        x, balance = self.embedding(tokens), 0.0
-        for layer in self.layers:
-            x, layer_balance = layer(x)
-            balance = balance + layer_balance / LAYERS
-        return self.head(self.norm(x)), balance
-
-
-def train(params, steps, *, lr, seed, label, quantize=lambda params: params):
-    params = {name: param.detach().clone().requires_grad_() for name, param in params.items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for _ in (bar := trange(steps, desc=label)):
-        start = torch.randint(len(training) - CONTEXT, (BATCH, 1), generator=generator)
-        window = training[start + torch.arange(CONTEXT + 1)]
-        logits, balance = functional_call(model, quantize(params), (window[:, :-1],))
-        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-        optimizer.zero_grad()
-        (loss + 0.01 * balance).backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return {name: param.detach() for name, param in params.items()}
-
-
-def windows(count, generator):
-    """`count` sequences of CONTEXT + 1 bytes of training text, at random."""
-    start = torch.randint(len(training) - CONTEXT, (count, 1), generator=generator)
-    return training[start + torch.arange(CONTEXT + 1)]
-
-
-model = LanguageModel()
-params = train(dict(model.named_parameters()), STEPS, lr=4e-3, seed=0, label="train")
+model = tiny_moe.LanguageModel(SIZES)
+params = dict(model.named_parameters())
+generator = torch.Generator().manual_seed(0)
+params = tiny_moe.train(model, params, training, STEPS, lr=4e-3, generator=generator, label="train")
 
 # Rounded to bf16, as a checkpoint would be; what follows computes in fp32.
 weights = {name: param.bfloat16().float() for name, param in params.items()}
@@ -170,20 +53,20 @@ def predictions(weights):
 
 
 def loss_of(predicted):
-    """Mean loss of each held-out sequence, in nats a byte."""
+    """Mean loss of each held-out sequence, in nats per byte."""
     return F.nll_loss(predicted.transpose(1, 2), targets, reduction="none").mean(1)
 
 
 def divergence_of(predicted, wanted):
-    """Mean Kullback-Leibler divergence of each held-out sequence, in nats a byte: what is lost of what was wanted."""
+    """Mean Kullback-Leibler divergence of each held-out sequence, in nats per byte: what is lost of what was wanted."""
     return F.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean(1)
 
 
 # %% [markdown]
 # ## How large are the inputs?
-# `mean_squares` runs the model on training text and gives, for each expert, the mean square of each of its input
-# channels. An error of a weight that meets large inputs moves the layer's output more. They are of the model and not of
-# a format, so once is enough.
+# `input_second_moments` runs the model on training text and gives, for each expert, the mean square of each of its
+# input channels. An error of a weight that meets large inputs moves the layer's output more. The moments belong to the
+# model and not to a format, so once is enough.
 
 # %%
 FORMATS = (fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.NVFP4, fqt.FP8, fqt.INT8)
@@ -195,9 +78,10 @@ def spec_of(format):
 
 spec = spec_of(fqt.INT8)
 generator = torch.Generator().manual_seed(1)
-batches = [windows(BATCH, generator)[:, :-1] for _ in range(CALIBRATION)]
-squares = fqt.mean_squares(weights, batches, spec=spec, model=model, unseen="mean-of-peers")
-spread = torch.cat([(means.amax(1) / means.median(1).values) for means in squares.values()])
+windows = [tiny_moe.random_windows(training, tiny_moe.BATCH, SIZES.context, generator) for _ in range(CALIBRATION)]
+batches = [window[:, :-1] for window in windows]
+moments = fqt.transform(spec).input_second_moments(weights, batches, model=model, unseen="mean-of-peers")
+spread = torch.cat([(means.amax(1) / means.median(1).values) for means in moments.values()])
 print(f"Largest mean square of an input channel, over the median's: {spread.median():.1f}, at most {spread.max():.1f}")
 
 # %% [markdown]
@@ -229,11 +113,11 @@ def errors(fakes):
     """Squared error of each expert's matrices, and the same weighted by the inputs: each [layers, roles, experts]."""
     plain, weighted = [], []
     for group in spec.groups:
-        for name, means in zip(group.names, squares[group.key], strict=True):
+        for name, means in zip(group.names, moments[group.key], strict=True):
             square = (fakes[name] - weights[name]).double().square()
             plain.append(square.sum())
             weighted.append((square * means).sum())
-    shape = (LAYERS, -1, EXPERTS)
+    shape = (SIZES.layers, -1, SIZES.experts)
     return torch.stack(plain).view(shape), torch.stack(weighted).view(shape)
 
 
@@ -244,7 +128,7 @@ plain, weighted, losses, divergences = {}, {}, {}, {}
 for format, name in (bar := tqdm(pairs, desc="calibrate")):
     bar.set_postfix_str(f"{format.name}, {name}")
     fq = fqt.transform(spec_of(format), method=METHODS[name])
-    state = fq.calibrate(weights, statistics=squares if name == "mse, weighted" else None)
+    state = fq.calibrate(weights, statistics=moments if name == "mse, weighted" else None)
     fakes = fq.fakequant(weights, state)
     plain[format, name], weighted[format, name] = errors(fakes)
     predicted = predictions(fakes)
@@ -276,8 +160,8 @@ def mean_and_error(each):
     return each.mean().item(), each.std().item() / len(each) ** 0.5
 
 
-print(f"\n{'':38}{'error / that of max':>21}{'held-out loss, nats a byte':>36}{'divergence':>14}")
-print(f"{'format':16}{'method':22}{'weights':>10}{'weighted':>11}{'':16}{'increase':>18}{'1e-3 nats a byte':>22}")
+print(f"\n{'':38}{'error / that of max':>21}{'held-out loss, nats per byte':>36}{'divergence':>14}")
+print(f"{'format':16}{'method':22}{'weights':>10}{'weighted':>11}{'':16}{'increase':>18}{'1e-3 nats per byte':>22}")
 print(f"{'bf16':59}{base.mean():>10.4f}")
 for format, name in pairs:
     ratios = [(found[format, name].sum() / found[format, "max"].sum()).item() for found in (plain, weighted)]
@@ -298,7 +182,7 @@ except ImportError:
     print("no figure: matplotlib is not installed")
 
 if matplotlib:
-    if SCRIPT:
+    if IS_SCRIPT:
         matplotlib.use("Agg")  # a script may have no display
     import matplotlib.pyplot as plt
 
@@ -324,7 +208,7 @@ if matplotlib:
     panels[0].set_ylabel("squared error of an expert's matrix / that of max")
     panels[0].legend()
     figure.suptitle("Each point a matrix of an expert, layer by layer from left to right")
-    figure.savefig(OUT / "calibration_errors.png", dpi=110)
+    figure.savefig(tiny_moe.OUT / "calibration_errors.png", dpi=110)
 
     figure, panels = plt.subplots(2, len(choosing), figsize=(16, 7.5), layout="constrained", sharey="col")
     for column, format in zip(panels.T, choosing, strict=True):
@@ -339,6 +223,6 @@ if matplotlib:
         column[0].set_title(format.name)
         column[0].set_xlabel("increase of the held-out loss")
         column[1].set_xlabel("divergence from bf16's predictions")
-    figure.suptitle("1e-3 nats a byte, ± standard error")
-    figure.savefig(OUT / "calibration_loss.png", dpi=110)
-    print(f"\nfigures: {OUT / 'calibration_errors.png'}, {OUT / 'calibration_loss.png'}")
+    figure.suptitle("1e-3 nats per byte, ± standard error")
+    figure.savefig(tiny_moe.OUT / "calibration_loss.png", dpi=110)
+    print(f"\nfigures: {tiny_moe.OUT / 'calibration_errors.png'}, {tiny_moe.OUT / 'calibration_loss.png'}")

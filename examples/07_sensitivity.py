@@ -7,162 +7,77 @@ experts in eight bits, each is asked in turn what four would cost:
 1. measured, by `torch.func.vmap` over quantizer states: the state of an expert decides its precision;
 2. predicted, by `torch.func.jvp` of the loss along the quantization error, first and second order, which takes no more
    than the eight-bit model;
-3. guessed, from `fqt.report` alone, which looks at the weights and at no data.
+3. guessed, from `fq.report` alone, which looks at the weights and at no data.
 
-From that a mixed-precision `Spec` is chosen under a budget of bytes, and held to held-out data. A minute or two on two
-cores, after `pip install -e '.[examples]'`; with `--small` some seconds, too few to learn much.
+From that a mixed-precision `Spec` is chosen under a budget of bytes, and tested on held-out data. This takes a minute
+or two on two cores, after `pip install -e '.[examples]'`; with `--small` it takes seconds and learns little.
 """
 
 # %%
-import math
 import sys
 from dataclasses import replace
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call, jvp, vmap
 from tqdm.auto import trange
 
 import fq_transforms as fqt
+import tiny_moe
 
 SMALL = "--small" in sys.argv
 STEPS = 60 if SMALL else 400
-LAYERS, HIDDEN, INNER, HEADS = 2, 64, 128, 4
-EXPERTS, TOP_K = 4 if SMALL else 8, 2
-CONTEXT, BATCH = 64, 16
+SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, experts=4 if SMALL else 8, context=64)
+LAYERS, EXPERTS = SIZES.layers, SIZES.experts
 SAMPLE, HELDOUT = (16, 128) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
+IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 
-SCRIPT = globals().get("__file__")  # a notebook has none
-OUT = (Path(SCRIPT).parent if SCRIPT else Path.cwd()) / "out"
-OUT.mkdir(exist_ok=True)
+tiny_moe.OUT.mkdir(exist_ok=True)
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the matrices are small, and threads that wait for each other are slower than one
 
 # %% [markdown]
-# ## The text
-# Each paragraph once, so that what is held out was not seen in training. Sensitivity is measured on training text.
+# ## Text and model
+# Sensitivity is measured on training text. In this form of the model every expert runs on every token, and the router's
+# zeros drop what was not chosen: no shape depends on data, so `vmap` can map the whole model.
 
 # %%
-paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-text = torch.frombuffer(bytearray("\n\n".join(dict.fromkeys(paragraphs)).encode()), dtype=torch.uint8).long()
-training, heldout = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+training, heldout = tiny_moe.read_text()
 
 
 def windows(text, count):
-    """`count` sequences of CONTEXT + 1 bytes, evenly spaced."""
-    starts = torch.linspace(0, len(text) - CONTEXT - 1, count).long()[:, None]
-    return text[starts + torch.arange(CONTEXT + 1)]
+    """`count` sequences of bytes, evenly spaced, each with one byte more than the model takes."""
+    starts = torch.linspace(0, len(text) - SIZES.context - 1, count).long()[:, None]
+    return text[starts + torch.arange(SIZES.context + 1)]
 
 
 sample, test = windows(training, SAMPLE), windows(heldout, HELDOUT)
-
-# %% [markdown]
-# ## The model
-# Every expert runs on every token, and the router's zeros drop what was not chosen: no shape depends on data, so that
-# `vmap` can map the whole model.
-
-
-# %%
-def rms(x):
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        return self.out((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class Expert(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1 = nn.Linear(HIDDEN, INNER, bias=False)
-        self.w2 = nn.Linear(INNER, HIDDEN, bias=False)
-        self.w3 = nn.Linear(HIDDEN, INNER, bias=False)
-
-    def forward(self, x):
-        gate = self.w1(x)
-        return self.w2(gate * gate.sigmoid() * self.w3(x))  # F.silu has no second forward derivative
-
-
-class MoE(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
-
-    def forward(self, x):
-        """Outputs, and the load-balancing loss of Switch Transformers: 1 if the load is even."""
-        probability = self.router(x).softmax(-1)
-        smallest = probability.topk(TOP_K).values[..., -1:]
-        gate = torch.where(probability >= smallest, probability, 0.0)
-        load = (gate > 0).float().mean((0, 1)) / TOP_K
-        gate = gate / gate.sum(-1, keepdim=True)
-        y = sum(expert(x) * gate[..., e : e + 1] for e, expert in enumerate(self.experts))
-        return y, EXPERTS * (load * probability.mean((0, 1))).sum()
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.moe = Attention(), MoE()
-
-    def forward(self, x):
-        x = x + self.attention(rms(x))
-        y, balance = self.moe(rms(x))
-        return x + y, balance
-
-
-class LanguageModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.position = nn.Embedding(256, HIDDEN), nn.Embedding(CONTEXT, HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.head = nn.Linear(HIDDEN, 256, bias=False)
-
-    def forward(self, tokens):
-        x, balance = self.embedding(tokens) + self.position.weight, 0.0
-        for layer in self.layers:
-            x, layer_balance = layer(x)
-            balance = balance + layer_balance / LAYERS
-        return self.head(rms(x)), balance
+model = tiny_moe.MappableLanguageModel(SIZES)
 
 
 def losses(weights, sequences):
-    """Mean loss of each sequence in nats a byte, and the balance of the load."""
-    logits, balance = functional_call(model, weights, (sequences[:, :-1],))
-    return F.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean(1), balance
+    """Mean loss of each sequence, in nats per byte."""
+    return tiny_moe.losses(functional_call(model, weights, (sequences[:, :-1],))[0], sequences[:, 1:])
 
 
 # %% [markdown]
 # ## Training
 
 # %%
-model = LanguageModel()
-optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS, pct_start=0.1)
-for _ in (bar := trange(STEPS, desc="train")):
-    start = torch.randint(len(training) - CONTEXT, (BATCH, 1))
-    each, balance = losses({}, training[start + torch.arange(CONTEXT + 1)])
-    loss = each.mean()
-    optimizer.zero_grad()
-    (loss + 0.01 * balance).backward()
-    optimizer.step()
-    schedule.step()
-    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+params = tiny_moe.train(
+    model,
+    dict(model.named_parameters()),
+    training,
+    STEPS,
+    lr=4e-3,
+    label="train",
+    loss_of=lambda logits, targets: tiny_moe.losses(logits, targets).mean(),
+    schedule=lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-3, total_steps=steps, pct_start=0.1
+    ),
+)
 
 # Rounded to bf16, as a checkpoint would be; what follows computes in fp32.
-weights = {name: param.detach().bfloat16().float() for name, param in model.named_parameters()}
+weights = {name: param.bfloat16().float() for name, param in params.items()}
 
 # %% [markdown]
 # ## A state is a precision
@@ -184,7 +99,7 @@ ROLES = [key.rpartition("experts.*.")[2].removesuffix(".weight") for key in KEYS
 def state_with(in_four):
     """The INT8 state in which some experts have four bits: `in_four` is 1 for them, [layers, roles, experts]."""
     factor = 1 + (COARSER - 1) * in_four.flatten(0, 1)
-    return {key: fqt.state.ExpertAmax(state8[key].amax * f) for key, f in zip(KEYS, factor, strict=True)}
+    return {key: {"amax": state8[key]["amax"] * f} for key, f in zip(KEYS, factor, strict=True)}
 
 
 everything = torch.ones(LAYERS, len(ROLES), EXPERTS)
@@ -192,7 +107,7 @@ by_state, by_format = fq8.fakequant(weights, state_with(everything)), fq4.fakequ
 names = [name for group in fq4.spec.groups for name in group.names]
 ties, count = 0, sum(weights[name].numel() for name in names)
 for group in fq4.spec.groups:
-    for name, amax in zip(group.names, state4[group.key].amax, strict=True):
+    for name, amax in zip(group.names, state4[group.key]["amax"], strict=True):
         differs = (by_state[name] - by_format[name]).abs() > 1e-5 * amax
         integer = weights[name] * 7 / amax
         assert ((integer - integer.floor() - 0.5).abs()[differs] < 1e-4).all()
@@ -207,7 +122,7 @@ print(f"INT4 by its state and by its format: all equal but {ties} of {count:,} w
 
 # %%
 def sample_loss(weights):
-    return losses(weights, sample)[0].mean()
+    return losses(weights, sample).mean()
 
 
 def increases(candidates, label):
@@ -266,7 +181,7 @@ with torch.no_grad():
 # Noise of the four-bit weights over their signal: it knows neither the data nor how often an expert is chosen.
 
 # %%
-report = fqt.report(weights, state4, spec=fq4.spec)
+report = fq4.report(weights, state4)
 print(report)
 noise = torch.stack([group.noise for group in report.groups.values()]).view(LAYERS, len(ROLES), EXPERTS)
 signal = torch.stack([group.signal for group in report.groups.values()]).view(LAYERS, len(ROLES), EXPERTS)
@@ -284,7 +199,7 @@ predictions = {
     "noise / signal, report": relative,
 }
 print(f"\nFour bits for one expert of {LAYERS * EXPERTS}: the loss on {SAMPLE} sequences changes by")
-print(f"{measured.min():+.5f} to {measured.max():+.5f} nats a byte, {measured.mean():+.5f} on average.")
+print(f"{measured.min():+.5f} to {measured.max():+.5f} nats per byte, {measured.mean():+.5f} on average.")
 print("Rank correlation with it:")
 for name, prediction in predictions.items():
     print(f"    {name:26}{rank_correlation(prediction, measured):+.2f}")
@@ -292,7 +207,7 @@ for name, prediction in predictions.items():
 
 # %% [markdown]
 # ## A spec under a budget of bytes
-# Greedy: the cheapest increase of the loss a byte saved first, until the bytes fit. What `select` makes of the choice
+# Greedy: the cheapest increase of the loss per byte saved first, until the bytes fit. What `select` makes of the choice
 # is an ordinary spec, of two formats.
 
 
@@ -344,16 +259,16 @@ by_expert = expert_candidates[cheapest].sum(0)
 expert_bytes = bytes8 - len(cheapest) * (bytes8 - bytes4) // len(measured)
 
 with torch.no_grad():
-    base = losses(weights, test)[0]
+    base = losses(weights, test)
     rows = {
         "bf16": (sum(2 * weights[name].numel() for name in names), base),
-        "8 bits for all": (bytes8, losses(at8, test)[0]),
-        "mixed, by expert (a state)": (expert_bytes, losses(fq8.fakequant(weights, state_with(by_expert)), test)[0]),
-        "mixed, by group (a spec)": (nbytes(mixed), losses(quantized(mixed.spec), test)[0]),
-        "mixed, the opposite groups": (nbytes(worse), losses(quantized(worse.spec), test)[0]),
-        "4 bits for all": (bytes4, losses(by_format, test)[0]),
+        "8 bits for all": (bytes8, losses(at8, test)),
+        "mixed, by expert (a state)": (expert_bytes, losses(fq8.fakequant(weights, state_with(by_expert)), test)),
+        "mixed, by group (a spec)": (nbytes(mixed), losses(quantized(mixed.spec), test)),
+        "mixed, the opposite groups": (nbytes(worse), losses(quantized(worse.spec), test)),
+        "4 bits for all": (bytes4, losses(by_format, test)),
     }
-print(f"\n{'':28}{'bytes':>10}{'bits':>7}{'held-out loss':>15}{'increase':>11}   (nats a byte, {HELDOUT} sequences)")
+print(f"\n{'':28}{'bytes':>10}{'bits':>7}{'held-out loss':>15}{'increase':>11}   (nats per byte, {HELDOUT} sequences)")
 for name, (size, each) in rows.items():
     difference = each - base
     cost = f"{difference.mean():+.5f} ±{difference.std() / len(difference) ** 0.5:.5f}"
@@ -372,7 +287,7 @@ with torch.no_grad():
         in_four = torch.zeros_like(steps)
         in_four[:, path] = steps
         in_four = in_four.view(-1, LAYERS, len(ROLES), 1).expand(-1, -1, -1, EXPERTS)
-        path_losses = vmap(lambda c: losses(fq8.fakequant(weights, state_with(c)), test)[0].mean(), chunk_size=4)
+        path_losses = vmap(lambda c: losses(fq8.fakequant(weights, state_with(c)), test).mean(), chunk_size=4)
         sizes = bytes8 - torch.cat([torch.zeros(1), saved[path].cumsum(0)])
         paths[label] = sizes, path_losses(in_four)
 
@@ -383,7 +298,7 @@ except ImportError:
     print("no figure: matplotlib is not installed")
 
 if matplotlib:
-    if SCRIPT:
+    if IS_SCRIPT:
         matplotlib.use("Agg")  # a script may have no display
     import matplotlib.pyplot as plt
 
@@ -399,13 +314,13 @@ if matplotlib:
     left.set_yticks(range(LAYERS))
     left.set_xlabel("expert")
     left.set_ylabel("layer")
-    left.set_title("4 bits for one expert: increase of the loss, 1e-3 nats a byte")
+    left.set_title("4 bits for one expert: increase of the loss, 1e-3 nats per byte")
 
     for (name, prediction), marker in zip(list(predictions.items())[:2], "x.", strict=True):
         middle.plot(1000 * measured, 1000 * prediction, marker, label=name)
     ends = 1000 * torch.stack([measured.min(), measured.max()])
     middle.plot(ends, ends, color="0.6", linewidth=0.8, label="as measured")
-    middle.set_xlabel("measured by vmap over states, 1e-3 nats a byte")
+    middle.set_xlabel("measured by vmap over states, 1e-3 nats per byte")
     middle.set_ylabel("predicted")
     middle.set_title("What jvp along the error predicts")
     middle.legend()
@@ -417,9 +332,9 @@ if matplotlib:
     right.axvline(budget / 1000, color="0.6", linestyle="--", label="budget")
     right.axhline(base.mean(), color="0.6", linewidth=0.8, label="bf16")
     right.set_xlabel("kB of packed experts")
-    right.set_ylabel("held-out loss, nats a byte")
+    right.set_ylabel("held-out loss, nats per byte")
     right.set_title("From 8 bits to 4")
     right.legend(loc="center")
-    figure.savefig(OUT / "sensitivity.png", dpi=110)
-    report.plot().savefig(OUT / "sensitivity_report.png", dpi=110)
-    print(f"\nfigures: {OUT / 'sensitivity.png'}, {OUT / 'sensitivity_report.png'}")
+    figure.savefig(tiny_moe.OUT / "sensitivity.png", dpi=110)
+    report.plot().savefig(tiny_moe.OUT / "sensitivity_report.png", dpi=110)
+    print(f"\nfigures: {tiny_moe.OUT / 'sensitivity.png'}, {tiny_moe.OUT / 'sensitivity_report.png'}")
