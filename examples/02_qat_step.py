@@ -4,10 +4,10 @@
 A small Mixture-of-Experts model learns under NVFP4 fake quantization, in three ways that give the same gradients:
 
 1. `functional_call` with new fake weights at every microbatch: the plain form.
-2. `fqt.value_and_grad`: fake weights and their pullback once an optimizer step, however many microbatches.
+2. `fqt.value_and_grad`: fake weights and their pullback once per optimizer step, however many microbatches.
 3. `fqt.layerwise`: a layer's fake weights exist while it computes, and are made again in backward.
 
-Runs on a GPU if there is one, else on a CPU: `python examples/02_qat_step.py`. Some seconds on two cores.
+`python examples/02_qat_step.py` runs on a GPU if there is one, else on a CPU, where it takes seconds on two cores.
 """
 
 # %%
@@ -20,45 +20,35 @@ from torch.func import functional_call
 from tqdm.auto import trange
 
 import fq_transforms as fqt
+import tiny_moe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 2, 8, 2, 128, 256
+SIZES = tiny_moe.Sizes(layers=2, hidden=128, inner=256)
 STEPS, MICROBATCHES, TOKENS = 60, 4, 64
 torch.manual_seed(0)
 
 
 # %% [markdown]
 # ## A model that knows nothing of quantization
-# Each token goes to two experts. The second layer's activations are checkpointed: made again in backward.
+# Each token goes to two of eight experts. The second layer's activations are checkpointed: made again in backward.
 
 
 # %%
-class MoE(nn.Module):
+class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(HIDDEN, INNER, bias=False), "down": nn.Linear(INNER, HIDDEN, bias=False)})
-            for _ in range(EXPERTS)
-        )
+        self.norm, self.moe = nn.LayerNorm(SIZES.hidden), tiny_moe.MoE(SIZES)
 
     def forward(self, x_TC):
-        h_TC = self.norm(x_TC)
-        gate_Tk, chosen_Tk = self.router(h_TC).softmax(-1).topk(TOP_K)
-        out_TC = torch.zeros_like(x_TC)
-        for number, expert in enumerate(self.experts):
-            token, k = (chosen_Tk == number).nonzero(as_tuple=True)
-            y = expert["down"](F.silu(expert["up"](h_TC[token])))
-            out_TC = out_TC.index_add(0, token, y * gate_Tk[token, k, None])
-        return x_TC + out_TC
+        y_TC, _ = self.moe(self.norm(x_TC))
+        return x_TC + y_TC
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(MoE() for _ in range(LAYERS))
-        self.head = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.layers = nn.ModuleList(Layer() for _ in range(SIZES.layers))
+        self.head = nn.Linear(SIZES.hidden, SIZES.hidden, bias=False)
 
     def forward(self, x_TC):
         x_TC = self.layers[0](x_TC)
@@ -66,13 +56,14 @@ class Model(nn.Module):
         return self.head(x_TC)
 
 
-teacher = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.Tanh(), nn.Linear(INNER, HIDDEN)).to(DEVICE).requires_grad_(False)
+teacher = nn.Sequential(nn.Linear(SIZES.hidden, 256), nn.Tanh(), nn.Linear(256, SIZES.hidden))
+teacher = teacher.to(DEVICE).requires_grad_(False)
 
 
 def microbatches(step):
-    """What a fixed network makes of random tokens."""
+    """Random tokens, and what a fixed network makes of them."""
     generator = torch.Generator().manual_seed(step)
-    inputs = torch.randn(MICROBATCHES, TOKENS, HIDDEN, generator=generator).to(DEVICE)
+    inputs = torch.randn(MICROBATCHES, TOKENS, SIZES.hidden, generator=generator).to(DEVICE)
     return list(zip(inputs, teacher(inputs), strict=True))
 
 
@@ -89,7 +80,7 @@ print(fq.spec)
 # %% [markdown]
 # ## Three ways to the same gradients
 # `.backward()` is called with the fake weights in place. With a checkpointed layer it must be: outside, that layer
-# would be run again with its own weights, and its gradients would be silently wrong.
+# would run again with its own weights, and its gradients would be silently incorrect.
 
 # %%
 
@@ -120,12 +111,12 @@ def plain(state, batch):
 
 
 def once(state, batch):
-    _, grads = fqt.value_and_grad(loss_fn, model, fq)(params, state, batch)
+    _, grads = fqt.value_and_grad(loss_fn, fq, model)(params, state, batch)
     return grads
 
 
 def layerwise(state, batch):
-    with fqt.layerwise(model, state, spec=fq.spec):
+    with fqt.layerwise(fq, model, state):
         for microbatch in batch:
             loss_fn(model, microbatch).backward()
     return taken()
@@ -144,7 +135,7 @@ for way in (plain, once, layerwise):
     took = (time.perf_counter() - started) * 1e3
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if DEVICE == "cuda" else ""
     equal = all(torch.equal(grads[name], grad) for name, grad in wanted.items())
-    print(f"{way.__name__:10} {took:7.1f} ms a step{peak}; gradients equal: {equal}")
+    print(f"{way.__name__:10} {took:7.1f} ms per step{peak}; gradients equal: {equal}")
     assert equal
 
 # %% [markdown]
@@ -154,7 +145,7 @@ for way in (plain, once, layerwise):
 
 # %%
 optimizer = torch.optim.AdamW(params.values(), lr=3e-3)
-step = fqt.value_and_grad(loss_fn, model, fq)
+step = fqt.value_and_grad(loss_fn, fq, model)
 history = []
 for number in (bar := trange(STEPS, desc="QAT")):
     losses, grads = step(params, fq.calibrate(params), microbatches(number))

@@ -30,12 +30,11 @@ ON_GPU = torch.cuda.is_available()
 STEPS, MICROBATCHES = 6, 2
 EXPERTS, HIDDEN, FFN, VOCABULARY, LENGTH = 4, 256, 256, 128, 32
 FORMATS = [fqt.FP8, fqt.NVFP4, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32]
-EXPERT_WEIGHTS = "*.mlp.experts.*"
 
 
 # %% [markdown]
 # ## Without a GPU
-# Megatron-Core asks for CUDA in a few places where it need not. Nothing of this is there on a GPU.
+# Megatron-Core asks for CUDA in a few places where it need not. On a GPU none of this runs.
 
 
 # %%
@@ -135,8 +134,8 @@ def trainer(model):
 
 # %% [markdown]
 # ## Steps of training
-# `megatron.layerwise` surrounds forward and backward: a layer's fake weights are there while it computes, and carry
-# the `main_grad` of its own weights.
+# `megatron.layerwise` surrounds forward and backward: a layer's fake weights exist while it computes, and carry the
+# `main_grad` of its own weights.
 
 
 # %%
@@ -150,16 +149,16 @@ def batch(seed):
     return ids[:, :-1].contiguous(), positions, mask, ids[:, 1:].contiguous()
 
 
-def train(ddp, optimizer_step, spec, steps):
+def train(fq, ddp, optimizer_step, steps):
     from megatron.core.distributed import finalize_model_grads
 
     from fq_transforms.integrations import megatron
 
     for number in steps:
-        state = megatron.calibrate(ddp, spec)
+        state = megatron.calibrate(fq, ddp)
         ddp.zero_grad_buffer()
         total = 0.0
-        with megatron.layerwise(ddp, state, spec=spec):
+        with megatron.layerwise(fq, ddp, state):
             for microbatch in range(MICROBATCHES):
                 ids, positions, mask, labels = batch(number * MICROBATCHES + microbatch)
                 loss = ddp(ids, positions, mask, labels=labels).float().mean() / MICROBATCHES
@@ -171,24 +170,30 @@ def train(ddp, optimizer_step, spec, steps):
     return total
 
 
+def transform_of(model, format):
+    from fq_transforms.integrations import megatron
+
+    return fqt.transform(megatron.select(model, {"*.mlp.experts.*": format}))
+
+
 def say(text):
     if dist.get_rank() == 0:
         print(text, flush=True)
 
 
-def logits_of(model, state, spec):
+def logits_of(fq, model, state):
     from fq_transforms.integrations import megatron
 
     ids, positions, mask, _ = batch(0)
     with torch.no_grad():
-        return functional_call(model, megatron.fakequant(model, state, spec=spec), (ids, positions, mask))
+        return functional_call(model, megatron.fakequant(fq, model, state), (ids, positions, mask))
 
 
 # %% [markdown]
 # ## The story
-# A tenth is taken off each amax before it is saved, as a search for a better one might do: what is restored cannot
-# have been calibrated anew. The restored model is wrapped as the first one is before logits are compared, so
-# that its weights are aligned alike, on which matrix products may depend in the last bit.
+# Each amax is reduced by a tenth before it is saved, as a search for a better one might do: what is restored cannot
+# have been calibrated anew. Before logits are compared, the restored model is wrapped as the first one is: its weights
+# are then aligned alike, on which matrix products may depend in the last bit.
 
 
 # %%
@@ -215,34 +220,33 @@ def main():
     if options.load:
         for format in FORMATS:
             model = build("meta")
-            spec = megatron.select(model, {EXPERT_WEIGHTS: format})
-            state = megatron.load(options.folder / format.name, model, spec=spec)
-            wanted = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(model, spec))
+            fq = transform_of(model, format)
+            state = megatron.load(options.folder / format.name, fq, model)
+            wanted = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(fq, model))
             assert all(map(torch.equal, optree.tree_leaves(state), optree.tree_leaves(wanted)))
             count = sum(len(leaf) for leaf in optree.tree_leaves(state))
             say(f"{format.name}: {count} experts at EP={size}, the amax of each is 0.9 of its own weights'")
     else:
         model = build()
         ddp, optimizer_step = trainer(model)
-        spec = megatron.select(ddp, {EXPERT_WEIGHTS: fqt.NVFP4})
-        if rank == 0:
-            print(spec)
-        first = train(ddp, optimizer_step, spec, range(1))
-        train(ddp, optimizer_step, spec, range(1, STEPS))
+        nvfp4 = transform_of(ddp, fqt.NVFP4)
+        say(nvfp4.spec)
+        first = train(nvfp4, ddp, optimizer_step, range(1))
+        train(nvfp4, ddp, optimizer_step, range(1, STEPS))
         for format in FORMATS:
-            spec = megatron.select(ddp, {EXPERT_WEIGHTS: format})
-            state = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(ddp, spec))
-            logits = logits_of(model, state, spec)
-            megatron.save(options.folder / format.name, ddp, state, spec=spec)
+            fq = transform_of(ddp, format)
+            state = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(fq, ddp))
+            logits = logits_of(fq, model, state)
+            megatron.save(options.folder / format.name, fq, ddp, state)
 
             fresh = build("meta")
-            restored = megatron.load(options.folder / format.name, fresh, spec=spec)
+            restored = megatron.load(options.folder / format.name, fq, fresh)
             assert all(map(torch.equal, optree.tree_leaves(restored), optree.tree_leaves(state)))
             model = fresh
             ddp, optimizer_step = trainer(model)
-            assert torch.equal(logits_of(model, restored, spec), logits)
+            assert torch.equal(logits_of(fq, model, restored), logits)
             say(f"{format.name}: restored at TP={size}, EP={size} into a model on meta, the same state and logits")
-        last = train(ddp, optimizer_step, megatron.select(ddp, {EXPERT_WEIGHTS: fqt.NVFP4}), range(STEPS, 2 * STEPS))
+        last = train(nvfp4, ddp, optimizer_step, range(STEPS, 2 * STEPS))
         say(f"loss {first:.4f} to {last:.4f} over {2 * STEPS} steps under NVFP4, restored half way")
         assert last < first
     parallel_state.destroy_model_parallel()

@@ -6,7 +6,7 @@ EP=4 and saved. Then the same checkpoint is loaded at EP=4, EP=2 and EP=1, and t
 
     torchrun --nproc-per-node=4 examples/04_checkpoint_reshard.py
 
-As a notebook, or without torchrun, it runs on one rank. A few seconds on two cores.
+As a notebook, or without torchrun, it runs on one rank. It takes a few seconds on two cores.
 """
 
 # %%
@@ -92,15 +92,15 @@ def at_expert_parallelism(ep):
 
 # %% [markdown]
 # ## Calibrate and save
-# The spec is made of global shapes, so it is one for all splits. A tenth is taken off each amax, as a search for a
+# The spec is made of global shapes, so one spec serves all splits. Each amax is reduced by a tenth, as a search for a
 # better one might do: what is loaded below cannot have been computed anew.
 
 # %%
 params = at_expert_parallelism(size)
-spec = fqt.select(params, {"experts.gate_up_proj": fqt.NVFP4, "experts.down_proj": fqt.INT8_PER_CHANNEL})
-fq = fqt.transform(spec)
+rules = {"experts.gate_up_proj": fqt.NVFP4, "experts.down_proj": fqt.INT8_PER_CHANNEL}
+fq = fqt.transform(fqt.select(params, rules))
 if rank == 0:
-    print(spec)
+    print(fq.spec)
 
 state = optree.tree_map(lambda amax: 0.9 * amax, fq.calibrate(params))
 logits = functional_call(model, fq.fakequant(params, state), (tokens,))
@@ -108,7 +108,7 @@ logits = functional_call(model, fq.fakequant(params, state), (tokens,))
 folder = [tempfile.mkdtemp()]
 dist.broadcast_object_list(folder)
 path = Path(folder[0]) / "state"
-fqt.checkpoint.save(state, path, spec=spec)
+fqt.checkpoint.save(path, fq, state)
 
 # %% [markdown]
 # ## Load at every other parallelism
@@ -116,11 +116,11 @@ fqt.checkpoint.save(state, path, spec=spec)
 # %%
 for ep in (ep for ep in (4, 2, 1) if ep <= size):
     params = at_expert_parallelism(ep)
-    loaded = fqt.checkpoint.load(path, like=fq.init(params), spec=spec)
+    loaded = fqt.checkpoint.load(path, fq, like=fq.init(params))
     again = functional_call(model, fq.fakequant(params, loaded), (tokens,))
-    assert torch.equal(again, logits), f"EP={ep}: other logits than at EP={size}"
+    assert torch.equal(again, logits), f"EP={ep}: the logits differ from those at EP={size}"
     if rank == 0:
-        amax = loaded["experts.gate_up_proj"].amax.to_local()
+        amax = loaded["experts.gate_up_proj"]["amax"].to_local()
         print(f"saved at EP={size}, loaded at EP={ep}: {len(amax)} of {EXPERTS} amax on rank 0, the same logits")
 
 # %%

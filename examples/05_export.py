@@ -7,7 +7,7 @@ multiplied back by ModelOpt itself.
 
     python examples/05_export.py
 
-Some seconds on two cores, after `pip install -e '.[test]'`.
+It takes seconds on two cores, after `pip install -e '.[test]'`.
 """
 
 # %%
@@ -29,7 +29,7 @@ folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
 # ## The model
-# transformers 5 keeps the experts of a layer in two stacked parameters, gate and up as one. Files have them apart.
+# transformers 5 keeps the experts of a layer in two stacked parameters, gate and up as one. Files keep them apart.
 
 # %%
 config = MixtralConfig(
