@@ -21,8 +21,10 @@ import fq_transforms as fqt
 import tiny_moe
 
 SMALL = "--small" in sys.argv
-STEPS, QAT_STEPS = (20, 3) if SMALL else (480, 80)
-SIZES = tiny_moe.Sizes(layers=1 if SMALL else 4, hidden=128, inner=256)
+STEPS, QAT_STEPS = (2, 1) if SMALL else (480, 80)
+SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
+if SMALL:
+    SIZES = tiny_moe.Sizes(layers=1, hidden=128, inner=128, experts=4, context=16)
 IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 
 tiny_moe.OUT.mkdir(exist_ok=True)
@@ -34,7 +36,7 @@ torch.manual_seed(0)
 
 # %%
 training, heldout = tiny_moe.read_text()
-inputs, targets = tiny_moe.sequences(heldout, SIZES.context)
+inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=8 if SMALL else None)
 print(f"{len(training):,} bytes to train on, {targets.numel():,} held out")
 
 

@@ -21,9 +21,11 @@ import tiny_moe
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 
 SMALL = "--small" in sys.argv
-STEPS = 40 if SMALL else 480
-SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64) if SMALL else tiny_moe.Sizes(layers=4, hidden=128, inner=256)
-CALIBRATION = 4 if SMALL else 32  # batches of training text that the inputs are observed on
+STEPS = 2 if SMALL else 480
+SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
+if SMALL:
+    SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64, experts=4, context=16)
+CALIBRATION = 2 if SMALL else 32  # batches of training text that the inputs are observed on
 IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 
 tiny_moe.OUT.mkdir(exist_ok=True)
@@ -35,7 +37,7 @@ torch.manual_seed(0)
 
 # %%
 training, heldout = tiny_moe.read_text()
-inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=32 if SMALL else None)
+inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=8 if SMALL else None)
 
 model = tiny_moe.LanguageModel(SIZES)
 params = dict(model.named_parameters())

@@ -25,10 +25,12 @@ import fq_transforms as fqt
 import tiny_moe
 
 SMALL = "--small" in sys.argv
-STEPS = 60 if SMALL else 400
-SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, experts=4 if SMALL else 8, context=64)
+STEPS = 2 if SMALL else 400
+SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, context=64)
+if SMALL:
+    SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=2, top_k=1, context=16)
 LAYERS, EXPERTS = SIZES.layers, SIZES.experts
-SAMPLE, HELDOUT = (16, 128) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
+SAMPLE, HELDOUT = (4, 8) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
 IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 
 tiny_moe.OUT.mkdir(exist_ok=True)

@@ -1,6 +1,5 @@
 """Examples run as their first lines say."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -71,28 +70,8 @@ def test_export_is_read_back_by_the_real_libraries():
     assert lines[-1].endswith("the same weights")
 
 
-def statements(script):
-    """What a script defines at its top, by name, without what the layout of its text decides."""
-    found = {}
-    for statement in ast.parse((EXAMPLES / script).read_text()).body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            found[statement.name] = ast.dump(statement)
-        elif isinstance(statement, ast.Assign):
-            found[ast.unparse(statement.targets[0])] = ast.dump(statement)
-    return found
-
-
-def test_calibration_has_the_quickstarts_text_model_and_training():
-    """Each example stands by itself, and these two compare their figures: neither may drift from the other."""
-    quickstart, calibration = statements("01_quickstart.py"), statements("06_calibration.py")
-    classes = {"Attention", "Expert", "MoE", "Layer", "LanguageModel"}
-    shared = classes | {"rotary", "train", "model", "params", "paragraphs", "text", "(training, heldout)"}
-    assert shared <= quickstart.keys() & calibration.keys()
-    assert [name for name in shared if quickstart[name] != calibration[name]] == []
-
-
 def test_calibration_compares_every_method_in_every_format():
-    """The script itself asserts that no expert is worse off under mse; over all of them, the table says so again."""
+    """The script itself asserts that no expert is worse off under mse; the table says so again of all together."""
     lines = said("06_calibration.py", "--small")
     table = lines[lines.index(next(line for line in lines if line.startswith("bf16"))) + 1 :]
     plain, weighted = {}, {}
@@ -109,7 +88,7 @@ def test_calibration_compares_every_method_in_every_format():
     for format in ("INT4_BLOCK32", "NVFP4_STATIC"):
         assert plain[format, "mse"] < 0.9
         assert weighted[format, "mse, weighted"] < weighted[format, "mse"]
-    assert any(line.startswith("mse: an error no larger than max's for all 24 experts' matrices") for line in lines)
+    assert any(line.startswith("mse: an error no larger than max's for all 12 experts' matrices") for line in lines)
 
 
 def test_sensitivity_chooses_a_spec_under_its_budget():
