@@ -33,6 +33,7 @@ from fq_transforms.ops.quantize.reference import (
     expert_amax_reference,
     fake_quantize_reference,
 )
+from fq_transforms.state import State
 
 Row = dict[str, Any]
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first shape only, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="leave out the peers, which take minutes to compile")
     parser.add_argument("--sweep", action="store_true", help="only sweep the launch settings, and write their page")
-    parser.add_argument("--commit", default=_commit(), help="what to call the measured code")
+    parser.add_argument("--commit", default=_commit(), help="the commit that the results name")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the benchmark needs a CUDA GPU, and found none")
@@ -118,8 +119,8 @@ def _write_page(
 def measure(shape: Shape, rows: list[Row]) -> None:
     """Add the device times of all operations and formats on one shape, each checked against the reference before.
 
-    Passes over all shapes are far apart, each in memory of its own: what slows a GPU down for seconds, and where
-    tensors happen to lie, changes a time by up to two in a hundred.
+    Passes over all shapes are far apart, each in its own memory: what slows a GPU down for seconds, and where tensors
+    happen to lie, changes a time by up to 2 %.
     """
     torch.cuda.empty_cache()
     master = expert_weights(shape)
@@ -133,9 +134,9 @@ def measure(shape: Shape, rows: list[Row]) -> None:
 
 
 def measure_host(shape: Shape, rows: list[Row]) -> None:
-    """Add the times of whole calls to the forward rows of a shape; the median of all passes so far is shown.
+    """Add the times of whole calls to the forward rows of a shape, which show the median of all passes so far.
 
-    What else runs on the host disturbs it for seconds: passes over all shapes are far apart, so it meets one of them,
+    Other work on the host disturbs it for seconds. Passes over all shapes are far apart, so it meets only one of them,
     and each round of a pass is on the core that is fastest then.
     """
     weights = [w.bfloat16() for w in expert_weights(shape)]
@@ -233,7 +234,7 @@ def _measure_format(
 def _add(rows: list[Row], kind: str, shape: Shape, format: Format, us: float, floor: float) -> None:
     """Add a measurement to its row, which shows the medians of all so far and their ratio.
 
-    `own` is the ratio to a floor of all bytes, the amax leaf's too, 4 bytes a granule.
+    `own` is the ratio to a floor of all bytes, those of the amax leaf too, 4 bytes per granule.
     """
     row = _find(rows, kind, shape, format)
     if row is None:
@@ -242,7 +243,7 @@ def _add(rows: list[Row], kind: str, shape: Shape, format: Format, us: float, fl
     row["device_passes"].append((us, floor))
     us, floor = map(median, zip(*row["device_passes"], strict=True))
     own = floor
-    if kind != "pack":  # whose floor is one of all its bytes
+    if kind != "pack":  # its floor is of all its bytes already
         weight_bytes = {"forward, bf16": 4, "forward, fp32 to bf16": 6, "clip backward": 6, "amax": 2}[kind]
         amax_bytes = 4 * prod(format.amax_shape(shape.out_features, shape.in_features))
         own *= 1 + amax_bytes / (weight_bytes * shape.out_features * shape.in_features)
@@ -267,8 +268,8 @@ def _forward_row(rows: list[Row], shape: Shape, format: Format) -> Row:
 
 def _user(
     weights: list[Tensor], format: Format, *, separate: bool = False
-) -> tuple[dict[str, Tensor], fqt.Transform, fqt.State]:
-    """What a user has in hand before a call."""
+) -> tuple[dict[str, Tensor], fqt.Transform, State]:
+    """What a user has before a call."""
     params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
     fq = fqt.transform(fqt.select(params, {"*": format}), separate=separate)
     return params, fq, fq.calibrate(params)

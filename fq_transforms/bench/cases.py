@@ -10,7 +10,7 @@ from fq_transforms.formats import FORMATS, Format
 
 
 class Shape(NamedTuple):
-    """N experts of [out, in], and whose they are."""
+    """N experts of [out, in], and the model they come from."""
 
     experts: int
     out_features: int
@@ -44,7 +44,7 @@ def fits(format: Format, shape: Shape) -> bool:
 
 
 def expert_weights(shape: Shape) -> Tensor:
-    """fp32 weights [E, out, in], each expert at a magnitude of its own."""
+    """fp32 weights [E, out, in], each expert at its own magnitude."""
     generator = torch.Generator("cuda").manual_seed(0)
     size = (shape.experts, shape.out_features, shape.in_features)
     scale = torch.logspace(-3, 0, shape.experts, device="cuda")[:, None, None]
@@ -52,6 +52,6 @@ def expert_weights(shape: Shape) -> Tensor:
 
 
 def check_same(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Raise unless equal bit for bit: nothing is timed that is not right."""
+    """Raise unless equal bit for bit: nothing incorrect is timed."""
     if not torch.equal(found, wanted):
         raise SystemExit(f"{what}: {int((found != wanted).sum())} of {wanted.numel()} differ from the reference")

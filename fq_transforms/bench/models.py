@@ -1,4 +1,4 @@
-"""What is trained in the benchmark of steps: a layer of Transformer Engine's, and a model of Megatron's on one GPU."""
+"""What the benchmark of steps trains: a layer of Transformer Engine, and a model of Megatron on one GPU."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ __all__ = ["GroupedMLP", "gpt", "single_rank"]
 
 
 class GroupedMLP(Module):
-    """Two GroupedLinears without bias, bf16; `forward` takes [experts * tokens, hidden], as many tokens an expert."""
+    """Two GroupedLinears without bias, bf16; `forward` takes [experts * tokens, hidden], as many tokens per expert."""
 
     def __init__(self, experts: int, hidden: int, ffn: int, tokens: int) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     bytes         each weight read once, its leaves read and written, at the bandwidth of `copy_`
     arithmetic    weights * candidates * instructions / (SMs * 128 lanes * clock)
 
-An SM issues one instruction of four warps, 128 lanes, each clock. Instructions are what the formulas need of a weight
-and candidate, each counted once, at the full rate: no loads, no addresses, nothing that is a chunk's. No sweep that
+An SM issues one instruction for each of four warps, 128 lanes, per clock. Instructions are what the formulas need per
+weight and candidate, each counted once, at the full rate: no loads, no addresses, no work per chunk. No sweep that
 tries every candidate with these formulas can be faster; what the chip does at half rate (logic) makes it slower.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench.cases import SHAPES, Shape
 from fq_transforms.bench.timing import device_us, floor_us
-from fq_transforms.choose import scale_search
+from fq_transforms.calibrate import scale_search
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.methods import Mse
 from fq_transforms.ops.quantize.autograd import expert_amax
@@ -31,7 +31,7 @@ __all__ = ["arithmetic_floor_us", "instructions_of", "page", "rows"]
 Row = dict[str, Any]
 
 LANES = 128
-# Of one weight under one candidate, in the order of `fq_transforms.ops.sweep.kernel`.
+# Per weight and candidate, in the order of `fq_transforms.ops.sweep.kernel`.
 INSTRUCTIONS = {
     "int": ("* s", "min", "max", "+ magic", "- magic", "* 1/s", "fma", "fma", "x -", "square", "sum"),
     "fp8": ("* s", "min", "exponent", "max", "fma", "fma", "* 1/s", "x -", "square", "sum"),
@@ -47,11 +47,11 @@ FORMATS = [
     fqt.INT4_BLOCK128,
     fqt.NVFP4_STATIC,
 ]
-MOST = 3.0  # times the floor, that a sweep may take
+MOST = 3.0  # the limit: a sweep may take this many times its floor
 
 
 def instructions_of(format: Format, *, weighted: bool = False) -> int:
-    """Instructions of one weight under one candidate; one more, if its error is weighted.
+    """Instructions per weight and candidate; one more if the error is weighted.
 
     Example:
         >>> instructions_of(fqt.INT8), instructions_of(fqt.FP8), instructions_of(fqt.NVFP4_STATIC)
@@ -69,7 +69,7 @@ def arithmetic_floor_us(
     Args:
         format: The format.
         shape: Of the group.
-        candidates: How many amax are tried, max among them.
+        candidates: How many amax are tried, the largest magnitude among them.
         processors: SMs of the chip.
         clock_mhz: Its highest clock.
         weighted: With importance.
@@ -84,7 +84,7 @@ def arithmetic_floor_us(
 
 
 def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
-    """One row a format on Nemotron-3-Nano's fc1 at EP=4, and one of weighted errors; each checked before it is timed.
+    """One row per format on Nemotron-3-Nano's fc1 at EP=4, some with weighted errors; each checked before it is timed.
 
     Raises:
         SystemExit: An amax is not the reference's.
@@ -126,7 +126,7 @@ def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
 
 
 def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
-    """The rows as a page, with how the floors are made."""
+    """The rows as a page, which says how the floors are made."""
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     header = ["format", "shape", "tried", "us", "with max us", "bytes us", "arithmetic us", "us over the larger"]
     lines = [header, ["---"] * len(header)] + [
@@ -146,11 +146,11 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
             f"# The sweep over amax, {environment['date']}",
             "",
             f"`python -m fq_transforms.bench mse`: {facts}. Each amax equalled the reference's bit for bit before it "
-            "was timed. Device time is the median of graph replays, bf16; with max: the pass for the largest "
-            f"magnitudes before it, too. The limit is {MOST:.0f} times the larger floor.",
+            "was timed. Device time is the median of graph replays, bf16. With max: with the pass for the largest "
+            f"magnitudes before it. The limit is {MOST:.0f} times the larger floor.",
             "",
             "Bytes: each weight read once, the leaves read and written, at `copy_`'s bandwidth. Arithmetic: weights * "
-            f"tried * instructions / (SMs * {LANES} * clock), {chip}; instructions of a weight and candidate: "
+            f"tried * instructions / (SMs * {LANES} * clock), {chip}; instructions per weight and candidate: "
             f"{counts}; one more if weighted.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
@@ -176,7 +176,7 @@ def _checked(
     *,
     with_max: bool = False,
 ) -> Callable[[], Tensor]:
-    """The call, once it has given the reference's amax."""
+    """The call, after it has given the reference's amax."""
 
     def call() -> Tensor:
         leaves = expert_amax(weights, format=format) if with_max else (amax, global_amax)

@@ -21,12 +21,12 @@ Row = dict[str, Any]
 def measure(
     shape: Shape, format: Format, weights: list[Tensor], amax: Tensor | None, global_amax: Tensor | None, copy_us: float
 ) -> tuple[float, float]:
-    """Device time and floor in microseconds, after every expert was found equal to the reference.
+    """Device time and floor in microseconds, once every expert has equalled the reference.
 
     Args:
         shape: Of the weights.
         format: What they are packed in.
-        weights: One an expert.
+        weights: One per expert.
         amax: From `expert_amax`, as `global_amax`; None for MX formats.
         global_amax: For static two-level formats.
         copy_us: Time of a copy of the weights.
@@ -51,7 +51,7 @@ def measure(
 
 
 def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
-    """One row a shape: floor over ours for each format that can be packed."""
+    """One row per shape: floor over ours for each format that can be packed."""
     with torch.no_grad():
         for shape in progress(SHAPES, desc="pack"):
             stacked = expert_weights(shape).bfloat16()
@@ -81,8 +81,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             f"`python -m fq_transforms.bench pack`: {facts}.",
             "",
             "The floor over ours, and our device time in microseconds: 1 is the speed of memory. The floor is the time "
-            "of all bytes read and written at `copy_`'s bandwidth; device time is the median of graph replays, bf16 "
-            "in. Every expert equalled the reference before it was timed.",
+            "that all bytes read and written take at `copy_`'s bandwidth; device time is the median of graph replays, "
+            "bf16 in. Every expert equalled the reference before it was timed.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

@@ -1,4 +1,4 @@
-"""The peers, as calls on the same N separate weights; None for what a peer has not."""
+"""The peers, as calls on the same N separate weights; None where a peer lacks the format."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def compiled_torch(weights: Sequence[Tensor], amax: Tensor | None, global_amax: 
 
 
 def modelopt_loop(weights: Sequence[Tensor], amax: Tensor | None, format: Format) -> Call | None:
-    """ModelOpt: a TensorQuantizer a weight, one after the other. None where it is not installed or lacks the format."""
+    """ModelOpt: one TensorQuantizer per weight, in a loop. None where it is not installed or lacks the format."""
     try:
         from modelopt.torch.quantization.config import (  # pyright: ignore[reportMissingImports]
             QuantizerAttributeConfig,
@@ -68,7 +68,7 @@ def _modelopt_attributes(format: Format) -> dict[str, Any] | None:
 
 
 def modelopt_model(model: Module, format: Format, forward: Callable[[Module], None], pattern: str) -> Module | None:
-    """A model converted by ModelOpt in place, a calibrated quantizer a weight. None where it lacks the format."""
+    """A model converted by ModelOpt in place, one calibrated quantizer per weight. None where it lacks the format."""
     attributes = _modelopt_attributes(format)
     if attributes is None:
         return None

@@ -15,7 +15,7 @@ WHOLE_CALLS = HOST | {"beside_us": "beside us"} | PEERS
 
 
 def table(rows: list[Row], *, markdown: bool = False) -> str:
-    """One line a measurement. The ratio is floor over ours, for amax ours over the floor."""
+    """One line per measurement. The ratio is floor over ours, for amax ours over the floor."""
     header = ["kind", "shape", "format", "us", "floor us", "ratio", "own", *WHOLE_CALLS.values(), "gain"]
     lines = [header] + [
         [
@@ -73,11 +73,11 @@ def write(folder: Path, environment: dict[str, str], rows: list[Row]) -> None:
         f"Device time is the median of graph replays, in microseconds, and of {PASSES} passes over all shapes; so is "
         "the floor. The floor is `copy_` of the weights; for clip backward `torch.add`, three streams; for pack "
         "`copy_`'s bandwidth for all bytes read and written. Ratio: floor over ours, for amax ours over `copy_`. Own: "
-        "the same bandwidth for all bytes that ours has to move, the amax leaf's too, over ours. Host: one whole "
+        "the same bandwidth for all bytes that ours has to move, the amax leaf too, over ours. Host: one whole "
         "`fakequant` call in a row of calls that nobody waits for; unbind: what making as many views costs by itself; "
-        f"separate: the host's time with an allocation a weight; each the median of {PASSES} passes, on the core that "
-        "is the fastest at the moment, as is what follows. Call: one call, waited for; beside: the same, in turns with "
-        "the peers. Gain: the best peer's call over ours beside it.",
+        f"separate: the host's time with one allocation per weight; each the median of {PASSES} passes, on the core "
+        "that is the fastest at the moment, as is what follows. Call: one call, waited for; beside: the same, in turns "
+        "with the peers. Gain: the best peer's call over ours beside it.",
         "",
         _host_summary(rows),
         "",

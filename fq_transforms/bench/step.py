@@ -1,4 +1,4 @@
-"""What a training step costs under fake quantization: a layer of Transformer Engine's, and a model of Megatron's."""
+"""What a training step costs under fake quantization: a layer of Transformer Engine, and a model of Megatron."""
 
 import copy
 import gc
@@ -20,6 +20,7 @@ from fq_transforms.bench.peers import modelopt_model
 from fq_transforms.bench.timing import quiet_core
 from fq_transforms.formats import Format
 from fq_transforms.integrations import te
+from fq_transforms.state import State
 
 __all__ = ["layer_rows", "model_rows", "page"]
 
@@ -34,7 +35,7 @@ OFTEN = ("every", "once")  # what a training loop would take
 
 
 class Rounds(NamedTuple):
-    """How many a pass has, in which the ways of `OFTEN` are timed so often in turn; the others in each so many-th."""
+    """Rounds in a pass; turns of each way of `OFTEN` in a round; the others are timed in one of `others_every`."""
 
     number: int
     turns: int
@@ -43,7 +44,7 @@ class Rounds(NamedTuple):
 
 LAYER_ROUNDS, MODEL_ROUNDS = Rounds(20, 4, 5), Rounds(6, 2, 2)
 LAYER_PASSES = 3  # over all formats
-WARM_UPS = 4  # until a step finds what it keeps where the two before found it
+WARM_UPS = 4  # until a step finds what it keeps at the same addresses as the two before
 
 WAYS = {
     "every": "fakequant at every microbatch: `value_and_grad(keep=True)` of one, gradients added up in one call",
@@ -51,15 +52,15 @@ WAYS = {
     "kept": "fakequant at every microbatch: `layerwise`, recompute=False",
     "recompute": "two at every microbatch: `layerwise`",
     "whole": "fakequant at every microbatch, into one `functional_call`",
-    "ModelOpt": "ModelOpt's quantizers, one an expert; in the model without fused accumulation, which it switches off",
+    "ModelOpt": "ModelOpt's quantizers, one per expert; in the model without fused accumulation, which it switches off",
 }
 
 
 def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
     """Forward and backward of two GroupedLinears, 32 experts, 512 tokens each, four microbatches, by format and way.
 
-    Passes over all formats are far apart: what slows the host down for seconds meets one of them. ModelOpt is in the
-    first only.
+    Passes over all formats are far apart: what slows the host down for seconds meets only one of them. ModelOpt is in
+    the first only.
     """
     model = GroupedMLP(EXPERTS, HIDDEN, FFN, TOKENS)
     xs = [torch.randn(EXPERTS * TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(MICROBATCHES)]
@@ -80,8 +81,8 @@ def layer_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
         fq = fqt.transform(fqt.select(params, {"*": format}))
         state = fq.calibrate(params)
         peer = partial(_layer_peer, model, format, run, xs[0])
-        make = partial(fqt.value_and_grad, loss, model, fq, keep=True)
-        ways = _steps(make, params, state, xs) | _ways(model, fq, state, run)
+        make = partial(fqt.value_and_grad, loss, fq, model, keep=True)
+        ways = _steps(make, params, state, xs) | _ways(fq, model, state, run)
         row = rows.setdefault(format.name, Row(kind=f"layer, {EXPERTS} x [{FFN}, {HIDDEN}]", format=format.name))
         first = number < len(formats)
         _measure(row, model, ways, partial(run, model), peer if peers and first else None, LAYER_ROUNDS)
@@ -116,9 +117,9 @@ def model_rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator
             params = dict(ddp.module.named_parameters())
             fq = fqt.transform(fqt.select(params, {"*.mlp.experts.*": format}))
             state = fq.calibrate(params)
-            make = partial(fqt.value_and_grad, loss, ddp.module, fq, keep=True)
+            make = partial(fqt.value_and_grad, loss, fq, ddp.module, keep=True)
             ways = _steps(make, params, state, batches, ddp.zero_grad_buffer)
-            ways |= _ways(ddp.module, fq, state, partial(run, ddp))
+            ways |= _ways(fq, ddp.module, state, partial(run, ddp))
             peer = partial(_model_peer, options, format, run)
             plain = partial(run, ddp, ddp.module)
             row = Row(kind="model, 4 layers", format=format.name)
@@ -148,11 +149,11 @@ def _model_peer(options: dict[str, Any], format: Format, run: Callable[..., None
 def _steps(
     make: Callable[[], Callable[..., Any]],
     params: dict[str, Any],
-    state: fqt.State,
+    state: State,
     microbatches: list[Tensor],
     begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Call]:
-    """The ways by `value_and_grad`, each with kept weights of its own; gradients not in `main_grad` are added up."""
+    """The ways by `value_and_grad`, each with its own kept weights; gradients outside `main_grad` are added up."""
     step, step_of_all = make(), make()
     added = [name for name, param in params.items() if not hasattr(param, "main_grad")]
 
@@ -174,17 +175,17 @@ def _steps(
     return {"every": every, "once": once}
 
 
-def _ways(model: Module, fq: fqt.Transform, state: fqt.State, run: Callable[..., None]) -> dict[str, Call]:
-    """The ways around a model's own forward and backward, each a run of all microbatches."""
+def _ways(fq: fqt.Transform, model: Module, state: State, run: Callable[..., None]) -> dict[str, Call]:
+    """The ways around a model's own forward and backward, each with all microbatches."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         params = dict(model.named_parameters())
         weights = fq.fakequant(params, state)
-        fqt.carry_main_grad(params, weights)
+        fqt.carry_main_grad(fq, params, weights)
         return functional_call(model, weights, args, kwargs)
 
     def by_layer(recompute: bool) -> None:
-        with te.layerwise(model, state, spec=fq.spec, recompute=recompute):
+        with te.layerwise(fq, model, state, recompute=recompute):
             run(model)
 
     return {"kept": partial(by_layer, False), "recompute": partial(by_layer, True), "whole": partial(run, forward)}
@@ -206,10 +207,10 @@ class _Given(torch.autograd.Function):
 def _measure(
     row: Row, model: Module, ways: dict[str, Call], plain: Call, peer: Callable[[], Any] | None, rounds: Rounds
 ) -> None:
-    """Add a pass to a row: each way between two of bf16, as hosts change their speed, round after round.
+    """Add a pass to a row: in every round each way runs between two runs of bf16, as hosts change their speed.
 
-    `rounds` of the row has the ratios of all passes so far, and bf16's milliseconds; the others are their medians, and
-    the largest peaks of memory.
+    `rounds` of the row has the ratios of all passes so far, and bf16's milliseconds. The other entries are their
+    medians, and the largest peaks of memory.
     """
     calls = {"bf16": plain, **ways}
     models = [model]
@@ -221,10 +222,10 @@ def _measure(
         row["reason"] = f"{type(error).__name__}: {error}"[:200]
     found: dict[str, list[float]] = row.setdefault("rounds", {})
     kept = dict.fromkeys(calls, 0)
-    gc.collect()  # models in reference cycles, Megatron's among them, must not go while memory is measured
+    gc.collect()  # models in reference cycles, such as Megatron's, must not be freed while memory is measured
     torch.cuda.empty_cache()
     gc.disable()
-    for name, call in calls.items():  # compiles, and makes what is kept from step to step
+    for name, call in calls.items():  # compiles, and makes what is kept between steps
         _forget_gradients(models)
         before = torch.cuda.memory_allocated()
         for _ in range(WARM_UPS if name in OFTEN else 1):
@@ -253,7 +254,7 @@ def _measure(
 
 
 def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
-    """Milliseconds a microbatch of one way, from parameters without gradients; and its peak of memory in bytes."""
+    """Milliseconds per microbatch of one way, from parameters without gradients, and its peak of memory in bytes."""
     _forget_gradients(models)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -263,7 +264,7 @@ def _timed(call: Call, models: list[Module]) -> tuple[float, int]:
     result = call()
     stop.record()
     stop.synchronize()
-    del result  # as the gradients of the others, which are let go above
+    del result  # the other ways leave their gradients on the parameters, where they are freed above
     return start.elapsed_time(stop) / MICROBATCHES, torch.cuda.max_memory_allocated() - before
 
 
@@ -289,7 +290,7 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"`python -m fq_transforms.bench step`: {facts}.",
             "",
-            "Forward and backward, a microbatch, over the mean of bf16 just before and after: 1 is bf16's time. The "
+            "Forward and backward, per microbatch, over the mean of bf16 just before and after: 1 is bf16's time. The "
             f"median of all, which the JSON has: {_often(LAYER_ROUNDS)} in each of {LAYER_PASSES} passes over all "
             f"formats for {' and '.join(OFTEN)}, {_often(MODEL_ROUNDS)} of the model; {_seldom(LAYER_ROUNDS)} for the "
             f"others, {_seldom(MODEL_ROUNDS)} of the model; ModelOpt is in the first pass only. On the core that is "

@@ -34,11 +34,11 @@ class Sweep(NamedTuple):
 
 
 def tiles(weights: Sequence[int], warps: Sequence[int], steps: Sequence[int] = (1,)) -> list[Tile]:
-    """All combinations that give a thread at least one 16-byte load of bf16."""
+    """All combinations that give each thread at least one 16-byte load of bf16."""
     return [Tile(*numbers) for numbers in product(weights, warps, steps) if numbers[0] >= 8 * 32 * numbers[1]]
 
 
-# A strand of 32 weights a thread, or two: with less, threads would share a strand and exchange its numbers.
+# One strand of 32 weights per thread, or two: with less, threads would share a strand and exchange its numbers.
 STRANDS = [Tile(strands * 32 * 32 * warps, warps) for warps in (1, 2, 4, 8) for strands in (1, 2)]
 VISIT = tiles((1024, 2048, 4096), (1, 2, 4, 8))
 VISITED = (
@@ -67,7 +67,7 @@ SWEEP_SHAPES = [SHAPES[0], SHAPES[4]]
 
 
 def sweep(shape: Shape, sweeps: Sequence[Sweep] = SWEEPS) -> Iterator[Row]:
-    """A row for each tile of each sweep on one shape: device time over the floor's, `copy_` or three streams."""
+    """One row per tile of each sweep on one shape: device time against its floor, `copy_` or three streams."""
     weights = [
         torch.randn(shape.out_features, shape.in_features, device="cuda").bfloat16() for _ in range(shape.experts)
     ]
@@ -85,7 +85,7 @@ def sweep(shape: Shape, sweeps: Sequence[Sweep] = SWEEPS) -> Iterator[Row]:
             wanted = found if wanted is None else wanted
             assert all(map(torch.equal, found, wanted)), f"{operation}, {format.name}: {tile} changes the result"
             us, floor = device_us(call), three if operation == "clip backward" else two
-            if operation == "pack":  # reads and writes less than a copy does
+            if operation == "pack":  # which reads and writes less than a copy does
                 leaves = (*weights, *found, *(leaf for leaf in (amax, global_amax) if leaf is not None))
                 floor *= sum(leaf.nbytes for leaf in leaves) / (2 * stacked.nbytes)
             yield {

@@ -1,4 +1,4 @@
-"""Times: of the device by graph replay, of the host by calls in a row that nobody waits for."""
+"""Times of the device, by graph replay, and of the host, by calls in a row that nobody waits for."""
 
 import os
 import sys
@@ -9,13 +9,13 @@ from statistics import median
 
 import torch
 
-CALLS_A_GRAPH = 5
+CALLS_PER_GRAPH = 5
 REPLAYS = 15
-WARM_UP_S = 0.02  # of replays before the first that is timed: after a pause the first ones are slower
+WARM_UP_S = 0.02  # of replays that are not timed: after a pause the first ones are slower
 HOST_CALLS, HOST_ROUNDS = 20, 7
 EAGER_CALLS = 30
-TURNS, CALLS_A_TURN = 7, 3
-PROBES, CALLS_A_PROBE = 3, 4
+TURNS, CALLS_PER_TURN = 7, 3
+PROBES, CALLS_PER_PROBE = 3, 4
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -28,7 +28,7 @@ def device_us(call: Callable[[], object]) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(CALLS_A_GRAPH):
+        for _ in range(CALLS_PER_GRAPH):
             call()
     until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < until:
@@ -41,7 +41,7 @@ def device_us(call: Callable[[], object]) -> float:
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / CALLS_A_GRAPH)
+        times.append(start.elapsed_time(stop) * 1e3 / CALLS_PER_GRAPH)
     return median(times)
 
 
@@ -56,17 +56,17 @@ def floor_us(call: Callable[[], object]) -> float:
     for _ in range(REPLAYS):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(CALLS_A_GRAPH):
+        for _ in range(CALLS_PER_GRAPH):
             call()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / CALLS_A_GRAPH)
+        times.append(start.elapsed_time(stop) * 1e3 / CALLS_PER_GRAPH)
     return min(median(times), device_us(call))
 
 
 @contextmanager
 def quiet_core(*, whole: bool = False) -> Generator[None]:
-    """Run this thread on the core that is fastest now, so that the host's other work is not what is timed.
+    """Run this thread on the core that is fastest now, so that other work of the host is not timed.
 
     A core whose sibling works for somebody else is 1.7 times slower, and which ones are changes within seconds (H200
     hosts). With `whole` all threads of the process go there, autograd's too, which works while this one waits. Where
@@ -94,33 +94,33 @@ def _keep_to(cores: Mapping[int, set[int]]) -> None:
 
 
 def _probe(core: int) -> float:
-    """Seconds that a core takes for a little of what a call to `fakequant` does: making views."""
+    """Seconds that a core takes for a part of what a call to `fakequant` does: making views."""
     os.sched_setaffinity(0, {core})
     stacked = torch.empty((8, 1, 1))
     times: list[float] = []
     for _ in range(PROBES):
         start = time.perf_counter()
-        for _ in range(CALLS_A_PROBE):
+        for _ in range(CALLS_PER_PROBE):
             stacked.unbind()
         times.append(time.perf_counter() - start)
     return median(times)
 
 
 def eager_us(call: Callable[[], object]) -> float:
-    """Median whole time of one call, waited for, in microseconds: what is left to calls that cannot be captured."""
+    """Median whole time of one call, waited for, in microseconds: for calls that cannot be captured."""
     with quiet_core():
         call()
         return median(_waited_us(call) for _ in range(EAGER_CALLS))
 
 
 def eager_in_turn_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The same for several calls to be compared, in turns of a few, so that what disturbs the host meets them all."""
+    """The same for several calls, a few of each in turn, so that what disturbs the host meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):
         with quiet_core():
             for name, call in calls.items():
                 call()
-                times[name] += [_waited_us(call) for _ in range(CALLS_A_TURN)]
+                times[name] += [_waited_us(call) for _ in range(CALLS_PER_TURN)]
     return {name: median(found) for name, found in times.items()}
 
 

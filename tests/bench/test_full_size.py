@@ -1,4 +1,4 @@
-"""The packed stage of the full-size benchmark, at a size for two cores: the same functions, other numbers."""
+"""The packed stage of the full-size benchmark, at a size for two cores: the same functions, smaller weights."""
 
 import pytest
 import torch
@@ -16,15 +16,15 @@ def tiny():
         for role, shape in (("linear_fc1", (48, 64)), ("linear_fc2", (64, 48)))
         for i, weight in enumerate(experts(8, shape, torch.bfloat16, seed=layer))
     }
-    spec = fqt.select(params, {"*": fqt.NVFP4})
-    return params, fqt.calibrate(params, spec=spec), spec
+    fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
+    return fq, params, fq.calibrate(params)
 
 
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_packed_round_trip():
     """Saved by four processes, loaded by two: equal bytes, each stage timed, and a page with them."""
-    params, state, spec = tiny()
+    fq, params, state = tiny()
     row, stages = {"format": "NVFP4"}, []
 
     def timed(stage, call):
@@ -32,7 +32,7 @@ def test_packed_round_trip():
         row[stage] = 0.5
         return call()
 
-    full_size._packed_round_trip(row, timed, params, state, spec)
+    full_size._packed_round_trip(row, timed, fq, params, state)
     assert [stage.removeprefix("packed: ") for stage in stages] == [
         "pack",
         "copy for other processes",
@@ -52,30 +52,30 @@ def test_packed_round_trip():
 
 @pytest.mark.dist
 def test_a_process_finds_another_byte(tmp_path):
-    """What a process loads is compared with what was packed: with a byte of that changed it fails, and so does all."""
-    params, state, spec = tiny()
-    packed = fqt.pack(params, state, spec=spec)
+    """What a process loads is compared with what was packed: if one byte of that is changed, the whole run fails."""
+    fq, params, state = tiny()
+    packed = fq.pack(params, state)
     checkpoint, source = tmp_path / "packed", tmp_path / "source"
-    fqt.checkpoint.save(packed, checkpoint, spec=spec)
+    fqt.checkpoint.save(checkpoint, fq, packed)
     leaves = fqt.state.flatten(packed)
     full_size._share(leaves, source)
-    assert full_size.in_processes(full_size._load_rank, 1, source, checkpoint, spec) > 0
+    assert full_size.in_processes(full_size._load_rank, 1, source, checkpoint, fq) > 0
     list(full_size._mapped(leaves, source).values())[-1].view(torch.uint8)[-1] ^= 1
     with pytest.raises(ProcessExitedException, match="exit code 1"):
-        full_size.in_processes(full_size._load_rank, 1, source, checkpoint, spec)
+        full_size.in_processes(full_size._load_rank, 1, source, checkpoint, fq)
 
 
 def test_another_byte_is_found():
-    """The comparison is of bytes: one that differs, a leaf of another dtype, and a leaf too few end the benchmark."""
-    params, state, spec = tiny()
-    packed = fqt.pack(params, state, spec=spec)
+    """Bytes are compared: one that differs, a leaf of another dtype, or a missing leaf ends the benchmark."""
+    fq, params, state = tiny()
+    packed = fq.pack(params, state)
     full_size._same(packed, packed, "itself")
     key = next(iter(packed))
-    codes = packed[key].codes.clone()
+    codes = packed[key]["codes"].clone()
     codes[7, 3, 5] ^= 1
-    for other in (codes, packed[key].codes.view(torch.int8)):
+    for other in (codes, packed[key]["codes"].view(torch.int8)):
         with pytest.raises(SystemExit, match="codes of it"):
-            full_size._same({**packed, key: packed[key]._replace(codes=other)}, packed, "it")
+            full_size._same(packed | {key: packed[key] | {"codes": other}}, packed, "it")
     with pytest.raises(SystemExit, match="leaves of it"):
         full_size._same({key: packed[key]}, packed, "it")
 
@@ -83,12 +83,12 @@ def test_another_byte_is_found():
 @pytest.mark.parametrize("format", full_size.FORMATS, ids=name_of)
 def test_the_check_of_a_report_finds_one_count_that_is_off(format):
     """It compares the last expert of a group as well."""
-    params, _, _ = tiny()
-    spec = fqt.select(params, {"*": format})
-    state = fqt.calibrate(params, spec=spec)
-    found = fqt.report(params, state, spec=spec)
-    full_size._check_report(params, state, found, spec)
-    group = spec.groups[-1]
+    _, params, _ = tiny()
+    fq = fqt.transform(fqt.select(params, {"*": format}))
+    state = fq.calibrate(params)
+    found = fq.report(params, state)
+    full_size._check_report(fq, params, state, found)
+    group = fq.spec.groups[-1]
     found.groups[group.key].zeroed[-1] += 1
     with pytest.raises(SystemExit, match=f"zeroed of {group.names[-1]} is not"):
-        full_size._check_report(params, state, found, spec)
+        full_size._check_report(fq, params, state, found)

@@ -11,7 +11,7 @@ from tests.cases import name_of
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_the_floor_is_below_the_kernels_own_count(format):
-    """The compiled loop, which tests/ahead.py counts, has a weight's instructions and at most a fifth more."""
+    """The compiled loop, which tests/ahead.py counts, has these instructions per weight and at most a fifth more."""
     (most,) = (most for name, most in MOST_SWEEP_INSTRUCTIONS.items() if format.name.startswith(name))
     assert instructions_of(format) < most < 1.2 * instructions_of(format)
 

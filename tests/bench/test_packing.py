@@ -1,4 +1,4 @@
-"""The benchmark of packing: each row checked before it is timed, and a page of formats by shapes."""
+"""The benchmark of packing: each row is checked before it is timed; its page has formats by shapes."""
 
 import pytest
 import torch

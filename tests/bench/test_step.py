@@ -1,4 +1,4 @@
-"""The benchmark of steps times ways that do the same: their gradients are equal."""
+"""The benchmark of steps times ways that give the same gradients."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.training.test_layerwise import EXPERTS, HIDDEN, GroupedMLP
 
 @pytest.mark.parametrize("format", [fqt.FP8, fqt.NVFP4], ids=["FP8", "NVFP4"])
 def test_every_way_has_the_same_gradients(format):
-    """Of all microbatches together, and those of the inputs."""
+    """Gradients of the parameters, over all microbatches, and of the inputs."""
     model = GroupedMLP()
     params = dict(model.named_parameters())
     fq = fqt.transform(fqt.select(params, {"*": format}))
@@ -32,12 +32,12 @@ def test_every_way_has_the_same_gradients(format):
             loss(forward, x).backward()
 
     found = {}
-    for name, way in _ways(model, fq, state, run).items():
+    for name, way in _ways(fq, model, state, run).items():
         model.zero_grad()
         of_inputs.clear()
         way()
         found[name] = [param.grad.clone() for param in params.values()] + list(of_inputs)
-    make = partial(fqt.value_and_grad, loss, model, fq, keep=True)
+    make = partial(fqt.value_and_grad, loss, fq, model, keep=True)
     every, once = _steps(make, params, state, xs).values()
     of_inputs.clear()
     found["every"] = [*every(), *of_inputs]
