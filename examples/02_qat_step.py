@@ -7,10 +7,12 @@ A small Mixture-of-Experts model learns under NVFP4 fake quantization, in three 
 2. `fqt.value_and_grad`: fake weights and their pullback once per optimizer step, however many microbatches.
 3. `fqt.layerwise`: a layer's fake weights exist while it computes, and are made again in backward.
 
-`python examples/02_qat_step.py` runs on a GPU if there is one, else on a CPU, where it takes seconds on two cores.
+`python examples/02_qat_step.py` runs on a GPU if there is one, else on a CPU, where it takes some seconds on two cores;
+with `--small` it is over sooner.
 """
 
 # %%
+import sys
 import time
 
 import torch
@@ -23,14 +25,18 @@ import fq_transforms as fqt
 import tiny_moe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = "--small" in sys.argv
 SIZES = tiny_moe.Sizes(layers=2, hidden=128, inner=256)
 STEPS, MICROBATCHES, TOKENS = 60, 4, 64
+if SMALL:
+    SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=64, experts=4)
+    STEPS, MICROBATCHES, TOKENS = 16, 2, 32
 torch.manual_seed(0)
 
 
 # %% [markdown]
 # ## A model that knows nothing of quantization
-# Each token goes to two of eight experts. The second layer's activations are checkpointed: made again in backward.
+# Each token goes to two experts. The second layer's activations are checkpointed: made again in backward.
 
 
 # %%

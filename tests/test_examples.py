@@ -35,7 +35,7 @@ def test_quickstart_has_every_format_and_the_same_logits_after_loading():
 
 def test_qat_step_gives_equal_gradients_and_learns():
     """The script itself compares the gradients of its three ways, and asserts that the loss went down."""
-    lines = said("02_qat_step.py")
+    lines = said("02_qat_step.py", "--small")
     assert [line.split()[0] for line in lines if "gradients equal: True" in line] == ["plain", "once", "layerwise"]
     assert "loss" in lines[-1]
 
