@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from fq_transforms.checkpoint import megatron, modelopt
     from fq_transforms.checkpoint.dcp import load, save
-    from fq_transforms.checkpoint.file import load_file, save_file
+    from fq_transforms.checkpoint.safetensors import load_file, save_file
     from fq_transforms.spec import Spec
 
 __all__ = ["load", "load_file", "megatron", "modelopt", "read_spec", "save", "save_file"]
 
-_HOME = {"load": "dcp", "save": "dcp", "load_file": "file", "save_file": "file"}
+_HOME = {"load": "dcp", "save": "dcp", "load_file": "safetensors", "save_file": "safetensors"}
 
 
 def read_spec(path: "str | os.PathLike[str]") -> "Spec":
@@ -32,21 +32,19 @@ def read_spec(path: "str | os.PathLike[str]") -> "Spec":
         OSError: There is nothing at the path, or it cannot be read.
 
     Example:
-        >>> import tempfile, torch
-        >>> from fq_transforms.checkpoint import read_spec, save_file
-        >>> import fq_transforms as fqt
-        >>> params = {f"experts.{i}.weight": torch.full((8, 4), i + 1.0) for i in range(2)}
-        >>> spec = fqt.select(params, {"*": fqt.FP8})
+        >>> import tempfile, torch, fq_transforms as fqt
+        >>> params = {"experts.0.weight": torch.ones(8, 4)}
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file(fqt.calibrate(params, spec=spec), f"{folder}/amax.safetensors", spec=spec)
-        ...     read_spec(f"{folder}/amax.safetensors") == spec
+        ...     fqt.checkpoint.save_file(f"{folder}/amax.safetensors", fq, fq.calibrate(params))
+        ...     fqt.checkpoint.read_spec(f"{folder}/amax.safetensors") == fq.spec
         True
     """
     from pathlib import Path
 
-    from fq_transforms.checkpoint import dcp, file
+    from fq_transforms.checkpoint import dcp, safetensors
 
-    return file.read_spec(path) if Path(path).is_file() else dcp.read_spec(path)
+    return safetensors.read_spec(path) if Path(path).is_file() else dcp.read_spec(path)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,18 +1,17 @@
-"""Sharded checkpoints, on torch.distributed.checkpoint (DCP): of a state or packed weights, any sharding to any other.
+"""Sharded checkpoints on torch.distributed.checkpoint (DCP), of a state or packed weights: any sharding to any other.
 
-    checkpoint.save(state, path, spec=spec)
-    state = checkpoint.load(path, like=fq.init(params), spec=spec)
+    checkpoint.save(path, fq, state)
+    state = checkpoint.load(path, fq, like=fq.init(params))
 
-    checkpoint.save(packed, path, spec=spec)
-    packed = checkpoint.load(path, like=fq.pack(params, fq.init(params)), spec=spec)        # params on meta
+    checkpoint.save(path, fq, packed)
+    packed = checkpoint.load(path, fq, like=fq.pack(params, fq.init(params)))        # params on meta
 
 DCP moves the bytes, and its own collectives are the only ones. What ranks must agree on travels with the plans that DCP
-gathers and scatters anyway, and each check is made inside one of DCP's steps, which raise on every rank what any found.
+gathers and scatters anyway. Each check runs inside one of DCP's steps, which raise on every rank what any rank found.
 """
 
 import os
 import warnings
-import zlib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,89 +28,79 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, W
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fq_transforms.checkpoint.contents import check_groups, check_no_others, joined, named
-from fq_transforms.checkpoint.described import (
+from fq_transforms.checkpoint.dcp_files import Reader, Writer, read_metadata
+from fq_transforms.checkpoint.manifest import (
+    KINDS,
+    Kind,
     check_complete,
+    check_groups,
     check_kind,
+    check_no_others,
     check_stored_leaves,
     describe,
+    from_bytes,
+    joined,
+    kind_of,
     may_replace,
     spec_in,
-    squeezed,
-    unsqueezed,
+    to_bytes,
 )
-from fq_transforms.checkpoint.storage import Reader, Writer, in_threads, read_metadata
-from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
+from fq_transforms.checkpoint.storage import crc32_of, in_threads, named
 from fq_transforms.dtensor import local_values, position, spread_of
 from fq_transforms.pack import PackedTree
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, flatten, unflatten
+from fq_transforms.transform import Transform
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["load", "read_spec", "save"]
 
-# The most bytes of a part that holds several experts. It is read whole for any of them, and its memory is used again
-# for the next: parts of 64 MiB were read at a third of the speed of 16 MiB, those of 4 MiB no faster.
-PART = 2**24
+# The most bytes of a chunk that holds several experts. It is read whole for any of them, and its memory is used again
+# for the next: chunks of 64 MiB were read at a third of the speed of 16 MiB, those of 4 MiB no faster.
+CHUNK_BYTES = 2**24
 
 
 def save(
-    tree: State | PackedTree,
     path: str | os.PathLike[str],
+    fq: Transform,
+    tree: State | PackedTree,
     *,
-    spec: Spec,
     process_group: "ProcessGroup | None" = None,
 ) -> None:
-    """Store a state or packed weights: `load(path, like=tree, spec=spec)` is the tree, whoever holds which part of it.
+    """Store a state or packed weights: `load(path, fq, like=tree)` gives the tree, whoever holds which part of it.
 
-    Each leaf is stored under its flat name, `{group key}.{field}`, in its shape [E, ...] and dtype, once: of parts that
-    several ranks hold, one writes. Leaves are DTensors, or plain tensors that are the same on all ranks; the spec may
-    be each rank's own, as with pipeline stages, and is stored too. Every rank of the process group calls it, with the
-    same path on a file system that all of them see; one save at a time to a path. Paths in a cloud (`s3://`) are out of
-    scope.
-
-    The checkpoint appears whole or not at all: after an error, a full disk or a killed rank there is nothing at a new
-    path, and the previous checkpoint at the path of one, which is replaced. Other files in its directory are kept.
+    Every rank of the process group calls it, with the same path on a file system that all ranks see; one save at a
+    time. The checkpoint appears whole or not at all. What is stored, and how: docs/checkpoints.
 
     Args:
-        tree: From `calibrate`, or from `pack`. An amax of 0 is stored like any other, an uncalibrated one is refused.
-        path: A new name, an empty directory, or a checkpoint of the same kind, a state's or one of packed weights.
-        spec: From `select`.
+        path: A new name, an empty directory, or a checkpoint of the same kind, which is replaced. Not a URL.
+        fq: Its spec is stored too; it may be each rank's own, as with pipeline stages.
+        tree: From `calibrate` or `pack`. Leaves are DTensors, or plain tensors that are the same on all ranks.
         process_group: The ranks that save; all if None. Without torch.distributed, this process.
 
     Raises:
         KeyError: A group is missing.
-        ValueError: The tree does not fit the spec; an amax is NaN, infinite or negative; a DTensor is Partial; copies
-            of one part differ between ranks, so that one would be lost; the path holds something else. It is raised on
-            every rank, and names the leaf and expert, and the rank that found it.
+        ValueError: The tree does not fit the spec; an amax is NaN, infinite, negative or uncalibrated; a DTensor is
+            Partial; copies of a part differ between ranks; the path holds something else. The same on every rank.
         OSError: The path cannot be written.
 
     Example:
-        >>> import tempfile
-        >>> import fq_transforms as fqt
-        >>> params = {f"experts.{i}.weight": torch.full((8, 4), i + 1.0) for i in range(2)}
-        >>> spec = fqt.select(params, {"*": fqt.FP8})
-        >>> fq = fqt.transform(spec)
+        >>> import tempfile, fq_transforms as fqt
+        >>> params = {"experts.0.weight": torch.ones(8, 4), "experts.1.weight": torch.zeros(8, 4)}
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(fq.calibrate(params), f"{folder}/step1", spec=spec)
-        ...     load(f"{folder}/step1", like=fq.init(params), spec=spec)
-        {'experts.*.weight': ExpertAmax(amax=tensor([1., 2.]))}
-        >>> packed = fq.pack(params, fq.calibrate(params))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(packed, f"{folder}/packed", spec=spec)
-        ...     meta = {name: weight.to("meta") for name, weight in params.items()}
-        ...     loaded = load(f"{folder}/packed", like=fq.pack(meta, fq.init(meta)), spec=spec)
-        >>> torch.equal(fq.unpack(loaded)["experts.1.weight"], fq.unpack(packed)["experts.1.weight"])
-        True
+        ...     save(f"{folder}/step1", fq, fq.calibrate(params))
+        ...     load(f"{folder}/step1", fq, like=fq.init(params))
+        {'experts.*.weight': {'amax': tensor([1., 0.])}}
     """
     target = _resolved(path)
     no_dist = not _is_distributed()
     ranks = [0] if no_dist else torch.distributed.get_process_group_ranks(process_group)
     kind = kind_of(tree)
     writer = Writer(target, is_ours=lambda metadata: may_replace(metadata, kind))
-    planner = _SavePlanner(tree, spec, ranks)
+    planner = _SavePlanner(tree, fq.spec, ranks)
     try:
         with _errors_of(target):
             dcp_save({}, storage_writer=writer, planner=planner, process_group=process_group, no_dist=no_dist)
@@ -122,40 +111,38 @@ def save(
 
 def load(
     path: str | os.PathLike[str],
+    fq: Transform,
     *,
-    like: Tree,
-    spec: Spec,
+    like: State | PackedTree,
     device: torch.device | str | None = None,
     process_group: "ProcessGroup | None" = None,
-) -> Tree:
-    """The state or the packed weights that `save` stored at `path`, with the structure and sharding of `like`.
+) -> State | PackedTree:
+    """The state or packed weights that `save` stored at `path`: a new tree, structured and sharded as `like` is.
 
     Every rank of the process group calls it; each reads the parts it needs, and their checksums are verified.
 
     Args:
         path: A directory that `save` wrote.
-        like: `fq.init(params)` for a state, `fq.pack(params, fq.init(params))` of meta parameters for packed weights,
-            or any other tree of the kind. Its structure, shapes, devices, and for DTensors mesh and placements are
-            wanted; its values are not read, and it may be meta.
-        spec: From `select`; formats, experts and shapes must be those stored. Together the ranks must want every group.
+        fq: Its groups, formats, experts and shapes must be those stored; of several ranks, all of theirs together.
+        like: `fq.init(params)`, `fq.pack(params, fq.init(params))` of meta parameters, or any other tree of the kind.
+            Its devices, mesh and placements are wanted; its values are not read.
         device: Where the leaves go; that of `like` if None, and for a meta `like` the CPU or the device of the mesh.
         process_group: The ranks that load; all if None. Without torch.distributed, this process.
 
-    Returns:
-        A new tree; never a part of one.
-
     Raises:
-        KeyError: A group of the spec is missing in `like`.
-        ValueError: The path is no checkpoint, or of the other kind; a group or leaf is missing, unknown, or of another
-            format, number of experts or shape; a file is truncated or damaged; an amax is NaN, infinite or negative. It
-            is raised on every rank, and names the leaf, group or file, what was found and what was wanted.
+        KeyError: A group is missing in `like`.
+        ValueError: The path is no checkpoint, or of the other kind; a group or leaf is missing, unexpected or another;
+            a file is damaged; an amax is NaN, infinite or negative. The same on every rank.
         OSError: There is nothing at the path, or it cannot be read.
 
     Example:
-        See `save`.
+        >>> load("/nowhere", Transform(Spec(())), like={})  # what it loads: see `save`
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: [Errno 2] checkpoint '/nowhere': there is nothing, wanted a checkpoint: '/nowhere'
     """
     target = _resolved(path)
-    planner = _LoadPlanner(like, spec, device)
+    planner = _LoadPlanner(like, fq.spec, device)
     with _errors_of(target):
         dcp_load(
             {},
@@ -179,13 +166,13 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
         return spec_in(read_metadata(target))
 
 
-class _Told(NamedTuple):
+class _RankInfo(NamedTuple):
     """What each rank tells the coordinator, beside its plan."""
 
     kind: str
     spec: bytes
-    # crc32 of each part that it holds; None for one that no other rank may hold
-    parts: dict[MetadataIndex, int | None]
+    # crc32 of each chunk that it holds; None for one that no other rank may hold
+    sums: dict[MetadataIndex, int | None]
     mappings: Any
 
 
@@ -193,7 +180,7 @@ class _SavePlanner(DefaultSavePlanner):
     def __init__(self, tree: State | PackedTree, spec: Spec, ranks: list[int]) -> None:
         super().__init__()
         self._tree, self._kind, self._spec, self._ranks = tree, kind_of(tree), spec, ranks
-        self._parts: dict[MetadataIndex, Tensor] = {}
+        self._chunks: dict[MetadataIndex, Tensor] = {}
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -211,34 +198,34 @@ class _SavePlanner(DefaultSavePlanner):
         for item in plan.items:
             local = super().resolve_data(item)
             assert isinstance(local, Tensor), "a tree has only tensors"
-            for part, start in _parts(item):
-                assert part.tensor_data is not None
-                self._parts[part.index] = local[start : start + part.tensor_data.chunk.sizes[0]]
-                items.append(part)
-        told = _Told(self._kind.name, squeezed(self._spec), self._sums(), plan.planner_data)
-        self.plan = replace(plan, items=items, planner_data=told)
+            for chunk, start in _chunks_of(item):
+                assert chunk.tensor_data is not None
+                self._chunks[chunk.index] = local[start : start + chunk.tensor_data.chunk.sizes[0]]
+                items.append(chunk)
+        info = _RankInfo(self._kind.name, to_bytes(self._spec), self._sums(), plan.planner_data)
+        self.plan = replace(plan, items=items, planner_data=info)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._parts[write_item.index]
+        return self._chunks[write_item.index]
 
     def _sums(self) -> dict[MetadataIndex, int | None]:
         """What another rank's copies are compared by."""
         own = {name for name, leaf in self.state_dict.items() if _is_spread_over(leaf, self._ranks)}
-        sums: dict[MetadataIndex, int | None] = dict.fromkeys(self._parts)
-        asked = [index for index, part in self._parts.items() if index.fqn not in own or not part.numel()]
-        size = sum(self._parts[index].nbytes for index in asked)
-        return sums | dict(zip(asked, in_threads(lambda index: _crc32(self._parts[index]), asked, size), strict=True))
+        sums: dict[MetadataIndex, int | None] = dict.fromkeys(self._chunks)
+        asked = [index for index, chunk in self._chunks.items() if index.fqn not in own or not chunk.numel()]
+        chunks = [self._chunks[index] for index in asked]
+        return sums | dict(zip(asked, in_threads(crc32_of, chunks, sum(c.nbytes for c in chunks)), strict=True))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        told: list[_Told] = [plan.planner_data for plan in all_plans]
-        _check_one_kind([rank.kind for rank in told])
-        _check_copies(self._kind, [rank.parts for rank in told])
+        infos: list[_RankInfo] = [plan.planner_data for plan in all_plans]
+        _check_one_kind([rank.kind for rank in infos])
+        _check_copies(self._kind, [rank.sums for rank in infos])
         first: dict[bytes, int] = {}
-        for number, rank in enumerate(told):
+        for number, rank in enumerate(infos):
             first.setdefault(rank.spec, number)
-        spec = joined({number: unsqueezed(squeezed) for squeezed, number in first.items()})
-        plans = [replace(plan, planner_data=rank.mappings) for plan, rank in zip(all_plans, told, strict=True)]
+        spec = joined({number: from_bytes(content) for content, number in first.items()})
+        plans = [replace(plan, planner_data=rank.mappings) for plan, rank in zip(all_plans, infos, strict=True)]
         plans, metadata = super().create_global_plan(plans)
         metadata.planner_data = {**metadata.planner_data, **describe(spec, self._kind)}
         return plans, metadata
@@ -285,7 +272,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return super().finish_plan(new_plan)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Called for each part that is read. After the last the values are checked, while DCP still tells all ranks."""
+        """Called for each item that is read. After the last the values are checked, while DCP still tells all ranks."""
         self._unread -= 1
         if not self._unread:
             self._kind.check(unflatten(self.leaves, self._like), self._spec)
@@ -311,26 +298,26 @@ def _check_is_box(what: str, leaf: Tensor) -> None:
             )
 
 
-def _parts(item: WriteItem) -> list[tuple[WriteItem, int]]:
-    """A rank's part of a leaf in parts of at most `PART` bytes, each with the first of its experts there.
+def _chunks_of(item: WriteItem) -> list[tuple[WriteItem, int]]:
+    """A rank's part of a leaf in chunks of at most `CHUNK_BYTES`, each with the first of its experts there.
 
-    Experts are whole, and their number in a part is a power of two, so that a rank at another expert parallelism finds
-    the bounds of its shard between two parts.
+    Experts are whole, and their number in a chunk is a power of two, so that a rank at another expert parallelism finds
+    the bounds of its shard between two chunks.
     """
     assert item.tensor_data is not None
-    whole, bytes_each = item.tensor_data.chunk, item.tensor_data.properties.dtype.itemsize
+    whole, itemsize = item.tensor_data.chunk, item.tensor_data.properties.dtype.itemsize
     count, *others = whole.sizes
-    step = 2 ** max(0, (PART // max(1, prod(others) * bytes_each)).bit_length() - 1)
+    step = 2 ** max(0, (CHUNK_BYTES // max(1, prod(others) * itemsize)).bit_length() - 1)
     if count <= step:
         return [(item, 0)]
-    parts: list[tuple[WriteItem, int]] = []
+    chunks: list[tuple[WriteItem, int]] = []
     for start in range(0, count, step):
         offsets = torch.Size([whole.offsets[0] + start, *whole.offsets[1:]])
         chunk = ChunkStorageMetadata(offsets, torch.Size([min(step, count - start), *others]))
         index = MetadataIndex(item.index.fqn, offsets)
         data = replace(item.tensor_data, chunk=chunk)
-        parts.append((WriteItem(index, WriteItemType.SHARD, tensor_data=data), start))
-    return parts
+        chunks.append((WriteItem(index, WriteItemType.SHARD, tensor_data=data), start))
+    return chunks
 
 
 def _settle(leaves: Iterable[Tensor]) -> None:
@@ -359,8 +346,8 @@ def _check_one_kind(ranks: list[str]) -> None:
 def _check_copies(kind: Kind, ranks: list[dict[MetadataIndex, int | None]]) -> None:
     """Raise ValueError if ranks hold different numbers for one part of a leaf: DCP would store one of them."""
     first: dict[MetadataIndex, tuple[int, int | None]] = {}
-    for rank, parts in enumerate(ranks):
-        for index, found in parts.items():
+    for rank, sums in enumerate(ranks):
+        for index, found in sums.items():
             owner, wanted = first.setdefault(index, (rank, found))
             if owner != rank and (found is None or found != wanted):
                 raise ValueError(
@@ -368,12 +355,6 @@ def _check_copies(kind: Kind, ranks: list[dict[MetadataIndex, int | None]]) -> N
                     "or DTensors that say which part each rank holds; for the experts of Megatron and Transformer "
                     "Engine use checkpoint.megatron, for a part of a maximum sync first"
                 )
-
-
-def _crc32(data: Any) -> int:
-    """crc32 of a tensor's numbers; NumPy has no float8."""
-    numbers = data.detach().cpu().contiguous()
-    return zlib.crc32((numbers.view(torch.uint8) if numbers.element_size() == 1 else numbers).numpy())
 
 
 def _device(leaf: Tensor, device: torch.device | str | None) -> torch.device | str:

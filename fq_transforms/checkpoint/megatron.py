@@ -1,63 +1,48 @@
 """A state or packed weights in Megatron's distributed checkpoints, with the model's own or alone, at any parallelism.
 
     model_sd = model.sharded_state_dict()
-    leaves = megatron.sharded_state_dict(state, spec, model_sd)
-    dist_checkpointing.save(model_sd | leaves, path)
+    dist_checkpointing.save(model_sd | megatron.sharded_state_dict(fq, state, model_sd), path)
 
-    model_sd = model.sharded_state_dict()
-    megatron.verify(path, spec, model_sd)                                  # before anything is loaded
-    leaves = megatron.sharded_state_dict(fq.init(params), spec, model_sd)  # a place to load into
-    loaded = dist_checkpointing.load(model_sd | leaves, path)
-    state = megatron.load_state(loaded, spec, like=fq.init(params))
+    model_sd, like = model.sharded_state_dict(), fq.init(params)
+    megatron.verify(path, fq, model_sd)                                    # before anything is loaded
+    loaded = dist_checkpointing.load(model_sd | megatron.sharded_state_dict(fq, like, model_sd), path)
+    state = megatron.load_state(fq, loaded, like)
 
-Where a leaf lies is read from the `ShardedTensor` that the model gives for its weight, and from nothing else: an axis
-that the leaf has keeps offset and extent, divided by the block; the position along one that it collapses goes into the
-replica id. So layers, pipeline, expert, tensor and data parallelism need no code, and nothing here communicates. A leaf
-that collapses a tensor-parallel axis must be the same on all ranks of it: call `fqt.sync` first.
-
-    entry                                    global shape                                       dtype
-    {weight's key}_quantizer._amax           [layers, experts, *format.amax_shape(out, in)]     float32
-    {weight's key}_quantizer._global_amax    [layers, experts]                                  float32
-    {weight's key}_quantizer._format         [layers, FORMAT_BYTES], the format as JSON         uint8
-    {weight's key}_packed._codes             [layers, experts, out, packed in]                  that of the leaf
-    {weight's key}_packed._scale             [layers, experts], or with the granules            that of the leaf
-    {weight's key}_packed._global_scale      [layers, experts]                                  float32
-    {weight's key}_packed._format            as that of the state                               uint8
-
-`layers` is whatever axes Megatron puts before the experts, none where the layer is in the key; a dense weight is one
-expert. The state's keys are ModelOpt 0.47's: `...experts.linear_fc1.weight_quantizer._amax`. Packed weights take the
-same functions, with `fq.pack(params, fq.init(params))` of meta parameters as the place to load into, and
-`verify(..., like=place)`; a checkpoint may have both. To quantize some layers only by
-channels or blocks, have the layer in the key: `model.sharded_state_dict(metadata={"non_homogeneous_layers": True})`.
+Where a leaf lies is read from the `ShardedTensor` that the model gives for its weight, and from nothing else: no kind
+of parallelism needs code of its own, and nothing here communicates. Packed weights take the same functions, with
+`fq.pack(params, fq.init(params))` of meta parameters as `like`. Keys, shapes and rules: docs/checkpoints.
 """
 
 import io
+import json
+import zipfile
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.megatron_format import check_format, encode
+from fq_transforms.checkpoint.manifest import KINDS, Kind, kind_of
 from fq_transforms.checkpoint.megatron_shards import (
     BETWEEN,
     FORMAT_BYTES,
-    FORMATS,
+    FORMAT_NAMES,
     SUFFIXES,
-    Shard,
+    ShardMetadata,
     is_small,
     join_layers,
     leaf_shards,
     split_axis,
 )
-from fq_transforms.checkpoint.torch_dist import Stored, read_index, read_records
-from fq_transforms.checkpoint.trees import KINDS, Kind, Tree, kind_of
 from fq_transforms.dtensor import is_sharded
+from fq_transforms.formats import Format
 from fq_transforms.pack import PackedTree
 from fq_transforms.partition import Part
-from fq_transforms.spec import Group, Spec, refuse_inputs
+from fq_transforms.spec import Group, refuse_inputs
 from fq_transforms.state import State, flatten, unflatten
+from fq_transforms.transform import Transform
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -68,72 +53,74 @@ __all__ = ["load_state", "sharded_state_dict", "split_axes", "verify"]
 Sharded: TypeAlias = "ShardedTensor | list[ShardedTensor]"
 
 
+class _Record(NamedTuple):
+    """A part of a stored tensor, and where its bytes are: one zip archive of `torch.save`, with a CRC-32 of its own."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class _StoredTensor(NamedTuple):
+    """A stored tensor: its global shape and its parts."""
+
+    shape: tuple[int, ...]
+    records: tuple[_Record, ...]
+
+
 def sharded_state_dict(
-    tree: State | PackedTree, spec: Spec, model_sharded_state_dict: Mapping[str, Any]
+    fq: Transform, tree: State | PackedTree, model_sharded_state_dict: Mapping[str, Any]
 ) -> dict[str, Sharded]:
-    """The leaves of this rank and the formats of its groups, as `ShardedTensor`s: what Megatron saves or loads.
+    """The leaves of this rank, and the formats of its groups, as `ShardedTensor`s: what Megatron saves or loads.
 
     Args:
-        tree: The state of this rank's plain local weights, or they packed. `fq.init(params)`, meta parameters too, and
-            packed leaves on meta give entries without data: a place to load into, which cannot be saved. Megatron may
-            load into the memory of any other tree.
-        spec: Of the same weights; its names are those of `model.named_parameters()`.
+        fq: Of this rank's weights, by the names of `model.named_parameters()`.
+        tree: Of plain local tensors. `fq.init(params)`, or packed leaves on meta, give entries to load into.
         model_sharded_state_dict: `model.sharded_state_dict()`.
 
     Returns:
-        `{group key}.{field}` to a ShardedTensor, a view of the leaf; to two of them for a gated fc1 that is split along
-        `out`. `{group key}.format`, of packed weights `.packed_format`, to the format. Formats and leaves of one number
-        an expert, of consecutive layers that are in one tensor, are one entry, a copy, under all their names, a newline
-        between them. Megatron changes the entries that it saves: make them anew each time.
+        `{group key}.{leaf name}` to a ShardedTensor, or to two where a gated fc1 is split; small leaves of many layers
+        are joined: docs/checkpoints. Megatron changes what it saves: make the entries anew each time.
 
     Raises:
         KeyError: A weight is not in the model's sharded state dict; a group is not in the tree.
-        ValueError: The tree does not fit the spec, or an amax is invalid; a weight's entry has another shape, is split
-            within a block or unevenly, or has the expert's number in its key.
-
-    Source: Megatron-Core 0.16.1 `dist_checkpointing.mapping.ShardedTensor`.
+        ValueError: The tree does not fit the spec; a weight's entry has another shape, is split within a block or
+            unevenly, or has the expert's number in its key.
 
     Example:
-        >>> import warnings
-        >>> from fq_transforms.formats import FP8
-        >>> from fq_transforms.select import select
-        >>> from fq_transforms.state import ExpertAmax
-        >>> with warnings.catch_warnings(action="ignore"):  # it names packages that are not installed
+        >>> import warnings, fq_transforms as fqt
+        >>> with warnings.catch_warnings(action="ignore"):  # Megatron names packages that are not installed
         ...     from megatron.core.dist_checkpointing import ShardedTensor
-        >>> params = {f"experts.fc1.weight{i}": torch.ones(8, 4) for i in range(2)}
-        >>> model_sd = {  # experts 2 and 3 of 8 in layer 0 of 3
-        ...     f"experts.fc1.weight{i}": ShardedTensor.from_rank_offsets(
-        ...         "experts.fc1.weight", torch.ones(8, 4), (0, 0, 3), (1, 2 + i, 8), prepend_axis_num=2
-        ...     )
-        ...     for i in range(2)
-        ... }
-        >>> state = {"experts.fc1.weight*": ExpertAmax(torch.tensor([1.0, 2.0]))}
-        >>> leaf = sharded_state_dict(state, select(params, {"*": FP8}), model_sd)["experts.fc1.weight*.amax"]
-        >>> leaf.key, leaf.global_shape, leaf.global_offset, leaf.local_shape
-        ('experts.fc1.weight_quantizer._amax', (3, 8), (0, 2), (1, 2))
+        >>> entry = ShardedTensor.from_rank_offsets("fc1.weight", torch.ones(8, 4), (0, 3, 8), prepend_axis_num=1)
+        >>> fq = fqt.transform(fqt.select({"fc1.weight0": entry.data}, {"*": fqt.FP8}))
+        >>> leaves = sharded_state_dict(fq, fq.calibrate({"fc1.weight0": entry.data}), {"fc1.weight0": entry})
+        >>> leaves["fc1.weight*.amax"].key
+        'fc1.weight_quantizer._amax'
     """
-    refuse_inputs(spec, "checkpoint.megatron")
+    refuse_inputs(fq.spec, "checkpoint.megatron")
     kind, leaves = kind_of(tree), flatten(tree)
     for name, leaf in leaves.items():
         if is_sharded(leaf):
             raise ValueError(
                 f"{kind.name} {name!r}: found a DTensor, wanted the plain local tensor that Megatron's weights are"
             )
-    empty = all(kind.is_place(leaf) for leaf in leaves.values())
-    kind.check(tree, spec, values=not empty)
+    is_empty = not any(kind.has_values(leaf) for leaf in leaves.values())
+    kind.check(tree, fq.spec, values=not is_empty)
 
     entries: dict[str, Sharded] = {}
-    small: dict[str, Shard] = {}
-    data: dict[str, Tensor] = {} if empty else leaves
-    for group in spec.groups:
-        # A place is not the format that is looked for: of a layer that is in no file, Megatron says nothing.
+    small: dict[str, ShardMetadata] = {}
+    data: dict[str, Tensor] = {} if is_empty else leaves
+    for group in fq.spec.groups:
+        # To load into, the format is bytes of zero: of a layer that is in no file, Megatron says nothing.
         data |= {
-            f"{group.key}.{FORMATS[kind.name]}": torch.zeros(FORMAT_BYTES, dtype=torch.uint8)
-            if empty
-            else encode(group.format)
+            f"{group.key}.{FORMAT_NAMES[kind.name]}": torch.zeros(FORMAT_BYTES, dtype=torch.uint8)
+            if is_empty
+            else encode_format(group.format)
         }
-        for field, pieces in leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind).items():
-            name = f"{group.key}.{field}"
+        for leaf_name, pieces in leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind).items():
+            name = f"{group.key}.{leaf_name}"
             if is_small(pieces[0]):
                 (small[name],) = pieces
             elif pieces[1:]:
@@ -148,66 +135,57 @@ def sharded_state_dict(
     return entries
 
 
-def load_state(loaded: Mapping[str, Any], spec: Spec, like: Tree) -> Tree:
-    """The state, or the packed weights, in what Megatron loaded for the entries of `sharded_state_dict`.
-
-    Complete and checked, or an error.
+def load_state(fq: Transform, loaded: Mapping[str, Any], like: State | PackedTree) -> State | PackedTree:
+    """The state or the packed weights in what Megatron loaded for the entries of `sharded_state_dict`, checked.
 
     Args:
+        fq: What the tree must fit.
         loaded: From `dist_checkpointing.load`; other entries, such as the model's, are left alone.
-        spec: What the tree must fit.
         like: `fq.init(params)`, or packed weights, whose devices the result has; meta leaves leave it where it was
             loaded.
 
     Returns:
-        A new tree, of the kind of `like`. Its leaves may be the loaded tensors themselves.
+        A new tree of the kind of `like`. Its leaves may be the loaded tensors themselves.
 
     Raises:
         KeyError: A leaf or a format is missing.
-        ValueError: A leaf is unknown, or of another shape or dtype; the checkpoint was made in another format; an amax
-            is NaN, infinite or negative. The message names the leaf or the group.
+        ValueError: A leaf is unexpected, or of another shape or dtype; the checkpoint was made in another format; an
+            amax is NaN, infinite or negative. The message names the leaf or the group.
 
     Example:
-        >>> from fq_transforms.formats import FP8, INT8
-        >>> from fq_transforms.select import select
-        >>> from fq_transforms.state import init
+        >>> import fq_transforms as fqt
         >>> params = {"experts.0.weight": torch.ones(8, 4), "experts.1.weight": torch.ones(8, 4)}
-        >>> spec = select(params, {"*": FP8})
-        >>> loaded = {"experts.*.weight.amax": torch.tensor([1.0, 2.0]), "experts.*.weight.format": encode(FP8)}
-        >>> load_state(loaded, spec, like=init(params, spec=spec))
-        {'experts.*.weight': ExpertAmax(amax=tensor([1., 2.]))}
-        >>> load_state(loaded | {"experts.*.weight.format": encode(INT8)}, spec, like=init(params, spec=spec))
-        Traceback (most recent call last):
-        ...
-        ValueError: group 'experts.*.weight': found format INT8 in the checkpoint, the spec wants FP8; select the format
-        that it was saved with, or calibrate anew
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+        >>> format = {"experts.*.weight.format": encode_format(fqt.FP8)}
+        >>> load_state(fq, {"experts.*.weight.amax": torch.tensor([1.0, 2.0])} | format, fq.init(params))
+        {'experts.*.weight': {'amax': tensor([1., 2.])}}
     """
-    refuse_inputs(spec, "checkpoint.megatron")
+    refuse_inputs(fq.spec, "checkpoint.megatron")
     kind = kind_of(like)
-    kind.check(like, spec, values=False)
-    places = flatten(like)
+    kind.check(like, fq.spec, values=False)
+    targets = flatten(like)
     loaded = _split(loaded)
-    format_field = FORMATS[kind.name]
-    wanted = {f"{group.key}.{format_field}" for group in spec.groups} | places.keys()
+    format_name = FORMAT_NAMES[kind.name]
+    wanted = {f"{group.key}.{format_name}" for group in fq.spec.groups} | targets.keys()
     if missing := wanted - loaded.keys():
         raise KeyError(
             f"load_state: missing {len(missing)} of {len(wanted)} entries: {sorted(missing)[:4]}; load what "
             "sharded_state_dict gives for this spec"
         )
-    if unknown := _ours(loaded, kind) - wanted:
-        raise ValueError(f"load_state: unknown {len(unknown)} entries, which the spec has not: {sorted(unknown)[:4]}")
+    if unexpected := _ours(loaded, kind) - wanted:
+        raise ValueError(f"load_state: {len(unexpected)} unexpected entries: {sorted(unexpected)[:4]}")
 
-    for group in spec.groups:
-        check_format(group, loaded[f"{group.key}.{format_field}"])
-    found = {name: _joined(loaded[name], places[name]) for name in places}
-    kind.check(unflatten(found, like), spec)
-    moved = {name: leaf if places[name].is_meta else leaf.to(places[name].device) for name, leaf in found.items()}
+    for group in fq.spec.groups:
+        check_format(group, loaded[f"{group.key}.{format_name}"])
+    found = {name: _joined(loaded[name], targets[name]) for name in targets}
+    kind.check(unflatten(found, like), fq.spec)
+    moved = {name: leaf if targets[name].is_meta else leaf.to(targets[name].device) for name, leaf in found.items()}
     return unflatten(moved, like)
 
 
 def verify(
     path: str | Path,
-    spec: Spec,
+    fq: Transform,
     model_sharded_state_dict: Mapping[str, Any],
     *,
     like: State | PackedTree | None = None,
@@ -215,77 +193,103 @@ def verify(
     """Raise unless a checkpoint has all that this rank needs, in the spec's formats, bit for bit as it was written.
 
     To be called before `dist_checkpointing.load`, which reads values without their checksums and says nothing of what
-    it leaves unread. Reads the parts of files that overlap this rank's leaves, and communicates nothing: an error may
-    be one rank's alone.
+    it leaves unread. Reads the records that overlap this rank's leaves. Nothing is communicated: an error may be one
+    rank's alone.
 
     Args:
         path: A local directory, made by `dist_checkpointing.save`.
-        spec: What will be loaded.
+        fq: What will be loaded.
         model_sharded_state_dict: `model.sharded_state_dict()`.
         like: What will be loaded into: packed weights, or a state, which None is too.
 
     Raises:
         KeyError: A leaf is not in the checkpoint, or a weight not in the model's sharded state dict.
         ValueError: `path` is no such checkpoint; a group was saved in another format; a leaf has another global shape;
-            one of this rank's weights has a leaf that the spec has not; a file is missing, truncated or damaged. The
-            message names the group, leaf or file.
-
-    Source: the CRC-32 that `torch.save` writes of each record and `torch.load` does not compare.
+            one of this rank's weights has an unexpected leaf; a file is missing, truncated or damaged.
 
     Example:
-        >>> verify("nowhere", Spec(()), {})
+        >>> import fq_transforms as fqt
+        >>> verify("nowhere", fqt.transform(fqt.Spec(())), {})
         Traceback (most recent call last):
         ...
         ValueError: nowhere/metadata.json: found FileNotFoundError(2, 'No such file or directory'), wanted the directory
         of a Megatron distributed checkpoint
     """
-    refuse_inputs(spec, "checkpoint.megatron")
+    refuse_inputs(fq.spec, "checkpoint.megatron")
     folder, kind = Path(path), kind_of(like or {})
-    format_field = FORMATS[kind.name]
-    stored = read_index(folder)
+    format_name = FORMAT_NAMES[kind.name]
+    stored = _read_index(folder)
     needed = [
-        (group, leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind)) for group in spec.groups
+        (group, leaf_shards(group, _weight_shards(group, model_sharded_state_dict), kind)) for group in fq.spec.groups
     ]
     # Formats first: another one has other leaves, of other shapes, and is what an error should speak of.
     for group, shards in needed:
-        (shard,) = shards[format_field]
-        _check_stored(folder, f"{group.key}.{format_field}", shard, stored)
-        for record, data in read_records(folder, shard.key, stored[shard.key], shard.part):
+        (shard,) = shards[format_name]
+        _check_stored(folder, f"{group.key}.{format_name}", shard, stored)
+        for record, data in _read_records(folder, shard.key, stored[shard.key], shard.part):
             layers = torch.load(io.BytesIO(data), weights_only=True).view(-1, FORMAT_BYTES)
             check_format(group, layers[shard.part.offset[0] - record.offset[0] if len(record.shape) > 1 else 0])
     for group, shards in needed:
-        for field in kind.leaves(group):
-            for shard in shards[field]:
-                _check_stored(folder, f"{group.key}.{field}", shard, stored)
-                read_records(folder, shard.key, stored[shard.key], shard.part, partly=shard.flexible)
+        for leaf_name in kind.leaves(group):
+            for shard in shards[leaf_name]:
+                _check_stored(folder, f"{group.key}.{leaf_name}", shard, stored)
+                _read_records(folder, shard.key, stored[shard.key], shard.part, partly=shard.flexible)
     wanted = {shard.key for _, shards in needed for found in shards.values() for shard in found}
-    _check_nothing_more(folder, spec, model_sharded_state_dict, wanted, stored, SUFFIXES[kind.name].values())
+    _check_nothing_more(folder, model_sharded_state_dict, wanted, stored, SUFFIXES[kind.name].values())
 
 
-def split_axes(spec: Spec, model_sharded_state_dict: Mapping[str, Any]) -> dict[str, Literal["out", "in"]]:
-    """The axis of each group's weights that tensor parallelism splits, for `fqt.sync`; no entry for whole weights.
-
-    Args:
-        spec: Of this rank's weights.
-        model_sharded_state_dict: `model.sharded_state_dict()`.
+def split_axes(fq: Transform, model_sharded_state_dict: Mapping[str, Any]) -> dict[str, Literal["out", "in"]]:
+    """The axis of each group's weights that tensor parallelism splits, for `fq.sync`; no entry for whole weights.
 
     Raises:
         KeyError, ValueError: As `sharded_state_dict`.
     """
     axes: dict[str, Literal["out", "in"]] = {}
-    for group in spec.groups:
+    for group in fq.spec.groups:
         axis = split_axis(group, _weight_shards(group, model_sharded_state_dict))
         if axis is not None:
             axes[group.key] = axis
     return axes
 
 
-def _weight_shards(group: Group, model_sharded_state_dict: Mapping[str, Any]) -> list[list[Shard]]:
+def encode_format(format: Format) -> Tensor:
+    """The format's numbers as JSON in FORMAT_BYTES bytes, filled up with spaces: one per layer of a group."""
+    text = format.to_json().encode()
+    if len(text) > FORMAT_BYTES:
+        raise ValueError(
+            f"format {format.name!r}: found {len(text)} bytes of JSON, wanted at most {FORMAT_BYTES}; shorten it"
+        )
+    return torch.frombuffer(bytearray(text.ljust(FORMAT_BYTES)), dtype=torch.uint8)
+
+
+def check_format(group: Group, stored: Any) -> None:
+    """Raise ValueError unless the stored bytes are the group's format."""
+    text = (
+        bytes(stored.flatten().tolist())
+        if isinstance(stored, Tensor) and stored.dtype == torch.uint8
+        else repr(stored).encode()
+    )
+    try:
+        found = Format.from_dict(json.loads(text))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"group {group.key!r}: found {text[:40]!r} for its format in the checkpoint, wanted the JSON of a Format"
+        ) from error
+    if found != group.format:
+        # Two formats of one name differ in a number only.
+        both = (found.name, group.format.name) if found.name != group.format.name else (found, group.format)
+        raise ValueError(
+            f"group {group.key!r}: found format {both[0]} in the checkpoint, the spec wants {both[1]}; select the "
+            "format that it was saved with, or calibrate anew"
+        )
+
+
+def _weight_shards(group: Group, model_sharded_state_dict: Mapping[str, Any]) -> list[list[ShardMetadata]]:
     """What the model's entries say about the weights of a group."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-    weights: list[list[Shard]] = []
+    weights: list[list[ShardMetadata]] = []
     for name in group.names:
         if name not in model_sharded_state_dict:
             raise KeyError(
@@ -310,9 +314,9 @@ def _weight_shards(group: Group, model_sharded_state_dict: Mapping[str, Any]) ->
     return weights
 
 
-def _from_megatron(tensor: "ShardedTensor") -> Shard:
+def _from_megatron(tensor: "ShardedTensor") -> ShardMetadata:
     prepended, replica = tensor.prepend_axis_num, tensor.replica_id
-    return Shard(
+    return ShardMetadata(
         tensor.key,
         Part(tuple(tensor.global_shape), tuple(tensor.global_offset), (1,) * prepended + tuple(tensor.local_shape)),
         prepended,
@@ -322,7 +326,7 @@ def _from_megatron(tensor: "ShardedTensor") -> Shard:
     )
 
 
-def _to_megatron(shard: Shard, data: Tensor | None) -> "ShardedTensor":
+def _to_megatron(shard: ShardMetadata, data: Tensor | None) -> "ShardedTensor":
     from megatron.core.dist_checkpointing import ShardedTensor
 
     whole, offset, extent = shard.part
@@ -369,7 +373,7 @@ def _joined(loaded: Any, like: Tensor) -> Any:
     return loaded[0] if isinstance(loaded, Tensor) and loaded.shape == (1, *like.shape) else loaded
 
 
-def _check_stored(folder: Path, name: str, shard: Shard, stored: Mapping[str, Stored]) -> None:
+def _check_stored(folder: Path, name: str, shard: ShardMetadata, stored: Mapping[str, _StoredTensor]) -> None:
     """Raise unless the checkpoint has a tensor for a leaf, of the wanted global shape."""
     if shard.key not in stored:
         has = ", ".join(
@@ -388,7 +392,6 @@ def _check_stored(folder: Path, name: str, shard: Shard, stored: Mapping[str, St
 
 def _check_nothing_more(
     folder: Path,
-    spec: Spec,
     model_sharded_state_dict: Mapping[str, Any],
     wanted: set[str],
     stored: Iterable[str],
@@ -404,6 +407,96 @@ def _check_nothing_more(
     )
     if extra:
         raise ValueError(
-            f"{folder}: found {len(extra)} entries, such as {extra[:2]}, that the spec of {len(spec.groups)} groups "
-            "has not; select what it was saved with"
+            f"{folder}: found {len(extra)} unexpected entries, such as {extra[:2]}; select what it was saved with"
         )
+
+
+def _read_index(folder: Path) -> dict[str, _StoredTensor]:
+    """The tensors of a checkpoint, by key. Reads no data.
+
+    Raises:
+        ValueError: `folder` is no such checkpoint, or its metadata is damaged; the message names the file.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    config = folder / "metadata.json"
+    wanted = "wanted the directory of a Megatron distributed checkpoint"
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{config}: found {error!r}, {wanted}") from error
+    if backend != "torch_dist":
+        raise ValueError(f"{config}: found a checkpoint of {backend!r}, wanted 'torch_dist'")
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+        index = {
+            key: (tuple(tensor.size), {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks})
+            for key, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        records: dict[str, list[_Record]] = {key: [] for key in index}
+        for item, where in (metadata.storage_data or {}).items():
+            if item.fqn in index and item.offset is not None:
+                offset = tuple(item.offset)
+                shape = index[item.fqn][1][offset]
+                records[item.fqn].append(_Record(offset, shape, where.relative_path, where.offset, where.length))
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        raise ValueError(
+            f"{folder / '.metadata'}: found {error!r}, {wanted}; the file is missing or damaged"
+        ) from error
+    return {key: _StoredTensor(shape, tuple(records[key])) for key, (shape, _) in index.items()}
+
+
+def _read_records(
+    folder: Path, key: str, stored: _StoredTensor, part: Part, *, partly: bool = False
+) -> list[tuple[_Record, bytes]]:
+    """The records that overlap a part of a tensor, and their bytes, each found to be as it was written.
+
+    Args:
+        folder: The checkpoint.
+        key: The tensor's, for the message.
+        stored: What is stored of it.
+        part: What is wanted of it.
+        partly: Let numbers be missing.
+
+    Raises:
+        ValueError: A file is missing, truncated or damaged, or numbers are missing; the message names file and key.
+    """
+    found: list[tuple[_Record, bytes]] = []
+    covered = 0
+    for record in stored.records:
+        numbers = _overlap(record, part)
+        covered += numbers
+        if numbers:
+            found.append((record, _read_record(folder / record.file, key, record)))
+    if covered != prod(part.shape) and not partly:
+        raise ValueError(
+            f"{folder / '.metadata'}: found {covered} numbers of the part {part.shape} at {part.offset} of {key!r}, "
+            f"wanted {prod(part.shape)}; the checkpoint is incomplete"
+        )
+    return found
+
+
+def _overlap(record: _Record, part: Part) -> int:
+    """How many numbers of a part are in a record."""
+    boxes = zip(record.offset, record.shape, part.offset, part.shape, strict=True)
+    return prod(max(0, min(a + m, b + n) - max(a, b)) for a, m, b, n in boxes)
+
+
+def _read_record(path: Path, key: str, record: _Record) -> bytes:
+    where = f"{path}: bytes {record.start}..{record.start + record.length}, the record of {key!r} at {record.offset}"
+    try:
+        with path.open("rb") as file:
+            file.seek(record.start)
+            data = file.read(record.length)
+        bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{where}: found {error!r}, wanted what was written; the file is missing or damaged"
+        ) from error
+    if len(data) != record.length or bad is not None:
+        raise ValueError(
+            f"{where}: found another CRC-32 than was written for {bad!r}, wanted what was written; the file is damaged"
+        )
+    return data

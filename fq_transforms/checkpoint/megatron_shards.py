@@ -9,17 +9,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fq_transforms.checkpoint.trees import STATE, Kind
+from fq_transforms.checkpoint.manifest import STATE, Kind
 from fq_transforms.partition import Part, collapsed_axes, leaf_part
 from fq_transforms.spec import Group
 
 __all__ = [
     "BETWEEN",
     "FORMAT",
-    "FORMATS",
     "FORMAT_BYTES",
+    "FORMAT_NAMES",
     "SUFFIXES",
-    "Shard",
+    "ShardMetadata",
     "is_small",
     "join_layers",
     "leaf_shards",
@@ -28,10 +28,10 @@ __all__ = [
 
 FORMAT = "format"
 # Where the format of a state and that of packed weights is kept: both may be in one checkpoint.
-FORMATS = {"state": FORMAT, "packed": "packed_format"}
+FORMAT_NAMES = {"state": FORMAT, "packed": "packed_format"}
 FORMAT_BYTES = 512
 BETWEEN = "\n"  # the names of leaves that are one entry
-# What is added to a weight's key, by kind of tree and field.
+# What is added to a weight's key, by kind of tree and leaf name.
 SUFFIXES = {
     "state": {"amax": "_quantizer._amax", "global_amax": "_quantizer._global_amax", FORMAT: "_quantizer._format"},
     "packed": {
@@ -43,7 +43,7 @@ SUFFIXES = {
 }
 
 
-class Shard(NamedTuple):
+class ShardMetadata(NamedTuple):
     """What a ShardedTensor says about a tensor, as plain data.
 
     Attributes:
@@ -70,7 +70,9 @@ class Shard(NamedTuple):
         return self.part.shape[self.prepended :]
 
 
-def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]], kind: Kind = STATE) -> dict[str, list[Shard]]:
+def leaf_shards(
+    group: Group, weights: Sequence[Sequence[ShardMetadata]], kind: Kind = STATE
+) -> dict[str, list[ShardMetadata]]:
     """Where the leaves of a group lie, by field, and where its format is kept: arithmetic on plain data.
 
     Args:
@@ -79,7 +81,7 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]], kind: Kind = S
         kind: Of the tree whose leaves they are.
 
     Returns:
-        For each field the shards of the local leaf, in order along `out`. Exactly one of the ranks that hold the same
+        For each name the shards of the local leaf, in order along `out`. Exactly one of the ranks that hold the same
         part of a leaf has a replica id of zeros, if that is so for the weights.
 
     Raises:
@@ -88,22 +90,22 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]], kind: Kind = S
     Example:
         >>> from fq_transforms.formats import FP8
         >>> group = Group("*.weight", ("0.weight", "1.weight"), FP8, 2, (8, 4))
-        >>> half = [[Shard("weight", Part((6, 8, 8), (e, 0, 4), (1, 8, 4)), 1, (0, 0, 0))] for e in (4, 5)]
+        >>> half = [[ShardMetadata("weight", Part((6, 8, 8), (e, 0, 4), (1, 8, 4)), 1, (0, 0, 0))] for e in (4, 5)]
         >>> leaf_shards(group, half)["amax"]
-        [Shard(key='weight_quantizer._amax', part=Part(whole=(6,), offset=(4,), shape=(2,)), prepended=0,
+        [ShardMetadata(key='weight_quantizer._amax', part=Part(whole=(6,), offset=(4,), shape=(2,)), prepended=0,
         replica=(0, 1, 0), flexible=False, regular=True, dtype=torch.float32)]
     """
     pieces = _matrices(group, weights)
-    shards: dict[str, list[Shard]] = {}
+    shards: dict[str, list[ShardMetadata]] = {}
     for field, (_, dtype) in kind.leaves(group).items():
         # A leaf that collapses `out` is one for all pieces.
         several = pieces[:1] if 1 in collapsed_axes(group.format, field) else pieces
         shards[field] = [_leaf_shard(group, field, piece, SUFFIXES[kind.name][field], dtype) for piece in several]
     layers = len(pieces[0].part.whole) - 3
     whole, offset, shape = (axes[:layers] for axes in pieces[0].part)
-    shards[FORMATS[kind.name]] = [
-        Shard(
-            pieces[0].key + SUFFIXES[kind.name][FORMATS[kind.name]],
+    shards[FORMAT_NAMES[kind.name]] = [
+        ShardMetadata(
+            pieces[0].key + SUFFIXES[kind.name][FORMAT_NAMES[kind.name]],
             Part((*whole, FORMAT_BYTES), (*offset, 0), (*shape, FORMAT_BYTES)),
             layers,
             _replica(pieces[0], (0, 1, 2)),
@@ -113,7 +115,7 @@ def leaf_shards(group: Group, weights: Sequence[Sequence[Shard]], kind: Kind = S
     return shards
 
 
-def split_axis(group: Group, weights: Sequence[Sequence[Shard]]) -> Literal["out", "in"] | None:
+def split_axis(group: Group, weights: Sequence[Sequence[ShardMetadata]]) -> Literal["out", "in"] | None:
     """The axis of [E, out, in] that is split among ranks; None if each has whole matrices.
 
     Raises:
@@ -121,7 +123,7 @@ def split_axis(group: Group, weights: Sequence[Sequence[Shard]]) -> Literal["out
 
     Example:
         >>> from fq_transforms.formats import FP8
-        >>> half = [[Shard("w", Part((6, 8, 8), (0, 0, 4), (1, 8, 4)), 1, (0, 0, 0))]]
+        >>> half = [[ShardMetadata("w", Part((6, 8, 8), (0, 0, 4), (1, 8, 4)), 1, (0, 0, 0))]]
         >>> split_axis(Group("*.w", ("0.w",), FP8, 1, (8, 4)), half)
         'in'
     """
@@ -129,18 +131,18 @@ def split_axis(group: Group, weights: Sequence[Sequence[Shard]]) -> Literal["out
     return "out" if whole[0] != group.shape[0] else "in" if whole[1] != group.shape[1] else None
 
 
-def is_small(shard: Shard) -> bool:
+def is_small(shard: ShardMetadata) -> bool:
     """True for a format and for one number an expert, of one of the layers that are in one tensor.
 
     Example:
-        >>> shard = Shard("key", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))
+        >>> shard = ShardMetadata("key", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))
         >>> is_small(shard), is_small(shard._replace(prepended=0))
         (True, False)
     """
     return shard.prepended == 1 and len(shard.local_shape) == 1
 
 
-def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
+def join_layers(shards: Mapping[str, ShardMetadata]) -> dict[str, ShardMetadata]:
     """Each run of consecutive layers of one tensor as a single shard: an entry costs Megatron 1.5 KiB, however small.
 
     Args:
@@ -150,13 +152,13 @@ def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
         By the names of a run, in the order of the layers and with `BETWEEN` between them.
 
     Example:
-        >>> layers = {f"{i}.amax": Shard("key", Part((6, 8), (i, 4), (1, 4)), 1, (0, 0, 0)) for i in (3, 4)}
+        >>> layers = {f"{i}.amax": ShardMetadata("key", Part((6, 8), (i, 4), (1, 4)), 1, (0, 0, 0)) for i in (3, 4)}
         >>> ((name, shard),) = join_layers(layers).items()
         >>> name.split(BETWEEN), shard.part
         (['3.amax', '4.amax'], Part(whole=(6, 8), offset=(3, 4), shape=(2, 4)))
     """
     runs: list[list[str]] = []
-    following: Shard | None = None
+    following: ShardMetadata | None = None
     for name, shard in sorted(shards.items(), key=lambda item: (item[1].key, item[1].part.offset)):
         if shard == following:
             runs[-1].append(name)
@@ -164,7 +166,7 @@ def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
             runs.append([name])
         offset = shard.part.offset
         following = shard._replace(part=shard.part._replace(offset=(offset[0] + 1, *offset[1:])))
-    joined: dict[str, Shard] = {}
+    joined: dict[str, ShardMetadata] = {}
     for run in runs:
         first = shards[run[0]]
         part = first.part._replace(shape=(len(run), *first.part.shape[1:]))
@@ -172,12 +174,12 @@ def join_layers(shards: Mapping[str, Shard]) -> dict[str, Shard]:
     return joined
 
 
-def _leaf_shard(group: Group, field: str, piece: Shard, suffix: str, dtype: torch.dtype) -> Shard:
+def _leaf_shard(group: Group, field: str, piece: ShardMetadata, suffix: str, dtype: torch.dtype) -> ShardMetadata:
     """The shard of a leaf that belongs to a piece [*layers, E, out, in] of the weights."""
     whole, offset, shape = piece.part
     leaf = leaf_part(Part(whole[-3:], offset[-3:], shape[-3:]), group.format, field, group.names[0])
     collapsed = collapsed_axes(group.format, field)
-    return Shard(
+    return ShardMetadata(
         piece.key + suffix,
         Part(whole[:-3] + leaf.whole, offset[:-3] + leaf.offset, shape[:-3] + leaf.shape),
         len(whole) - 3,
@@ -187,7 +189,7 @@ def _leaf_shard(group: Group, field: str, piece: Shard, suffix: str, dtype: torc
     )
 
 
-def _replica(piece: Shard, collapsed: Iterable[int]) -> tuple[int, ...]:
+def _replica(piece: ShardMetadata, collapsed: Iterable[int]) -> tuple[int, ...]:
     """The replica id with the positions along collapsed axes of [E, out, in] folded into its middle number.
 
     Megatron's ids are (pipeline, tensor, data): the middle is where its own tensor-parallel copies count.
@@ -199,7 +201,7 @@ def _replica(piece: Shard, collapsed: Iterable[int]) -> tuple[int, ...]:
     return tuple(replica)
 
 
-def _matrices(group: Group, weights: Sequence[Sequence[Shard]]) -> list[Shard]:
+def _matrices(group: Group, weights: Sequence[Sequence[ShardMetadata]]) -> list[ShardMetadata]:
     """The pieces of all experts together, [*layers, E, out, in]; a single one where they make up all of `out`."""
     first = [_with_expert_axis(group, shard) for shard in weights[0]]
     for number, (name, shards) in enumerate(zip(group.names, weights, strict=True)):
@@ -236,7 +238,7 @@ def _matrices(group: Group, weights: Sequence[Sequence[Shard]]) -> list[Shard]:
     return together
 
 
-def _with_expert_axis(group: Group, shard: Shard) -> Shard:
+def _with_expert_axis(group: Group, shard: ShardMetadata) -> ShardMetadata:
     """A weight's shard as [*layers, E, out, in], whatever its layout is."""
     name, part, local = group.names[0], shard.part, len(group.parameter_shape)
     if len(part.whole) - shard.prepended != local:
@@ -256,11 +258,11 @@ def _with_expert_axis(group: Group, shard: Shard) -> Shard:
     return shard._replace(part=part)
 
 
-def _moved(shard: Shard, experts: int) -> Shard:
+def _moved(shard: ShardMetadata, experts: int) -> ShardMetadata:
     offset = shard.part.offset
     return shard._replace(part=shard.part._replace(offset=(*offset[:-3], offset[-3] + experts, *offset[-2:])))
 
 
-def _in_words(shards: Sequence[Shard]) -> str:
+def _in_words(shards: Sequence[ShardMetadata]) -> str:
     parts = ", ".join(f"{shard.part.shape} at {shard.part.offset}" for shard in shards)
     return f"{shards[0].key!r} {shards[0].part.whole}: {parts}, replica {shards[0].replica}"

@@ -1,31 +1,13 @@
 """The state under ModelOpt's names: plain dicts of names to tensors, read and written. Weight quantizers only.
 
-    state = modelopt.read(model.state_dict(), spec)                             # or the tensors of a file
-    model.load_state_dict(model.state_dict() | modelopt.write(state, spec))     # strict: an unknown name raises
+    state = modelopt.read(model.state_dict(), fq)                               # or the tensors of a file
+    model.load_state_dict(model.state_dict() | modelopt.write(fq, state))       # strict: an unknown name raises
 
-`read` finds each group under whichever of these names its entries have; `write` writes those with a star. To each name
-belong the endings `._amax` and, for NVFP4_STATIC, `._global_amax`. `i` counts the experts of this rank, `g` all.
-
-    weights                      quantizers                                            one tensor holds
-    {p}.{m}.weight{i}            {p}.{m}.weight_quantizer.{i}                       *  an expert
-      (grouped, in               {p}.{m}.weight_quantizer_{i}                          an expert
-      Transformer Engine)        {p}[.experts].{g}.{m}.weight_quantizer                an expert
-                                 {p}[.experts].{m}.weight_quantizer                    all experts, [E, ...] or flat
-                                 {p}.{m}.weight_quantizer                              one value, shared
-                                 {p}.{m}._modelopt_per_expert_weight_quantizer      *  all experts; endings without dot
-    {p}.local_experts.{i}.{m}    {p}.local_experts.{i}.{m}.weight_quantizer         *  an expert
-      .weight                      and the names of grouped weights, as those have this one
-    {p}.experts.{i}.{m}.weight   {p}.experts.{i}.{m}.weight_quantizer               *  an expert
-    {p}.gate_up_proj [E, ., .]   {p}.gate_up_proj_weight_quantizers.{i}             *  an expert
-      transposed                 {p}.gate_up_proj_weight_quantizer                  *  all; of tensor formats, shared
-    {p}.weight (dense)           {p}.weight_quantizer                               *  the weight
-
-One expert's amax is [] in tensor formats, [out, 1] by channel, [out * in / block, 1] in blocks along `in`,
-[out / 128, 1, in / 128, 1] in square blocks, and [] wherever it is one number; in sharded checkpoints [1] and
-[out, in / block]. Each is one reshape away from the leaf. The shape does not tell the format: the spec does.
+`read` finds each group under whichever of ModelOpt's names its entries have, of any version and layout; `write` writes
+those of ModelOpt 0.47's own modules. The table of names and shapes: docs/checkpoints.
 
 NOTE dtypes: `write` gives fp32, but ModelOpt's quantizers keep the dtype of the model, so `load_state_dict` of a bf16
-model rounds to bf16, without a word. Only its NVFP4_STATIC quantizers keep fp32.
+model silently rounds to bf16. Only its NVFP4_STATIC quantizers keep fp32.
 NOTE a model that was converted and never calibrated has no `_amax`: `load_state_dict(strict=False)` drops them all.
 """
 
@@ -49,9 +31,11 @@ from fq_transforms.checkpoint.modelopt_names import (
     native_shape,
     quantizer_name,
 )
+from fq_transforms.checks import check_state
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.spec import Group, Spec, refuse_inputs
-from fq_transforms.state import State, check, flatten
+from fq_transforms.state import State, flatten
+from fq_transforms.transform import Transform
 
 __all__ = ["read", "write"]
 
@@ -68,48 +52,38 @@ class _Slice(NamedTuple):
 
 def read(
     entries: Mapping[str, Tensor],
-    spec: Spec,
+    fq: Transform,
     *,
     expert_offset: int = 0,
     experts: int | None = None,
     shared: Literal["refuse", "expand"] = "refuse",
     strict: bool = True,
 ) -> State:
-    """The state whose amax lie in `entries` under ModelOpt's names: each leaf has the amax of its experts in order.
+    """The state whose amax lie in `entries` under ModelOpt's names, the experts in order: new fp32 tensors.
 
     Args:
-        entries: A model's `state_dict()`, or the tensors of a checkpoint. Whatever is no amax of a weight quantizer is
-            left alone; so are those of activations. bf16 and fp16 are widened to fp32.
-        spec: Of this rank's weights.
+        entries: A model's `state_dict()`, or the tensors of a file; all but amax of weight quantizers is left alone.
+        fq: Of this rank's weights.
         expert_offset: The number of this rank's first expert among all.
-        experts: The number of all experts; None if this rank has them all. Whether a group's entries are those of all
-            experts or of this rank's is told by how many there are.
-        shared: Where one amax stands for all experts, as ModelOpt up to 0.46 kept it for grouped linears and 0.47 does
-            for gpt-oss and Llama 4: "refuse", since it is coarser than what `calibrate` gives, or "expand" it to each,
-            which is what it means.
-        strict: False leaves alone the amax of weights that the spec has not, such as another pipeline stage's.
-
-    Returns:
-        A new state of plain fp32 tensors, on the device of the entries and without shared memory. MX formats have no
-        leaf; the number that ModelOpt keeps for them is not read.
+        experts: The number of all experts, None if this rank has them all; entries may be of all or of this rank's.
+        shared: Where one amax stands for all experts: "refuse", as it is coarser than what `calibrate` gives, or
+            "expand" it to each. ModelOpt has such up to 0.46 for grouped linears, in 0.47 for gpt-oss and Llama 4.
+        strict: False leaves alone the amax of weights that are not in the spec.
 
     Raises:
-        KeyError: A group has no entry.
-        ValueError: Experts are missing or unknown; a shape is not the format's; an amax is NaN, infinite or negative;
-            one amax is shared; a group is found under two names, with layers as its first axis, with two quantizers in
-            sequence, or with a global amax that its format has not; a weight is quantized that the spec has not.
+        KeyError: A group has no entry, or experts are missing.
+        ValueError: A shape is not the format's; an amax is invalid or shared; a group is found under two names, with an
+            axis of layers, or two quantizers in sequence; an expert, global amax or quantized weight is unexpected.
 
-    Source: ModelOpt 0.47 `nn.modules.tensor_quantizer`, `plugins.transformer_engine`, `plugins.megatron` and
-        `plugins.huggingface`; its pull requests 1550, 1671 and 1717.
+    Source: ModelOpt 0.47, `plugins.transformer_engine`, `.megatron`, `.huggingface`; pull requests 1550, 1671, 1717.
 
     Example:
-        >>> from fq_transforms.formats import FP8
-        >>> from fq_transforms.select import select
-        >>> params = {f"experts.fc1.weight{i}": torch.ones(8, 4) for i in range(2)}
-        >>> stored = {f"experts.fc1.weight_quantizer.{i}._amax": torch.tensor(i + 1.0) for i in range(4)}
-        >>> read(stored, select(params, {"*": FP8}), expert_offset=2, experts=4)
-        {'experts.fc1.weight*': ExpertAmax(amax=tensor([3., 4.]))}
+        >>> import fq_transforms as fqt
+        >>> fq = fqt.transform(fqt.select({"fc1.weight0": torch.ones(8, 4)}, {"*": fqt.FP8}))
+        >>> read({"fc1.weight_quantizer.0._amax": torch.tensor(3.0)}, fq)
+        {'fc1.weight*': {'amax': tensor([3.])}}
     """
+    spec = fq.spec
     refuse_inputs(spec, "checkpoint.modelopt")
     _check_choice("shared", shared, ("refuse", "expand"))
     index = index_of(entries)
@@ -132,68 +106,63 @@ def read(
     left = {key for stems in index.values() for keys in stems.values() for key in keys.values()} - read_keys
     if left and strict:
         raise ValueError(
-            f"entries: found {len(left)} of weights that the spec has not, such as {sorted(left)[:3]}; select them, or "
-            "pass strict=False"
+            f"entries: found {len(left)} of weights that are not in the spec, such as {sorted(left)[:3]}; select them, "
+            "or pass strict=False"
         )
     return state
 
 
 def write(
+    fq: Transform,
     state: State,
-    spec: Spec,
     *,
-    layout: Literal["modules", "pr1717"] = "modules",
+    layout: Literal["modules", "grouped"] = "modules",
     untied: Literal["refuse", "maximum"] = "refuse",
 ) -> dict[str, Tensor]:
-    """The state as entries of a state dict, for ModelOpt to load: `read(write(state, spec), spec)` is the state.
+    """The state as entries of a state dict, for ModelOpt to load: `read(write(fq, state), fq)` is the state.
 
     Args:
+        fq: Of the same weights; the names in its spec are those of the model's parameters.
         state: From `calibrate`, or loaded; plain tensors.
-        spec: Of the same weights; its names are those of the model's parameters.
-        layout: "modules": under the names of ModelOpt 0.47's own quantizers, chosen by how the weights are held.
-            "pr1717": grouped weights in one tensor a group, [E, ...], for which the state has all experts;
-            dense weights as in "modules".
-        untied: Where ModelOpt keeps one number and the state has different ones: the `_global_amax` of q, k and v, of
-            gate and up, of w1 and w3; a tensor's amax in transposed stacked weights (gpt-oss, Llama 4), one for all
-            experts. "refuse", since ModelOpt would keep the last that it loads, or write the "maximum".
+        layout: "modules": the names of ModelOpt 0.47's own quantizers. "grouped": one tensor [E, ...] per group, of all
+            experts, for Transformer Engine's grouped linears, as in ModelOpt's pull request 1717.
+        untied: Where ModelOpt keeps one number and the state has different ones: "refuse", since ModelOpt would keep
+            the last that it loads, or write the "maximum". Which numbers: docs/checkpoints.
 
     Returns:
         Names to new fp32 tensors, each with memory of its own, in ModelOpt's own shapes. MX formats give none.
 
     Raises:
         KeyError: A group is missing.
-        ValueError: The state does not fit the spec; an amax is NaN, infinite or negative; a leaf is a DTensor; numbers
-            that ModelOpt keeps once differ; ModelOpt or the layout has no place for a group.
-
-    Source: as `read`; which numbers are kept once: ModelOpt 0.47 `utils.shared_input.SHARED_PATTERNS`.
+        ValueError: The state does not fit the spec; an amax is invalid; a leaf is a DTensor; numbers that ModelOpt
+            keeps once differ; ModelOpt or the layout has no place for a group.
 
     Example:
-        >>> from fq_transforms.formats import INT8
-        >>> from fq_transforms.select import select
-        >>> from fq_transforms.state import ExpertAmax
-        >>> spec = select({f"experts.{i}.w1.weight": torch.ones(8, 4) for i in range(2)}, {"*": INT8})
-        >>> write({"experts.*.w1.weight": ExpertAmax(torch.tensor([1.0, 2.0]))}, spec)
-        {'experts.0.w1.weight_quantizer._amax': tensor(1.), 'experts.1.w1.weight_quantizer._amax': tensor(2.)}
+        >>> import fq_transforms as fqt
+        >>> params = {"experts.0.w1.weight": torch.ones(8, 4)}
+        >>> write((fq := fqt.transform(fqt.select(params, {"*": fqt.INT8}))), fq.calibrate(params))
+        {'experts.0.w1.weight_quantizer._amax': tensor(1.)}
     """
-    _check_choice("layout", layout, ("modules", "pr1717"))
+    spec = fq.spec
+    _check_choice("layout", layout, ("modules", "grouped"))
     _check_choice("untied", untied, ("refuse", "maximum"))
     leaves = flatten(state)
     for name, leaf in leaves.items():
         if is_sharded(leaf):
             raise ValueError(f"state {name!r}: found a DTensor, wanted a plain tensor; take its full_tensor()")
     refuse_inputs(spec, "checkpoint.modelopt")
-    check(state, spec)
+    check_state(state, spec)
     leaves |= _tied(leaves, spec, untied)
 
     entries: dict[str, Tensor] = {}
     for group in spec.groups:
         for field in group.leaf_shapes:
             leaf = leaves[f"{group.key}.{field}"].detach()
-            if layout == "pr1717" and not _is_dense(group):
+            if layout == "grouped" and not _is_dense(group):
                 if not is_grouped(group.key):
                     raise ValueError(
                         f"group {group.key!r}: found {group.layout} weights, wanted those of Transformer Engine's "
-                        "grouped linears, weight0, weight1, ..., in layout 'pr1717'; write 'modules'"
+                        "grouped linears, weight0, weight1, ..., in layout 'grouped'; write 'modules'"
                     )
                 name = f"{group.key.removesuffix('weight*')}{PER_EXPERT}_{field}"
                 entries[name] = leaf.reshape(-1, *native_shape(group, field)).clone()
@@ -276,7 +245,7 @@ def _keys_of(keys: Mapping[int, str], form: Form, group: Group, part: _Slice) ->
 
 
 def _stacked(amaxes: Sequence[Tensor], keys: Sequence[str], group: Group, field: str) -> Tensor:
-    """The amax of an expert each, as rows."""
+    """One amax per expert, as rows."""
     one = group.leaf_shapes[field][1:]
     for key, amax in zip(keys, amaxes, strict=True):
         if not fits(amax.shape, one):
@@ -297,7 +266,7 @@ def _rows(amax: Tensor, key: str, group: Group, field: str, part: _Slice, shared
         if shared == "refuse":
             raise ValueError(
                 f"entry {key!r}: found one {field}, shape {tuple(amax.shape)}, for the {part.whole} experts of group "
-                f"{group.key!r}, wanted one an expert; pass shared='expand' to give it to each"
+                f"{group.key!r}, wanted one per expert; pass shared='expand' to give it to each"
             )
         return amax.reshape(1, *one).expand(part.size, *one)
     if fits_rows(amax.shape, part.size, one):

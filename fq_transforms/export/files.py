@@ -15,14 +15,14 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from fq_transforms.checkpoint.contents import naming
-from fq_transforms.checkpoint.staging import (
+from fq_transforms.checkpoint.storage import (
+    fsync,
+    fsync_directory,
     is_taken,
+    naming,
     remove_left,
     some_files,
     stage_beside,
-    sync,
-    sync_directory,
 )
 
 __all__ = ["Files", "bytes_of", "check_free", "progress", "write"]
@@ -105,9 +105,9 @@ def write(
             _name_shards(stage, shards, total)
             for name, document in documents.items():
                 _write_json(stage / name, document)
-            sync_directory(stage)
+            fsync_directory(stage)
             stage.rename(folder)
-            sync_directory(folder.parent)
+            fsync_directory(folder.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -183,7 +183,7 @@ def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]
     file = stage / f"{number}.safetensors"
     save_file(held, file, {"format": "pt"})
     with file.open("r+b") as stream:
-        sync(stream)
+        fsync(stream)
     return list(held)
 
 
@@ -204,4 +204,4 @@ def _write_json(file: Path, document: Any) -> None:
     with file.open("w", encoding="utf-8") as stream:
         json.dump(document, stream, indent=2)
         stream.write("\n")
-        sync(stream)
+        fsync(stream)

@@ -82,7 +82,7 @@ def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tens
 
     refuse_inputs(fq.spec, "integrations.megatron.calibrate")
     model = unwrap(model)
-    axes = leaves.split_axes(fq.spec, _sharded_state_dict(model))
+    axes = leaves.split_axes(fq, _sharded_state_dict(model))
     _check_whole(fq, axes)
     params = dict(model.named_parameters())
     state = replace(fq, method=MAX).calibrate(params)

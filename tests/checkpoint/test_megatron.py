@@ -20,13 +20,23 @@ import torch.distributed as dist
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint import megatron
-from fq_transforms.formats import FP8, INT4_BLOCK32, INT8, INT8_PER_CHANNEL, NVFP4, NVFP4_STATIC
+from fq_transforms.formats import (
+    FP8,
+    FP8_BLOCK,
+    INT4_BLOCK32,
+    INT8,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    MXFP6_E2M3,
+    NVFP4,
+    NVFP4_STATIC,
+)
 from tests.cases import assert_names
+from tests.checkpoint.samples import assert_same, like_of
 
 # Errors of Megatron's come back from the workers as such, and importing Megatron warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FORMATS = [FP8, INT8_PER_CHANNEL, INT4_BLOCK32, NVFP4, NVFP4_STATIC]
 LAYERS, EXPERTS, HIDDEN, FFN = 2, 4, 128, 128
 
 
@@ -51,8 +61,27 @@ LAYOUTS = [
     Layout(etp=2, tp=2, pp=2),
 ]
 
-# A gated fc1 that is split along `out` lies in two pieces: both kinds where a leaf has that axis.
-CASES = [(FP8, True), (NVFP4, False), *itertools.product((INT8_PER_CHANNEL, INT4_BLOCK32, NVFP4_STATIC), (True, False))]
+EVERY = ("*.experts.*", "*.linear_qkv.weight", "*.linear_proj.weight")
+EXPERTS_ONLY = ("*.experts.*",)
+# For each kind of tree, formats and whether fc1 is gated: one that is gated and split along `out` lies in two pieces.
+# Both kinds of fc1 where a leaf has that axis.
+CASES = {
+    "state": [
+        (FP8, True),
+        (NVFP4, False),
+        *itertools.product((INT8_PER_CHANNEL, INT4_BLOCK32, NVFP4_STATIC), (True, False)),
+    ],
+    "packed": [
+        (FP8, True),
+        (INT8_PER_CHANNEL, True),
+        (INT4_BLOCK32, False),
+        (NVFP4, True),
+        (MXFP4, True),
+        (MXFP6_E2M3, False),
+    ],
+    "packed in squares": [(FP8_BLOCK, False)],  # which tensor parallelism would cut
+}
+RULES = {"state": EVERY, "packed": EXPERTS_ONLY, "packed in squares": EXPERTS_ONLY}
 
 # All of expert parallelism to all; the others from 4 and to 1, and to each other in a ring.
 OTHERS = range(3, len(LAYOUTS))
@@ -153,33 +182,14 @@ def state_of(params, spec):
         axis = 1 if "linear_fc1" in key or "linear_qkv" in key else 2
         of_experts = parallel_state.get_expert_tensor_parallel_group()
         over = of_experts if "local_experts" in key else parallel_state.get_tensor_model_parallel_group()
-        for leaf in group:
+        for leaf in group.values():
             if leaf.dim() == 1 or leaf.shape[axis] == 1:
                 dist.all_reduce(leaf, dist.ReduceOp.MAX, group=over)
     return state
 
 
-def spec_of(params, format, rules=("*.experts.*", "*.linear_qkv.weight", "*.linear_proj.weight")):
-    return fqt.select(params, dict.fromkeys(rules, format))
-
-
-def under(prefix, model):
-    """The model's sharded weights under other keys, so that many states go into one checkpoint."""
-    sharded = model.sharded_state_dict()
-    return {n: replace(sharded[n], key=f"{prefix}.{sharded[n].key}") for n, _ in model.named_parameters()}
-
-
-def renamed(prefix, entries):
-    # An entry may hold several leaves, and has all their names.
-    return {"\n".join(f"{prefix}.{n}" for n in name.split("\n")): entry for name, entry in entries.items()}
-
-
-def own(prefix, entries):
-    return {
-        "\n".join(n.removeprefix(f"{prefix}.") for n in name.split("\n")): entry
-        for name, entry in entries.items()
-        if name.startswith(f"{prefix}.")
-    }
+def transform_of(params, format, rules=EVERY):
+    return fqt.transform(fqt.select(params, dict.fromkeys(rules, format)))
 
 
 def allow_writers():
@@ -269,64 +279,91 @@ def same(a, b):
 
 
 # Eight ranks: EP 4 and TP 2 at once, to and from others.
-LAYOUTS_OF_EIGHT = [Layout(ep=4, etp=2, tp=2), Layout(ep=2, etp=1, tp=2), Layout(ep=4), Layout()]
-PAIRS_OF_EIGHT = {(0, 0), *((0, other) for other in range(1, 4)), *((other, 0) for other in range(1, 4))}
+LAYOUTS_OF_EIGHT = [Layout(ep=4, etp=2, tp=2), Layout(ep=2, etp=1, tp=2), Layout()]
+PAIRS_OF_EIGHT = {(0, 0), (0, 1), (1, 0), (0, 2), (2, 0)}
 
 
 def _any_to_any(rank, size, folder, layouts, pairs):
-    """Save at every layout, all formats and both kinds of fc1 in one checkpoint, and load from others at each."""
+    """Save at every layout, all trees in one checkpoint, and load from others at each."""
     compared = 0
     with counted() as count:
-        cases = []
+        trees = []
         for number, layout in enumerate(layouts):
-            cases.append(cases_at(layout))
+            trees.append(trees_at(layout))
             entries = {}
-            for prefix, (_, spec, model_sharded, state) in cases[-1].items():
-                entries |= renamed(prefix, megatron.sharded_state_dict(state, spec, model_sharded))
+            for fq, _, model_sharded, tree in trees[-1].values():
+                entries |= megatron.sharded_state_dict(fq, tree, model_sharded)
             save(entries, f"{folder}/{number}")
         for source, target in sorted(pairs):
-            places, like = {}, {}
-            for prefix, (params, spec, model_sharded, _) in cases[target].items():
+            places, wanted = {}, []
+            for kind in trees[target].keys() & trees[source].keys():
+                fq, params, model_sharded, tree = trees[target][kind]
                 # Some places are of meta parameters, and so without memory.
-                on_meta = {name: param.to("meta") for name, param in params.items()}
-                like[prefix] = fqt.transform(spec).init(on_meta if "NVFP4" in prefix else params)
-                megatron.verify(f"{folder}/{source}", spec, model_sharded)
-                places |= renamed(prefix, megatron.sharded_state_dict(like[prefix], spec, model_sharded))
+                params = {name: param.to("meta") if "NVFP4" in name else param for name, param in params.items()}
+                like = fq.init(params) if kind == "state" else like_of(fq, params)
+                megatron.verify(f"{folder}/{source}", fq, model_sharded, like=like)
+                places |= megatron.sharded_state_dict(fq, like, model_sharded)
+                wanted.append((fq, like, tree))
             loaded = load(places, f"{folder}/{source}")
-            for prefix, (_, spec, _, wanted) in cases[target].items():
-                state = megatron.load_state(own(prefix, loaded), spec, like[prefix])
-                assert same(state, wanted), (layouts[source], layouts[target], prefix)
-                compared += len(spec.groups)
+            for fq, like, tree in wanted:
+                # Entries of several layers have the names of all their leaves.
+                assert_same(megatron.load_state(fq, of(fq, loaded), like), tree)
+                compared += len(tree)
     return compared, count
 
 
-def cases_at(layout):
-    """For each format and kind of fc1: parameters, their spec, the model's entries for them, and their state."""
+def of(fq, loaded):
+    """The entries of the groups of a transform, where the groups of others are loaded with them."""
+    keys = {group.key for group in fq.spec.groups}
+    return {name: entry for name, entry in loaded.items() if name.partition("\n")[0].rpartition(".")[0] in keys}
+
+
+def trees_at(layout):
+    """For each kind of tree: its transform, the parameters of all its cases, their entries, and this rank's tree."""
     share(layout)
     models = {gated: build(layout, gated=gated) for gated in (True, False)}
-    cases = {}
-    for format, gated in CASES:
-        params, prefix = dict(models[gated].named_parameters()), f"{format.name}-{gated}"
-        spec = spec_of(params, format)
-        cases[prefix] = params, spec, under(prefix, models[gated]), state_of(params, spec)
-    return cases
+    sharded = {gated: model.sharded_state_dict() for gated, model in models.items()}
+    trees = {}
+    for kind, cases in CASES.items():
+        if kind == "packed in squares" and layout.etp > 1:
+            continue
+        params, entries, rules = {}, {}, {}
+        for format, gated in cases:
+            prefix = f"{format.name}-{gated}."  # keys of its own for each case, in one checkpoint
+            for name, param in models[gated].named_parameters():
+                params[prefix + name], entry = param, sharded[gated][name]
+                entries[prefix + name] = replace(entry, key=prefix + entry.key)
+            rules |= {f"{prefix}{rule}": format for rule in RULES[kind]}
+        fq = fqt.transform(fqt.select(params, rules))
+        state = state_of(params, fq.spec)
+        trees[kind] = fq, params, entries, state if kind == "state" else fq.pack(params, state)
+    return trees
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "layouts", "pairs"), [(4, LAYOUTS, PAIRS), (8, LAYOUTS_OF_EIGHT, PAIRS_OF_EIGHT)])
 def test_any_parallelism_to_any(ranks, tmp_path, size, layouts, pairs):
-    """After a save at one parallelism and a load at another every rank has what it calibrates on its own weights.
+    """Saved at one parallelism and loaded at another, each rank has what it calibrates and packs of its own weights.
 
     And nothing here communicates: of all collectives of saving and loading, none has this package among its callers.
     """
     results = ranks(_any_to_any, str(tmp_path), layouts, pairs, size=size)
-    # Four groups (fc1, fc2, qkv and proj) of two layers, or of one at PP=2.
-    wanted = sum(len(CASES) * 4 * LAYERS // layouts[target].pp for _, target in pairs)
+    wanted = 0
+    for source, target in pairs:
+        for kind, cases in CASES.items():
+            if kind != "packed in squares" or layouts[source].etp == layouts[target].etp == 1:
+                # fc1 and fc2, qkv and proj, of two layers, or of one at PP=2.
+                wanted += len(cases) * (4 if RULES[kind] == EVERY else 2) * LAYERS // layouts[target].pp
     for compared, count in results:
         assert compared == wanted
         assert count["ours"] == 0
         assert count["all"] > len(pairs)
+
+
+def entries_of(model, *, by_layer):
+    """The model's entries; a dict of options of its own each time, for Megatron writes its process groups into it."""
+    return model.sharded_state_dict(metadata={"non_homogeneous_layers": by_layer})
 
 
 def _with_the_model(rank, size, folder):
@@ -338,35 +375,31 @@ def _with_the_model(rank, size, folder):
             share(source)
             model = build(source, gated=True)
             params = dict(model.named_parameters())
-            spec, model_sharded = (
-                spec_of(params, NVFP4_STATIC),
-                model.sharded_state_dict(metadata={"non_homogeneous_layers": number == 1}),
-            )
-            leaves = megatron.sharded_state_dict(state_of(params, spec), spec, model_sharded)
-            save(model_sharded | leaves, path)
+            fq, model_sharded = transform_of(params, NVFP4_STATIC), entries_of(model, by_layer=number == 1)
+            save(model_sharded | megatron.sharded_state_dict(fq, state_of(params, fq.spec), model_sharded), path)
 
             share(target)
             model = build(target, gated=True)
             params = dict(model.named_parameters())
-            spec = spec_of(params, NVFP4_STATIC)
-            fq, wanted = fqt.transform(spec), state_of(params, spec)
+            fq = transform_of(params, NVFP4_STATIC)
+            wanted = state_of(params, fq.spec)
             weights = {name: param.detach().clone() for name, param in params.items()}
             with torch.no_grad():
                 for param in params.values():
                     param.zero_()
-            model_sharded = model.sharded_state_dict(metadata={"non_homogeneous_layers": number == 1})
-            megatron.verify(path, spec, model_sharded)
-            places = megatron.sharded_state_dict(fq.init(params), spec, model_sharded)
+            model_sharded = entries_of(model, by_layer=number == 1)
+            megatron.verify(path, fq, model_sharded)
+            places = megatron.sharded_state_dict(fq, fq.init(params), model_sharded)
             loaded = load(model_sharded | places, path, strict="raise_all")
             model.load_state_dict({name: loaded[name] for name in model_sharded})
-            assert same(megatron.load_state(loaded, spec, fq.init(params)), wanted)
-            for group in spec.groups:
+            assert_same(megatron.load_state(fq, loaded, fq.init(params)), wanted)
+            for group in fq.spec.groups:
                 assert all(torch.equal(params[name], weights[name]) for name in group.names)
                 loaded_keys += 1
 
             # Alone, from a checkpoint that has the model too.
-            places = megatron.sharded_state_dict(fq.init(params), spec, model_sharded)
-            assert same(megatron.load_state(load(places, path), spec, fq.init(params)), wanted)
+            places = megatron.sharded_state_dict(fq, fq.init(params), model_sharded)
+            assert_same(megatron.load_state(fq, load(places, path), fq.init(params)), wanted)
     return loaded_keys
 
 
@@ -390,17 +423,17 @@ class Good(NamedTuple):
     model: torch.nn.Module
     params: dict
     model_sharded: dict
-    spec: fqt.Spec
-    state: fqt.State
-    empty: fqt.State
+    fq: fqt.Transform
+    state: dict
+    empty: dict
     said: dict
 
     @property
     def path(self):
         return self.folder / "good"
 
-    def entries(self, state=None, spec=None, model_sharded=None):
-        return megatron.sharded_state_dict(state or self.state, spec or self.spec, model_sharded or self.model_sharded)
+    def entries(self, tree=None, fq=None, model_sharded=None):
+        return megatron.sharded_state_dict(fq or self.fq, tree or self.state, model_sharded or self.model_sharded)
 
     def fault(self, name, error, call, *args, **kwargs):
         try:
@@ -416,48 +449,49 @@ def _faults(rank, size, folder):
     share(Layout())
     model = build(Layout(), gated=True)
     params = dict(model.named_parameters())
-    spec = spec_of(params, FP8, ("*.experts.*",))
-    state, empty = state_of(params, spec), fqt.transform(spec).init(params)
-    good = Good(Path(folder), model, params, model.sharded_state_dict(), spec, state, empty, {})
+    fq = transform_of(params, FP8, EXPERTS_ONLY)
+    state, empty = state_of(params, fq.spec), fq.init(params)
+    good = Good(Path(folder), model, params, model.sharded_state_dict(), fq, state, empty, {})
     save(good.entries(), good.path)
-    megatron.verify(good.path, spec, good.model_sharded)
-    for check in (_other_leaves, _other_formats, _bad_values, _damaged_files, _what_cannot_be_saved):
+    megatron.verify(good.path, fq, good.model_sharded)
+    checks = _other_leaves, _other_formats, _bad_values, _damaged_files, _what_cannot_be_saved, _packed_and_state
+    for check in checks:
         check(good)
     return good.said
 
 
 def _other_leaves(good):
-    few = spec_of(good.params, FP8, FEW)
-    save(good.entries(state_of(good.params, few), few), good.folder / "few")
-    good.fault("unknown", KeyError, megatron.verify, good.folder / "few", good.spec, good.model_sharded)
+    few = transform_of(good.params, FP8, FEW)
+    save(good.entries(state_of(good.params, few.spec), few), good.folder / "few")
+    good.fault("unknown", KeyError, megatron.verify, good.folder / "few", good.fq, good.model_sharded)
     good.fault("unknown to the engine", BaseException, load, good.entries(good.empty), good.folder / "few")
     good.fault("extra", ValueError, megatron.verify, good.path, few, good.model_sharded)
 
     other = build(Layout(), gated=True, experts=2 * EXPERTS)
     others, sharded = dict(other.named_parameters()), other.sharded_state_dict()
-    more = spec_of(others, FP8, ("*.experts.*",))
-    state = state_of(others, more)
+    more = transform_of(others, FP8, EXPERTS_ONLY)
+    state = state_of(others, more.spec)
     good.fault("experts", ValueError, megatron.verify, good.path, more, sharded)
     good.fault("experts to the engine", BaseException, load, good.entries(state, more, sharded), good.path)
     good.fault("two models", ValueError, good.entries, state, more, sharded | good.model_sharded)
     good.fault("no such parameter", KeyError, good.entries, state, more)
 
     wide = build(Layout(), gated=True, hidden=2 * HIDDEN)
-    by_block = spec_of(good.params, INT4_BLOCK32, FEW)
-    save(good.entries(state_of(good.params, by_block), by_block), good.folder / "by block")
-    wider = spec_of(dict(wide.named_parameters()), INT4_BLOCK32, FEW)
+    by_block = transform_of(good.params, INT4_BLOCK32, FEW)
+    save(good.entries(state_of(good.params, by_block.spec), by_block), good.folder / "by block")
+    wider = transform_of(dict(wide.named_parameters()), INT4_BLOCK32, FEW)
     good.fault("shape", ValueError, megatron.verify, good.folder / "by block", wider, wide.sharded_state_dict())
 
     loaded = load(good.entries(good.empty), good.path)
     name = next(name for name in loaded if name.endswith(".amax"))
     fewer = {key: value for key, value in loaded.items() if key != name}
     damaged = {name.replace(".amax", ".format"): torch.zeros(LAYERS, 512, dtype=torch.uint8)}
-    good.fault("missing", KeyError, megatron.load_state, fewer, good.spec, good.empty)
-    good.fault("unknown loaded", ValueError, megatron.load_state, loaded, few, fqt.transform(few).init(good.params))
+    good.fault("missing", KeyError, megatron.load_state, good.fq, fewer, good.empty)
+    good.fault("unknown loaded", ValueError, megatron.load_state, few, loaded, few.init(good.params))
     cut = {"cut": loaded[name][:, :3], "a layer cut": loaded[name][:1]}
     for fault, value in cut.items():
-        good.fault(fault, ValueError, megatron.load_state, loaded | {name: value}, good.spec, good.empty)
-    good.fault("damaged format", ValueError, megatron.load_state, loaded | damaged, good.spec, good.empty)
+        good.fault(fault, ValueError, megatron.load_state, good.fq, loaded | {name: value}, good.empty)
+    good.fault("damaged format", ValueError, megatron.load_state, good.fq, loaded | damaged, good.empty)
 
 
 def entry_of(leaf, entries):
@@ -469,24 +503,24 @@ def entry_of(leaf, entries):
 def _other_formats(good):
     fewer_numbers = replace(FP8, element=replace(FP8.element, max=440.0))
     for name, format in (("format", INT8), ("other leaves", NVFP4_STATIC), ("same name", fewer_numbers)):
-        spec = spec_of(good.params, format, ("*.experts.*",))
-        good.fault(name, ValueError, megatron.verify, good.path, spec, good.model_sharded)
-    spec = spec_of(good.params, INT8, ("*.experts.*",))
-    empty = fqt.transform(spec).init(good.params)
-    loaded = load(good.entries(empty, spec), good.path)
-    good.fault("format loaded", ValueError, megatron.load_state, loaded, spec, empty)
+        fq = transform_of(good.params, format, EXPERTS_ONLY)
+        good.fault(name, ValueError, megatron.verify, good.path, fq, good.model_sharded)
+    fq = transform_of(good.params, INT8, EXPERTS_ONLY)
+    empty = fq.init(good.params)
+    loaded = load(good.entries(empty, fq), good.path)
+    good.fault("format loaded", ValueError, megatron.load_state, fq, loaded, empty)
 
 
 def _bad_values(good):
     for value in (torch.nan, torch.inf, -1.0):
         bad, path = optree.tree_map(torch.clone, good.state), good.folder / f"{value}"
         leaves = good.entries(bad)
-        bad[LAST].amax[3] = value
+        bad[LAST]["amax"][3] = value
         leaves[entry_of(f"{LAST}.amax", leaves)].data[1, 3] = value  # behind our back
         save(leaves, path)
-        megatron.verify(path, good.spec, good.model_sharded)
+        megatron.verify(path, good.fq, good.model_sharded)
         loaded = load(good.entries(good.empty), path)
-        good.fault(f"amax {value}", ValueError, megatron.load_state, loaded, good.spec, good.empty)
+        good.fault(f"amax {value}", ValueError, megatron.load_state, good.fq, loaded, good.empty)
         good.fault(f"saving {value}", ValueError, good.entries, bad)
     in_part = good.state | {LAST: good.empty[LAST]}
     good.fault("uncalibrated in part", ValueError, good.entries, in_part)
@@ -499,10 +533,10 @@ def _damaged_files(good):
         path = good.folder / name
         shutil.copytree(good.path, path)
         damage(path / file)
-        good.fault(name, ValueError, megatron.verify, path, good.spec, good.model_sharded)
+        good.fault(name, ValueError, megatron.verify, path, good.fq, good.model_sharded)
         good.fault(f"{name} to the engine", BaseException, load, good.entries(good.empty), path)
 
-    numbers = good.state[LAST].amax.numpy().tobytes()
+    numbers = good.state[LAST]["amax"].numpy().tobytes()
     for bit in (0, 23, 31):  # the last bit of a number, the last of its exponent, its sign
         path = good.folder / f"bit {bit}"
         shutil.copytree(good.path, path)
@@ -510,10 +544,10 @@ def _damaged_files(good):
         content = bytearray(file.read_bytes())
         content[content.find(numbers) + bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
-        good.fault(f"bit {bit}", ValueError, megatron.verify, path, good.spec, good.model_sharded)
+        good.fault(f"bit {bit}", ValueError, megatron.verify, path, good.fq, good.model_sharded)
         # Megatron loads it without a word. Were that to change, `verify` need not read the files.
         loaded = load(good.entries(good.empty), path)
-        assert not torch.equal(loaded[entry_of(f"{LAST}.amax", loaded)][1], good.state[LAST].amax)
+        assert not torch.equal(loaded[entry_of(f"{LAST}.amax", loaded)][1], good.state[LAST]["amax"])
 
     shutil.copytree(good.path, good.folder / "metadata")
     os.truncate(good.folder / "metadata" / ".metadata", 100)
@@ -522,24 +556,24 @@ def _damaged_files(good):
         (good.folder / name).mkdir()
         (good.folder / name / "metadata.json").write_text(content)
     for name in ("metadata", "no checkpoint", "zarr", "no json", "nothing"):
-        good.fault(name, ValueError, megatron.verify, good.folder / name, good.spec, good.model_sharded)
+        good.fault(name, ValueError, megatron.verify, good.folder / name, good.fq, good.model_sharded)
 
 
 def _what_cannot_be_saved(good):
     # A tensor with a layer axis has all layers; where the layer is in the key, any of them.
-    by_channel = spec_of(good.params, INT8_PER_CHANNEL, ("*layers.1.mlp.experts.*",))
-    entries = good.entries(state_of(good.params, by_channel), by_channel)
+    by_channel = transform_of(good.params, INT8_PER_CHANNEL, ("*layers.1.mlp.experts.*",))
+    entries = good.entries(state_of(good.params, by_channel.spec), by_channel)
     good.fault("some layers", Exception, save, entries, good.folder / "by channel")
-    some = spec_of(good.params, FP8, ("*layers.1.mlp.experts.*",))
-    some_state, empty = state_of(good.params, some), fqt.transform(some).init(good.params)
+    some = transform_of(good.params, FP8, ("*layers.1.mlp.experts.*",))
+    some_state, empty = state_of(good.params, some.spec), some.init(good.params)
     save(good.entries(some_state, some), good.folder / "some")
     megatron.verify(good.folder / "some", some, good.model_sharded)
     loaded = load(good.entries(empty, some), good.folder / "some")
-    assert same(megatron.load_state(loaded, some, empty), some_state)
+    assert_same(megatron.load_state(some, loaded, empty), some_state)
     # The other layers are in no file, and Megatron says nothing of it.
-    good.fault("not all layers", ValueError, megatron.verify, good.folder / "some", good.spec, good.model_sharded)
+    good.fault("not all layers", ValueError, megatron.verify, good.folder / "some", good.fq, good.model_sharded)
     loaded = load(good.entries(good.empty), good.folder / "some")
-    good.fault("not all layers loaded", ValueError, megatron.load_state, loaded, good.spec, good.empty)
+    good.fault("not all layers loaded", ValueError, megatron.load_state, good.fq, loaded, good.empty)
     by_layer = good.model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     save(good.entries(some_state, some, by_layer), good.folder / "by layer")
     megatron.verify(good.folder / "by layer", some, by_layer)
@@ -550,11 +584,62 @@ def _what_cannot_be_saved(good):
     swapped = dict(zip(names, [good.model_sharded[name] for name in names[::-1]], strict=True))
     for name, entries in (("experts swapped", swapped), ("no ShardedTensor", {names[0]: torch.ones(2)})):
         good.fault(name, ValueError, good.entries, model_sharded=good.model_sharded | entries)
-    long = spec_of(good.params, replace(FP8, name="FP8" * 200), ("*.experts.*",))
-    good.fault("long name", ValueError, good.entries, state_of(good.params, long), long)
+    long = transform_of(good.params, replace(FP8, name="FP8" * 200), EXPERTS_ONLY)
+    good.fault("long name", ValueError, good.entries, state_of(good.params, long.spec), long)
     mesh = dist.init_device_mesh("cpu", (1,))
     spread = optree.tree_map(lambda leaf: dist.tensor.DTensor.from_local(leaf, mesh), good.state)
     good.fault("DTensor", ValueError, good.entries, spread)
+
+
+def _packed_and_state(good):
+    """A state for packed weights and the other way round; what does not fit, or is damaged, among packed weights."""
+    fq, sharded, folder = transform_of(good.params, NVFP4, EXPERTS_ONLY), good.model_sharded, good.folder
+    state, empty = state_of(good.params, fq.spec), fq.init(good.params)
+    packed, like = fq.pack(good.params, state), like_of(fq, good.params)
+
+    def entries(tree):
+        return megatron.sharded_state_dict(fq, tree, sharded)
+
+    # The model, the state and the packed weights in one checkpoint; each is found, and the others are left alone.
+    save(good.model.sharded_state_dict() | entries(state) | entries(packed), folder / "all")
+    megatron.verify(folder / "all", fq, sharded)
+    megatron.verify(folder / "all", fq, sharded, like=like)
+    loaded = load(good.model.sharded_state_dict() | entries(empty) | entries(like), folder / "all")
+    assert_same(megatron.load_state(fq, loaded, like), packed)
+    assert_same(megatron.load_state(fq, loaded, empty), state)
+
+    save(entries(state), folder / "state")
+    save(entries(packed), folder / "packed")
+    good.fault("state as packed", KeyError, megatron.verify, folder / "state", fq, sharded, like=like)
+    good.fault("packed as state", KeyError, megatron.verify, folder / "packed", fq, sharded)
+    good.fault("state loaded", KeyError, megatron.load_state, fq, load(entries(empty), folder / "state"), like)
+    mx = transform_of(good.params, MXFP4, EXPERTS_ONLY)
+    mx_like = like_of(mx, good.params)
+    good.fault("packed format", ValueError, megatron.verify, folder / "packed", mx, sharded, like=mx_like)
+    few = transform_of(good.params, NVFP4, FEW)
+    few_like = like_of(few, good.params)
+    good.fault("packed extra", ValueError, megatron.verify, folder / "packed", few, sharded, like=few_like)
+
+    loaded = load(entries(like), folder / "packed")
+    codes = next(name for name in loaded if name.endswith("linear_fc2.weight.codes"))
+    fewer = {name: leaf for name, leaf in loaded.items() if name != codes}
+    good.fault("packed missing", KeyError, megatron.load_state, fq, fewer, like)
+    cut, signed = loaded | {codes: loaded[codes][:, :3]}, loaded | {codes: loaded[codes].view(torch.int8)}
+    good.fault("packed shape", ValueError, megatron.load_state, fq, cut, like)
+    good.fault("packed dtype", ValueError, megatron.load_state, fq, signed, like)
+    good.fault("packed unknown", ValueError, megatron.load_state, few, loaded, few_like)
+    good.fault("not packed", Exception, save, entries(like), folder / "no numbers")
+
+    numbers = packed[LAST]["codes"].numpy().tobytes()[:4096]
+    shutil.copytree(folder / "packed", folder / "packed bit")
+    (file,) = (file for file in (folder / "packed bit").glob("*.distcp") if numbers in file.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.find(numbers) + 9] ^= 4
+    file.write_bytes(content)
+    good.fault("packed bit", ValueError, megatron.verify, folder / "packed bit", fq, sharded, like=like)
+    shutil.copytree(folder / "packed", folder / "packed cut")
+    os.truncate(folder / "packed cut" / file.name, 3000)
+    good.fault("packed cut", ValueError, megatron.verify, folder / "packed cut", fq, sharded, like=like)
 
 
 @pytest.mark.dist
@@ -606,6 +691,19 @@ def test_faults_are_named(ranks, tmp_path):
         ("no ShardedTensor", "local_experts.1.linear_fc2.weight"),
         ("long name", "512"),
         ("DTensor", f"{fc1.format(0)}.amax"),
+        # Packed weights.
+        ("state as packed", "_packed._format", "4 entries of a state", "0 entries of packed weights"),
+        ("packed as state", "_quantizer._format", "0 entries of a state", "entries of packed weights"),
+        ("state loaded", "missing", ".codes"),
+        ("packed format", "found format NVFP4 in the checkpoint, the spec wants MXFP4"),
+        ("packed extra", "linear_fc2.weight_packed._codes"),
+        ("packed missing", f"{fc2.format(0)}.codes"),
+        ("packed shape", f"{fc2.format(0)}.codes", (4, 3, 64), (4, 128, 64)),
+        ("packed dtype", f"{fc2.format(0)}.codes", "torch.int8", "torch.uint8"),
+        ("packed unknown", f"{fc2.format(0)}.codes"),
+        ("not packed", "`data`", "_packed"),
+        ("packed bit", tmp_path / "packed bit", "_packed._codes", "CRC-32"),
+        ("packed cut", tmp_path / "packed cut"),
     ]:
         assert_names(said[name], *fragments)
 
@@ -618,33 +716,29 @@ def _te_to_sequential(rank, size, folder):
     te_names = {name: re.sub(r"local_experts\.(\d+)\.(.*)", r"\2\1", name) for name in params if ".experts." in name}
     te_params = {te: params[name] for name, te in te_names.items()}
     te_sharded = {te: model.sharded_state_dict()[name] for name, te in te_names.items()}
-    te_spec = spec_of(te_params, INT8_PER_CHANNEL, ("*.experts.*",))
-    assert te_spec.groups[0].key == "decoder.layers.0.mlp.experts.linear_fc1.weight*"
-    sequential = spec_of(params, INT8_PER_CHANNEL, ("*.experts.*",))
-    te_state = fqt.transform(te_spec).calibrate(te_params)
-    save(megatron.sharded_state_dict(te_state, te_spec, te_sharded), f"{folder}/te")
-    save(
-        megatron.sharded_state_dict(state_of(params, sequential), sequential, model.sharded_state_dict()), f"{folder}/s"
-    )
+    te_fq, fq = (transform_of(held, INT8_PER_CHANNEL, EXPERTS_ONLY) for held in (te_params, params))
+    assert te_fq.spec.groups[0].key == "decoder.layers.0.mlp.experts.linear_fc1.weight*"
+    te_state = te_fq.calibrate(te_params)
+    save(megatron.sharded_state_dict(te_fq, te_state, te_sharded), f"{folder}/te")
+    save(megatron.sharded_state_dict(fq, state_of(params, fq.spec), model.sharded_state_dict()), f"{folder}/s")
 
-    places = megatron.sharded_state_dict(fqt.transform(te_spec).init(te_params), te_spec, te_sharded)
-    assert same(megatron.load_state(load(places, f"{folder}/s"), te_spec, te_state), te_state)
+    places = megatron.sharded_state_dict(te_fq, te_fq.init(te_params), te_sharded)
+    assert_same(megatron.load_state(te_fq, load(places, f"{folder}/s"), te_state), te_state)
 
     layout = Layout(ep=2, etp=2, tp=2)
     share(layout)
     model = build(layout, gated=True)
     params = dict(model.named_parameters())
-    spec = spec_of(params, INT8_PER_CHANNEL, ("*.experts.*",))
-    places = megatron.sharded_state_dict(fqt.transform(spec).init(params), spec, model.sharded_state_dict())
-    loaded = megatron.load_state(load(places, f"{folder}/te"), spec, fqt.transform(spec).init(params))
-    assert same(loaded, state_of(params, spec))
+    fq = transform_of(params, INT8_PER_CHANNEL, EXPERTS_ONLY)
+    places = megatron.sharded_state_dict(fq, fq.init(params), model.sharded_state_dict())
+    assert_same(megatron.load_state(fq, load(places, f"{folder}/te"), fq.init(params)), state_of(params, fq.spec))
 
 
 @pytest.mark.dist
 def test_te_and_sequential_are_interchangeable(ranks, tmp_path):
     """Names of parameters are local; keys are the weights', which are the same for both kinds of experts.
 
-    Transformer Engine's own entries are in `test_sharding.test_jobs_are_as_megatron_describes_them`.
+    Transformer Engine's own entries are in `test_partition.test_jobs_are_as_megatron_describes_them`.
     """
     ranks(_te_to_sequential, str(tmp_path))
 
@@ -666,11 +760,13 @@ def _sizes(rank, size, folder):
                 (1, expert, 128),
                 prepend_axis_num=2,
             )
-        spec = fqt.select(weights, {"*": format})
-        state = optree.tree_map(lambda leaf: torch.rand(leaf.shape), fqt.transform(spec).init(weights))
-        entries = megatron.sharded_state_dict(state, spec, sharded)
+        fq = fqt.transform(fqt.select(weights, {"*": format}))
+        state = optree.tree_map(lambda leaf: torch.rand(leaf.shape), fq.init(weights))
+        entries = megatron.sharded_state_dict(fq, state, sharded)
         if format == INT8_PER_CHANNEL:
-            assert all(entries[f"{key}.amax"].data.data_ptr() == group.amax.data_ptr() for key, group in state.items())
+            assert all(
+                entries[f"{key}.amax"].data.data_ptr() == group["amax"].data_ptr() for key, group in state.items()
+            )
         started = time.perf_counter()
         save(entries, f"{folder}/{format.name}")
         seconds = time.perf_counter() - started
@@ -681,7 +777,7 @@ def _sizes(rank, size, folder):
 
 @pytest.mark.dist
 def test_files_are_small(ranks, tmp_path):
-    """One number an expert and one a channel: the files are the leaves' bytes, and what 64 KiB hold."""
+    """One number per expert and one per channel: the files are the leaves' bytes, and what 64 KiB hold."""
     (found,) = ranks(_sizes, str(tmp_path), size=1)
     for leaves, files, seconds in found.values():
         assert files <= 1.2 * leaves + 2**16
