@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fq_transforms as fqt
 from fq_transforms.checkpoint.megatron import _from_megatron, _to_megatron
-from fq_transforms.checkpoint.megatron_shards import BETWEEN, FORMAT, Shard, is_small, join_layers, leaf_shards
+from fq_transforms.checkpoint.megatron_shards import BETWEEN, FORMAT, ShardMetadata, is_small, join_layers, leaf_shards
 from fq_transforms.formats import FP8, FP8_BLOCK, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4_STATIC
 from fq_transforms.partition import Part, collapsed_axes, leaf_part
 from fq_transforms.spec import Group
@@ -67,7 +67,7 @@ class Job(NamedTuple):
         ones = (1,) * (len(head) + 1)
         return [
             [
-                Shard(
+                ShardMetadata(
                     f"layers.{key}experts.{self.role}.weight",
                     Part((*head, experts, *whole), (*at, expert, *offset), (*ones, self.rows, self.columns)),
                     len(ones),
@@ -272,22 +272,22 @@ def test_pieces_of_a_whole_gated_fc1_are_one():
 def test_dense_stacked_and_transposed():
     """A dense weight is one expert; experts that are stacked, or stored [in, out], lie where separate ones do."""
     layers = {"prepended": 1, "replica": (0, 0, 0)}
-    dense = Shard("w", Part((3, 64, 128), (2, 32, 0), (1, 32, 128)), **layers)
+    dense = ShardMetadata("w", Part((3, 64, 128), (2, 32, 0), (1, 32, 128)), **layers)
     (amax,) = leaf_shards(Group("w", ("w",), INT8_PER_CHANNEL, 1, (32, 128)), [[dense]])["amax"]
     assert amax.part == Part((3, 1, 64, 1), (2, 0, 32, 0), (1, 1, 32, 1))
     assert amax.local_shape == (1, 32, 1)
 
-    stacked = Shard("w", Part((3, 8, 64, 128), (2, 4, 0, 64), (1, 4, 64, 64)), **layers)
+    stacked = ShardMetadata("w", Part((3, 8, 64, 128), (2, 4, 0, 64), (1, 4, 64, 64)), **layers)
     (amax,) = leaf_shards(Group("w", ("w",), INT4_BLOCK32, 4, (64, 64), stacked=True), [[stacked]])["amax"]
     assert amax.part == Part((3, 8, 64, 4), (2, 4, 0, 2), (1, 4, 64, 2))
-    swapped = Shard("w", Part((3, 8, 128, 64), (2, 4, 64, 0), (1, 4, 64, 64)), **layers)
+    swapped = ShardMetadata("w", Part((3, 8, 128, 64), (2, 4, 64, 0), (1, 4, 64, 64)), **layers)
     group = Group("w", ("w",), INT4_BLOCK32, 4, (64, 64), stacked=True, transposed=True)
     assert leaf_shards(group, [[swapped]])["amax"] == [amax]
 
 
 def test_padded_vocabulary_stays_flexible():
     """Megatron loads a vocabulary of another padding; so do the leaves that have its axis, and only those."""
-    embedding = Shard("w", Part((256, 128), (128, 0), (128, 128)), 0, (0, 0, 0), flexible=True)
+    embedding = ShardMetadata("w", Part((256, 128), (128, 0), (128, 128)), 0, (0, 0, 0), flexible=True)
     for format, flexible in ((INT8_PER_CHANNEL, True), (FP8, False)):
         shards = leaf_shards(Group("w", ("w",), format, 1, (128, 128)), [[embedding]])
         assert [shard.flexible for shard in shards["amax"]] == [flexible]

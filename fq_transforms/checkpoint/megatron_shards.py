@@ -49,7 +49,7 @@ class ShardMetadata(NamedTuple):
     Attributes:
         key: Of the whole tensor.
         part: Where the local tensor lies in the whole one, prepended axes included.
-        prepended: Number of axes that the whole tensor has and the local one has not.
+        prepended: Number of axes that only the whole tensor has, before those of the local one.
         replica: Megatron's replica id; all zeros on the one rank that writes.
         flexible: The whole may have another shape in a file, as padded vocabularies may.
         regular: All ranks hold parts of one size, as far as Megatron looks.
@@ -73,7 +73,7 @@ class ShardMetadata(NamedTuple):
 def leaf_shards(
     group: Group, weights: Sequence[Sequence[ShardMetadata]], kind: Kind = STATE
 ) -> dict[str, list[ShardMetadata]]:
-    """Where the leaves of a group lie, by field, and where its format is kept: arithmetic on plain data.
+    """Where the leaves of a group lie, by name, and where its format is kept: arithmetic on plain data.
 
     Args:
         group: Its format, layout and names.
@@ -132,7 +132,7 @@ def split_axis(group: Group, weights: Sequence[Sequence[ShardMetadata]]) -> Lite
 
 
 def is_small(shard: ShardMetadata) -> bool:
-    """True for a format and for one number an expert, of one of the layers that are in one tensor.
+    """True for a format and for one number per expert, of one of the layers that are in one tensor.
 
     Example:
         >>> shard = ShardMetadata("key", Part((6, 8), (2, 0), (1, 8)), 1, (0, 0, 0))

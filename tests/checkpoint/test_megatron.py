@@ -545,7 +545,7 @@ def _damaged_files(good):
         content[content.find(numbers) + bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
         good.fault(f"bit {bit}", ValueError, megatron.verify, path, good.fq, good.model_sharded)
-        # Megatron loads it without a word. Were that to change, `verify` need not read the files.
+        # Megatron loads it silently. Were that to change, `verify` need not read the files.
         loaded = load(good.entries(good.empty), path)
         assert not torch.equal(loaded[entry_of(f"{LAST}.amax", loaded)][1], good.state[LAST]["amax"])
 

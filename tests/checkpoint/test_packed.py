@@ -38,7 +38,7 @@ from tests.checkpoint.samples import (
     whole_params,
 )
 from tests.checkpoint.samples import small as small_state
-from tests.test_pack import PACKABLE
+from tests.ops.pack.cases import PACKABLE
 
 
 def small(format=fqt.NVFP4, count=4):
