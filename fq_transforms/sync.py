@@ -15,7 +15,7 @@ from fq_transforms.distributed import largest_over, sum_over
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.partition import AXES, Part, collapsed_axes, leaf_part
 from fq_transforms.spec import Group, Spec
-from fq_transforms.state import State, flatten, unflatten
+from fq_transforms.state import State, flatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,9 +45,10 @@ def sync(
     check_state(state, spec, values=False)
     largest, summed = _batches(spec, same_experts) if split is None else (_split(spec, split, group.size()), [])
     _check_reducible({name: leaves[name] for name in (*largest, *summed)})
-    leaves |= dict(zip(largest, largest_over(group, [leaves[name] for name in largest]), strict=True))
-    leaves |= dict(zip(summed, sum_over(group, [leaves[name] for name in summed]), strict=True))
-    return unflatten(leaves, like=state)
+    reduced = dict(zip(largest, largest_over(group, [leaves[name] for name in largest]), strict=True))
+    reduced |= zip(summed, sum_over(group, [leaves[name] for name in summed]), strict=True)
+    touched = {name.rpartition(".")[0] for name in reduced}
+    return state | {key: {name: reduced.get(f"{key}.{name}", leaf) for name, leaf in state[key].items()} for key in touched}
 
 
 def _batches(spec: Spec, same_experts: bool) -> tuple[list[str], list[str]]:

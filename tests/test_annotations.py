@@ -14,7 +14,8 @@ def test_annotated_shapes_and_types_hold(pytestconfig):
     """Other tests under jaxtyping and beartype, in a process of their own: torch.compile cannot trace checks."""
     if pytestconfig.getoption("--shape-checks"):
         return
-    names = ["test_reference.py", "test_autograd.py", "test_state.py", "test_select.py", "test_transform.py"]
+    names = ["test_state.py", "test_select.py", "test_transform.py"]
+    names += ["ops/quantize/test_reference.py", "ops/quantize/test_autograd.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--shape-checks", "-m", "not gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *(str(TESTS / name) for name in names)],

@@ -328,7 +328,7 @@ def test_the_leaf_of_a_part_is_the_part_of_the_leaf(data, format):
 def calibrated(weights, format):
     """The leaves of stacked experts, by field."""
     params = {"experts.w": weights}
-    return fqt.transform(fqt.select(params, {"*": format})).calibrate(params)["experts.w"]._asdict()
+    return fqt.transform(fqt.select(params, {"*": format})).calibrate(params)["experts.w"]
 
 
 @pytest.mark.parametrize(
