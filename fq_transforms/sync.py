@@ -47,8 +47,10 @@ def sync(
     _check_reducible({name: leaves[name] for name in (*largest, *summed)})
     reduced = dict(zip(largest, largest_over(group, [leaves[name] for name in largest]), strict=True))
     reduced |= zip(summed, sum_over(group, [leaves[name] for name in summed]), strict=True)
-    touched = {name.rpartition(".")[0] for name in reduced}
-    return state | {key: {name: reduced.get(f"{key}.{name}", leaf) for name, leaf in state[key].items()} for key in touched}
+    synced = dict(state)
+    for key in {name.rpartition(".")[0] for name in reduced}:
+        synced[key] = {name: reduced.get(f"{key}.{name}", leaf) for name, leaf in state[key].items()}
+    return synced
 
 
 def _batches(spec: Spec, same_experts: bool) -> tuple[list[str], list[str]]:

@@ -138,7 +138,9 @@ def test_percentile(format):
     assert all(torch.equal(hundredth[name], leaf) for name, leaf in by_max.items())
     if format.block == (None, None):
         for e, weight in enumerate(params.values()):
-            assert found["experts.*.weight.amax"][e].item() == np.float32(torch.quantile(weight.double().abs(), 0.75).item())
+            assert found["experts.*.weight.amax"][e].item() == np.float32(
+                torch.quantile(weight.double().abs(), 0.75).item()
+            )
     if format.has_global_amax:
         assert torch.equal(*(state["experts.*.weight.global_amax"] for state in (found, by_max)))
 

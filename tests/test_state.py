@@ -383,8 +383,16 @@ STRUCTURE = {
         ValueError,
         [A, "['amax', 'global_amax']", "FP8 wants ['amax']"],
     ),
-    "a tensor for blocks": (lambda state: state.update({B: AMAX}), ValueError, [B, "['amax']", "wants ['amax', 'global_amax']"]),
-    "state for a stateless group": (lambda state: state.update({C: AMAX}), ValueError, [C, "['amax']", "MXFP4 wants []"]),
+    "a tensor for blocks": (
+        lambda state: state.update({B: AMAX}),
+        ValueError,
+        [B, "['amax']", "wants ['amax', 'global_amax']"],
+    ),
+    "state for a stateless group": (
+        lambda state: state.update({C: AMAX}),
+        ValueError,
+        [C, "['amax']", "MXFP4 wants []"],
+    ),
     "a stateless group for state": (lambda state: state.update({A: {}}), ValueError, [A, "found leaves []", "FP8"]),
     "a tensor, not a group": (lambda state: state.update({A: torch.ones(3)}), ValueError, [A, "Tensor", "a dict"]),
     "a list, not a group": (lambda state: state.update({A: [torch.ones(3)]}), ValueError, [A, "list", "a dict"]),
@@ -650,8 +658,8 @@ def with_inputs(device="cpu"):
     """Weights, and inputs that experts share, that each has, and that keep nothing."""
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32, device=device) for i in range(3) for role in ("w1", "w2")}
     params |= {"q.weight": torch.ones(4, 32, device=device)}
-    inputs = {"*.w1.*": FP8, "*.w2.*": NVFP4, "q.*": FP8_PER_CHANNEL}
-    return params, transform(select(params, {"experts.*": FP8}, inputs=inputs, per_expert="*.w2.*"))
+    rules = [Rule("*.w1.*", FP8, FP8), Rule("*.w2.*", FP8, NVFP4, per_expert_inputs=True)]
+    return params, transform(select(params, [*rules, Rule("q.*", inputs=FP8_PER_CHANNEL)]))
 
 
 def of_inputs(seed):
@@ -711,7 +719,7 @@ def test_flat_leaves_of_inputs_go_back():
 def test_tied_roles_share_their_inputs_too():
     """Gate and up get the same tokens: their inputs' scales are tied as the weights' are."""
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(2) for role in ("w1", "w3")}
-    fq = transform(select(params, {"*": FP8}, inputs={"*": FP8}))
+    fq = transform(select(params, [Rule("*", FP8, FP8)]))
     tokens = torch.ones(2, dtype=torch.float64)
     state = calibrate_weights(params, fq) | {
         f"experts.*.{role}.weight.input": {"amax": torch.tensor([amax]), "tokens": tokens}
@@ -753,7 +761,9 @@ def test_inputs_of_a_group_that_is_missing_are_named():
     params, fq = with_inputs()
     state = of_inputs(0)
     del state["q.weight.input"]
-    assert_names(message_of(KeyError, check, state, fq.spec, values=False), "group 'q.weight.input' is not in the state")
+    assert_names(
+        message_of(KeyError, check, state, fq.spec, values=False), "group 'q.weight.input' is not in the state"
+    )
     assert_names(message_of(ValueError, fq.fakequant, params, of_inputs(0)), "found no token for expert 1 of 3")
 
 

@@ -213,8 +213,9 @@ SHARED, OWN, DENSE = "experts.*.w1.weight.input", "experts.*.w2.weight.input", "
 def with_inputs():
     params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(3) for role in ("w1", "w2")}
     params |= {"q.weight": torch.ones(4, 32), "k.weight": torch.ones(4, 32)}
-    rules = {"*.w?.*": fqt.FP8, "q.*": fqt.NVFP4, "k.*": fqt.MXFP8}
-    return params, fqt.transform(fqt.select(params, {"*": fqt.FP8}, inputs=rules, per_expert="*.w2.*"))
+    rules = [fqt.Rule("*.w1.*", fqt.FP8, fqt.FP8), fqt.Rule("*.w2.*", fqt.FP8, fqt.FP8, per_expert_inputs=True)]
+    rules += [fqt.Rule("q.*", fqt.FP8, fqt.NVFP4), fqt.Rule("k.*", fqt.FP8, fqt.MXFP8)]
+    return params, fqt.transform(fqt.select(params, rules))
 
 
 def state_of(rank):
@@ -261,9 +262,7 @@ def equals_merge(rank, size):
     assert collectives.get_total_counts() == 0
 
     # Over tensor-parallel ranks: the amax of inputs, and not the tokens that all of them see.
-    tied = fq.sync(
-        state | weights.calibrate(params), world(), split={"experts.*.w2.weight": "in", "q*": "out"}
-    )
+    tied = fq.sync(state | weights.calibrate(params), world(), split={"experts.*.w2.weight": "in", "q*": "out"})
     for key in (OWN, DENSE):
         assert torch.equal(tied[key]["amax"], wanted[key]["amax"])
         assert tied[key]["tokens"] is state[key]["tokens"]

@@ -222,7 +222,7 @@ WRONG_OPTIONS = {
 
 @pytest.mark.parametrize("option", WRONG_OPTIONS)
 def test_a_wrong_option_is_refused_when_the_transform_is_made(params, option):
-    """Before the first training step, by `transform`, by `Transform` and by `dataclasses.replace`, in the same words."""
+    """Not when it is used: by `transform`, by `Transform` and by `dataclasses.replace`, in the same words."""
     format, options, message = WRONG_OPTIONS[option]
     spec = fqt.select(params, {"experts.*": format})
     right = fqt.transform(spec)

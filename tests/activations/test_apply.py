@@ -94,8 +94,9 @@ def test_a_list_of_experts_equals_modelopt(modelopt, moe, preset):
     """Every input's amax and every logit, whether ModelOpt ties the experts' inputs or does not."""
     model, params = language_model(moe)
     peer = theirs(modelopt, model, preset)
-    per_expert = "*.experts.*" if moe is UntiedListMoE else ()
-    fq = fqt.transform(fqt.select(params, getattr(presets, preset), per_expert=per_expert))
+    rules, untied = getattr(presets, preset), moe is UntiedListMoE
+    rules = [replace(rule, per_expert_inputs=untied and rule.inputs is not None) for rule in rules]
+    fq = fqt.transform(fqt.select(params, rules))
     state = fq.calibrate(params, BATCHES, model=model)
     amaxes = input_amax_of(peer)
     assert bool(amaxes) == any("tokens" in entry for entry in state.values())
@@ -143,8 +144,8 @@ RULES = {"*.experts.*": fqt.INT8, "*proj*": fqt.FP8}
 
 def prepared(backward="pass_through", per_expert=False):
     model, params = language_model()
-    spec = fqt.select(params, RULES, inputs=RULES if inputs is None else inputs, **options)
-    fq = fqt.transform(spec, backward=backward)
+    rules = [fqt.Rule(pattern, f, f, per_expert_inputs=per_expert) for pattern, f in RULES.items()]
+    fq = fqt.transform(fqt.select(params, rules), backward=backward)
     return model, params, fq, fq.calibrate(params, BATCHES, model=model)
 
 
@@ -208,7 +209,8 @@ def test_gradients_equal_those_of_quantized_layers(backward, per_expert):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].abs().max().item())
     other = "clip" if backward == "pass_through" else "pass_through"
     fq2 = fqt.transform(fq.spec, backward=other)
-    differ = grad(lambda p: loss(p, lambda q: fq2.apply(model, q, state, batch)))({n: p.detach() for n, p in params.items()})
+    detached = {name: p.detach() for name, p in params.items()}
+    differ = grad(lambda p: loss(p, lambda q: fq2.apply(model, q, state, batch)))(detached)
     assert not torch.equal(differ["embed.weight"], found["embed.weight"])
 
 
@@ -250,7 +252,7 @@ def test_nothing_changes_and_nothing_stays():
 def test_calls_may_be_nested():
     """A teacher within the student's forward, of the same model and parameters, quantizes by its own state only."""
     model, params, fq, state = prepared()
-    other = fqt.transform(fqt.select(params, {}, inputs={"*proj*": fqt.INT8}))
+    other = fqt.transform(fqt.select(params, [fqt.Rule("*proj*", inputs=fqt.INT8)]))
     teacher_state = other.calibrate(params, BATCHES[0], model=model)
     alone = fq.apply(model, params, state, BATCHES[0]), other.apply(model, params, teacher_state, BATCHES[1])
     found = []
@@ -266,8 +268,7 @@ def test_calls_may_be_nested():
 
     both = Both()
     names = dict(both.named_parameters())
-    spec = fqt.select(names, {f"*{k}": f for k, f in RULES.items()}, inputs={f"*{k}": f for k, f in RULES.items()})
-    outer = fqt.transform(spec)
+    outer = fqt.transform(fqt.select(names, [fqt.Rule(f"*{pattern}", f, f) for pattern, f in RULES.items()]))
     out = outer.apply(both, names, {f"model.{key}": entry for key, entry in state.items()}, BATCHES[0])
     assert torch.equal(out, alone[0])
     assert torch.equal(found[0], alone[1])
@@ -287,7 +288,7 @@ def test_layers_that_run_again_in_backward_are_refused(reentrant):
     """Activation checkpointing would compute them again, unquantized, and give gradients of another function."""
     model = Checkpointed(reentrant)
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8}))
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)]))
     x = torch.ones(2, 4, requires_grad=True)
     state = fq.calibrate(params, x, model=model)
     message = message_of(ValueError, fq.apply, model, params, state, x)
@@ -307,7 +308,7 @@ def test_without_inputs_it_is_functional_call():
 
 
 def test_mistakes_are_named():
-    model, params, fq, state = prepared(per_expert="*.experts.*")
+    model, params, fq, state = prepared(per_expert=True)
     few = fq.calibrate(params, BATCHES[0][:1, :1], model=model)
     message = message_of(ValueError, fq.apply, model, params, few, BATCHES[0])
     assert_names(message, "layers.", "found no token for expert ", " of 4", "fq.fill_unseen(state, unseen=...)")
@@ -316,7 +317,8 @@ def test_mistakes_are_named():
     idle = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
     idle.forward = idle["used"].forward
     params = dict(idle.named_parameters())
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*": fqt.MXFP8, "*weight": fqt.FP8_PER_CHANNEL}))
+    rules = [fqt.Rule("*", inputs=fqt.MXFP8), fqt.Rule("*weight", inputs=fqt.FP8_PER_CHANNEL)]
+    fq = fqt.transform(fqt.select(params, rules))
     message = message_of(ValueError, fq.apply, idle, params, fq.calibrate(params), torch.ones(1, 4))
     assert_names(message, "'idle.weight.input'", "never ran in this call (1 of 2 groups")
 
@@ -324,7 +326,7 @@ def test_mistakes_are_named():
 def test_learned_scales_are_of_weights_only():
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}), backward="lsq")
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.INT8)]), backward="lsq")
     state = fq.calibrate(params, torch.randn(4, 32), model=model)
     with pytest.raises(ValueError) as error:
         fq.apply(model, params, state, torch.randn(4, 32))
@@ -334,7 +336,7 @@ def test_learned_scales_are_of_weights_only():
 def test_a_report_has_the_tokens_that_calibration_counted():
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}, inputs={"*": fqt.INT8}))
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.INT8)]))
     state = fq.calibrate(params, [torch.randn(4, 32), torch.randn(3, 32)], model=model)
     found = fq.report(params, state)
     assert found.groups["0.weight"].tokens.tolist() == [7]

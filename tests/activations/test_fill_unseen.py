@@ -1,4 +1,4 @@
-"""`fq.fill_unseen`: experts that saw no token are an error that names them, or get what the user chose; never 0 or NaN."""
+"""`fq.fill_unseen`: experts without tokens are an error that names them, or get what the user chose; never 0 or NaN."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NONE = -torch.inf
 
 def prepared(amax, *, per_expert=True, weights=(1.0, 2.0, 4.0, 0.0)):
     params = {KEY.replace("*", str(i)).removesuffix(".input"): torch.full((2, 2), w) for i, w in enumerate(weights)}
-    spec = fqt.select(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8}, per_expert="*" if per_expert else ())
+    spec = fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8, per_expert_inputs=per_expert)])
     fq, weights = fqt.transform(spec), fqt.transform(fqt.select(params, {"*": fqt.FP8}))
     tokens = torch.tensor([0.0 if a == NONE else 3.0 for a in amax] if per_expert else [0.0, 3.0, 0.0, 0.0])
     return params, fq, weights.calibrate(params) | {KEY: {"amax": torch.tensor(amax), "tokens": tokens.double()}}

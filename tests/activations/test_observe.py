@@ -20,7 +20,7 @@ INPUT_FORMATS = [fqt.FP8, fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.INT8_PER_CHANNEL, f
 
 def prepared(per_expert=True, format=fqt.FP8):
     model, params = language_model()
-    spec = fqt.select(params, {"*.experts.*": fqt.INT8}, inputs={"*.experts.*": format}, per_expert=per_expert)
+    spec = fqt.select(params, [fqt.Rule("*.experts.*", fqt.INT8, format, per_expert_inputs=per_expert)])
     return model, params, fqt.transform(spec)
 
 
@@ -65,7 +65,8 @@ def test_calibration_is_a_fold():
         assert same(state, whole)
     pairs = fqt.merge(*(fq.calibrate(params, half, model=model) for half in (BATCHES[4:], BATCHES[:4])))
     assert same(pairs, whole)
-    assert any(bool((s[i.key]["amax"] == -torch.inf).any()) for s in single for i in fq.spec.inputs)  # a real test of it
+    amaxes = [state[inputs.key]["amax"] for state in single for inputs in fq.spec.inputs]
+    assert any(bool((amax == -torch.inf).any()) for amax in amaxes)  # a real test of it
 
 
 FORMS = {
@@ -112,7 +113,7 @@ def test_calibration_changes_nothing():
         name: (tensor, tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()
     }
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"layer.weight": fqt.FP8}, inputs={"layer*": fqt.FP8}))
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("layer.weight", fqt.FP8, fqt.FP8)]))
     state = fq.calibrate(params, [torch.ones(2, 4), torch.ones(3, 4)], model=model)
     assert state["layer.weight.input"]["tokens"].tolist() == [5]
     assert not any(leaf.requires_grad for leaf in fqt.state.flatten(state).values())
@@ -185,7 +186,7 @@ def test_clipping_stops_the_gradient_of_an_input(per_expert):
 
 def split_over_ranks(rank, size, order):
     model, params, fq = prepared()
-    _, _, shared = prepared(())
+    _, _, shared = prepared(False)
     torch.set_num_threads(1)
     own = [BATCHES[i] for i in order[rank::size]]
     world = torch.distributed.group.WORLD
@@ -239,10 +240,12 @@ def test_mistakes_are_named():
         for layer in (model.first, model.second):
             layer.weight.copy_(torch.eye(4))
             layer.bias.zero_()
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*weight": fqt.FP8}))
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*weight", inputs=fqt.FP8)]))
     message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4), model=model)
     assert_names(message, "'idle.weight.input'", "never ran in 1 batches (1 of 3 groups did not)")
-    fq = fqt.transform(fqt.select(params, {}, inputs={"*t.weight": fqt.FP8, "sec*weight": fqt.FP8}))
+    fq = fqt.transform(
+        fqt.select(params, [fqt.Rule("*t.weight", inputs=fqt.FP8), fqt.Rule("sec*weight", inputs=fqt.FP8)])
+    )
     fq.calibrate(params, [torch.ones(1, 4)] * 2, model=model)
     for value, batch in ((-1.0, 2), (torch.inf, 2)):
         bad = [torch.ones(1, 4), torch.zeros(1, 4), torch.full((1, 4), value), torch.full((1, 4), value)]

@@ -278,7 +278,7 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
     """Its product lies in an autograd.Function: rows have their experts by m_splits, and gradients the fake input."""
     model = GroupedLinear(3)
     weights = dict(model.named_parameters())
-    spec = fqt.select(weights, {}, inputs={"*": fqt.INT8}, per_expert="*")
+    spec = fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8, per_expert_inputs=True)])
     fq = fqt.transform(spec)
     args, kwargs = ((x(T),), {"m_splits": [2, 0, 4]}) if as_keyword else ((x(T), [2, 0, 4]), {})
     state = fq.calibrate(weights, [kwargs | {"inp": args[0]} if as_keyword else args], model=model)
@@ -302,9 +302,11 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
 def test_layers_that_normalize_their_input_are_refused(engine):
     model = LayerNormLinear()
     weights = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(weights, {}, inputs={"*": fqt.INT8}))
+    fq = fqt.transform(fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8)]))
     assert_names(
-        message_of(ValueError, fq.calibrate, weights, x(T), model=model), "'weight.input'", "LayerNormLinear, which normalizes"
+        message_of(ValueError, fq.calibrate, weights, x(T), model=model),
+        "'weight.input'",
+        "LayerNormLinear, which normalizes",
     )
 
 
@@ -317,8 +319,8 @@ def _megatron(rank, size):
     share(Layout(ep=2))
     model = initialized(Layout(ep=2), gated=True).eval()
     weights = dict(model.named_parameters())
-    rules = {"*.local_experts.*weight": fqt.FP8, "*linear_proj.weight": fqt.FP8}
-    fq = fqt.transform(fqt.select(weights, rules, inputs=rules, per_expert="*experts*"))
+    rules = [fqt.Rule("*.local_experts.*weight", fqt.FP8, fqt.FP8, per_expert_inputs=True)]
+    fq = fqt.transform(fqt.select(weights, [*rules, fqt.Rule("*linear_proj.weight", fqt.FP8, fqt.FP8)]))
     state = fq.calibrate(weights, tokens(), model=model)
     counts = {i.key: state[i.key]["tokens"] for i in fq.spec.inputs}
     amaxes = {i.key: state[i.key]["amax"] for i in fq.spec.inputs}
@@ -335,7 +337,7 @@ def _megatron(rank, size):
     with torch.no_grad():
         layer.weight.copy_(torch.randn(OUT, IN))
     own = dict(layer.named_parameters())
-    fq = fqt.transform(fqt.select(own, {}, inputs={"*": fqt.INT8}))
+    fq = fqt.transform(fqt.select(own, [fqt.Rule("*", inputs=fqt.INT8)]))
     at = fq.calibrate(own, x(T), model=layer)
     fq.apply(layer, own, at, x(T))[0].sum().backward()
     quantized = fake_quantize_reference(x(T), x(T).abs().max(), None, format=fqt.INT8, out_dtype=torch.float32)

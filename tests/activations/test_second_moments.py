@@ -1,4 +1,4 @@
-"""`fq.input_second_moments`: by hand, by forward hooks, as a fold over batches and ranks; and what `Mse` makes of them."""
+"""`fq.input_second_moments`: by hand, by forward hooks, a fold over batches and ranks; what `Mse` makes of them."""
 
 import sys
 from dataclasses import replace
@@ -217,7 +217,7 @@ def test_inputs_that_the_model_maps_are_refused(observing):
     """Their values cannot be read: said so, with the layer and the batch, in place of PyTorch's own error."""
     model = Mapped()
     params = dict(model.named_parameters())
-    fq = weighted(params, {"*": fqt.FP8}, inputs={"*": fqt.FP8})
+    fq = weighted(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)])
     message = message_of(ValueError, getattr(fq, observing), params, [torch.ones(2, 4)], model=model)
     key = "'layer.weight.input'" if observing == "calibrate" else "'layer.weight'"
     assert_names(message, key, "vmap", f"call {observing} outside")
@@ -272,7 +272,9 @@ def test_mistakes_are_named():
     for bad, layer, number in ((torch.nan, "first", "nan"), (torch.inf, "first", "inf"), (-1.0, "second", "nan")):
         batches = [torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([[1.0, 1.0, bad, 1.0]]), torch.full((1, 4), bad)]
         message = message_of(ValueError, fq.input_second_moments, params, batches, model=model)
-        assert_names(message, f"input_second_moments: batch 2: the input of '{layer}.weight' is the first", number, "finite")
+        assert_names(
+            message, f"input_second_moments: batch 2: the input of '{layer}.weight' is the first", number, "finite"
+        )
     every = weighted(params, {"*.weight": fqt.INT8})
     message = message_of(ValueError, every.input_second_moments, params, torch.ones(1, 4), model=model)
     assert_names(message, "'idle.weight'", "never ran in 1 batches (1 of 3 groups did not)", "with a rule to None")
@@ -283,15 +285,14 @@ def test_mistakes_are_named():
     message = message_of(ValueError, fq.input_second_moments, params, torch.ones(1, 4), model=model, group="world")
     assert_names(message, "group: found 'world', wanted None or a process group")
     del params["first.weight"]
-    assert_names(
-        message_of(KeyError, fq.input_second_moments, params, torch.ones(1, 4), model=model), "first.weight"
-    )
+    assert_names(message_of(KeyError, fq.input_second_moments, params, torch.ones(1, 4), model=model), "first.weight")
 
 
 def test_inputs_of_the_spec_are_not_read():
     """The statistics are of the weights, whatever the spec says of inputs; one without weights has none."""
     model, params, fq = prepared()
-    both = weighted(params, {"*.experts.*": fqt.INT4_BLOCK32}, inputs={"*": fqt.FP8}, per_expert="*.experts.*")
+    rules = [fqt.Rule("*", inputs=fqt.FP8), fqt.Rule("*.experts.*", fqt.INT4_BLOCK32, fqt.FP8, per_expert_inputs=True)]
+    both = weighted(params, rules)
     found = both.input_second_moments(params, BATCHES, model=model)
     wanted = fq.input_second_moments(params, BATCHES, model=model)
     assert list(found) == [group.key for group in both.spec.groups]
