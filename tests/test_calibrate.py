@@ -68,5 +68,5 @@ def test_a_cut_granule_is_refused_on_every_rank(ranks):
     first, *others = ranks(refusals, size=2)
     assert all(messages == first for messages in others)
     for message, (format, _) in zip(first, CUT, strict=False):
-        assert_names(message, "Mse", "experts.w", format.name, "mesh dimension 0", "use Max")
+        assert_names(message, "Mse", "experts.w", format.name, "mesh axis 0", "use Max")
     assert_names(first[-1], "statistics 'experts.w'", "DTensors", "plain")

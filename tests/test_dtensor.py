@@ -184,7 +184,7 @@ def counts(rank, size):
 
 @pytest.mark.dist
 def test_calibrate_makes_as_few_collectives_as_there_are_split_axes_to_collapse(ranks):
-    """None over experts, whatever the format; one for all groups over each dimension of the mesh that needs it."""
+    """None over experts, whatever the format; one for all groups over each axis of the mesh that needs it."""
     first, *others = ranks(counts)
     assert all(found == first for found in others)
     collapsed = {"FP8": {1, 2}, "INT8_PER_CHANNEL": {2}, "INT4_BLOCK32": set(), "NVFP4_STATIC": {1, 2}, "MXFP4": set()}
@@ -221,11 +221,11 @@ def test_a_shard_that_cuts_a_block_is_refused_on_every_rank(ranks):
     """Dynamic formats too, which have no leaf of blocks; on ranks without a cut as well, else these would hang."""
     first, *others = ranks(cuts)
     assert all(found == first for found in others)
-    axes = {"FP8_BLOCK": "`out` (dimension 1 of"}
+    axes = {"FP8_BLOCK": "`out` (dim 1 of"}
     for (name, _, layout, _), message in first.items():
         parameter = "parameter 'experts.0.w'" if layout == "separate" else "parameter 'experts.w'"
         block = fqt.formats.FORMATS[name].block[1]
-        cases.assert_names(message, parameter, axes.get(name, "`in` (dimension 2 of"), f"a block of {block} of {name}")
+        cases.assert_names(message, parameter, axes.get(name, "`in` (dim 2 of"), f"a block of {block} of {name}")
     assert "holds 0..96 of 384" in first["FP8_BLOCK", (384, 128), "stacked", "init"]
 
 
@@ -372,7 +372,7 @@ def test_what_is_not_finite_raises_on_each_rank_that_holds_the_amax(ranks):
         elif axes[0] == 0:
             assert raised == (last if axes[1] in kept[name] else last_row), (name, axes)
         elif name == "INT8_PER_CHANNEL":
-            assert raised == {1, 3}  # mesh dimension b splits `out`, which is kept, and a is collapsed
+            assert raised == {1, 3}  # mesh axis b splits `out`, which is kept, and a is collapsed
         else:
             assert raised == (last if name == "MXFP4" else everyone), (name, axes)
         for rank in raised:

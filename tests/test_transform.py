@@ -204,7 +204,9 @@ def test_meta_parameters_go_through(params):
         assert fq.fakequant(meta, state)["experts.0.weight"].shape == (128, 128)
 
 
-# Option -> (format, wrong value, what the error says)
+INPUTS = fqt.Rule("experts.*", fqt.FP8, fqt.FP8)
+
+# Option -> (format or rule, wrong value, what the error says)
 WRONG_OPTIONS = {
     "spec, rules": (fqt.FP8, {"spec": {"*": fqt.FP8}}, "spec: found dict, wanted a Spec; call transform(select("),
     "method, by name": (fqt.FP8, {"method": "mse"}, "method: found 'mse', wanted Max(), Percentile(p), Mse() or Four"),
@@ -213,6 +215,7 @@ WRONG_OPTIONS = {
     "method, of another format": (fqt.INT8, {"method": methods.FourOverSix()}, "method FourOverSix: found INT8 for"),
     "backward": (fqt.FP8, {"backward": "clp"}, "backward: found 'clp', wanted 'pass_through', 'clip' or 'lsq'"),
     "backward, unhashable": (fqt.FP8, {"backward": ["clip"]}, "backward: found ['clip'], wanted 'pass_through', 'cl"),
+    "backward, inputs": (INPUTS, {"backward": "lsq"}, "backward 'lsq': found the inputs of 1 groups, such as 'experts"),
     "backward, nothing to learn": (fqt.MXFP4, {"backward": "lsq"}, "backward 'lsq': found MXFP4 only, wanted a form"),
     "out_dtype": (fqt.FP8, {"out_dtype": torch.float64}, "out_dtype: found torch.float64, wanted bfloat16, float16 or"),
     "out_dtype, by name": (fqt.FP8, {"out_dtype": "bf16"}, "out_dtype: found bf16, wanted bfloat16, float16 or float"),
@@ -224,7 +227,7 @@ WRONG_OPTIONS = {
 def test_a_wrong_option_is_refused_when_the_transform_is_made(params, option):
     """Not when it is used: by `transform`, by `Transform` and by `dataclasses.replace`, in the same words."""
     format, options, message = WRONG_OPTIONS[option]
-    spec = fqt.select(params, {"experts.*": format})
+    spec = fqt.select(params, [format] if isinstance(format, fqt.Rule) else {"experts.*": format})
     right = fqt.transform(spec)
     for make in (fqt.transform, fqt.Transform, partial(replace, right)):
         assert message in message_of(ValueError, make, **{"spec": spec, **options})

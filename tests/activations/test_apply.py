@@ -323,16 +323,6 @@ def test_mistakes_are_named():
     assert_names(message, "'idle.weight.input'", "never ran in this call (1 of 2 groups")
 
 
-def test_learned_scales_are_of_weights_only():
-    model = nn.Sequential(nn.Linear(32, 8, bias=False))
-    params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.INT8)]), backward="lsq")
-    state = fq.calibrate(params, torch.randn(4, 32), model=model)
-    with pytest.raises(ValueError) as error:
-        fq.apply(model, params, state, torch.randn(4, 32))
-    assert_names(str(error.value), "lsq", "inputs", "pass_through")
-
-
 def test_a_report_has_the_tokens_that_calibration_counted():
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     params = dict(model.named_parameters())
