@@ -9,6 +9,7 @@ from dataclasses import replace
 import optree
 import pytest
 import torch
+from safetensors import safe_open
 from torch.func import grad
 
 import fq_transforms as fqt
@@ -180,17 +181,34 @@ def test_it_is_stored_with_all_of_its_numbers(format, tmp_path):
     assert rule.weights == format
 
 
-@every_format
-def test_an_export_without_a_name_for_it_says_so(format, tmp_path):
-    """Engines read what they know: before the first byte, with the format's name."""
-    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+def exported(format):
+    """Names, weights and a config that a file of a model has, and the transform."""
     names = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": w for e, w in enumerate(experts(2, (64, 192)))}
-    fq = transform_of(format, names)
-    state = fq.calibrate(names)
+    return names, transform_of(format, names), {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+
+
+@pytest.mark.parametrize("format", NEW[1:], ids=name_of)
+def test_an_export_without_a_name_for_it_says_so(format, tmp_path):
+    """Engines read what they know: refused before the first byte, by the format's name."""
+    params, fq, config = exported(format)
+    state = fq.calibrate(params)
     for export in (fqt.export.compressed_tensors, fqt.export.modelopt_hf):
-        message = message_of(ValueError, export, tmp_path / "out", fq, names, state, config=config)
+        message = message_of(ValueError, export, tmp_path / "out", fq, params, state, config=config)
         assert_names(message, format.name)
         assert not (tmp_path / "out").exists()
+
+
+def test_integers_of_fewer_bits_are_exported_in_a_byte(tmp_path):
+    """A reader of INT8 multiplies codes by scales, whatever the codes' range: it gets the fake weights of INT6."""
+    pytest.importorskip("compressed_tensors")
+    params, fq, config = exported(NEW[0])
+    state = fq.calibrate(params)
+    fqt.export.compressed_tensors(tmp_path / "out", fq, params, state, config=config)
+    fqt.export.decompress(tmp_path / "out", tmp_path / "plain")
+    with safe_open(tmp_path / "plain" / "model.safetensors", framework="pt") as file:
+        read = {name: file.get_tensor(name) for name in params}
+    fakes = fq.fakequant(params, state)
+    assert all(torch.equal(read[name].float(), fake.to(read[name].dtype).float()) for name, fake in fakes.items())
 
 
 @pytest.fixture
