@@ -79,12 +79,12 @@ def calibrate(
 
 
 def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None) -> dict[str, Tensor]:
-    """The amax leaves of the weights that this rank holds, by field; of MX formats, too, an amax an expert."""
+    """The amax leaves of the weights that this rank holds, by name; of MX formats, too, an amax an expert."""
     if layout is not None:
         if layout.is_empty:
             numbers: dict[str, Any] = {"dtype": torch.float32, "device": weights[0].device}
-            shapes = {field: leaf.local_shape for field, leaf in layout.leaves.items()}
-            return {field: torch.full(shape, UNCALIBRATED, **numbers) for field, shape in shapes.items()}
+            shapes = {name: leaf.local_shape for name, leaf in layout.leaves.items()}
+            return {name: torch.full(shape, UNCALIBRATED, **numbers) for name, shape in shapes.items()}
         weights = local_tensors(layout, weights)
     amax, global_amax = expert_amax(weights, format=group.format, transposed=group.transposed)
     return {"amax": amax} if global_amax is None else {"amax": amax, "global_amax": global_amax}
@@ -93,14 +93,14 @@ def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None
 def _reduce(found: Sequence[dict[str, Tensor]], layouts: Sequence[Layout | None]) -> None:
     """Replace the leaves of sharded groups by their maxima over the ranks, all together."""
     leaves = [
-        (where, field, layout)
+        (where, name, layout)
         for where, layout in zip(found, layouts, strict=True)
         if layout is not None
-        for field in layout.leaves
+        for name in layout.leaves
     ]
-    reduced = reduce_leaves([(where[field], layout, field) for where, field, layout in leaves])
-    for (where, field, _), leaf in zip(leaves, reduced, strict=True):
-        where[field] = leaf
+    reduced = reduce_leaves([(where[name], layout, name) for where, name, layout in leaves])
+    for (where, name, _), leaf in zip(leaves, reduced, strict=True):
+        where[name] = leaf
 
 
 def _check_finite(largest: Sequence[tuple[Tensor, Group, Sequence[int]]]) -> None:
@@ -160,10 +160,10 @@ def check_whole(method: Method, group: Group, layout: Layout | None) -> None:
     """Raise ValueError if a rank holds only a part of a granule: sums over ranks are not made. On all ranks alike."""
     if layout is None or isinstance(method, Max):
         return
-    cut = [dim for dim in layout.leaves["amax"].reduced if layout.mesh.size(dim) > 1]
+    cut = [axis for axis in layout.leaves["amax"].reduced if layout.mesh.size(axis) > 1]
     if cut:
         raise ValueError(
-            f"method {type(method).__name__}: found group {group.key!r} sharded over mesh dimension {cut[0]} within "
+            f"method {type(method).__name__}: found group {group.key!r} sharded over mesh axis {cut[0]} within "
             f"the granules of {group.format.name}, wanted whole ones on each rank; use Max, or shard the experts"
         )
 
@@ -211,7 +211,7 @@ def chosen_leaves(
     leaves: dict[str, Tensor],
     importance: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The leaves of a group by field, from those of max on this rank, which are left as they are.
+    """The leaves of a group by name, from those of max on this rank, which are left as they are.
 
     Raises:
         ValueError: The weights are mapped by vmap.

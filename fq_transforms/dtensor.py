@@ -1,11 +1,11 @@
 """DTensors to local shards and back: the only file that knows DTensor, which it imports once one is seen.
 
-A group's weights on a mesh give its state on the same mesh. For each dimension of the mesh:
+A group's weights on a mesh give its state on the same mesh. A mesh has axes, a tensor has dims; for each axis:
 
-    the weights                       a leaf of the state
-    Replicate()                       Replicate()
-    Shard of an axis the leaf has     Shard of the leaf's own dimension for that axis
-    Shard of an axis it collapses     Replicate(), after a maximum over that dimension of the mesh
+    the weights                     a leaf of the state
+    Replicate()                     Replicate()
+    Shard of a dim the leaf has     Shard of the leaf's own dim for it
+    Shard of a dim it collapses     Replicate(), after a maximum over the axis
 
 So each rank quantizes its own shard by its own part of the state, with the operations for plain tensors in between: the
 crossings `local_tensors` and `sharded_tensors` are each other's derivative. They are `autograd.Function`s because under
@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from fq_transforms.distributed import largest_over
 from fq_transforms.ops.private import is_functorch_active, is_mapped, unwrapped
-from fq_transforms.partition import Part, blocks_of, collapsed_axes, leaf_part
+from fq_transforms.partition import Part, blocks_of, collapsed_dims, leaf_part
 from fq_transforms.spec import Group
 
 if TYPE_CHECKING:
@@ -47,13 +47,12 @@ __all__ = [
     "spread_of",
 ]
 
-
+# A name that a type lacks is slow to ask a tensor for.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor, under torch.func too. torch.compile is given none: `weights_of` refuses them there."""
-    # A name that a type has not is dear to ask a tensor for.
     if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
         return not torch.compiler.is_compiling()
     if not is_functorch_active():
@@ -72,14 +71,21 @@ def spread_in_words(spread: tuple[Any, tuple[Any, ...]] | None) -> str:
     return "a plain tensor" if spread is None else f"a DTensor {spread[1]} on {spread[0]}"
 
 
-class Shards(NamedTuple):
-    """How one tensor of global `shape` lies on the mesh: `names` for messages, and its local shape on this rank."""
+class Sharding(NamedTuple):
+    """How tensors of one global shape lie on the mesh.
+
+    Attributes:
+        names: Theirs, for messages.
+        shape: Of the whole.
+        placements: One for each axis of the mesh.
+        local_shape: Of the shard on this rank.
+        reduced: Axes of the mesh over which a leaf is a maximum.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     placements: "tuple[Placement, ...]"
     local_shape: tuple[int, ...]
-    # Dimensions of the mesh over which a leaf is a maximum, for a leaf.
     reduced: tuple[int, ...] = ()
 
 
@@ -90,13 +96,13 @@ class Layout:
     Attributes:
         mesh: The mesh.
         weights: Of each parameter.
-        leaves: Of each leaf, by field.
+        leaves: Of each leaf, by name.
         experts: Numbers of the experts that this rank holds parts of.
     """
 
     mesh: "DeviceMesh"
-    weights: Shards
-    leaves: dict[str, Shards]
+    weights: Sharding
+    leaves: dict[str, Sharding]
     experts: tuple[int, ...]
 
     @property
@@ -110,7 +116,7 @@ class _Crossing:
     """What the Functions are told: which tensors cross, and the mesh."""
 
     mesh: "DeviceMesh"
-    shards: Shards
+    sharding: Sharding
 
 
 def layout_of(
@@ -121,7 +127,7 @@ def layout_of(
     Args:
         group: The group.
         weights: Its parameters.
-        shapes: Of the leaves, by field; those of the state if None.
+        shapes: Of the leaves, by name; those of the state if None.
 
     Raises:
         ValueError: A shard cuts a block, on any rank; a placement is neither Shard nor Replicate; a weight is mapped by
@@ -144,32 +150,32 @@ def layout_of(
     return Layout(mesh, *_layout(group, leaves, tuple(first.placements), tuple(mesh.shape), tuple(coordinate)))
 
 
-def local_tensors(layout: Layout, tensors: Sequence[Tensor], field: str = "") -> tuple[Tensor, ...]:
-    """Each DTensor's shard on this rank, differentiable: the parameters of a group, or a leaf of its state.
+def local_tensors(layout: Layout, tensors: Sequence[Tensor], leaf: str = "") -> tuple[Tensor, ...]:
+    """Each DTensor's shard on this rank, differentiable: the parameters of a group, or a leaf of its state by name.
 
     A DTensor that is placed otherwise, as a cotangent may be, is redistributed.
     """
-    shards = layout.leaves[field] if field else layout.weights
-    return _ToLocal.apply(_Crossing(layout.mesh, shards), *tensors)
+    sharding = layout.leaves[leaf] if leaf else layout.weights
+    return _ToLocal.apply(_Crossing(layout.mesh, sharding), *tensors)
 
 
-def sharded_tensors(layout: Layout, tensors: Sequence[Tensor], field: str = "") -> tuple[Tensor, ...]:
+def sharded_tensors(layout: Layout, tensors: Sequence[Tensor], leaf: str = "") -> tuple[Tensor, ...]:
     """DTensors whose shards on this rank are `tensors`, differentiable; contiguous."""
-    shards = layout.leaves[field] if field else layout.weights
-    return _FromLocal.apply(_Crossing(layout.mesh, shards), *tensors)
+    sharding = layout.leaves[leaf] if leaf else layout.weights
+    return _FromLocal.apply(_Crossing(layout.mesh, sharding), *tensors)
 
 
-def check_leaf(name: str, leaf: Tensor, layout: Layout | None, field: str) -> None:
-    """Raise ValueError unless a leaf is placed as its weights want it: a plain tensor if they are."""
+def check_leaf(what: str, leaf: Tensor, layout: Layout | None, name: str) -> None:
+    """Raise ValueError unless the leaf `name` is placed as its weights want it: a plain tensor if they are."""
     found = spread_of(leaf)
-    wanted = None if layout is None else (layout.mesh, layout.leaves[field].placements)
+    wanted = None if layout is None else (layout.mesh, layout.leaves[name].placements)
     if found != wanted:
         raise ValueError(
-            f"state {name!r}: found {spread_in_words(found)}, wanted {spread_in_words(wanted)} as its weights are "
+            f"state {what!r}: found {spread_in_words(found)}, wanted {spread_in_words(wanted)} as its weights are "
             "placed; calibrate with these parameters, or redistribute it"
         )
     if found is not None:
-        _check_unmapped(f"state {name!r}", leaf)
+        _check_unmapped(f"state {what!r}", leaf)
 
 
 def local_values(tensor: Tensor) -> Tensor:
@@ -195,17 +201,17 @@ def position(tensor: Tensor, index: Sequence[int]) -> list[int]:
 
 
 def reduce_leaves(leaves: Sequence[tuple[Tensor, Layout, str]]) -> list[Tensor]:
-    """Local leaves (tensor, layout, field) as maxima over the dimensions of the mesh that they collapse.
+    """Local leaves (tensor, layout, name) as maxima over the axes of the mesh that shard what they collapse.
 
-    One all-reduce for each dimension of a mesh that any of them needs, in the order of first need, so that every rank
-    makes the same ones; none if none is needed. Not differentiable.
+    One all-reduce for each axis of a mesh that any of them needs, in the order of first need, so that every rank makes
+    the same ones; none if none is needed. Not differentiable.
     """
     tensors = [tensor for tensor, _, _ in leaves]
     needs: dict[tuple[str, torch.device], tuple[ProcessGroup, list[int]]] = {}
-    for i, (tensor, layout, field) in enumerate(leaves):
-        for dim in layout.leaves[field].reduced:
-            if layout.mesh.size(dim) > 1 and not tensor.is_meta:
-                group = layout.mesh.get_group(dim)
+    for i, (tensor, layout, name) in enumerate(leaves):
+        for axis in layout.leaves[name].reduced:
+            if layout.mesh.size(axis) > 1 and not tensor.is_meta:
+                group = layout.mesh.get_group(axis)
                 needs.setdefault((group.group_name, tensor.device), (group, []))[1].append(i)
     for group, members in needs.values():
         for i, tensor in zip(members, largest_over(group, [tensors[i] for i in members]), strict=True):
@@ -216,8 +222,8 @@ def reduce_leaves(leaves: Sequence[tuple[Tensor, Layout, str]]) -> list[Tensor]:
 class _ToLocal(Function):
     @staticmethod
     def forward(crossing: _Crossing, *tensors: Tensor) -> Any:
-        shards = crossing.shards
-        return tuple(_local(tensor, crossing, name) for name, tensor in zip(shards.names, tensors, strict=True))
+        names = crossing.sharding.names
+        return tuple(_local(tensor, crossing, name) for name, tensor in zip(names, tensors, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -234,7 +240,7 @@ class _FromLocal(Function):
     def forward(crossing: _Crossing, *tensors: Tensor) -> Any:
         from torch.distributed.tensor import DTensor
 
-        shape, placements = torch.Size(crossing.shards.shape), crossing.shards.placements
+        shape, placements = torch.Size(crossing.sharding.shape), crossing.sharding.placements
         stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return tuple(
             DTensor.from_local(tensor.contiguous(), crossing.mesh, placements, shape=shape, stride=stride)
@@ -256,23 +262,23 @@ def _cross(function: type[Function], crossing: _Crossing, vectors: Sequence[Tens
     live = [i for i, vector in enumerate(vectors) if vector is not None]
     crossed: dict[int, Tensor] = {}
     if live:
-        names = tuple(crossing.shards.names[i] for i in live)
-        those = _Crossing(crossing.mesh, crossing.shards._replace(names=names))
+        names = tuple(crossing.sharding.names[i] for i in live)
+        those = _Crossing(crossing.mesh, crossing.sharding._replace(names=names))
         crossed = dict(zip(live, function.apply(those, *(vectors[i] for i in live)), strict=True))
     return [crossed.get(i) for i in range(len(vectors))]
 
 
 def _local(tensor: Any, crossing: _Crossing, name: str) -> Tensor:
-    shards = crossing.shards
+    sharding = crossing.sharding
     if not is_sharded(tensor):
         raise ValueError(f"{name!r}: found a plain tensor as its cotangent, wanted a DTensor as its weight is")
-    if spread_of(tensor) != (crossing.mesh, shards.placements):
-        tensor = tensor.redistribute(crossing.mesh, shards.placements)
+    if spread_of(tensor) != (crossing.mesh, sharding.placements):
+        tensor = tensor.redistribute(crossing.mesh, sharding.placements)
     local = tensor.to_local()
-    if tuple(local.shape) != shards.local_shape:
+    if tuple(local.shape) != sharding.local_shape:
         raise ValueError(
-            f"{name!r}: found a local shard of {tuple(local.shape)}, wanted {shards.local_shape} for "
-            f"{spread_in_words((crossing.mesh, shards.placements))} of shape {shards.shape}"
+            f"{name!r}: found a local shard of {tuple(local.shape)}, wanted {sharding.local_shape} for "
+            f"{spread_in_words((crossing.mesh, sharding.placements))} of shape {sharding.shape}"
         )
     # Detached: the Function's result is given a history, which the DTensor's own tensor must not get.
     return local.detach()
@@ -291,33 +297,34 @@ def _layout(
     placements: "tuple[Placement, ...]",
     mesh: tuple[int, ...],
     coordinate: tuple[int, ...],
-) -> tuple[Shards, dict[str, Shards], tuple[int, ...]]:
+) -> tuple[Sharding, dict[str, Sharding], tuple[int, ...]]:
     """What `Layout` says, from numbers only."""
     from torch.distributed.tensor import Replicate
 
-    axis_of = _axes(group)
-    axes = [axis_of[_sharded_dim(p, group.names[0])] if not p.is_replicate() else None for p in placements]
-    _check_uncut(group, [field for field, _ in shapes], placements, axes, mesh)
+    dim_of = _dims(group)
+    # The dim of [E, out, in] that each axis of the mesh shards.
+    dims = [None if p.is_replicate() else dim_of[_sharded_dim(p, group.names[0])] for p in placements]
+    _check_uncut(group, [name for name, _ in shapes], placements, dims, mesh)
 
     def shape_here(shape: tuple[int, ...], placed: "tuple[Placement, ...]") -> tuple[int, ...]:
         return tuple(len(_indices(size, dim, placed, mesh, coordinate)) for dim, size in enumerate(shape))
 
-    leaves: dict[str, Shards] = {}
-    for field, shape in shapes:
-        collapsed = collapsed_axes(group.format, field)
+    leaves: dict[str, Sharding] = {}
+    for name, shape in shapes:
+        collapsed = collapsed_dims(group.format, name)
         placed = tuple(
-            Replicate() if axis is None or axis in collapsed else _on_dim(placement, axis)
-            for placement, axis in zip(placements, axes, strict=True)
+            Replicate() if dim is None or dim in collapsed else _on_dim(placement, dim)
+            for placement, dim in zip(placements, dims, strict=True)
         )
-        reduced = tuple(dim for dim, axis in enumerate(axes) if axis in collapsed)
-        leaves[field] = Shards((f"{group.key}.{field}",), shape, placed, shape_here(shape, placed), reduced)
-    weights = Shards(group.names, group.parameter_shape, placements, shape_here(group.parameter_shape, placements))
+        reduced = tuple(axis for axis, dim in enumerate(dims) if dim in collapsed)
+        leaves[name] = Sharding((f"{group.key}.{name}",), shape, placed, shape_here(shape, placed), reduced)
+    weights = Sharding(group.names, group.parameter_shape, placements, shape_here(group.parameter_shape, placements))
     experts = _indices(group.experts, 0, placements, mesh, coordinate) if group.stacked else range(group.experts)
     return weights, leaves, tuple(int(expert) for expert in experts)
 
 
-def _axes(group: Group) -> tuple[int, ...]:
-    """Axis of [E, out, in] of each dimension of a parameter."""
+def _dims(group: Group) -> tuple[int, ...]:
+    """Which dim of [E, out, in] each dim of a parameter is."""
     matrix = (2, 1) if group.transposed else (1, 2)
     return (0, *matrix) if group.stacked else matrix
 
@@ -329,14 +336,14 @@ def _sharded_dim(placement: Any, name: str) -> int:
 
 
 def _on_dim(placement: Any, dim: int) -> "Placement":
-    """The same sharding of another dimension."""
+    """The same sharding of another dim."""
     if type(placement).__name__ == "Shard":
         return type(placement)(dim)
     return type(placement)(dim, split_factor=placement.split_factor)
 
 
 def _indices(size: int, dim: int, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]) -> Tensor:
-    """Which of 0..size-1 along a dimension a coordinate of the mesh holds."""
+    """Which of 0..size-1 along a dim a coordinate of the mesh holds."""
     index = torch.arange(size, device="cpu")
     for placement, ranks, rank in zip(placements, mesh, coordinate, strict=True):
         if not placement.is_replicate() and placement.dim == dim:
@@ -347,28 +354,28 @@ def _indices(size: int, dim: int, placements: Sequence[Any], mesh: Sequence[int]
 
 def _check_uncut(
     group: Group,
-    fields: Sequence[str],
+    leaves: Sequence[str],
     placements: "tuple[Placement, ...]",
-    axes: Sequence[int | None],
+    dims: Sequence[int | None],
     mesh: Sequence[int],
 ) -> None:
     """Raise ValueError if the shard of any rank, so on every rank alike, cuts a block or what shares a byte."""
-    whole, codes = (group.experts, *group.shape), "codes" if "codes" in fields else "amax"
-    for axis, block in blocks_of(group.format, codes):
-        if axis not in axes:
+    whole, codes = (group.experts, *group.shape), "codes" if "codes" in leaves else "amax"
+    for dim, block in blocks_of(group.format, codes):
+        if dim not in dims:
             continue
         placed = tuple(
-            _on_dim(placement, axis) if found == axis else _replicate()
-            for placement, found in zip(placements, axes, strict=True)
+            _on_dim(placement, dim) if found == dim else _replicate()
+            for placement, found in zip(placements, dims, strict=True)
         )
-        sides = (range(ranks if found == axis else 1) for ranks, found in zip(mesh, axes, strict=True))
+        sides = (range(ranks if found == dim else 1) for ranks, found in zip(mesh, dims, strict=True))
         for coordinate in product(*sides):
-            index = _indices(whole[axis], axis, placed, mesh, coordinate)
+            index = _indices(whole[dim], dim, placed, mesh, coordinate)
             for start, length in _runs(index):
                 offset, shape = [0, 0, 0], list(whole)
-                offset[axis], shape[axis] = start, length
+                offset[dim], shape[dim] = start, length
                 leaf_part(Part(whole, tuple(offset), tuple(shape)), group.format, codes, group.names[0])
-            blocks = _indices(-(-whole[axis] // block), axis, placed, mesh, coordinate)
+            blocks = _indices(-(-whole[dim] // block), dim, placed, mesh, coordinate)
             # A leaf of blocks is split by the same rule, so where no block is cut it comes out with the weights' own.
             assert torch.equal((index // block).unique(), blocks)
 

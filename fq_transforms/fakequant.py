@@ -163,7 +163,12 @@ def _stream(rounding: Stochastic, group: Group, layout: Layout | None, weights: 
 
 
 def check_learnable(spec: Spec) -> None:
-    """Raise ValueError unless a format of the spec has a state that "lsq" could learn."""
+    """Raise ValueError unless "lsq" can learn all scales: a format has a state, and no inputs are selected."""
+    if spec.inputs:
+        raise ValueError(
+            f"backward 'lsq': found the inputs of {len(spec.inputs)} groups, such as {spec.inputs[0].key!r}, whose "
+            "scales are not learned, wanted 'pass_through', 'clip' or weights only, dataclasses.replace(spec, inputs=())"
+        )
     if all(group.format.is_stateless for group in spec.groups):
         names = sorted({group.format.name for group in spec.groups})
         raise ValueError(f"backward 'lsq': found {', '.join(names)} only, wanted a format with a state to learn")
@@ -171,11 +176,11 @@ def check_learnable(spec: Spec) -> None:
 
 def _check_whole_granules(group: Group, layout: Layout) -> None:
     """Raise ValueError where ranks hold parts of what one scale covers: its gradient would be a sum over them."""
-    for field, leaf in layout.leaves.items():
-        cut = [dim for dim in leaf.reduced if layout.mesh.size(dim) > 1]
+    for name, leaf in layout.leaves.items():
+        cut = [axis for axis in leaf.reduced if layout.mesh.size(axis) > 1]
         if cut:
             raise ValueError(
-                f"state '{group.key}.{field}': found weights sharded by {layout.weights.placements} with "
-                f"backward='lsq', wanted whole granules on each rank: dimension {cut[0]} of the mesh cuts what one "
+                f"state '{group.key}.{name}': found weights sharded by {layout.weights.placements} with "
+                f"backward='lsq', wanted whole granules on each rank: axis {cut[0]} of the mesh cuts what one "
                 "scale covers; shard experts, or choose a format of smaller granules"
             )

@@ -1,4 +1,4 @@
-"""How calibration chooses an amax: `Max`, `Percentile`, `Mse`, `FourOverSix`, for `calibrate(..., method=)`.
+"""How calibration chooses an amax: `Max`, `Percentile`, `Mse`, `FourOverSix`, for `transform(spec, method=)`.
 
 A method is numbers only, frozen and hashable, and works on each granule (`Format.block`) of each expert by itself:
 
@@ -6,11 +6,12 @@ A method is numbers only, frozen and hashable, and works on each granule (`Forma
     Max                the largest abs(w)                                        all
     Percentile(p)      the p-th percentile of abs(w)                             all with a static amax
     Mse                of several, the one with the least squared error          all with a static amax
-    FourOverSix        the largest abs(w), or 1.5 times it                       NVFP4_STATIC
+    FourOverSix        the largest abs(w), or 1.5 times it                       static two-level, as NVFP4_STATIC
 
 Formats without a static amax take their scales from the weights at each call, so there is nothing to choose: MX
 formats have no state, and dynamic NVFP4 has only an expert's global amax. They are refused, and NVFP4_STATIC is the
 format for NVFP4 weights whose scales are chosen. Its global amax is that of `Max` under `Percentile` and `Mse`.
+More: docs/calibration.
 """
 
 import math
@@ -39,10 +40,8 @@ class Percentile:
     """The percentile of abs(w) in each granule: sorted, at position p / 100 * (n - 1), linear between neighbours.
 
     Exact, not from a histogram; the interpolation is in float64 and rounded once to fp32. It equals
-    `torch.quantile(abs(w), p / 100)` of float64. 100 is `Max`. On a GPU nothing is sorted: after the launch that finds
-    the largest magnitudes, which every method has, one more a group; per tensor, where many programs share an expert,
-    one for each digit of eight bits (two of bf16, three of fp16, four of fp32), and one that interpolates. The
-    global_amax of NVFP4_STATIC stays the largest magnitude of the expert.
+    `torch.quantile(abs(w), p / 100)` of float64. 100 is `Max`. The global_amax of NVFP4_STATIC stays the largest
+    magnitude of the expert. On a GPU nothing is sorted: the kernels of `fq_transforms.ops.percentile` count bits.
 
     Attributes:
         percentile: Within (0, 100].
@@ -70,11 +69,11 @@ class Mse:
     `step`: ceil((stop - start) / step) + 1. For NVFP4_STATIC all scales that E4M3 has are tried in their place, and the
     three numbers are not used.
 
-    Max itself is always tried, and stays unless another amax lowers the error by more than the sum may be off by, a
-    part in 2**16 (see `fq_transforms.ops.sweep.reference`); so the error is never larger than max's. Of equals the first wins.
-    Errors are those of results in fp32; a bf16 or fp16 result is rounded once more.
-    With `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, which
-    `mean_squares` finds.
+    Max itself is always tried. It stays unless another amax lowers the error by more than the sum may be off by, a part
+    in 2**16 (see `fq_transforms.ops.sweep.reference`), so the error is never larger than max's. Of equals the first
+    wins. Errors are those of results in fp32; a bf16 or fp16 result is rounded once more. With
+    `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, from
+    `Transform.input_second_moments`.
 
     ModelOpt's defaults are (0.25, 4.0, 0.1); here ratios are twice as close, and few are above 1, where integers only
     lose resolution. A granule of many weights with one far outlier may want a smaller `start`.
@@ -126,7 +125,7 @@ class Mse:
 
 @dataclass(frozen=True)
 class FourOverSix:
-    """NVFP4_STATIC: the largest weight of each block becomes 6, or 4 where that has the smaller squared error.
+    """Static two-level formats, as NVFP4_STATIC: the largest weight of a block becomes 6, or 4 if that has less error.
 
     E2M1 has nothing between 4 and 6, so a block whose large weights lie there may do better on the finer steps below 4.
     A block that prefers 4 has an amax of 1.5 times its largest weight in the state; all else works as without. Equal
@@ -188,7 +187,10 @@ def check_format(method: Method, format: Format, key: str) -> None:
             f"method {name}: found {format.name} for group {key!r}, wanted a format with a static amax; {why}"
         )
     if isinstance(method, FourOverSix) and format.scale != "e4m3":
-        raise ValueError(f"method {name}: found {format.name} for group {key!r}, wanted NVFP4_STATIC")
+        raise ValueError(
+            f"method {name}: found {format.name} for group {key!r}, wanted a static two-level format, such as "
+            "NVFP4_STATIC"
+        )
     if format.unit_scale_below:
         raise ValueError(
             f"method {name}: found {format.name} with unit_scale_below={format.unit_scale_below} for group {key!r}, "

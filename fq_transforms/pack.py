@@ -77,7 +77,7 @@ def unpack(packed: PackedTree, *, spec: Spec, dtype: torch.dtype) -> dict[str, T
 
 
 def packed_leaves(group: Group) -> dict[str, LeafType]:
-    """Shape and dtype of each packed leaf of a group, by field.
+    """Shape and dtype of each packed leaf of a group, by name.
 
     Example:
         >>> from fq_transforms.formats import NVFP4
@@ -149,12 +149,12 @@ def _without_weights(group: Group, layout: Layout | None, scales: GroupState, de
     A scale that collapses the axis along which the shard is empty is not empty itself; it comes from the state alone.
     """
     leaves = {
-        field: torch.empty(shape if layout is None else layout.leaves[field].local_shape, dtype=dtype, device=device)
-        for field, (shape, dtype) in packed_leaves(group).items()
+        name: torch.empty(shape if layout is None else layout.leaves[name].local_shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in packed_leaves(group).items()
     }
     scale, global_scale = pack_scales(scales.get("amax"), scales.get("global_amax"), format=group.format)
     known = {"scale": scale, "global_scale": global_scale}
-    return list((leaves | {field: leaf for field, leaf in known.items() if leaf is not None}).values())
+    return list((leaves | {name: leaf for name, leaf in known.items() if leaf is not None}).values())
 
 
 def check_packable(group: Group) -> None:

@@ -7,14 +7,11 @@
     most                    amax, fp32 [E, *format.amax_shape(out, in)]; for dynamic NVFP4 the expert's global amax, [E]
     static two-level        amax, fp32 [E, out, in / block], and global_amax, fp32 [E]
     MX                      none: every scale comes from the weights themselves
-    inputs                  amax, fp32 [1] for all experts of a group, or [E]; tokens, fp64 [E], those that each has seen
+    inputs                  amax, fp32 [1] for all experts of a group, or [E]; tokens, fp64 [E], how many each has seen
 
 A state is a plain pytree: optree and torch.utils._pytree map over it, torch.func closes over it or maps along it,
 torch.save, torch.load(weights_only=True) and torch DCP store it. Formats, names and shapes are static: see `Spec`.
-
-The leaves of DTensor weights are DTensors on the same mesh: a dim that the leaf has is sharded as it is in the weights,
-and one that it collapses is replicated. A check of values reads each rank's own shard, so an error may be one rank's
-alone; checks of shapes and placements are alike on all.
+More, with laws, storage and DTensors: docs/state.
 """
 
 from collections.abc import Iterable, Mapping

@@ -13,9 +13,9 @@ from torch import Tensor
 from fq_transforms.checks import check_state
 from fq_transforms.distributed import largest_over, sum_over
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.partition import AXES, Part, collapsed_axes, leaf_part
+from fq_transforms.partition import DIMS, Part, collapsed_dims, leaf_part
 from fq_transforms.spec import Group, Spec
-from fq_transforms.state import State, flatten, unflatten
+from fq_transforms.state import State, flatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,14 +40,18 @@ def sync(
     if split is not None and not same_experts:
         raise ValueError("split: found a split of weights between ranks with same_experts=False, wanted one of the two")
     leaves = flatten(state)
-    if split is not None:
-        _check_local(leaves)
     check_state(state, spec, values=False)
     largest, summed = _batches(spec, same_experts) if split is None else (_split(spec, split, group.size()), [])
-    _check_reducible({name: leaves[name] for name in (*largest, *summed)})
-    leaves |= dict(zip(largest, largest_over(group, [leaves[name] for name in largest]), strict=True))
-    leaves |= dict(zip(summed, sum_over(group, [leaves[name] for name in summed]), strict=True))
-    return unflatten(leaves, like=state)
+    chosen = {name: leaves[name] for name in (*largest, *summed)}
+    # A mesh has an axis for a split, so there even a leaf that is kept must be local. It has none for batches.
+    _check_local(chosen if split is None else leaves)
+    _check_reducible(chosen)
+    reduced = dict(zip(largest, largest_over(group, [leaves[name] for name in largest]), strict=True))
+    reduced |= zip(summed, sum_over(group, [leaves[name] for name in summed]), strict=True)
+    synced = dict(state)
+    for key in {name.rpartition(".")[0] for name in reduced}:
+        synced[key] = {name: reduced.get(f"{key}.{name}", leaf) for name, leaf in state[key].items()}
+    return synced
 
 
 def _batches(spec: Spec, same_experts: bool) -> tuple[list[str], list[str]]:
@@ -57,24 +61,24 @@ def _batches(spec: Spec, same_experts: bool) -> tuple[list[str], list[str]]:
 
 
 def _split(spec: Spec, split: Mapping[str, Any], ranks: int) -> list[str]:
-    """Leaves to maximize over ranks that hold parts of each weight: those that collapse the axis that is split."""
-    axes = _split_axes(spec, split)
+    """Leaves to maximize over ranks that hold parts of each weight: those that collapse the dim that is split."""
+    dims = _split_dims(spec, split)
     for of in spec.groups:
-        if of.key in axes:
-            _check_uncut(of, axes[of.key], ranks)
+        if of.key in dims:
+            _check_uncut(of, dims[of.key], ranks)
     chosen = [
         f"{of.key}.{name}"
         for of in spec.groups
         for name in of.leaf_shapes
-        if axes.get(of.key) in collapsed_axes(of.format, name)
+        if dims.get(of.key) in collapsed_dims(of.format, name)
     ]
     # Each rank sees a part of the tokens' features, or under sequence parallelism of the tokens.
-    return chosen + [f"{i.key}.amax" for i in spec.inputs if i.leaf_shapes and i.key.removesuffix(".input") in axes]
+    return chosen + [f"{i.key}.amax" for i in spec.inputs if i.leaf_shapes and i.key.removesuffix(".input") in dims]
 
 
-def _split_axes(spec: Spec, split: Mapping[str, Any]) -> dict[str, int]:
-    """Axis of [E, out, in] that is split, by key of the group."""
-    axes: dict[str, int] = {}
+def _split_dims(spec: Spec, split: Mapping[str, Any]) -> dict[str, int]:
+    """The dim of [E, out, in] that is split, by key of the group."""
+    dims: dict[str, int] = {}
     keys = list(dict.fromkeys(group.key.removesuffix(".input") for group in spec.all_groups))
     for glob, side in split.items():
         if side not in SPLITS:
@@ -82,14 +86,14 @@ def _split_axes(spec: Spec, split: Mapping[str, Any]) -> dict[str, int]:
         matched = [key for key in keys if fnmatchcase(key, glob)]
         if not matched:
             raise ValueError(f"split[{glob!r}] matches no group, among {len(keys)} such as {keys[:3]}")
-        axes |= dict.fromkeys(matched, AXES.index(side))
-    return axes
+        dims |= dict.fromkeys(matched, DIMS.index(side))
+    return dims
 
 
-def _check_uncut(of: Group, axis: int, ranks: int) -> None:
+def _check_uncut(of: Group, dim: int, ranks: int) -> None:
     """Raise ValueError if the part of the first rank, of as many as there are, ends within a block."""
     part = (of.experts, *of.shape)
-    whole = tuple(extent * (ranks if i == axis else 1) for i, extent in enumerate(part))
+    whole = tuple(extent * (ranks if i == dim else 1) for i, extent in enumerate(part))
     leaf_part(Part(whole, (0, 0, 0), part), of.format, "amax", of.names[0])
 
 

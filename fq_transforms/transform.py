@@ -201,8 +201,7 @@ class Transform:
     def apply(self, model: Module, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
         """`functional_call(model, fakequant(params, state), args, kwargs)`, inputs quantized where the spec has some.
 
-        Only this call computes so. No module is changed, but for forward pre-hooks on layers of Transformer Engine and
-        Megatron, which are removed when it ends. Calls may be nested.
+        No module is changed, but for the time of the call by pre-hooks on Transformer Engine's and Megatron's layers.
 
         Args:
             model: The module whose parameters are `params`.
@@ -218,8 +217,8 @@ class Transform:
         Raises:
             KeyError: A parameter or a group of the state is missing.
             ValueError: As `fakequant`; an expert has seen no token; a selected weight is used in another way than a
-                product with an input, or in a checkpointed layer; a layer with inputs never ran; "lsq" with inputs;
-                DTensors, torch.compile, or vmap over weights.
+                product with an input, or in a checkpointed layer; a layer with inputs never ran; with inputs DTensors,
+                torch.compile, or vmap over weights.
 
         Example:
             >>> import fq_transforms as fqt
@@ -244,7 +243,7 @@ class Transform:
         )
 
     def pack(self, params: Mapping[str, Tensor], state: State) -> PackedTree:
-        """The codes and scales of every selected weight: what deployment stores, and exactly what `fakequant` simulates.
+        """The codes and scales of every selected weight: what deployment stores and `fakequant` simulates.
 
         `unpack(pack(params, state), dtype=dtype)` has the values of `fakequant`, bit for bit; a zero that `fakequant`
         gives a sign loses it in the integer formats. Layouts: `fq_transforms.ops.pack.reference`.
@@ -339,15 +338,14 @@ class Transform:
     ) -> dict[str, Tensor]:
         """m[e, i] = mean of x[t, i]**2 over the tokens t that expert e multiplies its weight with, x @ w[e].T.
 
-        The `statistics` of `calibrate`: with them `Mse` takes the amax with the least sum of m[e, i] * error[o, i]**2,
-        the squared error of the layer's output but for correlations of channels. The model runs on each batch,
-        unquantized. Ranks and expert parallelism: docs/calibration.
+        The `statistics` of `calibrate`, with which `Mse` takes the amax with the least sum of m[e, i] * error[o, i]**2.
+        The model runs on each batch, unquantized. Why so, and over ranks: docs/calibration.
 
         Args:
             params: Names to tensors; may hold more than the spec names.
             batches: As `calibrate` takes them.
-            model: As there.
-            forward: As there.
+            model: As `calibrate` takes it.
+            forward: As `calibrate` takes it.
             unseen: For experts without tokens: "raise", "mean-of-peers", or "ones", the error of the weight itself.
             group: Ranks with the same weights and each its own batches; sums are added over them in one all-reduce.
 
@@ -413,40 +411,32 @@ class Transform:
         split: Mapping[str, Literal["out", "in"]] | None = None,
         same_experts: bool = True,
     ) -> State:
-        """One state of all ranks in `group`, for plain local tensors. What ranks differ in decides what is reduced.
+        """One state of all ranks in `group`, for plain local tensors. Which call when: docs/calibration.
 
-            ranks with                            weights                     input amax    tokens
-            split={...}: parts of each weight     max of leaves that collapse max           kept: all see the same
-            (tensor parallel)                     the split axis
-            split=None: different batches         kept                        max           summed
-            ... and same_experts=False (EP)       kept                        max if shared kept: each rank its own
+            ranks with                   weights                            input amax       tokens
+            parts of each weight         max of leaves that lack the        max              kept: all see the same
+            (split={...})                split dim
+            different batches            kept                               max              summed
+            (split=None)
+            and with other experts       kept                               max if shared    kept
+            (same_experts=False)
 
         Args:
-            state: From `calibrate`, of this rank's own weights and batches; alike in names and shapes on all ranks.
+            state: From `calibrate`, with leaves of the same names and shapes on all ranks.
             group: The ranks, this one among them.
-            split: Globs over group keys to the axis of [E, out, in] that is split, "out" (column parallel, fc1) or "in"
-                (row parallel, fc2); the last match counts. The same on all ranks.
+            split: Globs over group keys to "out" (column parallel, fc1) or "in" (row parallel, fc2); the last match
+                counts. The same on all ranks.
             same_experts: False for expert-parallel ranks with different batches.
 
         Returns:
-            A new state; leaves that are not reduced are the same objects. At most one all-reduce(max) and one
-            all-reduce(sum). NaN wins; -inf, which is not calibrated, is the identity.
+            A new state. Entries without reduced leaves are the same objects. NaN wins; -inf is the identity.
 
         Raises:
             KeyError: A group is missing from the state.
-            ValueError: `group` is no process group with this rank; the state does not fit the spec; a glob matches
-                nothing; the split cuts a block; a leaf is a DTensor or on meta. All before anything is sent.
+            ValueError: `group` lacks this rank; the state does not fit the spec; a glob matches nothing; the split cuts
+                a block; a leaf is a DTensor or on meta. All before anything is sent.
 
         Source: ModelOpt 0.47 `sync_amax_across_distributed_group` and `max_calibrate`.
-
-        Example:
-            >>> import fq_transforms as fqt
-            >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-            >>> params = {"experts.0.fc1.weight": torch.tensor([[1.0, -2.0]])}
-            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
-            >>> fq.sync(fq.calibrate(params), torch.distributed.group.WORLD, split={"*.fc1.*": "out"})
-            {'experts.*.fc1.weight': {'amax': tensor([2.])}}
-            >>> torch.distributed.destroy_process_group()
         """
         return sync(state, group, spec=self.spec, split=split, same_experts=same_experts)
 

@@ -4,8 +4,6 @@ import weakref
 
 import pytest
 
-from fq_transforms.ops.quantize import autograd
-
 
 class Books:
     """Bytes of fake weights: now, and at most since it was last set."""
@@ -26,6 +24,9 @@ class Books:
 
 @pytest.fixture
 def books(monkeypatch):
+    # Not above: `tests.conftest` imports this file before --shape-checks can look at what the package imports.
+    from fq_transforms.ops.quantize import autograd
+
     found, original = Books(), autograd._run_fake_quantize
 
     def counting(*args):

@@ -1,6 +1,7 @@
 """What every test stands on: Triton's interpreter without a GPU, and memory full of NaN."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -15,21 +16,14 @@ from tests.ranks import ranks  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one
 
-# Not ops.kernels and ops.launch: Triton reads the source of its functions, and PyTorch the signatures of its operators.
-CHECKED = (
-    "spec",
-    "weights",
-    "select",
-    "state",
-    "calibrate",
-    "fakequant",
-    "ops.reference",
-    "ops.autograd",
-    "ops.search",
-    "ops.sweep",
-    "ops.percentile",
-)
-CHECKED += ("rounding", "ops.lsq", "ops.lsq_reference", "ops.stochastic", "ops.stochastic_reference")
+PACKAGE = Path(__file__).parent.parent / "fq_transforms"
+# Of operations not the kernels and launchers: Triton reads the source of its functions, PyTorch their signatures.
+CHECKED = ["calibrate", "checks", "fakequant", "pack", "rounding", "select", "spec", "state", "sync", "transform"]
+CHECKED += [
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in sorted(PACKAGE.glob("ops/*/*.py"))
+    if not path.stem.endswith(("kernel", "launch", "__init__"))
+]
 
 
 def pytest_addoption(parser):

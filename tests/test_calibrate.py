@@ -37,8 +37,8 @@ def every_method(rank, size):
         whole, here = sharded(axis, size)
         spec = fqt.select(whole, {"*": format})
         for method in methods:
-            wanted = flatten(fqt.calibrate(whole, spec=spec, method=method))
-            found = flatten(fqt.calibrate(here, spec=spec, method=method))
+            fq = fqt.transform(spec, method=method)
+            wanted, found = flatten(fq.calibrate(whole)), flatten(fq.calibrate(here))
             for name, leaf in wanted.items():
                 assert torch.equal(found[name].full_tensor(), leaf), (format.name, axis, method)
 
@@ -48,12 +48,11 @@ def refusals(rank, size):
     for format, axis in CUT:
         whole, here = sharded(axis, size)
         spec = fqt.select(whole, {"*": format})
-        found.append(message_of(ValueError, fqt.calibrate, here, spec=spec, method=Mse()))
-        fqt.calibrate(here, spec=spec)
+        found.append(message_of(ValueError, fqt.transform(spec, method=Mse()).calibrate, here))
+        fqt.transform(spec).calibrate(here)
     whole, here = sharded(0, size)
-    spec = fqt.select(whole, {"*": fqt.INT4_BLOCK32})
-    given = {"experts.w": torch.ones(128)}
-    found.append(message_of(ValueError, fqt.calibrate, here, spec=spec, method=Mse(), statistics=given))
+    fq = fqt.transform(fqt.select(whole, {"*": fqt.INT4_BLOCK32}), method=Mse())
+    found.append(message_of(ValueError, fq.calibrate, here, statistics={"experts.w": torch.ones(128)}))
     return found
 
 
@@ -69,5 +68,5 @@ def test_a_cut_granule_is_refused_on_every_rank(ranks):
     first, *others = ranks(refusals, size=2)
     assert all(messages == first for messages in others)
     for message, (format, _) in zip(first, CUT, strict=False):
-        assert_names(message, "Mse", "experts.w", format.name, "mesh dimension 0", "use Max")
+        assert_names(message, "Mse", "experts.w", format.name, "mesh axis 0", "use Max")
     assert_names(first[-1], "statistics 'experts.w'", "DTensors", "plain")

@@ -111,12 +111,12 @@ def check_slices(layout, format, mesh, axes, backward, out_dtype=None):
     ((key, _),) = state.items()
     start = fqt.state.flatten(fq.init(sharded))
     for name, leaf in fqt.state.flatten(state).items():
-        whole, field = fqt.state.flatten(wanted)[name], name.removeprefix(f"{key}.")
-        had = [axis if axis in AXES_OF[format.name][field] else None for axis in axes]
+        whole, which = fqt.state.flatten(wanted)[name], name.removeprefix(f"{key}.")
+        had = [axis if axis in AXES_OF[format.name][which] else None for axis in axes]
         leaf_at = [Replicate() if axis is None else Shard(axis) for axis in had]
         assert_placed_alike(leaf, whole, mesh, leaf_at)
         assert_placed_alike(start[name], torch.full_like(whole, -torch.inf), mesh, leaf_at)
-    assert [f for group in state.values() for f in group._fields] == list(AXES_OF[format.name])
+    assert list(state[key]) == list(AXES_OF[format.name])
 
     # Some weights lie beyond their amax, so that clipping is seen.
     state, wanted = (optree.tree_map(lambda leaf: leaf * 0.7, each) for each in (state, wanted))
@@ -184,7 +184,7 @@ def counts(rank, size):
 
 @pytest.mark.dist
 def test_calibrate_makes_as_few_collectives_as_there_are_split_axes_to_collapse(ranks):
-    """None over experts, whatever the format; one for all groups over each dimension of the mesh that needs it."""
+    """None over experts, whatever the format; one for all groups over each axis of the mesh that needs it."""
     first, *others = ranks(counts)
     assert all(found == first for found in others)
     collapsed = {"FP8": {1, 2}, "INT8_PER_CHANNEL": {2}, "INT4_BLOCK32": set(), "NVFP4_STATIC": {1, 2}, "MXFP4": set()}
@@ -221,11 +221,11 @@ def test_a_shard_that_cuts_a_block_is_refused_on_every_rank(ranks):
     """Dynamic formats too, which have no leaf of blocks; on ranks without a cut as well, else these would hang."""
     first, *others = ranks(cuts)
     assert all(found == first for found in others)
-    axes = {"FP8_BLOCK": "`out` (dimension 1 of"}
+    axes = {"FP8_BLOCK": "`out` (dim 1 of"}
     for (name, _, layout, _), message in first.items():
         parameter = "parameter 'experts.0.w'" if layout == "separate" else "parameter 'experts.w'"
         block = fqt.formats.FORMATS[name].block[1]
-        cases.assert_names(message, parameter, axes.get(name, "`in` (dimension 2 of"), f"a block of {block} of {name}")
+        cases.assert_names(message, parameter, axes.get(name, "`in` (dim 2 of"), f"a block of {block} of {name}")
     assert "holds 0..96 of 384" in first["FP8_BLOCK", (384, 128), "stacked", "init"]
 
 
@@ -280,7 +280,7 @@ def mixtures(rank, size):
     fq = fqt.transform(fqt.select(both, {"*": fqt.FP8}))
     state = fq.calibrate(both)
     outs = fq.fakequant(both, state)
-    assert [isinstance(group.amax, DTensor) for group in state.values()] == [True, False]
+    assert [isinstance(group["amax"], DTensor) for group in state.values()] == [True, False]
     assert list(outs) == list(both)
     for name in sharded:
         assert_placed_alike(outs[name], outs[f"other.{name}"], mesh, one)
@@ -342,12 +342,15 @@ def not_finite(rank, size):
     fq = fqt.transform(fqt.select(params, {"*": fqt.INT8_PER_CHANNEL}))
     whole = torch.ones(4, 8, 1)
     whole[3, 5, 0] = -1.0
-    state = {"experts.w": fqt.state.ExpertAmax(placed(whole, mesh, [Shard(0), Shard(1)]))}
-    for what, call in {"check": fqt.state.check, "fakequant": lambda s, _: fq.fakequant(params, s)}.items():
+    state = {"experts.w": {"amax": placed(whole, mesh, [Shard(0), Shard(1)])}}
+    for what, (call, *args) in {
+        "check": (fqt.state.check, state, fq.spec),
+        "fakequant": (fq.fakequant, params, state),
+    }.items():
         if rank == 3:
-            found[what] = message_of(ValueError, call, state, fqt.select(params, {"*": fqt.INT8_PER_CHANNEL}))
+            found[what] = message_of(ValueError, call, *args)
         else:
-            call(state, fqt.select(params, {"*": fqt.INT8_PER_CHANNEL}))
+            call(*args)
     return found
 
 
@@ -369,7 +372,7 @@ def test_what_is_not_finite_raises_on_each_rank_that_holds_the_amax(ranks):
         elif axes[0] == 0:
             assert raised == (last if axes[1] in kept[name] else last_row), (name, axes)
         elif name == "INT8_PER_CHANNEL":
-            assert raised == {1, 3}  # mesh dimension b splits `out`, which is kept, and a is collapsed
+            assert raised == {1, 3}  # mesh axis b splits `out`, which is kept, and a is collapsed
         else:
             assert raised == (last if name == "MXFP4" else everyone), (name, axes)
         for rank in raised:
@@ -386,13 +389,12 @@ def folds(rank, size):
     first, second = (torch.stack(cases.experts(5, (4, 64), seed=seed)) for seed in (1, 2))
     for format in FORMATS[:5]:
         a, b = ({"experts.w": placed(w, mesh, at)} for w in (first, second))
-        spec = fqt.select(a, {"*": format})
-        fq = fqt.transform(spec)
+        fq = fqt.transform(fqt.select(a, {"*": format}))
         with CommDebugMode() as collectives:
             merged = fqt.merge(fq.calibrate(a), fq.calibrate(b))
             start = fqt.merge(fq.init(a), merged)
         assert collectives.get_total_counts() == 2 * (format is not fqt.INT4_BLOCK32)
-        fqt.state.check(merged, spec)
+        fqt.state.check(merged, fq.spec)
         wanted = fqt.merge(fq.calibrate({"experts.w": first}), fq.calibrate({"experts.w": second}))
         flat = fqt.state.flatten(merged)
         for name, leaf in fqt.state.flatten(wanted).items():
@@ -568,7 +570,7 @@ def strided(rank, size):
         mine = slice((2 * (rank % 2) + rank // 2) * quarter, (2 * (rank % 2) + rank // 2 + 1) * quarter)
         for name, w in fq.fakequant(params, state).items():
             assert same_bits(local(w), fq.fakequant(weights, wanted)[name][mine])
-        amax, whole = state["experts.*.w"].amax, wanted["experts.*.w"].amax
+        amax, whole = state["experts.*.w"]["amax"], wanted["experts.*.w"]["amax"]
         rows = whole.shape[1] // 4 if whole.dim() > 1 else 0
         place = 2 * (rank % 2) + rank // 2
         assert torch.equal(local(amax), whole[:, place * rows : (place + 1) * rows] if rows else whole)
@@ -661,8 +663,8 @@ def transforms(rank, size):
     batched = {"experts.w": torch.stack([whole["experts.w"]] * 2)}
     batched = {"experts.w": placed(batched["experts.w"], mesh, [Shard(1), Shard(2)])}
     found["vmap"] = message_of(ValueError, vmap(lambda p: fq.fakequant(p, state)), batched)
-    stacked = {"experts.w": fqt.state.ExpertAmax(placed(torch.ones(4, 8, 2, 1), mesh, [Shard(0), Shard(1)]))}
-    over = {"experts.w": fqt.state.ExpertAmax(2)}
+    stacked = {"experts.w": {"amax": placed(torch.ones(4, 8, 2, 1), mesh, [Shard(0), Shard(1)])}}
+    over = {"experts.w": {"amax": 2}}
     found["vmap of the state"] = message_of(
         ValueError, vmap(lambda s: fq.fakequant(params, s), in_dims=(over,)), stacked
     )
@@ -689,7 +691,7 @@ PACKAGE = pathlib.Path(fqt.__file__).parent
 
 
 def test_one_file_knows_dtensor():
-    """`ops/shards.py` alone imports torch.distributed.tensor; the benchmark makes DTensors as a user does."""
+    """`dtensor.py` alone imports torch.distributed.tensor; the benchmark makes DTensors as a user does."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -697,7 +699,7 @@ def test_one_file_knows_dtensor():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [module or ""]
             if any(name.startswith("torch.distributed.tensor") for name in names):
                 found[path.relative_to(PACKAGE).as_posix()] = True
-    assert found.keys() == {"bench/full_size.py", "ops/shards.py"}
+    assert found.keys() == {"bench/full_size.py", "dtensor.py"}
 
 
 def test_plain_tensors_never_import_it():

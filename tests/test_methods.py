@@ -1,17 +1,19 @@
 """Methods through the public functions: what each chooses, on trained weights too, and what is refused in words."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
+import optree
 import pytest
 import torch
 from torch.func import grad, vmap
 
 import fq_transforms as fqt
-from fq_transforms.choose import check_method, importance_of, scale_search
+from fq_transforms.calibrate import check_statistics, scale_search
 from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
-from fq_transforms.state import BlockAmax, Stateless, flatten
+from fq_transforms.state import flatten
 from tests.cases import CORE_FORMATS, STATIC_FORMATS, assert_names, experts, message_of, name_of
 from tests.test_transform import MoE
 
@@ -30,7 +32,7 @@ def transform_of(params, format, **options):
 
 def errors_of(params, state, spec, statistics=None):
     """Squared error of each expert's weight in float64, weighted by its inputs' mean squares: {name: error}."""
-    fakes = fqt.fakequant(params, state, spec=spec, out_dtype=torch.float32)
+    fakes = fqt.transform(spec, out_dtype=torch.float32).fakequant(params, state)
     found = {}
     for group in spec.groups:
         for e, name in enumerate(group.names):
@@ -71,9 +73,8 @@ def test_mse_never_has_a_larger_error_than_max_on_trained_weights(trained, forma
     params, squares = trained
     spec = fqt.select(params, {"experts.*.weight": format})
     statistics = {group.key: squares for group in spec.groups}
-    by_max = fqt.calibrate(params, spec=spec)
-    plain = fqt.calibrate(params, spec=spec, method=Mse())
-    weighted = fqt.calibrate(params, spec=spec, method=Mse(), statistics=statistics)
+    by_max, fq = fqt.transform(spec).calibrate(params), fqt.transform(spec, method=Mse())
+    plain, weighted = fq.calibrate(params), fq.calibrate(params, statistics=statistics)
     for h, state in ((None, plain), (statistics, weighted)):
         before, after = errors_of(params, by_max, spec, h), errors_of(params, state, spec, h)
         assert all(after[name] <= before[name] for name in before)
@@ -87,17 +88,17 @@ def test_four_over_six_on_trained_weights(trained):
     params, _ = trained
     spec = fqt.select(params, {"experts.*.weight": fqt.NVFP4_STATIC})
     (group,) = spec.groups
-    by_max = fqt.calibrate(params, spec=spec)[group.key]
+    by_max = fqt.transform(spec).calibrate(params)[group.key]
     for e4m3_max in (256, 448):
-        found = fqt.calibrate(params, spec=spec, method=FourOverSix(e4m3_max))[group.key]
-        assert torch.equal(found.global_amax, by_max.global_amax * (448 / e4m3_max))
-        is_four = found.amax == by_max.amax * 1.5
-        assert torch.equal(found.amax[~is_four], by_max.amax[~is_four])
+        found = fqt.transform(spec, method=FourOverSix(e4m3_max)).calibrate(params)[group.key]
+        assert torch.equal(found["global_amax"], by_max["global_amax"] * (448 / e4m3_max))
+        is_four = found["amax"] == by_max["amax"] * 1.5
+        assert torch.equal(found["amax"][~is_four], by_max["amax"][~is_four])
         assert 0.1 < is_four.float().mean() < 0.6
 
         def blocks(factor, found=found):
-            leaves = BlockAmax(torch.as_tensor(factor) * by_max.amax, found.global_amax)
-            fakes = fqt.fakequant(params, {group.key: leaves}, spec=spec, out_dtype=torch.float32)
+            leaves = found | {"amax": factor * by_max["amax"]}
+            fakes = fqt.transform(spec, out_dtype=torch.float32).fakequant(params, {group.key: leaves})
             errors = [(params[name].double() - fakes[name].double()) ** 2 for name in group.names]
             return torch.stack(errors).unflatten(-1, (-1, 16)).sum(-1)
 
@@ -105,7 +106,7 @@ def test_four_over_six_on_trained_weights(trained):
         assert (four < six)[is_four].all()
         assert (six <= four * (1 + 2.0**-15))[~is_four].all()
     errors = [
-        sum(errors_of(params, fqt.calibrate(params, spec=spec, method=method), spec).values())
+        sum(errors_of(params, fqt.transform(spec, method=method).calibrate(params), spec).values())
         for method in (Max(), FourOverSix(448), FourOverSix(), Mse())
     ]
     assert errors[3] < errors[2] < errors[0]
@@ -119,10 +120,10 @@ def test_four_over_six_scales_to_four():
     params = {"experts.0.weight": torch.stack([block * 16, other * 256]).view(1, 32)}  # scales in g = 1: 16 and 256
     fq = transform_of(params, fqt.NVFP4_STATIC, method=FourOverSix())
     state = fq.calibrate(params)
-    assert torch.equal(state["experts.*.weight"].amax, torch.tensor([[[96.0, 1536.0]]]))
+    assert torch.equal(state["experts.*.weight"]["amax"], torch.tensor([[[96.0, 1536.0]]]))
     assert torch.equal(fq.fakequant(params, state)["experts.0.weight"], params["experts.0.weight"])
     packed = fq.pack(params, state)["experts.*.weight"]
-    assert torch.equal(packed.scale.float(), torch.tensor([[[16.0, 256.0]]]))
+    assert torch.equal(packed["scale"].float(), torch.tensor([[[16.0, 256.0]]]))
 
 
 @every_static
@@ -130,42 +131,38 @@ def test_percentile(format):
     """Through the public door: 100 is max; another is that of each granule, [E, ...]; the global amax is max's."""
     params = params_of()
     spec = fqt.select(params, {"*": format})
-    by_max = flatten(fqt.calibrate(params, spec=spec))
-    hundredth = flatten(fqt.calibrate(params, spec=spec, method=Percentile(100)))
+    by_max, hundredth, found = (
+        flatten(fqt.transform(spec, method=method).calibrate(params))
+        for method in (Max(), Percentile(100), Percentile(75))
+    )
     assert all(torch.equal(hundredth[name], leaf) for name, leaf in by_max.items())
-    found = fqt.calibrate(params, spec=spec, method=Percentile(75))["experts.*.weight"]
     if format.block == (None, None):
         for e, weight in enumerate(params.values()):
-            assert found.amax[e].item() == np.float32(torch.quantile(weight.double().abs(), 0.75).item())
+            assert found["experts.*.weight.amax"][e].item() == np.float32(
+                torch.quantile(weight.double().abs(), 0.75).item()
+            )
     if format.has_global_amax:
-        assert torch.equal(found.global_amax, by_max["experts.*.weight.global_amax"])
+        assert torch.equal(*(state["experts.*.weight.global_amax"] for state in (found, by_max)))
 
 
 @every_static
-def test_a_transform_is_closed_over_its_method(format):
-    """`transform(spec, method=)` calibrates as `calibrate(..., method=)` does; Max is what it is without."""
+def test_max_is_the_default(format):
+    """Without a method, and with `Max()`, a transform gives the largest magnitudes; with another, another state."""
     params = params_of()
     spec = fqt.select(params, {"*": format})
-    wanted = flatten(fqt.calibrate(params, spec=spec, method=Mse()))
-    found = flatten(fqt.transform(spec, method=Mse()).calibrate(params))
-    assert all(torch.equal(found[name], leaf) for name, leaf in wanted.items())
-    plain = flatten(fqt.transform(spec, method=Max()).calibrate(params))
-    assert all(torch.equal(plain[name], leaf) for name, leaf in flatten(fqt.calibrate(params, spec=spec)).items())
-    statistics = {"experts.*.weight": torch.rand(128)}
-    weighted = fqt.calibrate(params, spec=spec, method=Mse(), statistics=statistics)
-    again = fqt.transform(spec, method=Mse()).calibrate(params, statistics=statistics)
-    assert all(torch.equal(flatten(again)[name], leaf) for name, leaf in flatten(weighted).items())
+    assert fqt.transform(spec) == fqt.transform(spec, method=Max())
+    largest, other = (flatten(fqt.transform(spec, **o).calibrate(params)) for o in ({}, {"method": Percentile(75)}))
+    assert any(not torch.equal(other[name], leaf) for name, leaf in largest.items())
 
 
 def test_statistics_of_each_expert():
     """[E, in] weighs each expert by its own row; [in] all alike."""
     params = params_of(3)
-    spec = fqt.select(params, {"*": fqt.NVFP4_STATIC})
+    fq = transform_of(params, fqt.NVFP4_STATIC, method=Mse())
     rows = torch.rand(3, 128) ** 4
 
     def amax(statistics):
-        state = fqt.calibrate(params, spec=spec, method=Mse(), statistics={"experts.*.weight": statistics})
-        return state["experts.*.weight"].amax
+        return fq.calibrate(params, statistics={"experts.*.weight": statistics})["experts.*.weight"]["amax"]
 
     found = amax(rows)
     assert torch.equal(found, torch.stack([amax(row)[e] for e, row in enumerate(rows)]))
@@ -177,11 +174,17 @@ def test_one_search_a_group_whatever_the_layout():
     """Separate, stacked and transposed experts give one state."""
     weights = torch.stack(experts(3, (8, 64), torch.bfloat16))
     for format in (fqt.FP8_PER_CHANNEL, fqt.NVFP4_STATIC):
-        spec = fqt.select({"experts.w": weights}, {"*": format})
-        stacked = fqt.calibrate({"experts.w": weights}, spec=spec, method=Mse())["experts.w"]
-        params = {f"experts.{e}.w": w for e, w in enumerate(weights)}
-        separate = fqt.calibrate(params, spec=fqt.select(params, {"*": format}), method=Mse())["experts.*.w"]
-        assert all(map(torch.equal, stacked, separate))
+        layouts = (
+            ({"experts.w": weights}, ()),
+            ({f"experts.{e}.w": w for e, w in enumerate(weights)}, ()),
+            ({"experts.w": weights.mT.contiguous()}, "*"),
+        )
+        states = [
+            fqt.transform(fqt.select(params, {"*": format}, transposed=transposed), method=Mse()).calibrate(params)
+            for params, transposed in layouts
+        ]
+        stacked, *others = (next(iter(state.values())) for state in states)
+        assert all(optree.tree_all(optree.tree_map(torch.equal, stacked, other)) for other in others)
 
 
 def test_within_grad():
@@ -222,29 +225,21 @@ def test_bad_numbers(make, fragments):
 @pytest.mark.parametrize("method", [Percentile(), Mse(), FourOverSix()], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("format", DYNAMIC, ids=name_of)
 def test_formats_without_a_static_amax_are_refused(format, method):
-    """By `calibrate` and by `transform`, naming the group, the format and the method."""
+    """When the transform is made, naming the group, the format and the method."""
     params = params_of()
-    spec = fqt.select(params, {"*": format})
-    for message in (
-        message_of(ValueError, fqt.calibrate, params, spec=spec, method=method),
-        message_of(ValueError, fqt.transform, spec, method=method),
-    ):
-        assert_names(message, type(method).__name__, format.name, "experts.*.weight", "static amax")
-    assert fqt.calibrate(params, spec=spec, method=Max()).keys() == {"experts.*.weight"}
+    message = message_of(ValueError, transform_of, params, format, method=method)
+    assert_names(message, type(method).__name__, format.name, "experts.*.weight", "static amax")
+    assert transform_of(params, format, method=Max()).calibrate(params).keys() == {"experts.*.weight"}
 
 
 def test_other_formats_that_a_method_cannot_use():
     """FourOverSix is of NVFP4_STATIC alone; a scale that cannot be stored has no sweep."""
     params = params_of()
-    message = message_of(
-        ValueError, fqt.calibrate, params, spec=fqt.select(params, {"*": fqt.FP8}), method=FourOverSix()
-    )
+    message = message_of(ValueError, transform_of, params, fqt.FP8, method=FourOverSix())
     assert_names(message, "FourOverSix", "FP8", "NVFP4_STATIC")
     unstored = Format("NVFP4_ODD", fqt.NVFP4.element, (1, 16), scale="e4m3", unit_scale_below=1e-5)
-    message = message_of(ValueError, fqt.calibrate, params, spec=fqt.select(params, {"*": unstored}), method=Mse())
+    message = message_of(ValueError, transform_of, params, unstored, method=Mse())
     assert_names(message, "NVFP4_ODD", "unit_scale_below=1e-05")
-    message = message_of(ValueError, fqt.transform, fqt.select(params, {"*": fqt.FP8}), method="mse")
-    assert_names(message, "found 'mse'", "Mse()")
 
 
 def bad_statistics():
@@ -266,28 +261,21 @@ def bad_statistics():
 def test_bad_statistics(bad, error, fragments):
     """Refused with the group, the expert and what was found: an expert without tokens never gets a silent default."""
     params = params_of()
-    spec = fqt.select(params, {"*": fqt.INT8})
+    fq = transform_of(params, fqt.INT8, method=Mse())
     statistics = {"experts.*.weight": bad}
-    message = message_of(error, importance_of, spec.groups[0], list(params.values()), statistics)
-    assert_names(message, "experts.*.weight", *fragments)
-    if isinstance(bad, torch.Tensor):
-        assert message_of(error, fqt.calibrate, params, spec=spec, method=Mse(), statistics=statistics) == message
+    assert_names(message_of(error, fq.calibrate, params, statistics=statistics), "experts.*.weight", *fragments)
 
 
 def test_statistics_of_other_groups_or_methods():
-    """A missing group is a KeyError, an unknown one and a method that weighs nothing a ValueError."""
+    """A missing group is a KeyError, an unexpected one and a method that weighs nothing a ValueError."""
     params = params_of()
-    spec = fqt.select(params, {"*": fqt.INT8})
+    fq = transform_of(params, fqt.INT8, method=Mse())
     given = {"experts.*.weight": torch.ones(128)}
-    assert_names(
-        message_of(KeyError, fqt.calibrate, params, spec=spec, method=Mse(), statistics={}), "experts.*.weight"
-    )
-    message = message_of(
-        ValueError, fqt.calibrate, params, spec=spec, method=Mse(), statistics=given | {"other": torch.ones(1)}
-    )
-    assert_names(message, "unknown groups ['other']")
+    assert_names(message_of(KeyError, fq.calibrate, params, statistics={}), "experts.*.weight")
+    message = message_of(ValueError, fq.calibrate, params, statistics=given | {"other": torch.ones(1)})
+    assert_names(message, "unexpected groups ['other']")
     for method in (Max(), Percentile()):
-        message = message_of(ValueError, fqt.calibrate, params, spec=spec, method=method, statistics=given)
+        message = message_of(ValueError, replace(fq, method=method).calibrate, params, statistics=given)
         assert_names(message, "statistics", type(method).__name__, "Mse")
 
 
@@ -297,8 +285,7 @@ def test_weights_that_are_not_finite(format, method):
     """The same error as under Max: the parameter and the expert."""
     params = params_of()
     params["experts.2.weight"][1, 3] = torch.nan
-    spec = fqt.select(params, {"*": format})
-    message = message_of(ValueError, fqt.calibrate, params, spec=spec, method=method)
+    message = message_of(ValueError, transform_of(params, format, method=method).calibrate, params)
     assert_names(message, "experts.2.weight", "expert 2", "nan", "finite")
 
 
@@ -311,7 +298,7 @@ def test_wide_blocks_try_all_scales():
     params = params_of(2)
     spec = fqt.select(params, {"*": wide})
     before, after = (
-        errors_of(params, fqt.calibrate(params, spec=spec, method=method), spec) for method in (Max(), Mse())
+        errors_of(params, fqt.transform(spec, method=method).calibrate(params), spec) for method in (Max(), Mse())
     )
     assert all(after[name] < before[name] for name in before)
 
@@ -319,24 +306,22 @@ def test_wide_blocks_try_all_scales():
 def test_vmap_and_compile_are_refused(monkeypatch):
     """Under vmap and torch.compile only Max is taken, and the message says so."""
     weight = experts(1, (4, 32))[0]
-    spec = fqt.select({"w": weight}, {"*": fqt.FP8})
-    message = message_of(
-        ValueError, vmap(lambda w: fqt.calibrate({"w": w}, spec=spec, method=Mse())["w"].amax), weight[None]
-    )
+    fq = fqt.transform(fqt.select({"w": weight}, {"*": fqt.FP8}), method=Mse())
+    message = message_of(ValueError, vmap(lambda w: fq.calibrate({"w": w})["w"]["amax"]), weight[None])
     assert_names(message, "Mse", "vmap", "Max")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert_names(message_of(ValueError, check_method, Mse(), None, spec), "Mse", "torch.compile", "Max")
-    check_method(Max(), None, spec)
+    assert_names(message_of(ValueError, fq.calibrate, {"w": weight}), "Mse", "torch.compile", "Max")
+    check_statistics(Max(), None, fq.spec)
 
 
 def test_meta_parameters():
     """Meta weights give a meta state of the right shapes."""
     params = {name: w.to("meta") for name, w in params_of().items()}
     for format in (fqt.FP8, fqt.INT4_BLOCK32, fqt.NVFP4_STATIC):
-        spec = fqt.select(params, {"*": format})
         for method in (Percentile(), Mse()):
-            state = fqt.calibrate(params, spec=spec, method=method)
-            shapes = {name: leaf.shape for name, leaf in flatten(fqt.state.init(params, spec=spec)).items()}
+            fq = transform_of(params, format, method=method)
+            state = fq.calibrate(params)
+            shapes = {name: leaf.shape for name, leaf in flatten(fq.init(params)).items()}
             assert {name: leaf.shape for name, leaf in flatten(state).items()} == shapes
             assert all(leaf.is_meta for leaf in flatten(state).values())
 
@@ -344,12 +329,10 @@ def test_meta_parameters():
 def test_tqdm_is_asked_for_by_name(monkeypatch):
     """Without tqdm a method that may take long says what to install; Max needs none."""
     params = params_of()
-    spec = fqt.select(params, {"*": fqt.FP8})
+    fq = transform_of(params, fqt.FP8, method=Mse())
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    assert_names(
-        message_of(ImportError, fqt.calibrate, params, spec=spec, method=Mse()), "tqdm", "fq_transforms[calibrate]"
-    )
-    fqt.calibrate(params, spec=spec)
+    assert_names(message_of(ImportError, fq.calibrate, params), "tqdm", "fq_transforms[calibrate]")
+    transform_of(params, fqt.FP8).calibrate(params)
 
 
 def test_inputs_are_not_written_and_states_stay_apart():
@@ -358,9 +341,8 @@ def test_inputs_are_not_written_and_states_stay_apart():
     statistics = {"experts.*.weight": torch.rand(4, 128)}
     versions = [t._version for t in (*params.values(), *statistics.values())]
     for format in (*STATIC, fqt.MXFP4):
-        method = Max() if format.is_stateless else Mse()
-        given = None if format.is_stateless else statistics
-        state = fqt.calibrate(params, spec=fqt.select(params, {"*": format}), method=method, statistics=given)
-        assert isinstance(state["experts.*.weight"], Stateless) == format.is_stateless
-        fqt.state.check(state, fqt.select(params, {"*": format}))
+        fq = transform_of(params, format, method=Max() if format.is_stateless else Mse())
+        state = fq.calibrate(params, statistics=None if format.is_stateless else statistics)
+        assert (state["experts.*.weight"] == {}) == format.is_stateless
+        fqt.state.check(state, fq.spec)
     assert [t._version for t in (*params.values(), *statistics.values())] == versions

@@ -15,7 +15,7 @@ import fq_transforms as fqt
 from fq_transforms.checkpoint.megatron import _from_megatron, _to_megatron
 from fq_transforms.checkpoint.megatron_shards import BETWEEN, FORMAT, ShardMetadata, is_small, join_layers, leaf_shards
 from fq_transforms.formats import FP8, FP8_BLOCK, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NVFP4_STATIC
-from fq_transforms.partition import Part, collapsed_axes, leaf_part
+from fq_transforms.partition import Part, collapsed_dims, leaf_part
 from fq_transforms.spec import Group
 from tests.cases import CORE_FORMATS, assert_names, message_of, name_of
 
@@ -319,7 +319,7 @@ def test_the_leaf_of_a_part_is_the_part_of_the_leaf(data, format):
             assert part.whole == tuple(whole[field].shape)
             assert part.shape == tuple(leaf.shape)
             there = tuple(slice(at, at + size) for at, size in zip(part.offset, part.shape, strict=True))
-            if all(splits[axis] == 1 for axis in collapsed_axes(format, field)):
+            if all(splits[axis] == 1 for axis in collapsed_dims(format, field)):
                 assert torch.equal(leaf, whole[field][there])
             found[field][there] = found[field][there].maximum(leaf)
     assert all(torch.equal(found[field], leaf) for field, leaf in whole.items())
@@ -328,7 +328,7 @@ def test_the_leaf_of_a_part_is_the_part_of_the_leaf(data, format):
 def calibrated(weights, format):
     """The leaves of stacked experts, by field."""
     params = {"experts.w": weights}
-    return fqt.transform(fqt.select(params, {"*": format})).calibrate(params)["experts.w"]._asdict()
+    return fqt.transform(fqt.select(params, {"*": format})).calibrate(params)["experts.w"]
 
 
 @pytest.mark.parametrize(

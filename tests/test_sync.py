@@ -1,4 +1,10 @@
-"""`sync`: plain local tensors of ranks that split each weight get the amax of the whole weight, by one all-reduce."""
+"""`fq.sync`: plain local tensors of many ranks become one state.
+
+Ranks that split each weight get the amax of the whole weight, by one all-reduce. Ranks with different batches get what
+`merge` of all their states is, in two; experts of other ranks are left alone.
+"""
+
+from dataclasses import replace
 
 import optree
 import pytest
@@ -44,12 +50,11 @@ def synced(rank, size):
     whole = layers()
     params = part_of(whole, rank, size)
     for format in cases.ONE_OF_EACH_LEAF:
-        spec = fqt.select(params, {"*": format})
-        fq, whole_fq = fqt.transform(spec), fqt.transform(fqt.select(whole, {"*": format}))
+        fq, whole_fq = (fqt.transform(fqt.select(tensors, {"*": format})) for tensors in (params, whole))
         state, wanted = fq.calibrate(params), whole_fq.calibrate(whole)
         before = optree.tree_map(torch.clone, state)
         with CommDebugMode() as collectives:
-            result = fqt.sync(state, spec, world(), split=SPLIT)
+            result = fq.sync(state, world(), split=SPLIT)
         touched = {
             f"mlp.linear_{role}.weight*.{field}"
             for role, side in (("fc1", "out"), ("fc2", "in"))
@@ -74,15 +79,14 @@ def synced(rank, size):
     # Everything at once is one collective still; under torch.func too.
     rules = {f"{i}.*": format for i, format in enumerate(cases.ONE_OF_EACH_LEAF)}
     many = {f"{i}.{name}": w for i in range(len(cases.ONE_OF_EACH_LEAF)) for name, w in params.items()}
-    spec = fqt.select(many, rules)
-    fq = fqt.transform(spec)
+    fq = fqt.transform(fqt.select(many, rules))
     with CommDebugMode() as collectives:
-        result = fqt.sync(fq.calibrate(many), spec, world(), split=SPLIT)
+        result = fq.sync(fq.calibrate(many), world(), split=SPLIT)
     assert collectives.get_total_counts() == 1
     inside = {}
 
     def quantize(p):
-        inside.update(fqt.sync(fq.calibrate(p), spec, world(), split=SPLIT))
+        inside.update(fq.sync(fq.calibrate(p), world(), split=SPLIT))
         return fq.fakequant(p, inside)
 
     out, _ = vjp(quantize, many)
@@ -92,10 +96,10 @@ def synced(rank, size):
     # Experts' amax stay their own: no split, no collective, and later globs win.
     for split in ({}, {"*": "out", "0.*": "in", "*fc?.*": "out"}):
         with CommDebugMode() as collectives:
-            kept = fqt.sync(fq.calibrate(many), spec, world(), split=split)
+            kept = fq.sync(fq.calibrate(many), world(), split=split)
         assert collectives.get_total_counts() == bool(split)
-    channel = kept["1.mlp.linear_fc1.weight*"].amax
-    assert torch.equal(channel, fq.calibrate(many)["1.mlp.linear_fc1.weight*"].amax)
+    channel = kept["1.mlp.linear_fc1.weight*"]["amax"]
+    assert torch.equal(channel, fq.calibrate(many)["1.mlp.linear_fc1.weight*"]["amax"])
 
 
 @pytest.mark.dist
@@ -110,15 +114,12 @@ def values(rank, size):
     edges = [-torch.inf, -2.0, -0.0, 0.0, 2.0**-149, 1.0, 448.0, 3.4e38, torch.inf, torch.nan, -torch.nan]
     pairs = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges))
     params = {"experts.w": torch.ones(len(pairs), 2, 2)}
-    spec = fqt.select(params, {"*": fqt.FP8})
-    state = {"experts.w": fqt.state.ExpertAmax(pairs[:, rank].clone())}
-    result = fqt.sync(state, spec, world(), split={"*": "in"})["experts.w"].amax
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    state = {"experts.w": {"amax": pairs[:, rank].clone()}}
+    result = fq.sync(state, world(), split={"*": "in"})["experts.w"]["amax"]
     assert cases.same_bits(result + 0.0, torch.maximum(pairs[:, 0], pairs[:, 1]) + 0.0)  # -0.0 and 0.0 are equal
-    assert fqt.sync({"experts.w": fqt.state.ExpertAmax(torch.empty(0))}, empty_spec(), world(), split={"*": "in"})
-
-
-def empty_spec():
-    return fqt.Spec((Group("experts.w", ("experts.w",), fqt.FP8, 0, (2, 2), stacked=True),))
+    none = fqt.transform(fqt.Spec((Group("experts.w", ("experts.w",), fqt.FP8, 0, (2, 2), stacked=True),)))
+    assert none.sync({"experts.w": {"amax": torch.empty(0)}}, world(), split={"*": "in"})
 
 
 @pytest.mark.dist
@@ -130,10 +131,10 @@ def test_nan_wins_and_uncalibrated_is_the_identity(ranks):
 def some_ranks(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     params = {"experts.w": torch.stack(cases.experts(4, (4, 8), seed=rank))}
-    spec = fqt.select(params, {"*": fqt.FP8})
-    state = fqt.calibrate(params, spec=spec)
-    result = fqt.sync(state, spec, mesh.get_group("tp"), split={"*": "out"})
-    return state["experts.w"].amax, result["experts.w"].amax
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    state = fq.calibrate(params)
+    result = fq.sync(state, mesh.get_group("tp"), split={"*": "out"})
+    return state["experts.w"]["amax"], result["experts.w"]["amax"]
 
 
 @pytest.mark.dist
@@ -148,45 +149,42 @@ def test_only_the_ranks_of_the_group_count(ranks):
 
 def refused(rank, size):
     params = layers()
-    spec = fqt.select(params, {"*": fqt.FP8})
-    state = fqt.calibrate(params, spec=spec)
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    state = fq.calibrate(params)
     key = "mlp.linear_fc1.weight*"
     mesh = init_device_mesh("cpu", (size,))
     sharded = {"experts.w": distribute_tensor(torch.ones(4, 8, 32), mesh, [Shard(1)])}
-    sharded_spec = fqt.select(sharded, {"*": fqt.FP8})
-    meta = state | {key: fqt.state.ExpertAmax(torch.empty(2, device="meta"))}
-    short = state | {key: fqt.state.ExpertAmax(torch.ones(3))}
-    missing = {key: state[key]}
-
-    def call(state, spec=spec):
-        return fqt.sync, state, spec, world()
-
+    sharded_fq = fqt.transform(fqt.select(sharded, {"*": fqt.FP8}))
     square = {"fc1.weight": torch.ones(192, 128)}
-    square_spec = fqt.select(square, {"*": fqt.FP8_BLOCK})
-    square_state = fqt.calibrate(square, spec=square_spec)
+    square_fq = fqt.transform(fqt.select(square, {"*": fqt.FP8_BLOCK}))
+    square_state = square_fq.calibrate(square)
     other = torch.distributed.new_group([1 - rank], use_local_synchronization=True)
+
+    def said(state, error=ValueError, *, group=torch.distributed.group.WORLD, split=SPLIT, **options):
+        return message_of(error, fq.sync, state, group, split=split, **options)
+
+    by_mesh = sharded_fq.calibrate(sharded)
     with CommDebugMode() as collectives:
         found = {
-            "glob": message_of(ValueError, *call(state), split=SPLIT | {"*fc3*": "in"}),
-            "side": message_of(ValueError, *call(state), split={"*": "column"}),
-            "axis": message_of(ValueError, *call(state), split={"*": 1}),
-            "DTensor": message_of(
-                ValueError, *call(fqt.calibrate(sharded, spec=sharded_spec), sharded_spec), split={"*": "out"}
-            ),
-            "meta": message_of(ValueError, *call(meta), split=SPLIT),
-            "shape": message_of(ValueError, *call(short), split=SPLIT),
-            "missing": message_of(KeyError, *call(missing), split=SPLIT),
-            "block": message_of(ValueError, *call(square_state, square_spec), split={"*": "out"}),
-            "no group": message_of(ValueError, fqt.sync, state, spec, None, split=SPLIT),
-            "not in it": message_of(ValueError, fqt.sync, state, spec, other, split=SPLIT),
-            "type": message_of(ValueError, *call({key: torch.ones(2)}), split=SPLIT),
+            "glob": said(state, split=SPLIT | {"*fc3*": "in"}),
+            "side": said(state, split={"*": "column"}),
+            "axis": said(state, split={"*": 1}),
+            "other experts": said(state, same_experts=False),
+            "DTensor": message_of(ValueError, sharded_fq.sync, by_mesh, world(), split={"*": "out"}),
+            "meta": said(state | {key: {"amax": torch.empty(2, device="meta")}}),
+            "shape": said(state | {key: {"amax": torch.ones(3)}}),
+            "missing": said({key: state[key]}, KeyError),
+            "block": message_of(ValueError, square_fq.sync, square_state, world(), split={"*": "out"}),
+            "no group": said(state, group=None),
+            "not in it": said(state, group=other),
+            "type": said({key: torch.ones(2)}),
         }
-    assert collectives.get_total_counts() == 1  # of calibrate on the DTensors
+    assert collectives.get_total_counts() == 0
     return found
 
 
 @pytest.mark.dist
-def test_mistakes_are_refused_before_anything_is_sent(ranks):
+def test_mistakes_of_a_split_are_refused_before_anything_is_sent(ranks):
     """A rank that raises in the middle would leave the others waiting."""
     first, second = ranks(refused, size=2)
     assert first == second
@@ -194,6 +192,7 @@ def test_mistakes_are_refused_before_anything_is_sent(ranks):
         "glob": ("split['*fc3*'] matches no group, among 2 such as ['mlp.linear_fc1.weight*'",),
         "side": ("split['*']: found 'column', wanted 'out' or 'in'",),
         "axis": ("split['*']: found 1, wanted 'out' or 'in'",),
+        "other experts": ("split: found a split of weights between ranks with same_experts=False",),
         "DTensor": ("sync: state 'experts.w.amax': found a DTensor, wanted a plain local tensor", "has reduced it"),
         "meta": ("sync: state 'mlp.linear_fc1.weight*.amax': found a meta tensor, wanted values",),
         "shape": ("state 'mlp.linear_fc1.weight*.amax': found (3,)", "wanted (2,)"),
@@ -201,8 +200,101 @@ def test_mistakes_are_refused_before_anything_is_sent(ranks):
         "block": ("parameter 'fc1.weight'", "holds 0..192 of 384 and cuts a block of 128 of FP8_BLOCK"),
         "no group": ("group: found None, wanted a process group that this rank is in",),
         "not in it": ("group: found ", "wanted a process group that this rank is in"),
-        "type": ("state 'mlp.linear_fc1.weight*': found Tensor, wanted leaves",),
+        "type": ("state 'mlp.linear_fc1.weight*': found Tensor, wanted a dict",),
     }
     assert wanted.keys() == first.keys()
     for what, fragments in wanted.items():
         cases.assert_names(first[what], *fragments)
+
+
+SHARED, OWN, DENSE = "experts.*.w1.weight.input", "experts.*.w2.weight.input", "q.weight.input"
+
+
+def with_inputs():
+    params = {f"experts.{i}.{role}.weight": torch.ones(4, 32) for i in range(3) for role in ("w1", "w2")}
+    params |= {"q.weight": torch.ones(4, 32), "k.weight": torch.ones(4, 32)}
+    rules = [fqt.Rule("*.w1.*", fqt.FP8, fqt.FP8), fqt.Rule("*.w2.*", fqt.FP8, fqt.FP8, per_expert_inputs=True)]
+    rules += [fqt.Rule("q.*", fqt.FP8, fqt.NVFP4), fqt.Rule("k.*", fqt.FP8, fqt.MXFP8)]
+    return params, fqt.transform(fqt.select(params, rules))
+
+
+def state_of(rank):
+    """A state in which each rank has experts without tokens, and one has none at all."""
+    params, fq = with_inputs()
+    generator = torch.Generator().manual_seed(rank)
+
+    def entry(experts, leaves):
+        tokens = torch.randint(0, 3, (experts,), generator=generator).double() * (rank != 2)
+        amax = torch.where(tokens > 0, torch.rand(experts, generator=generator), -torch.inf)
+        return {"amax": amax if leaves == experts else amax.amax().reshape(1), "tokens": tokens}
+
+    return fq.init(params) | {SHARED: entry(3, 1), OWN: entry(3, 3), DENSE: entry(1, 1)}
+
+
+def equals_merge(rank, size):
+    params, fq = with_inputs()
+    state = state_of(rank)
+    with CommDebugMode() as collectives:
+        found = fq.sync(state, world())
+    assert collectives.get_total_counts() == 2
+    wanted = state_of(0)
+    for other in range(1, size):
+        wanted = fqt.merge(wanted, state_of(other))
+    for name, leaf in fqt.state.flatten(found).items():
+        assert torch.equal(leaf, fqt.state.flatten(wanted)[name]), name
+        assert leaf.dtype == fqt.state.flatten(wanted)[name].dtype
+        assert leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+    assert all(found[group.key] is state[group.key] for group in fq.spec.groups)
+
+    with CommDebugMode() as collectives:
+        found = fq.sync(state, world(), same_experts=False)
+    assert collectives.get_total_counts() == 1
+    assert found[OWN] is state[OWN]
+    assert torch.equal(found[SHARED]["amax"], wanted[SHARED]["amax"])
+    assert found[SHARED]["tokens"] is state[SHARED]["tokens"]
+
+    nan = state if rank else state | {OWN: state[OWN] | {"amax": torch.full((3,), torch.nan)}}
+    assert fq.sync(nan, world())[OWN]["amax"].isnan().all()
+    weights = replace(fq, spec=replace(fq.spec, inputs=()))
+    only = {group.key: state[group.key] for group in fq.spec.groups}
+    with CommDebugMode() as collectives:
+        assert weights.sync(only, world()) == only
+    assert collectives.get_total_counts() == 0
+
+    # Over tensor-parallel ranks: the amax of inputs, and not the tokens that all of them see.
+    tied = fq.sync(state | weights.calibrate(params), world(), split={"experts.*.w2.weight": "in", "q*": "out"})
+    for key in (OWN, DENSE):
+        assert torch.equal(tied[key]["amax"], wanted[key]["amax"])
+        assert tied[key]["tokens"] is state[key]["tokens"]
+    assert tied[SHARED]["amax"] is state[SHARED]["amax"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_it_is_merge_of_all_ranks(ranks, size):
+    """The amax by maximum, tokens by sum; with other experts a rank, only what experts share."""
+    ranks(equals_merge, size=size)
+
+
+def refused_batches(rank, size):
+    params, fq = with_inputs()
+    state = state_of(rank)
+    meta = fq.init({name: p.to("meta") for name, p in params.items()})
+    short = state | {OWN: {"amax": torch.ones(2), "tokens": torch.ones(3, dtype=torch.float64)}}
+    with CommDebugMode() as collectives:
+        found = [
+            message_of(ValueError, fq.sync, state, None),
+            message_of(ValueError, fq.sync, meta, world()),
+            message_of(ValueError, fq.sync, state | {"x": state[OWN]}, world()),
+            message_of(ValueError, fq.sync, short, world()),
+        ]
+    assert collectives.get_total_counts() == 0
+    return found
+
+
+@pytest.mark.dist
+def test_mistakes_of_batches_are_refused_before_anything_is_sent(ranks):
+    """As of a split: nobody waits for a rank that has raised."""
+    wanted = ("group: found None", "found a meta tensor, wanted values", "unexpected groups: ['x']", "found (2,)")
+    for fragment, found in zip(wanted, ranks(refused_batches, size=2)[0], strict=True):
+        assert fragment in found

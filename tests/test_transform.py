@@ -1,6 +1,11 @@
 """The contract of the whole: pure functions on parameter dicts that compose with functional_call and torch.func."""
 
 import copy
+import multiprocessing
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
+from inspect import signature
 
 import optree
 import pytest
@@ -10,8 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call, grad, vjp, vmap
 
 import fq_transforms as fqt
+from fq_transforms import methods
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from tests.cases import ALL_FORMATS, CORE_FORMATS, name_of
+from tests.cases import ALL_FORMATS, CORE_FORMATS, message_of, name_of
 
 every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
 
@@ -67,8 +73,7 @@ def test_fakequant_replaces_selected_entries_and_nothing_else(params, format):
         if is_selected:
             expert = int(name.split(".")[1])
             (group,) = state.values()
-            amax = group.amax[expert] if len(group) else None
-            global_amax = group.global_amax[expert] if len(group) == 2 else None
+            amax, global_amax = (group[leaf][expert] if leaf in group else None for leaf in ("amax", "global_amax"))
             wanted = fake_quantize_reference(param, amax, global_amax, format=format, out_dtype=torch.float32)
             assert torch.equal(weights[name], wanted)
     assert optree.tree_all(optree.tree_map(torch.equal, state, leaves))
@@ -174,12 +179,10 @@ def test_per_expert_scales_do_not_mix(params):
         assert same == (e != 2)
 
 
-def test_bad_options_and_devices(params):
-    """Options are checked by value; a state on another device than its weights says how to move it."""
+def test_a_state_elsewhere_is_refused(params):
+    """A state on another device than its weights says how to move it."""
     fq = transform_of(params, fqt.INT8)
     state = fq.calibrate(params)
-    with pytest.raises(ValueError, match="out_dtype: found torch.float64, wanted bfloat16, float16 or float32"):
-        transform_of(params, fqt.INT8, out_dtype=torch.float64).fakequant(params, state)
     with pytest.raises(ValueError, match="found on meta, wanted on cpu as its weights; move it with optree.tree_map"):
         fq.fakequant(params, optree.tree_map(lambda leaf: leaf.to("meta"), state))
 
@@ -201,15 +204,95 @@ def test_meta_parameters_go_through(params):
         assert fq.fakequant(meta, state)["experts.0.weight"].shape == (128, 128)
 
 
-def test_mistakes_are_refused_at_the_door(params):
-    """Before the first training step: rules for a spec, a misspelt option, a dtype that is no weight's."""
-    with pytest.raises(ValueError, match="spec: found dict, wanted a Spec"):
-        fqt.transform({"*": fqt.FP8})
+INPUTS = fqt.Rule("experts.*", fqt.FP8, fqt.FP8)
+
+# Option -> (format or rule, wrong value, what the error says)
+WRONG_OPTIONS = {
+    "spec, rules": (fqt.FP8, {"spec": {"*": fqt.FP8}}, "spec: found dict, wanted a Spec; call transform(select("),
+    "method, by name": (fqt.FP8, {"method": "mse"}, "method: found 'mse', wanted Max(), Percentile(p), Mse() or Four"),
+    "method, a class": (fqt.FP8, {"method": methods.Mse}, "method: found <class 'fq_transforms.methods.Mse'>, wanted"),
+    "method, without a static amax": (fqt.MXFP8, {"method": methods.Mse()}, "method Mse: found MXFP8 for group"),
+    "method, of another format": (fqt.INT8, {"method": methods.FourOverSix()}, "method FourOverSix: found INT8 for"),
+    "backward": (fqt.FP8, {"backward": "clp"}, "backward: found 'clp', wanted 'pass_through', 'clip' or 'lsq'"),
+    "backward, unhashable": (fqt.FP8, {"backward": ["clip"]}, "backward: found ['clip'], wanted 'pass_through', 'cl"),
+    "backward, inputs": (INPUTS, {"backward": "lsq"}, "backward 'lsq': found the inputs of 1 groups, such as 'experts"),
+    "backward, nothing to learn": (fqt.MXFP4, {"backward": "lsq"}, "backward 'lsq': found MXFP4 only, wanted a form"),
+    "out_dtype": (fqt.FP8, {"out_dtype": torch.float64}, "out_dtype: found torch.float64, wanted bfloat16, float16 or"),
+    "out_dtype, by name": (fqt.FP8, {"out_dtype": "bf16"}, "out_dtype: found bf16, wanted bfloat16, float16 or float"),
+    "separate": (fqt.FP8, {"separate": 1}, "separate: found 1, wanted True or False"),
+}
+
+
+@pytest.mark.parametrize("option", WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_when_the_transform_is_made(params, option):
+    """Not when it is used: by `transform`, by `Transform` and by `dataclasses.replace`, in the same words."""
+    format, options, message = WRONG_OPTIONS[option]
+    spec = fqt.select(params, [format] if isinstance(format, fqt.Rule) else {"experts.*": format})
+    right = fqt.transform(spec)
+    for make in (fqt.transform, fqt.Transform, partial(replace, right)):
+        assert message in message_of(ValueError, make, **{"spec": spec, **options})
+
+
+def test_every_option_has_a_wrong_value_above():
+    """A new option comes with its check."""
+    assert {f.name for f in fields(fqt.Transform)} == {option.split(",")[0] for option in WRONG_OPTIONS}
+    assert list(signature(fqt.transform).parameters) == [f.name for f in fields(fqt.Transform)]
+
+
+OPTIONS = {
+    "method": methods.Percentile(99.0),
+    "backward": "clip",
+    "out_dtype": torch.bfloat16,
+    "separate": True,
+}
+
+
+def test_a_transform_is_a_value(params):
+    """Frozen, equal and hashed by what is in it, and whole after a pickle: the same on every rank, a key of a cache."""
     spec = fqt.select(params, {"experts.*": fqt.FP8})
-    with pytest.raises(ValueError, match="backward: found 'clp', wanted 'pass_through', 'clip' or 'lsq'"):
-        fqt.transform(spec, backward="clp")
-    with pytest.raises(ValueError, match="out_dtype: found torch.float64"):
-        fqt.transform(spec, out_dtype=torch.float64)
+    fq = fqt.transform(spec, **OPTIONS)
+    again = pickle.loads(pickle.dumps(fq))
+    assert again == fq == fqt.Transform(spec, **OPTIONS) == copy.deepcopy(fq)
+    assert hash(again) == hash(fq)
+    assert {name: getattr(again, name) for name in OPTIONS} == OPTIONS
+    for name in OPTIONS:
+        others = {other: value for other, value in OPTIONS.items() if other != name}
+        assert fqt.transform(spec, **others) != fq
+    with pytest.raises(FrozenInstanceError):
+        fq.backward = "lsq"
+    with pytest.raises(TypeError):
+        fqt.Transform(spec, methods.MAX)  # options are keywords
+
+
+def test_it_prints_in_a_line_and_as_a_table(params):
+    """`repr` has what differs from the defaults; `str` the table of the spec and every option."""
+    spec = fqt.select(params, {"experts.*": fqt.FP8})
+    summary = "1 group, 4 weights: 98.1 % of 66,816 parameters"
+    assert repr(fqt.transform(spec)) == f"Transform({summary})"
+    assert repr(fqt.transform(spec, backward="clip")) == f"Transform({summary}; backward='clip')"
+    lines = str(fqt.transform(spec, **OPTIONS)).splitlines()
+    assert lines[:-1] == str(spec).splitlines()
+    assert lines[-1] == "method=Percentile(percentile=99.0), backward='clip', out_dtype=torch.bfloat16, separate=True"
+
+
+def values_in_a_process(fq, params, connection):
+    state = fq.calibrate(params)
+    connection.send({name: w.tolist() for name, w in fq.fakequant(params, state).items()})
+
+
+@pytest.mark.dist
+def test_it_goes_to_a_spawned_process(params):
+    """A process that has only the pickle computes the same numbers."""
+    fq = transform_of(params, fqt.NVFP4_STATIC, method=methods.Mse(), backward="clip", out_dtype=torch.bfloat16)
+    params = {name: p.detach() for name, p in params.items()}
+    ours, theirs = multiprocessing.Pipe()
+    process = torch.multiprocessing.get_context("spawn").Process(target=values_in_a_process, args=(fq, params, theirs))
+    process.start()
+    assert ours.poll(120)
+    found = ours.recv()
+    process.join(10)
+    wanted = fq.fakequant(params, fq.calibrate(params))
+    assert found == {name: w.tolist() for name, w in wanted.items()}
 
 
 @pytest.fixture
@@ -248,7 +331,7 @@ def test_one_unreadable_leaf_does_not_hide_another(params):
     both = {"a.weight": torch.ones(4, 128), "b.weight": torch.ones(4, 128, device="meta")}
     fq = fqt.transform(fqt.select(both, {"*": fqt.FP8}))
     state = fq.calibrate(both)
-    state["a.weight"] = fqt.state.ExpertAmax(torch.tensor([-1.0]))
+    state["a.weight"] = {"amax": torch.tensor([-1.0])}
     with pytest.raises(ValueError, match="found -1.0 for 'a.weight'"):
         fq.fakequant(both, state)
     with pytest.raises(ValueError, match="'a.weight'.*found the largest magnitude nan"):

@@ -17,6 +17,7 @@ experts that are modules of their own may have had no token.
 NOTE cost: about 12 us of the host for each call of a PyTorch function, measured on a CPU; no wait for a device.
 """
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,13 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage] (it has no public name)
-)
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fq_transforms.checks import is_mapped, unwrapped
+from fq_transforms.ops.private import is_mapped, unwrapped
 from fq_transforms.spec import Inputs
 
 __all__ = ["Use", "products"]
@@ -54,7 +52,7 @@ class Use(NamedTuple):
 OnInput = Callable[[Use, Tensor], Tensor]
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     """Where a parameter lies, in elements of its storage."""
 
     inputs: Inputs
@@ -69,7 +67,7 @@ class _Place(NamedTuple):
 class _Copy(NamedTuple):
     """A tensor that a model made of a weight: of one expert, or gathered by `experts` [n]."""
 
-    place: _Place
+    span: _Span
     experts: int | Tensor
     is_first: bool
 
@@ -118,15 +116,26 @@ def products(
         seen.add(use.inputs.key)
         return on_input(use, x)
 
-    outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Products)]
     with ExitStack() as leaving:
         mode = _Products(see)
         mode.add(weights, inputs, _hook(model, inputs, see, mode.is_resting, leaving))
-        for other in outer:
-            other.resting += 1
-            leaving.callback(other.wake)
+        for outer in _CALLS.running:
+            outer.resting += 1
+            leaving.callback(outer.wake)
         leaving.enter_context(mode)
+        _CALLS.running.append(mode)
+        leaving.callback(_CALLS.running.pop)
         yield seen
+
+
+class _Calls(threading.local):
+    """The calls that run in this thread, as modes of PyTorch are of a thread; the outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[_Products] = []
+
+
+_CALLS = _Calls()
 
 
 class _Products(TorchFunctionMode):
@@ -134,7 +143,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self.see = see
         self.resting = 0  # calls within this one
-        self.places: dict[int, list[_Place]] = {}  # by address of the storage, in order
+        self.spans: dict[int, list[_Span]] = {}  # by address of the storage, in order
         self.copies: Any = WeakIdKeyDictionary()
 
     def is_resting(self) -> bool:
@@ -149,9 +158,9 @@ class _Products(TorchFunctionMode):
                 if name not in hooked:
                     weight = weights[name]
                     _check_visible(name, weight)
-                    self.places.setdefault(_address(weight), []).append(_place(group, number, name, weight))
-        for places in self.places.values():
-            places.sort(key=lambda place: place.start)
+                    self.spans.setdefault(_address(weight), []).append(_span_of(group, number, name, weight))
+        for spans in self.spans.values():
+            spans.sort(key=lambda span: span.start)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,41 +178,41 @@ class _Products(TorchFunctionMode):
             self.follow(name, args, kwargs, found, tensor)
         return out
 
-    def find(self, tensor: Tensor) -> _Place | _Copy | None:
+    def find(self, tensor: Tensor) -> _Span | _Copy | None:
         """What weight a tensor is, is a view of, or was made of."""
         copy: _Copy | None = self.copies.get(tensor)
         if copy is not None:
             return copy
         if tensor.layout is not torch.strided or tensor.is_meta:
             return None
-        places = self.places.get(_address(tensor))
-        if places is None:
+        spans = self.spans.get(_address(tensor))
+        if spans is None:
             return None
         offset = unwrapped(tensor).storage_offset()
-        index = bisect_right(places, offset, key=lambda place: place.start) - 1
-        return places[index] if index >= 0 and offset < places[index].stop else None
+        index = bisect_right(spans, offset, key=lambda span: span.start) - 1
+        return spans[index] if index >= 0 and offset < spans[index].stop else None
 
     def follow(self, name: str, args: Any, kwargs: Any, found: Sequence[tuple[Tensor, Any]], out: Tensor) -> None:
         """Remember a result that is a weight still; refuse one that is not, for a product may hide in it."""
         if self.find(out) is not None or not out.is_floating_point():
             return
         of, at = found[0]
-        place = at.place if isinstance(at, _Copy) else at
+        span = at.span if isinstance(at, _Copy) else at
         sides = (of.shape[-2:], of.shape[:-3:-1])
         if isinstance(at, _Copy) and _address(out) == _address(of) and out.shape[-2:] in sides:
             self.copies[out] = at
         elif name in _CASTS and of.dim() == 2:
             self.copies[out] = at if isinstance(at, _Copy) else _Copy(at, _expert(at, of), _begins_an_expert(at, of))
-        elif name in _GATHERS and isinstance(at, _Place) and of.dim() == 3 and place.inputs.stacked:
+        elif name in _GATHERS and isinstance(at, _Span) and of.dim() == 3 and span.inputs.stacked:
             index = args[-1] if args[1:] else kwargs.get("index")
             index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
             if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
-                raise _not_followed(place, f"{name} with {index!r:.60}")
-            if of.shape[0] != place.inputs.experts:
-                raise _not_followed(place, f"{name} of {of.shape[0]} of its {place.inputs.experts} experts")
-            self.copies[out] = _Copy(place, index % place.inputs.experts, _begins_an_expert(place, of))
+                raise _not_followed(span, f"{name} with {index!r:.60}")
+            if of.shape[0] != span.inputs.experts:
+                raise _not_followed(span, f"{name} of {of.shape[0]} of its {span.inputs.experts} experts")
+            self.copies[out] = _Copy(span, index % span.inputs.experts, _begins_an_expert(span, of))
         else:
-            raise _not_followed(place, f"{name} of {tuple(of.shape)}")
+            raise _not_followed(span, f"{name} of {tuple(of.shape)}")
 
     def multiply(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a product, with its input replaced."""
@@ -214,18 +223,18 @@ class _Products(TorchFunctionMode):
         if left is None and right is None:
             raise _not_followed(_one(self, args, kwargs), f"what {name} adds")
         if left is not None and right is not None:
-            raise _not_followed(left.place if isinstance(left, _Copy) else left, f"{name} with another selected weight")
+            raise _not_followed(left.span if isinstance(left, _Copy) else left, f"{name} with another selected weight")
         if right is not None:
             (x, w), at, side = operands, right, 0
         else:
             (w, x), at, side, in_dim = operands, left, 1, -1
         assert at is not None
-        place = at.place if isinstance(at, _Copy) else at
-        _check_contraction(name, place, w, in_dim)
+        span = at.span if isinstance(at, _Copy) else at
+        _check_contraction(name, span, w, in_dim)
         rows = x.mT if side == 1 and x.dim() > 1 else x
-        rows, experts = _experts_of_rows(name, place, at, w, rows, _offsets(name, args, kwargs))
-        is_first = at.is_first if isinstance(at, _Copy) else _begins_an_expert(place, w)
-        rows = self.see(Use(place.inputs, experts, is_first), rows)
+        rows, experts = _experts_of_rows(name, span, at, w, rows, _offsets(name, args, kwargs))
+        is_first = at.is_first if isinstance(at, _Copy) else _begins_an_expert(span, w)
+        rows = self.see(Use(span.inputs, experts, is_first), rows)
         x = rows.mT if side == 1 and x.dim() > 1 else rows
         slot = slots[side]
         if isinstance(slot, int):
@@ -234,46 +243,46 @@ class _Products(TorchFunctionMode):
 
 
 def _experts_of_rows(
-    name: str, place: _Place, at: _Place | _Copy, w: Tensor, x: Tensor, offsets: Tensor | None
+    name: str, span: _Span, at: _Span | _Copy, w: Tensor, x: Tensor, offsets: Tensor | None
 ) -> tuple[Tensor, int | Tensor]:
     """The input, and the expert of each of its rows: w is one matrix, or one for each of x's first dimension."""
     if w.dim() == 2:
-        if isinstance(at, _Place) and not _is_within_an_expert(at, w):
-            raise _not_followed(place, f"{name} with several experts as one matrix {tuple(w.shape)}")
+        if isinstance(at, _Span) and not _is_within_an_expert(at, w):
+            raise _not_followed(span, f"{name} with several experts as one matrix {tuple(w.shape)}")
         return x, at.experts if isinstance(at, _Copy) else _expert(at, w)
     if w.dim() != 3 or x.dim() not in (2, 3):
-        raise _not_followed(place, f"{name} of {tuple(x.shape)} with {tuple(w.shape)}")
+        raise _not_followed(span, f"{name} of {tuple(x.shape)} with {tuple(w.shape)}")
     if isinstance(at, _Copy):
         assert isinstance(at.experts, Tensor)
         of_matrix = at.experts
     else:
         first = _expert(at, w)
-        if w.shape[0] > 1 and w.stride(0) != (place.expert_stride or w.stride(0)):
-            raise _not_followed(place, f"{name} with experts {w.stride(0)} elements apart")
+        if w.shape[0] > 1 and w.stride(0) != (span.expert_stride or w.stride(0)):
+            raise _not_followed(span, f"{name} with experts {w.stride(0)} elements apart")
         of_matrix = torch.arange(first, first + w.shape[0], device=x.device)
     if name in _GROUPED_NAMES and offsets is not None:
         if x.dim() != 2:
-            raise _not_followed(place, f"{name} of {tuple(x.shape)} by offsets")
+            raise _not_followed(span, f"{name} of {tuple(x.shape)} by offsets")
         matrix = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype), right=True)
-        none = of_matrix.new_full((1,), place.inputs.experts)
+        none = of_matrix.new_full((1,), span.inputs.experts)
         return x, torch.cat([of_matrix, none])[matrix]
     if x.dim() == 2 or x.shape[0] != w.shape[0]:
         x = x.expand(w.shape[0], *x.shape[-2:])
     return x, of_matrix[:, None].expand(x.shape[:-1])
 
 
-def _expert(place: _Place, view: Tensor) -> int:
+def _expert(span: _Span, view: Tensor) -> int:
     """The (first) expert that a view of a parameter holds."""
-    if not place.expert_stride:
-        return place.expert
-    return (unwrapped(view).storage_offset() - place.start) // place.expert_stride
+    if not span.expert_stride:
+        return span.expert
+    return (unwrapped(view).storage_offset() - span.start) // span.expert_stride
 
 
-def _is_within_an_expert(place: _Place, view: Tensor) -> bool:
-    if not place.expert_stride:
+def _is_within_an_expert(span: _Span, view: Tensor) -> bool:
+    if not span.expert_stride:
         return True
-    offset = (unwrapped(view).storage_offset() - place.start) % place.expert_stride
-    return offset + _extent(view) <= place.expert_stride
+    offset = (unwrapped(view).storage_offset() - span.start) % span.expert_stride
+    return offset + _extent(view) <= span.expert_stride
 
 
 def _extent(tensor: Tensor) -> int:
@@ -281,15 +290,15 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _begins_an_expert(place: _Place, view: Tensor) -> bool:
-    offset = unwrapped(view).storage_offset() - place.start
-    return (offset % place.expert_stride if place.expert_stride else offset) == 0
+def _begins_an_expert(span: _Span, view: Tensor) -> bool:
+    offset = unwrapped(view).storage_offset() - span.start
+    return (offset % span.expert_stride if span.expert_stride else offset) == 0
 
 
-def _check_contraction(name: str, place: _Place, w: Tensor, dim: int) -> None:
-    columns = place.inputs.shape[1]
-    if w.dim() < 2 or w.shape[dim] != columns or (columns > 1 and w.stride(dim) != place.in_stride):
-        raise _not_followed(place, f"{name} with {tuple(w.shape)}, over another dimension than `in` = {columns}")
+def _check_contraction(name: str, span: _Span, w: Tensor, dim: int) -> None:
+    columns = span.inputs.shape[1]
+    if w.dim() < 2 or w.shape[dim] != columns or (columns > 1 and w.stride(dim) != span.in_stride):
+        raise _not_followed(span, f"{name} with {tuple(w.shape)}, over another dim than `in` = {columns}")
 
 
 def _offsets(name: str, args: Any, kwargs: Any) -> Tensor | None:
@@ -300,17 +309,17 @@ def _slot(args: Any, kwargs: Any, position: int, keywords: Sequence[str]) -> Any
     return position if position < len(args) else next(keyword for keyword in keywords if keyword in kwargs)
 
 
-def _one(mode: _Products, args: Any, kwargs: Any) -> _Place:
+def _one(mode: _Products, args: Any, kwargs: Any) -> _Span:
     at = next(at for t in _tensors((*args, *kwargs.values())) if (at := mode.find(t)) is not None)
-    return at.place if isinstance(at, _Copy) else at
+    return at.span if isinstance(at, _Copy) else at
 
 
-def _place(group: Inputs, number: int, name: str, weight: Tensor) -> _Place:
+def _span_of(group: Inputs, number: int, name: str, weight: Tensor) -> _Span:
     start = unwrapped(weight).storage_offset()
     strides = weight.stride()
     in_stride = strides[-2] if group.transposed else strides[-1]
     stop = start + _extent(weight)
-    return _Place(group, name, number, int(start), int(stop), strides[0] if group.stacked else 0, in_stride)
+    return _Span(group, name, number, int(start), int(stop), strides[0] if group.stacked else 0, in_stride)
 
 
 def _check_visible(name: str, weight: Tensor) -> None:
@@ -335,9 +344,9 @@ def _tensors(values: Any) -> Generator[Tensor]:
             yield from _tensors(value)
 
 
-def _not_followed(place: _Place, use: str) -> ValueError:
+def _not_followed(span: _Span, use: str) -> ValueError:
     return ValueError(
-        f"inputs {place.inputs.key!r}: found the weight {place.name!r} in {use}, wanted x @ w.T by linear, matmul, "
+        f"inputs {span.inputs.key!r}: found the weight {span.name!r} in {use}, wanted x @ w.T by linear, matmul, "
         "bmm or grouped_mm; take it out with a rule to None"
     )
 

@@ -89,10 +89,6 @@ def quantized_inputs(
     if not spec.inputs:
         yield
         return
-    if backward == "lsq":
-        raise ValueError(
-            "backward: found 'lsq' and inputs, whose scales are not learned, wanted 'pass_through' or 'clip'"
-        )
     for inputs in spec.inputs:
         plain_weights_of(weights, inputs)
     _check_seen(state, spec)
@@ -138,7 +134,8 @@ def _check_seen(state: State, spec: Spec) -> None:
 def quantize_input(use: Use, x: Tensor, scales: GroupState, *, backward: Backward) -> Tensor:
     """Quantize and dequantize x [..., in], each row by the scales of its expert; in the dtype of x.
 
-    The formulas are those of weights, `fake_quantize_reference`, with a token as a row: by tensor with the amax of the state, by channel with amax = max(abs(row)), in blocks along `in`.
+    The formulas are those of weights, `fake_quantize_reference`, with a token as a row: per tensor by the amax of the
+    state, per channel by amax = max(abs(row)), in blocks along `in`.
     """
     inputs = use.inputs
     check_input(inputs, x)

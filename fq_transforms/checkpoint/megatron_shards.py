@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fq_transforms.checkpoint.manifest import STATE, Kind
-from fq_transforms.partition import Part, collapsed_axes, leaf_part
+from fq_transforms.partition import Part, collapsed_dims, leaf_part
 from fq_transforms.spec import Group
 
 __all__ = [
@@ -99,7 +99,7 @@ def leaf_shards(
     shards: dict[str, list[ShardMetadata]] = {}
     for field, (_, dtype) in kind.leaves(group).items():
         # A leaf that collapses `out` is one for all pieces.
-        several = pieces[:1] if 1 in collapsed_axes(group.format, field) else pieces
+        several = pieces[:1] if 1 in collapsed_dims(group.format, field) else pieces
         shards[field] = [_leaf_shard(group, field, piece, SUFFIXES[kind.name][field], dtype) for piece in several]
     layers = len(pieces[0].part.whole) - 3
     whole, offset, shape = (axes[:layers] for axes in pieces[0].part)
@@ -178,7 +178,7 @@ def _leaf_shard(group: Group, field: str, piece: ShardMetadata, suffix: str, dty
     """The shard of a leaf that belongs to a piece [*layers, E, out, in] of the weights."""
     whole, offset, shape = piece.part
     leaf = leaf_part(Part(whole[-3:], offset[-3:], shape[-3:]), group.format, field, group.names[0])
-    collapsed = collapsed_axes(group.format, field)
+    collapsed = collapsed_dims(group.format, field)
     return ShardMetadata(
         piece.key + suffix,
         Part(whole[:-3] + leaf.whole, offset[:-3] + leaf.offset, shape[:-3] + leaf.shape),

@@ -99,8 +99,7 @@ def compressed_tensors(
     Source: the compressors and `QuantizationConfig` of compressed-tensors 0.20.
 
     Example:
-        >>> import tempfile
-        >>> import fq_transforms as fqt
+        >>> import tempfile, fq_transforms as fqt
         >>> params = {f"mlp.experts.{i}.up_proj.weight": torch.ones(4, 16) for i in range(2)}
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
         >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}

@@ -28,7 +28,7 @@ from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
 from fq_transforms.methods import MAX, Max
-from fq_transforms.partition import AXES, collapsed_axes
+from fq_transforms.partition import DIMS, collapsed_dims
 from fq_transforms.rules import Rules
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
@@ -201,7 +201,7 @@ def _check_whole(fq: fqt.Transform, axes: Mapping[str, str]) -> None:
         return
     for group in fq.spec.groups:
         axis = axes.get(group.key)
-        if axis is not None and AXES.index(axis) in collapsed_axes(group.format, "amax"):
+        if axis is not None and DIMS.index(axis) in collapsed_dims(group.format, "amax"):
             raise ValueError(
                 f"method {type(fq.method).__name__}: found group {group.key!r} split along {axis!r} by tensor "
                 f"parallelism within the granules of {group.format.name}, wanted whole ones on each rank; use Max, or "

@@ -11,7 +11,6 @@ import fq_transforms as fqt
 from fq_transforms.activations.products import Use
 from fq_transforms.activations.quantize import quantize_input
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from fq_transforms.state import InputAmax, Stateless
 from tests import cases
 from tests.cases import assert_names, message_of, name_of, same_bits
 from tests.models import TOP_K, language_model, tokens
@@ -22,7 +21,7 @@ INPUT_FORMATS = [fqt.FP8, fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.INT8_PER_CHANNEL, f
 def prepared(per_expert=True, format=fqt.FP8):
     model, params = language_model()
     spec = fqt.select(params, [fqt.Rule("*.experts.*", fqt.INT8, format, per_expert_inputs=per_expert)])
-    return model, params, fqt.transform(spec, model=model)
+    return model, params, fqt.transform(spec)
 
 
 def same(a, b):
@@ -36,7 +35,7 @@ BATCHES = [tokens(1, 1 + seed, seed=seed) for seed in range(8)]  # the first lea
 def test_the_state_is_what_the_layers_get(per_expert):
     """The amax and the tokens of each expert, by forward hooks on the linear layers."""
     model, params, fq = prepared(per_expert)
-    state = fq.calibrate(params, BATCHES)
+    state = fq.calibrate(params, BATCHES, model=model)
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -49,24 +48,25 @@ def test_the_state_is_what_the_layers_get(per_expert):
     for inputs in fq.spec.inputs:
         seen = [torch.cat(found[name]) for name in inputs.names]
         amax = torch.stack([x.abs().max() for x in seen])
-        assert torch.equal(state[inputs.key].amax, amax if per_expert else amax.max().reshape(1))
-        assert state[inputs.key].tokens.tolist() == [len(x) for x in seen]
-        assert state[inputs.key].tokens.sum() == TOP_K * sum(batch.numel() for batch in BATCHES)
+        assert torch.equal(state[inputs.key]["amax"], amax if per_expert else amax.max().reshape(1))
+        assert state[inputs.key]["tokens"].tolist() == [len(x) for x in seen]
+        assert state[inputs.key]["tokens"].sum() == TOP_K * sum(batch.numel() for batch in BATCHES)
 
 
 def test_calibration_is_a_fold():
     """Batches one by one, in any order and grouping, merged: the state of all, exactly; `init` changes nothing."""
-    _, params, fq = prepared()
-    whole = fq.calibrate(params, BATCHES)
-    single = [fq.calibrate(params, batch) for batch in BATCHES]
+    model, params, fq = prepared()
+    whole = fq.calibrate(params, BATCHES, model=model)
+    single = [fq.calibrate(params, batch, model=model) for batch in BATCHES]
     for order in (range(8), reversed(range(8)), (3, 1, 7, 0, 2, 6, 5, 4)):
         state = fq.init(params)
         for i in order:
             state = fqt.merge(state, single[i])
         assert same(state, whole)
-    pairs = fqt.merge(fq.calibrate(params, BATCHES[4:]), fq.calibrate(params, BATCHES[:4]))
+    pairs = fqt.merge(*(fq.calibrate(params, half, model=model) for half in (BATCHES[4:], BATCHES[:4])))
     assert same(pairs, whole)
-    assert any(bool((s[i.key].amax == -torch.inf).any()) for s in single for i in fq.spec.inputs)  # a real test of it
+    amaxes = [state[inputs.key]["amax"] for state in single for inputs in fq.spec.inputs]
+    assert any(bool((amax == -torch.inf).any()) for amax in amaxes)  # a real test of it
 
 
 FORMS = {
@@ -80,16 +80,17 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_is_a_tensor_arguments_or_keywords(form):
     """One or many, in a list, a generator, or passed by a function of the user's."""
-    _, params, fq = prepared()
-    wanted = fq.calibrate(params, BATCHES[0])
-    assert same(fq.calibrate(params, FORMS[form](BATCHES[0])), wanted)
-    assert same(fq.calibrate(params, (FORMS[form](batch) for batch in BATCHES[:1])), wanted)
-    both = fq.calibrate(params, [BATCHES[1], FORMS[form](BATCHES[0])])
-    assert same(
-        both, fqt.merge(wanted, fq.calibrate(params, BATCHES[1])) | {g.key: both[g.key] for g in fq.spec.groups}
-    )
-    strings = fq.calibrate(params, ["0"], forward=lambda call, batch: call(BATCHES[int(batch)]))
-    assert same(strings, wanted)
+    model, params, fq = prepared()
+
+    def calibrated(batches, **options):
+        return fq.calibrate(params, batches, model=model, **options)
+
+    wanted = calibrated(BATCHES[0])
+    assert same(calibrated(FORMS[form](BATCHES[0])), wanted)
+    assert same(calibrated(FORMS[form](batch) for batch in BATCHES[:1]), wanted)
+    both = calibrated([BATCHES[1], FORMS[form](BATCHES[0])])
+    assert same(both, fqt.merge(wanted, calibrated(BATCHES[1])))
+    assert same(calibrated(["0"], forward=lambda call, batch: call(BATCHES[int(batch)])), wanted)
 
 
 class Counting(nn.Module):
@@ -112,9 +113,9 @@ def test_calibration_changes_nothing():
         name: (tensor, tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()
     }
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, [fqt.Rule("layer*", fqt.FP8, fqt.FP8)]), model=model)
-    state = fq.calibrate(params, [torch.ones(2, 4), torch.ones(3, 4)])
-    assert state["layer.weight.input"].tokens.tolist() == [5]
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("layer.weight", fqt.FP8, fqt.FP8)]))
+    state = fq.calibrate(params, [torch.ones(2, 4), torch.ones(3, 4)], model=model)
+    assert state["layer.weight.input"]["tokens"].tolist() == [5]
     assert not any(leaf.requires_grad for leaf in fqt.state.flatten(state).values())
     for name, tensor in model.state_dict(keep_vars=True).items():
         was, value, version = before[name]
@@ -129,10 +130,8 @@ def test_no_data_is_needed_where_nothing_is_calibrated():
     for format in (fqt.FP8_PER_CHANNEL, fqt.MXFP8):
         model, params, fq = prepared(False, format)
         state = fq.calibrate(params)
-        assert {type(state[i.key]) for i in fq.spec.inputs} == {Stateless}
-        fq.apply(params, state, BATCHES[0])
-        assert same(fqt.calibrate(params, spec=fq.spec), state)
-        del model
+        assert all(state[i.key] == {} for i in fq.spec.inputs)
+        fq.apply(model, params, state, BATCHES[0])
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
@@ -147,7 +146,7 @@ def test_each_row_is_quantized_by_its_experts_scale(format, dtype, per_expert, m
     x = torch.stack(cases.experts(7, (64,), dtype))
     experts = torch.tensor([0, 0, 1, 2, 2, 2, 3])  # the last row is no expert's
     amax = torch.tensor([0.3, 1.0, 5.0] if per_expert else [0.7])
-    scales = InputAmax(amax, torch.ones(3, dtype=torch.float64)) if inputs.leaf_shapes else Stateless()
+    scales = {"amax": amax, "tokens": torch.ones(3, dtype=torch.float64)} if inputs.leaf_shapes else {}
     for row, expert in enumerate(experts.tolist()[:-1]):
         own = amax[expert if per_expert else 0]
         alone = x[row : row + 1]
@@ -176,7 +175,8 @@ def test_clipping_stops_the_gradient_of_an_input(per_expert):
     rule = fqt.Rule("*", inputs=fqt.INT8, per_expert_inputs=per_expert)
     (inputs,) = fqt.select({name: torch.ones(2, 2, 4)}, [rule]).inputs
     x = torch.tensor([[0.5, -3.0, 1.0, 2.0], [0.5, -3.0, 1.0, 2.0]], requires_grad=True)
-    scales = InputAmax(torch.tensor([1.0, 2.0] if per_expert else [2.0]), torch.ones(2, dtype=torch.float64))
+    amax = torch.tensor([1.0, 2.0] if per_expert else [2.0])
+    scales = {"amax": amax, "tokens": torch.ones(2, dtype=torch.float64)}
     for backward in ("clip", "pass_through"):
         y = quantize_input(Use(inputs, torch.tensor([0, 1]), True), x, scales, backward=backward)
         (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -185,15 +185,15 @@ def test_clipping_stops_the_gradient_of_an_input(per_expert):
 
 
 def split_over_ranks(rank, size, order):
-    _, params, fq = prepared()
+    model, params, fq = prepared()
     _, _, shared = prepared(False)
     torch.set_num_threads(1)
     own = [BATCHES[i] for i in order[rank::size]]
     world = torch.distributed.group.WORLD
     states = []
-    for transform in (fq, shared):
-        state = fqt.sync_inputs(transform.calibrate(params, own), transform.spec, world)
-        assert same(state, transform.calibrate(params, BATCHES))
+    for each in (fq, shared):
+        state = each.sync(each.calibrate(params, own, model=model), world)
+        assert same(state, each.calibrate(params, BATCHES, model=model))
         states.append(fqt.state.flatten(state))
     return states
 
@@ -222,17 +222,17 @@ class Layers(nn.Module):
 
 
 def test_mistakes_are_named():
-    _, params, fq = prepared()
+    model, params, fq = prepared()
     key = "layers.0.mlp.experts.*.w1.weight.input"
-    for batch, fragment in [
-        (None, f"batch: found None, wanted batches for {key!r}"),
-        ([], "batch: found no batch in list, wanted at least one"),
-        (3, "batch: found int, wanted a tensor"),
-        ("text", "batch: found str, wanted a tensor"),
-        (["text"], "batch: found str as one of them, wanted a tensor, a tuple of arguments or a dict"),
+    for batches, fragment in [
+        (None, f"batches: found None, wanted some for {key!r}"),
+        ([], "batches: found no batch in list, wanted at least one"),
+        (3, "batches: found int, wanted a tensor"),
+        ("text", "batches: found str, wanted a tensor"),
+        (["text"], "batches: found str as one of them, wanted a tensor, a tuple of arguments or a dict"),
     ]:
-        assert_names(message_of(ValueError, fq.calibrate, params, batch), fragment)
-    message = message_of(ValueError, fqt.calibrate, params, BATCHES, spec=fq.spec)
+        assert_names(message_of(ValueError, fq.calibrate, params, batches, model=model), fragment)
+    message = message_of(ValueError, fq.calibrate, params, BATCHES)
     assert_names(message, "model: found None, wanted the module that reads 'layers.0.mlp.experts.0.w1.weight'")
     model = Layers()
     params = dict(model.named_parameters())
@@ -240,18 +240,19 @@ def test_mistakes_are_named():
         for layer in (model.first, model.second):
             layer.weight.copy_(torch.eye(4))
             layer.bias.zero_()
-    fq = fqt.transform(fqt.select(params, [fqt.Rule("*weight", inputs=fqt.FP8)]), model=model)
-    message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4))
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*weight", inputs=fqt.FP8)]))
+    message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4), model=model)
     assert_names(message, "'idle.weight.input'", "never ran in 1 batches (1 of 3 groups did not)")
-    rules = [fqt.Rule(pattern, inputs=fqt.FP8) for pattern in ("*t.weight", "sec*weight")]
-    fq = fqt.transform(fqt.select(params, rules), model=model)
-    fq.calibrate(params, [torch.ones(1, 4)] * 2)
+    fq = fqt.transform(
+        fqt.select(params, [fqt.Rule("*t.weight", inputs=fqt.FP8), fqt.Rule("sec*weight", inputs=fqt.FP8)])
+    )
+    fq.calibrate(params, [torch.ones(1, 4)] * 2, model=model)
     for value, batch in ((-1.0, 2), (torch.inf, 2)):
         bad = [torch.ones(1, 4), torch.zeros(1, 4), torch.full((1, 4), value), torch.full((1, 4), value)]
         layer = "first" if value == torch.inf else "second"
-        message = message_of(ValueError, fq.calibrate, params, bad)
+        message = message_of(ValueError, fq.calibrate, params, bad, model=model)
         assert_names(message, f"calibrate: batch {batch}: the input of '{layer}.weight' is the first", "wanted finite")
-    message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4, dtype=torch.float64))
+    message = message_of(ValueError, fq.calibrate, params, torch.ones(1, 4, dtype=torch.float64), model=model)
     assert_names(message, "inputs 'first.weight.input': found torch.float64, wanted bfloat16")
 
 
@@ -269,9 +270,8 @@ def test_a_gpu_quantizes_rows_as_the_reference_does(format, dtype, per_expert):
     for experts in (torch.arange(70) % 4, 1):
         found = []
         for device in ("cpu", "cuda"):
-            scales = (
-                InputAmax(amax.to(device), torch.ones(3, device=device).double()) if inputs.leaf_shapes else Stateless()
-            )
+            leaves = {"amax": amax.to(device), "tokens": torch.ones(3, device=device).double()}
+            scales = leaves if inputs.leaf_shapes else {}
             use = Use(inputs, experts if isinstance(experts, int) else experts.to(device), True)
             found.append(quantize_input(use, x.to(device), scales, backward="pass_through").cpu())
         assert same_bits(*found)
@@ -285,9 +285,9 @@ def test_a_gpu_observes_what_a_cpu_does():
         model, params, fq = prepared()
         model.to(device)
         params = dict(model.named_parameters())
-        state = fq.calibrate(params, [batch.to(device) for batch in BATCHES])
-        fq.apply(params, state, BATCHES[0].to(device))
+        state = fq.calibrate(params, [batch.to(device) for batch in BATCHES], model=model)
+        fq.apply(model, params, state, BATCHES[0].to(device))
         states.append({key: entry for key, entry in state.items() if key.endswith("0.mlp.experts.*.w1.weight.input")})
     (cpu,), (gpu,) = (list(state.values()) for state in states)
-    assert torch.equal(cpu.tokens, gpu.tokens.cpu())
-    torch.testing.assert_close(cpu.amax, gpu.amax.cpu(), rtol=1e-4, atol=0)
+    assert torch.equal(cpu["tokens"], gpu["tokens"].cpu())
+    torch.testing.assert_close(cpu["amax"], gpu["amax"].cpu(), rtol=1e-4, atol=0)

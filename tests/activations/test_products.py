@@ -279,15 +279,15 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
     model = GroupedLinear(3)
     weights = dict(model.named_parameters())
     spec = fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8, per_expert_inputs=True)])
-    fq = fqt.transform(spec, model=model)
+    fq = fqt.transform(spec)
     args, kwargs = ((x(T),), {"m_splits": [2, 0, 4]}) if as_keyword else ((x(T), [2, 0, 4]), {})
-    state = fq.calibrate(weights, [kwargs | {"inp": args[0]} if as_keyword else args])
+    state = fq.calibrate(weights, [kwargs | {"inp": args[0]} if as_keyword else args], model=model)
     entry = state["weight*.input"]
-    assert entry.tokens.tolist() == [2, 0, 4]
+    assert entry["tokens"].tolist() == [2, 0, 4]
     rows = args[0].abs()
-    assert torch.equal(entry.amax, torch.stack([rows[:2].max(), torch.tensor(-torch.inf), rows[2:].max()]))
-    state = fq.finish(state, unseen=1.0)
-    out = fq.apply(weights, state, *args, **kwargs)
+    assert torch.equal(entry["amax"], torch.stack([rows[:2].max(), torch.tensor(-torch.inf), rows[2:].max()]))
+    state = fq.fill_unseen(state, unseen=1.0)
+    out = fq.apply(model, weights, state, *args, **kwargs)
     quantized = torch.cat(
         [fake_quantize_reference(part, amax, None, format=fqt.INT8, out_dtype=torch.float32)
          for part, amax in ((args[0][:2], rows[:2].max()), (args[0][2:], rows[2:].max()))]
@@ -302,9 +302,11 @@ def test_transformer_engines_grouped_layer_is_hooked_for_the_call(engine, as_key
 def test_layers_that_normalize_their_input_are_refused(engine):
     model = LayerNormLinear()
     weights = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8)]), model=model)
+    fq = fqt.transform(fqt.select(weights, [fqt.Rule("*", inputs=fqt.INT8)]))
     assert_names(
-        message_of(ValueError, fq.calibrate, weights, x(T)), "'weight.input'", "LayerNormLinear, which normalizes"
+        message_of(ValueError, fq.calibrate, weights, x(T), model=model),
+        "'weight.input'",
+        "LayerNormLinear, which normalizes",
     )
 
 
@@ -317,17 +319,15 @@ def _megatron(rank, size):
     share(Layout(ep=2))
     model = initialized(Layout(ep=2), gated=True).eval()
     weights = dict(model.named_parameters())
-    rules = [
-        fqt.Rule("*.local_experts.*weight", fqt.FP8, fqt.FP8, per_expert_inputs=True),
-        fqt.Rule("*linear_proj.weight", fqt.FP8, fqt.FP8),
-    ]
-    fq = fqt.transform(fqt.select(weights, rules), model=model)
-    state = fq.calibrate(weights, tokens())
-    counts = {i.key: state[i.key].tokens for i in fq.spec.inputs}
-    amaxes = {i.key: state[i.key].amax for i in fq.spec.inputs}
+    rules = [fqt.Rule("*.local_experts.*weight", fqt.FP8, fqt.FP8, per_expert_inputs=True)]
+    fq = fqt.transform(fqt.select(weights, [*rules, fqt.Rule("*linear_proj.weight", fqt.FP8, fqt.FP8)]))
+    state = fq.calibrate(weights, tokens(), model=model)
+    counts = {i.key: state[i.key]["tokens"] for i in fq.spec.inputs}
+    amaxes = {i.key: state[i.key]["amax"] for i in fq.spec.inputs}
     assert all(torch.isfinite(amaxes[key][n > 0]).all() for key, n in counts.items() if len(amaxes[key]) == len(n))
-    out = fq.apply(weights, fq.finish(state, unseen="max-of-peers"), *tokens())
-    assert not torch.equal(out, functional_call(model, fq.fakequant(weights, fq.finish(state, unseen=1.0)), tokens()))
+    out = fq.apply(model, weights, fq.fill_unseen(state, unseen="max-of-peers"), *tokens())
+    fakes = fq.fakequant(weights, fq.fill_unseen(state, unseen=1.0))
+    assert not torch.equal(out, functional_call(model, fakes, tokens()))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
     # The layer alone: what it saves for backward is the quantized input.
@@ -337,9 +337,9 @@ def _megatron(rank, size):
     with torch.no_grad():
         layer.weight.copy_(torch.randn(OUT, IN))
     own = dict(layer.named_parameters())
-    fq = fqt.transform(fqt.select(own, [fqt.Rule("*", inputs=fqt.INT8)]), model=layer)
-    at = fq.calibrate(own, x(T))
-    fq.apply(own, at, x(T))[0].sum().backward()
+    fq = fqt.transform(fqt.select(own, [fqt.Rule("*", inputs=fqt.INT8)]))
+    at = fq.calibrate(own, x(T), model=layer)
+    fq.apply(layer, own, at, x(T))[0].sum().backward()
     quantized = fake_quantize_reference(x(T), x(T).abs().max(), None, format=fqt.INT8, out_dtype=torch.float32)
     assert torch.equal(own["weight"].grad, torch.ones(T, OUT).T @ quantized)
     assert not torch.equal(quantized, x(T))

@@ -1,6 +1,7 @@
-"""`mean_squares`: by hand, by forward hooks, as a fold over batches and ranks; and what `Mse` makes of them."""
+"""`fq.input_second_moments`: by hand, by forward hooks, a fold over batches and ranks; what `Mse` makes of them."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,16 @@ W1 = "layers.0.mlp.experts.*.w1.weight"
 
 
 def prepared(format=fqt.INT4_BLOCK32, dtype=torch.float32):
-    """A model of expert modules, whose spec selects experts' and dense weights and no inputs."""
+    """A model of expert modules, whose transform has experts' and dense weights and no inputs."""
     model, _ = language_model()
     model.to(dtype)
     params = dict(model.named_parameters())
-    return model, params, fqt.select(params, {"*.experts.*": format, "*.proj.weight": format})
+    return model, params, weighted(params, {"*.experts.*": format, "*.proj.weight": format})
+
+
+def weighted(params, rules, **options):
+    """A transform whose method takes the statistics."""
+    return fqt.transform(fqt.select(params, rules, **options), method=Mse())
 
 
 def hooked(model, batches):
@@ -53,9 +59,9 @@ def test_a_linear_layer_by_hand():
     """Columns (1, 0, -2) and (3, 2, 0.5) over two batches, with leading dimensions, of which none is a token more."""
     model = nn.Linear(3, 2)
     params = dict(model.named_parameters())
-    spec = fqt.select(params, {"weight": fqt.INT8})
+    fq = weighted(params, {"weight": fqt.INT8})
     batches = [torch.tensor([[[1.0, 0.0, -2.0]], [[3.0, 2.0, 0.5]]]), torch.tensor([2.0, 1.0, 0.0])]
-    found = fqt.mean_squares(params, batches, spec=spec, model=model)
+    found = fq.input_second_moments(params, batches, model=model)
     assert list(found) == ["weight"]
     assert torch.equal(found["weight"], torch.tensor([[14.0, 5.0, 4.25]]) / 3)
 
@@ -63,13 +69,13 @@ def test_a_linear_layer_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_list_of_experts_by_hooks(dtype):
     """Each expert over its own tokens, dense weights over all; squares are exact, so fp32 is rounded once."""
-    model, params, spec = prepared(dtype=dtype)
+    model, params, fq = prepared(dtype=dtype)
     seen = hooked(model, BATCHES)
-    found = fqt.mean_squares(params, BATCHES, spec=spec, model=model)
-    wanted = {g.key: torch.stack([seen[name].square().mean(0) for name in g.names]).float() for g in spec.groups}
+    found = fq.input_second_moments(params, BATCHES, model=model)
+    wanted = {g.key: torch.stack([seen[name].square().mean(0) for name in g.names]).float() for g in fq.spec.groups}
     close(found, wanted)
     assert {len(means) for means in found.values()} == {1, 4}
-    (names,) = (g.names for g in spec.groups if g.key == W1)
+    (names,) = (g.names for g in fq.spec.groups if g.key == W1)
     assert sum(len(seen[name]) for name in names) == TOP_K * sum(batch.numel() for batch in BATCHES)
 
 
@@ -92,7 +98,7 @@ def test_fused_experts_by_a_loop(implementation):
                 or None
             )
         )
-    spec = fqt.select(params, {"*.experts.*": fqt.NVFP4_STATIC})
+    fq = weighted(params, {"*.experts.*": fqt.NVFP4_STATIC})
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         for batch in batches:
@@ -101,7 +107,7 @@ def test_fused_experts_by_a_loop(implementation):
     for number, layer in enumerate(model.model.layers):
         x, experts = torch.cat(entered[number]), torch.cat(chosen[number])
         ups, downs = [], []
-        for e in range(spec.groups[0].experts):
+        for e in range(fq.spec.groups[0].experts):
             own = x[(experts == e).any(-1)]
             gate, up = (own @ layer.mlp.experts.gate_up_proj[e].T).chunk(2, dim=-1)
             ups.append(own.double().square().mean(0).float())
@@ -109,7 +115,7 @@ def test_fused_experts_by_a_loop(implementation):
         key = f"model.layers.{number}.mlp.experts."
         wanted |= {f"{key}gate_up_proj": torch.stack(ups), f"{key}down_proj": torch.stack(downs)}
     model.config._experts_implementation = implementation
-    found = fqt.mean_squares(params, [{"input_ids": batch} for batch in batches], spec=spec, model=model)
+    found = fq.input_second_moments(params, [{"input_ids": batch} for batch in batches], model=model)
     assert found.keys() == wanted.keys()
     for key, means in found.items():  # products in another order give inputs that differ in fp32
         torch.testing.assert_close(means, wanted[key], rtol=1e-5, atol=0)
@@ -117,14 +123,14 @@ def test_fused_experts_by_a_loop(implementation):
 
 def test_it_is_a_fold():
     """However sequences are split into batches, in any order: the same mean, not a mean of means."""
-    model, params, spec = prepared()
+    model, params, fq = prepared()
     one = tokens(6, 5, seed=9)
-    options = {"spec": spec, "model": model, "unseen": "ones"}
-    whole = fqt.mean_squares(params, one, **options)
+    options = {"model": model, "unseen": "ones"}
+    whole = fq.input_second_moments(params, one, **options)
     for parts in ((1, 5), (4, 1, 1), (1,) * 6):
         batches = one.split(parts)
         for order in (batches, batches[::-1]):
-            found = fqt.mean_squares(params, list(order), **options)
+            found = fq.input_second_moments(params, list(order), **options)
             for key, means in found.items():  # products of fewer rows are other sums in fp32
                 torch.testing.assert_close(means, whole[key], rtol=1e-4, atol=1e-12)
 
@@ -135,12 +141,12 @@ def test_sums_are_of_float64(monkeypatch):
     params = dict(model.named_parameters())
     x = torch.full((1 << 16, 1), 2.0**-12)
     x[0] = 2.0**4
-    spec = fqt.select(params, {"*": fqt.INT8})
+    fq = weighted(params, {"*": fqt.INT8})
     wanted = torch.tensor([[(2.0**8 + 65535 * 2.0**-24) / 65536]])
-    assert torch.equal(fqt.mean_squares(params, x, spec=spec, model=model)["weight"], wanted)
+    assert torch.equal(fq.input_second_moments(params, x, model=model)["weight"], wanted)
     monkeypatch.setattr(sys.modules["fq_transforms.activations.second_moments"], "MOST_ROWS", 7)
     assert torch.equal(
-        fqt.mean_squares(params, x[:100], spec=spec, model=model)["weight"],
+        fq.input_second_moments(params, x[:100], model=model)["weight"],
         x[:100].double().square().mean(0)[None].float(),
     )
 
@@ -148,13 +154,13 @@ def test_sums_are_of_float64(monkeypatch):
 def test_weighted_errors_are_never_larger_than_maxs():
     """Law: with these statistics, by expert; and in four bits they are smaller for most."""
     for format in (fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4_STATIC):
-        model, params, spec = prepared(format)
-        means = fqt.mean_squares(params, BATCHES, spec=spec, model=model)
+        model, params, fq = prepared(format)
+        means = fq.input_second_moments(params, BATCHES, model=model)
         errors = {}
         for method, given in ((Max(), None), (Mse(), means)):
-            state = fqt.calibrate(params, spec=spec, method=method, statistics=given)
-            fakes = fqt.fakequant(params, state, spec=spec)
-            for group in spec.groups:
+            of_method = replace(fq, method=method)
+            fakes = fq.fakequant(params, of_method.calibrate(params, statistics=given))
+            for group in fq.spec.groups:
                 for name, weight in zip(group.names, means[group.key], strict=True):
                     squares = (params[name] - fakes[name]).double().square()
                     errors.setdefault(name, []).append((squares * weight).sum().item())
@@ -165,35 +171,33 @@ def test_weighted_errors_are_never_larger_than_maxs():
 
 def test_what_unseen_experts_get():
     """By default an error that names them, and what is chosen otherwise; those that have seen tokens keep theirs."""
-    model, params, spec = prepared()
-    call = {"spec": spec, "model": model}
+    model, params, fq = prepared()
     seen = hooked(model, BATCHES[:1])
-    (group,) = (g for g in spec.groups if g.key == W1)
+    (group,) = (g for g in fq.spec.groups if g.key == W1)
     unseen = [e for e, name in enumerate(group.names) if name not in seen]
     assert len(unseen) == 2
-    message = message_of(ValueError, fqt.mean_squares, params, BATCHES[0], **call)
+    message = message_of(ValueError, fq.input_second_moments, params, BATCHES[0], model=model)
     assert_names(
-        message, "mean_squares", W1, f"found no token for expert {unseen[0]}", "of 4", "unseen='mean-of-peers'"
+        message, "input_second_moments", W1, f"found no token for expert {unseen[0]}", "of 4", "unseen='mean-of-peers'"
     )
     peers = torch.stack([seen[name].square().mean(0) for name in group.names if name in seen])
     for choice, filled in (("mean-of-peers", peers.mean(0).float()), ("ones", torch.ones(32))):
-        found = fqt.mean_squares(params, BATCHES[0], unseen=choice, **call)[W1]
+        statistics = fq.input_second_moments(params, BATCHES[0], unseen=choice, model=model)
+        found = statistics[W1]
         for e, name in enumerate(group.names):
             wanted = filled if e in unseen else seen[name].square().mean(0).float()
             torch.testing.assert_close(found[e], wanted, rtol=2**-22, atol=0)
-        assert fqt.calibrate(
-            params, spec=spec, method=Mse(), statistics=fqt.mean_squares(params, BATCHES[0], unseen=choice, **call)
-        )
+        assert fq.calibrate(params, statistics=statistics)
 
 
 def test_without_peers_only_ones_help():
     """No expert of a layer has a token, as on a rank whose experts nobody chose."""
-    model, params, spec = prepared()
+    model, params, fq = prepared()
     model.forward = lambda x: [layer.proj(torch.ones(1, 32)) for layer in model.layers]
     for choice in ("raise", "mean-of-peers"):
-        message = message_of(ValueError, fqt.mean_squares, params, BATCHES[0], spec=spec, model=model, unseen=choice)
+        message = message_of(ValueError, fq.input_second_moments, params, BATCHES[0], model=model, unseen=choice)
         assert_names(message, W1, "found no token for expert 0-3 of 4", "choose by unseen='ones'")
-    found = fqt.mean_squares(params, BATCHES[0], spec=spec, model=model, unseen="ones")
+    found = fq.input_second_moments(params, BATCHES[0], model=model, unseen="ones")
     assert torch.equal(found[W1], torch.ones(4, 32))
 
 
@@ -208,16 +212,15 @@ class Mapped(nn.Module):
         return torch.func.vmap(self.layer)(x)
 
 
-@pytest.mark.parametrize("observing", [fqt.mean_squares, fqt.calibrate])
+@pytest.mark.parametrize("observing", ["input_second_moments", "calibrate"])
 def test_inputs_that_the_model_maps_are_refused(observing):
     """Their values cannot be read: said so, with the layer and the batch, in place of PyTorch's own error."""
     model = Mapped()
     params = dict(model.named_parameters())
-    spec = fqt.select(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)])
-    with pytest.raises(ValueError) as error:
-        observing(params, [torch.ones(2, 4)], spec=spec, model=model)
-    name = observing.__name__
-    assert_names(str(error.value), "'layer.weight.input'" if name == "calibrate" else "'layer.weight'", "vmap", name)
+    fq = weighted(params, [fqt.Rule("*", fqt.FP8, fqt.FP8)])
+    message = message_of(ValueError, getattr(fq, observing), params, [torch.ones(2, 4)], model=model)
+    key = "'layer.weight.input'" if observing == "calibrate" else "'layer.weight'"
+    assert_names(message, key, "vmap", f"call {observing} outside")
 
 
 class Layers(nn.Module):
@@ -238,13 +241,13 @@ def test_nothing_stays_on_the_model():
     model = Layers()
     before = {name: (t, t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
     params = dict(model.named_parameters())
-    spec = fqt.select(params, {"first.weight": fqt.INT8, "second.weight": fqt.INT8})
-    found = fqt.mean_squares(params, torch.ones(2, 4), spec=spec, model=model)
+    fq = weighted(params, {"first.weight": fqt.INT8, "second.weight": fqt.INT8})
+    found = fq.input_second_moments(params, torch.ones(2, 4), model=model)
     assert not any(means.requires_grad for means in found.values())
-    message_of(ValueError, fqt.mean_squares, params, -torch.ones(2, 4), spec=spec, model=model)
+    message_of(ValueError, fq.input_second_moments, params, -torch.ones(2, 4), model=model)
     with pytest.raises(TypeError) as caught:
-        fqt.mean_squares(params, [torch.ones(2, 4), ("text",)], spec=spec, model=model)
-    assert "mean_squares: in batch 1" in caught.value.__notes__
+        fq.input_second_moments(params, [torch.ones(2, 4), ("text",)], model=model)
+    assert "input_second_moments: in batch 1" in caught.value.__notes__
     for name, tensor in model.state_dict(keep_vars=True).items():
         was, value, version = before[name]
         assert tensor is was, name
@@ -258,54 +261,54 @@ def test_nothing_stays_on_the_model():
 def test_mistakes_are_named():
     model = Layers()
     params = dict(model.named_parameters())
-    spec = fqt.select(params, {"first.weight": fqt.INT8, "second.weight": fqt.INT8})
+    fq = weighted(params, {"first.weight": fqt.INT8, "second.weight": fqt.INT8})
     for batch, fragment in [
-        (None, "batch: found None, wanted batches for 'first.weight': mean_squares(params, batch)"),
-        ([], "batch: found no batch in list, wanted at least one"),
+        (None, "batches: found None, wanted some for 'first.weight': input_second_moments(params, batches)"),
+        ([], "batches: found no batch in list, wanted at least one"),
         (iter(()), "found no batch"),
-        ([3], "batch: found int as one of them"),
+        ([3], "batches: found int as one of them"),
     ]:
-        assert_names(message_of(ValueError, fqt.mean_squares, params, batch, spec=spec, model=model), fragment)
+        assert_names(message_of(ValueError, fq.input_second_moments, params, batch, model=model), fragment)
     for bad, layer, number in ((torch.nan, "first", "nan"), (torch.inf, "first", "inf"), (-1.0, "second", "nan")):
         batches = [torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([[1.0, 1.0, bad, 1.0]]), torch.full((1, 4), bad)]
-        message = message_of(ValueError, fqt.mean_squares, params, batches, spec=spec, model=model)
-        assert_names(message, f"mean_squares: batch 2: the input of '{layer}.weight' is the first", number, "finite")
-    every = fqt.select(params, {"*.weight": fqt.INT8})
-    message = message_of(ValueError, fqt.mean_squares, params, torch.ones(1, 4), spec=every, model=model)
+        message = message_of(ValueError, fq.input_second_moments, params, batches, model=model)
+        assert_names(
+            message, f"input_second_moments: batch 2: the input of '{layer}.weight' is the first", number, "finite"
+        )
+    every = weighted(params, {"*.weight": fqt.INT8})
+    message = message_of(ValueError, every.input_second_moments, params, torch.ones(1, 4), model=model)
     assert_names(message, "'idle.weight'", "never ran in 1 batches (1 of 3 groups did not)", "with a rule to None")
-    message = message_of(ValueError, fqt.mean_squares, params, torch.ones(1, 4), spec=spec, model=None)
+    message = message_of(ValueError, fq.input_second_moments, params, torch.ones(1, 4), model=None)
     assert_names(message, "model: found None", "'first.weight'")
-    message = message_of(ValueError, fqt.mean_squares, params, torch.ones(1, 4), spec=spec, model=model, unseen="max")
+    message = message_of(ValueError, fq.input_second_moments, params, torch.ones(1, 4), model=model, unseen="max")
     assert_names(message, "unseen: found 'max', wanted one of ('raise', 'mean-of-peers', 'ones')")
-    message = message_of(ValueError, fqt.mean_squares, params, torch.ones(1, 4), spec=spec, model=model, group="world")
+    message = message_of(ValueError, fq.input_second_moments, params, torch.ones(1, 4), model=model, group="world")
     assert_names(message, "group: found 'world', wanted None or a process group")
     del params["first.weight"]
-    assert_names(
-        message_of(KeyError, fqt.mean_squares, params, torch.ones(1, 4), spec=spec, model=model), "first.weight"
-    )
+    assert_names(message_of(KeyError, fq.input_second_moments, params, torch.ones(1, 4), model=model), "first.weight")
 
 
 def test_inputs_of_the_spec_are_not_read():
     """The statistics are of the weights, whatever the spec says of inputs; one without weights has none."""
-    model, params, spec = prepared()
-    of_experts = fqt.Rule("*.experts.*", fqt.INT4_BLOCK32, fqt.FP8, per_expert_inputs=True)
-    both = fqt.select(params, [fqt.Rule("*", inputs=fqt.FP8), of_experts])
-    found = fqt.mean_squares(params, BATCHES, spec=both, model=model)
-    wanted = fqt.mean_squares(params, BATCHES, spec=spec, model=model)
-    assert list(found) == [group.key for group in both.groups]
+    model, params, fq = prepared()
+    rules = [fqt.Rule("*", inputs=fqt.FP8), fqt.Rule("*.experts.*", fqt.INT4_BLOCK32, fqt.FP8, per_expert_inputs=True)]
+    both = weighted(params, rules)
+    found = both.input_second_moments(params, BATCHES, model=model)
+    wanted = fq.input_second_moments(params, BATCHES, model=model)
+    assert list(found) == [group.key for group in both.spec.groups]
     assert all(torch.equal(means, wanted[key]) for key, means in found.items())
-    only = fqt.Spec((), inputs=both.inputs)
-    assert fqt.mean_squares(params, BATCHES, spec=only, model=model) == {}
+    only = fqt.transform(fqt.Spec((), inputs=both.spec.inputs))
+    assert only.input_second_moments(params, BATCHES, model=model) == {}
 
 
 def _over_ranks(rank, size):
     torch.set_num_threads(1)
-    model, params, spec = prepared()
+    model, params, fq = prepared()
     world = torch.distributed.group.WORLD
-    found = fqt.mean_squares(params, BATCHES[rank::size], spec=spec, model=model, group=world)
-    close(found, fqt.mean_squares(params, BATCHES, spec=spec, model=model))
+    found = fq.input_second_moments(params, BATCHES[rank::size], model=model, group=world)
+    close(found, fq.input_second_moments(params, BATCHES, model=model))
     bad = BATCHES if rank else []
-    return found, message_of(ValueError, fqt.mean_squares, params, bad, spec=spec, model=model, group=world)
+    return found, message_of(ValueError, fq.input_second_moments, params, bad, model=model, group=world)
 
 
 @pytest.mark.dist
@@ -315,7 +318,7 @@ def test_batches_split_over_ranks_give_the_same_means(ranks, size):
     outcomes = ranks(_over_ranks, size=size)
     for found, _ in outcomes[1:]:
         assert all(torch.equal(means, outcomes[0][0][key]) for key, means in found.items())
-    assert_names(outcomes[0][1], "batch: found no batch in list")
+    assert_names(outcomes[0][1], "batches: found no batch in list")
     for _, message in outcomes[1:]:
         assert_names(message, "another rank of the group failed")
 
@@ -338,19 +341,19 @@ def _fails_on_rank_1(rank, size, fault):
     from torch.distributed.tensor import distribute_tensor
 
     torch.set_num_threads(1)
-    model, params, spec = prepared()
+    model, params, fq = prepared()
     mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("data", "alone"))["alone"]
-    options = {"spec": spec, "model": model, "group": torch.distributed.group.WORLD}
+    options = {"model": model, "group": torch.distributed.group.WORLD}
     if rank:
         if fault == "no parameters":
             params = {}
         elif fault == "a parameter of another shape":
-            params[spec.groups[0].names[0]] = torch.ones(3, 3)
+            params[fq.spec.groups[0].names[0]] = torch.ones(3, 3)
         elif fault == "a DTensor":
-            params |= {name: distribute_tensor(params[name].detach(), mesh) for name in spec.groups[0].names}
+            params |= {name: distribute_tensor(params[name].detach(), mesh) for name in fq.spec.groups[0].names}
         else:
             options |= {"model": None} if fault == "no model" else {"unseen": "max"}
-    return message_of(FAULTS[fault][0] if rank else ValueError, fqt.mean_squares, params, BATCHES[0], **options)
+    return message_of(FAULTS[fault][0] if rank else ValueError, fq.input_second_moments, params, BATCHES[0], **options)
 
 
 @pytest.mark.dist
@@ -366,13 +369,13 @@ def _experts_and_dense_apart(rank, size):
     """Experts alike on both ranks and whole on each, dense layers over both."""
     torch.set_num_threads(1)
     model, params, both = prepared()
-    experts, dense = (fqt.select(params, {rule: fqt.INT4_BLOCK32}) for rule in ("*.experts.*", "*.proj.weight"))
-    whole = fqt.mean_squares(params, BATCHES, spec=both, model=model)
-    of_experts = fqt.mean_squares(params, BATCHES, spec=experts, model=model)
+    experts, dense = (weighted(params, {rule: fqt.INT4_BLOCK32}) for rule in ("*.experts.*", "*.proj.weight"))
+    whole = both.input_second_moments(params, BATCHES, model=model)
+    of_experts = experts.input_second_moments(params, BATCHES, model=model)
     world = torch.distributed.group.WORLD
-    of_dense = fqt.mean_squares(params, BATCHES[rank::size], spec=dense, model=model, group=world)
+    of_dense = dense.input_second_moments(params, BATCHES[rank::size], model=model, group=world)
     close(of_experts | of_dense, {key: whole[key] for key in [*of_experts, *of_dense]})
-    fqt.calibrate(params, spec=both, method=Mse(), statistics=of_experts | of_dense)
+    both.calibrate(params, statistics=of_experts | of_dense)
 
 
 @pytest.mark.dist
@@ -389,8 +392,8 @@ def test_a_gpu_observes_what_a_cpu_does():
         model, _ = language_model()
         model.to(device)
         params = dict(model.named_parameters())
-        spec = fqt.select(params, {W1: fqt.INT8})
-        means = fqt.mean_squares(params, [batch.to(device) for batch in BATCHES], spec=spec, model=model)
+        fq = weighted(params, {W1: fqt.INT8})
+        means = fq.input_second_moments(params, [batch.to(device) for batch in BATCHES], model=model)
         assert means[W1].device.type == device
         found.append(means[W1].cpu())
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
