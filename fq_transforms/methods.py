@@ -71,8 +71,8 @@ class Mse:
     three numbers are not used.
 
     Max itself is always tried, and stays unless another amax lowers the error by more than the sum may be off by, a
-    part in 2**16 (see `fq_transforms.ops.sweep.reference`); so the error is never larger than max's. Of equals the first wins.
-    Errors are those of results in fp32; a bf16 or fp16 result is rounded once more.
+    part in 2**16 (see `fq_transforms.ops.sweep.reference`); so the error is never larger than max's. Of equals the
+    first wins. Errors are those of results in fp32; a bf16 or fp16 result is rounded once more.
     With `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, which
     `mean_squares` finds.
 

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fq_transforms.choose import check_method, importance_of, scale_search
 from torch.func import grad, vmap
 
 import fq_transforms as fqt
-from fq_transforms.choose import check_method, importance_of, scale_search
 from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 from fq_transforms.state import BlockAmax, Stateless, flatten
