@@ -8,10 +8,17 @@ NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts 
 one allocation), else through a table of addresses on the device.
 
 NOTE what is remembered: a plan keeps the kernels that were compiled for it, which spares Triton's own look-up of a
-launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never
-stale: a tensor that moves has another address. Measured on an H200 on 2026-11-28, in host us per call of `fakequant`,
-the median over six formats, for 32 and 128 experts: with both 65 and 160, with Triton's look-up in place of the first
-124 and 221, with neither 135 and 263. The limits are 80 and 200.
+launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never stale:
+a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the median over
+six formats, when whole calls were remembered too, by all that they read; the limits are 80 and 200:
+
+                                                    32 experts    128 experts
+    with all that was remembered                            65            160
+    without whole calls                                     96            180
+    nor compiled kernels                                   124            221
+    nor what weights were checked for (`checks.py`)        135            263
+
+Whole calls are no more remembered: one look-up of a place spares most of what they did.
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
 allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own.
