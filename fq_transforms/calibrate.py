@@ -13,9 +13,10 @@ from fq_transforms.checks import UNCALIBRATED, is_concrete, weights_of
 from fq_transforms.dtensor import Layout, is_sharded, layout_of, local_tensors, reduce_leaves, sharded_tensors
 from fq_transforms.formats import Format
 from fq_transforms.methods import FourOverSix, Max, Method, Mse, Percentile, check_format
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.percentile.autograd import percentile_amax
 from fq_transforms.ops.private import is_mapped
-from fq_transforms.ops.quantize.autograd import expert_amax
-from fq_transforms.ops.sweep.autograd import percentile_amax, swept_amax
+from fq_transforms.ops.sweep.autograd import swept_amax
 from fq_transforms.ops.sweep.reference import WINDOW_COLUMNS, Search
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State

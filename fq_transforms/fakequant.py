@@ -8,10 +8,8 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, is_read, local_group, weights_of
 from fq_transforms.dtensor import Layout, check_leaf, is_sharded, layout_of, position, sharded_tensors
+from fq_transforms.ops.launch import Launched
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
-from fq_transforms.ops.quantize.lsq import fake_quantize_lsq
-from fq_transforms.ops.quantize.stochastic import fake_quantize_stochastic
-from fq_transforms.ops.relaunch import Placed
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import GroupState, State
@@ -73,29 +71,6 @@ def quantize_group(
         _check_whole_granules(group, layout)
     if layout is not None and layout.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
-    elif backward == "lsq" and amax is not None:
-        outs = fake_quantize_lsq(
-            weights,
-            amax,
-            global_amax,
-            format=group.format,
-            transposed=group.transposed,
-            out_dtype=out_dtype,
-            separate=separate,
-        )
-    elif rounding is not None and stream is not None:
-        outs = fake_quantize_stochastic(
-            weights,
-            amax,
-            global_amax,
-            _seed(rounding.seed, weights[0].device),
-            stream=stream,
-            format=group.format,
-            transposed=group.transposed,
-            out_dtype=out_dtype,
-            backward=backward,
-            separate=separate,
-        )
     else:
         outs = fake_quantize(
             weights,
@@ -106,17 +81,19 @@ def quantize_group(
             out_dtype=out_dtype,
             backward=backward,
             separate=separate,
+            seed=None if rounding is None else _seed(rounding.seed, weights[0].device),
+            stream=stream,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
 
 
 def requantize_group(
     params: Mapping[str, Tensor], group: Group, scales: GroupState, outs: Sequence[Tensor]
-) -> Placed | None:
+) -> Launched | None:
     """`quantize_group` of plain tensors, without a gradient, into what it has given before for weights like these.
 
     Returns:
-        The launch, if it is one that was made before.
+        The launch, if it can be made again.
     """
     weights = weights_of(params, group)
     _check_device(group, scales, weights[0].device)

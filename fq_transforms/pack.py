@@ -127,7 +127,7 @@ def check_packed(packed: PackedTree, spec: Spec) -> None:
 def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> list[Tensor]:
     amax, global_amax = scales.get("amax"), scales.get("global_amax")
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import pack_triton
+        from fq_transforms.ops.pack.launch import pack_triton
 
         parts = pack_triton(weights, amax, global_amax, format=group.format, transposed=group.transposed)
         return [leaf for leaf in parts if leaf is not None]

@@ -19,15 +19,14 @@ from triton.compiler import ASTSource
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
 from fq_transforms.methods import Mse
-from fq_transforms.ops import launch, plans
-from fq_transforms.ops.pack import kernel as pack_kernel
-from fq_transforms.ops.percentile import kernel as percentile_kernel
-from fq_transforms.ops.percentile import launch as percentile_launch
-from fq_transforms.ops.quantize import kernel as kernels
-from fq_transforms.ops.quantize import lsq_kernel, lsq_launch, stochastic_kernel, stochastic_launch
-from fq_transforms.ops.report import kernel as report_kernel
-from fq_transforms.ops.sweep import kernel as sweep_kernel
-from fq_transforms.ops.sweep import launch as sweep_launch
+from fq_transforms.ops.amax.launch import amax_plan
+from fq_transforms.ops.launch import Plan
+from fq_transforms.ops.pack.kernel import pack_scale_kernel
+from fq_transforms.ops.pack.launch import SCALE_TILE, STRAND, pack_plan
+from fq_transforms.ops.percentile.launch import DIGIT, HELD, digit_plan, digits_of, percentile_plan
+from fq_transforms.ops.quantize.launch import BACKWARD, backward_plan, forward_plan, lsq_plan
+from fq_transforms.ops.report.launch import report_plan
+from fq_transforms.ops.sweep.launch import sweep_plan
 from fq_transforms.ops.sweep.reference import Search
 from fq_transforms.rounding import Stream
 
@@ -108,16 +107,19 @@ def check_packing(format, plan, compiled):
     assert not exchanges, f"{format.name}: {exchanges}"
     assert names.count("LDG.E.128") == weights / 8, f"{format.name}: {names.count('LDG.E.128')} wide loads"
     stores = [name for name in names if name.startswith("STG.E")]
-    assert len(stores) <= 4 * max(1, weights / plans.STRAND), f"{format.name}: {stores}"
+    assert len(stores) <= 4 * max(1, weights / STRAND), f"{format.name}: {stores}"
 
 
-def compile_ahead(kernel, plan, dtypes):
-    """Compile a kernel as `launch` would call it; pointers without a dtype are None."""
-    signature, constants, attributes = {}, {}, {}
+def compile_ahead(plan, dtypes):
+    """Compile a kernel as `launch` would call it; pointers without a dtype are None, and numbers that it has not."""
+    kernel, signature, constants, attributes = plan.kernel, {}, {}, {}
+    known = plan.constants | {"ALIGNED": True}
+    names = [name for name in kernel.arg_names if name not in known]
+    numbers = dict(zip(names[-len(plan.numbers) :], plan.numbers, strict=True))
     for number, name in enumerate(kernel.arg_names):
-        if name in plan.constants or name == "ALIGNED" or name.endswith("_table") or dtypes.get(name, "") is None:
+        if name in known or name.endswith("_table") or dtypes.get(name, numbers.get(name, "")) is None:
             signature[name] = "constexpr"
-            constants[(number,)] = True if name == "ALIGNED" else plan.constants.get(name)
+            constants[(number,)] = known.get(name)
         elif name in dtypes:
             signature[name] = f"*{dtypes[name]}"
             attributes[(number,)] = [["tt.divisibility", 16]]
@@ -136,9 +138,9 @@ def compile_sweeps(format, transposed, amax):
     cases = [("bf16", 2, "fp32")] if transposed else [("bf16", 2, None), ("fp32", 4, "fp32")]
     for search in searches:
         for dtype, size, importance in cases:
-            plan = sweep_launch._sweep_plan(format, SHAPE, transposed, size, search)
+            plan = sweep_plan(format, SHAPE, transposed, size, search)
             operands |= {"weight_base": dtype, "importance_ptr": importance}
-            swept = compile_ahead(sweep_kernel.sweep_kernel, plan, operands)
+            swept = compile_ahead(plan, operands)
             if dtype == "bf16" and not transposed:
                 check_sweep(format, plan, swept)
     return len(cases) * len(searches)
@@ -150,9 +152,7 @@ def compile_stochastic(format, transposed, operands):
     if format == fqt.NVFP4:
         streams.append((Stream(1, column=2), True))
     for stream, seeds in streams:
-        tile = stochastic_launch.STOCHASTIC
-        plan = stochastic_launch._stochastic_plan(format, SHAPE, transposed, stream, seeds, tile)
-        compile_ahead(stochastic_kernel.stochastic_kernel, plan, operands | {"seed_ptr": "i64"})
+        compile_ahead(forward_plan(format, SHAPE, transposed, stream, seeds), operands | {"seed_ptr": "i64"})
     return len(streams)
 
 
@@ -164,8 +164,8 @@ def compile_packing(format, transposed, amax):
         operands |= {"amax_ptr": None if format.dynamic else "fp32", "global_scale_ptr": "fp32"}
     cases = [("bf16", 2)] if transposed else [("bf16", 2), ("fp32", 4)]
     for dtype, size in cases:
-        plan = plans.pack_plan(format, SHAPE, transposed, size)
-        packed = compile_ahead(pack_kernel.pack_kernel, plan, operands | {"weight_base": dtype})
+        plan = pack_plan(format, SHAPE, transposed, size)
+        packed = compile_ahead(plan, operands | {"weight_base": dtype})
         if dtype == "bf16" and not transposed:
             check_packing(format, plan, packed)
     return len(cases)
@@ -180,30 +180,26 @@ def compile_format(format):
     }
     weights = {"weight_base": "bf16", "out_base": "bf16", "grad_base": "bf16"}
     for transposed in (False, True):
-        plan = plans.forward_plan(format, SHAPE, transposed, None)
-        compile_ahead(kernels.fake_quantize_kernel, plan, weights | amax)
-        plan = plans.report_plan(format, SHAPE, transposed, None)
-        compile_ahead(report_kernel.report_kernel, plan, weights | amax | {"sums_ptr": "fp64", "counts_ptr": "i32"})
+        compile_ahead(forward_plan(format, SHAPE, transposed), weights | amax | {"seed_ptr": None})
+        sums = {"sums_ptr": "fp64", "counts_ptr": "i32"}
+        compile_ahead(report_plan(format, SHAPE, transposed), weights | amax | sums)
         compiled += 2
         compiled += compile_stochastic(format, transposed, weights | amax)
         compiled += compile_packing(format, transposed, amax)
         if not format.is_stateless:
             integers = {name: dtype and "i32" for name, dtype in amax.items()}
-            plan = plans.amax_plan(format, SHAPE, transposed, None)
-            compile_ahead(kernels.expert_amax_kernel, plan, weights | integers)
-            plan = lsq_launch._lsq_plan(format, SHAPE, transposed, lsq_launch.LSQ)
+            compile_ahead(amax_plan(format, SHAPE, transposed), weights | integers)
             is_of_expert = format.dynamic or format.block == (None, None)
             sums = {
                 "chunk_sum_ptr": None if is_of_expert else "fp32",
                 "program_sum_ptr": "fp32" if is_of_expert or format.has_global_amax else None,
             }
-            compile_ahead(lsq_kernel.lsq_backward_kernel, plan, weights | amax | sums)
+            compile_ahead(lsq_plan(format, SHAPE, transposed), weights | amax | sums)
             compiled += 2
         if format.clips:
             compiled += compile_sweeps(format, transposed, amax)
             compiled += compile_percentiles(format, transposed)
-            plan = plans.backward_plan(format, SHAPE, transposed, plans.BACKWARD)
-            compile_ahead(kernels.clip_backward_kernel, plan, weights | amax)
+            compile_ahead(backward_plan(format, SHAPE, transposed, BACKWARD), weights | amax)
             compiled += 1
     return compiled
 
@@ -215,9 +211,8 @@ def compile_percentiles(format, transposed):
     """Granules that a program keeps, and those that it reads once a bit; how many."""
     if format.block == (None, None):
         return 0
-    for dtype, low, held in (("bf16", 16, percentile_launch.HELD), ("fp32", 0, 2048)):
-        plan = percentile_launch._percentile_plan(format, SHAPE, transposed, low, held)
-        compile_ahead(percentile_kernel.percentile_kernel, plan, PERCENTILE | {"weight_base": dtype})
+    for dtype, low, held in (("bf16", 16, HELD), ("fp32", 0, 2048)):
+        compile_ahead(percentile_plan(format, SHAPE, transposed, low, held), PERCENTILE | {"weight_base": dtype})
     return 2
 
 
@@ -226,9 +221,8 @@ def compile_digits():
     compiled = 0
     for dtype, low in (("bf16", 16), ("fp16", 13), ("fp32", 0)):
         operands = PERCENTILE | {"weight_base": dtype, "histogram_ptr": "i64", "above_ptr": "i32"}
-        for number in range(percentile_launch._digits(low) + 1):
-            plan = percentile_launch._digit_plan(SHAPE, low, number, percentile_launch.DIGIT)
-            compile_ahead(percentile_kernel.percentile_digit_kernel, plan, operands)
+        for number in range(digits_of(low) + 1):
+            compile_ahead(digit_plan(SHAPE, low, number, DIGIT), operands)
             compiled += 1
     return compiled
 
@@ -239,9 +233,9 @@ def main():
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         compiled = sum(pool.map(compile_format, formats)) + compile_digits()
     for kind in ("global", "int", "float"):
-        constants = {"KIND": kind, "QMAX": 6.0, "TILE": launch.SCALE_TILE}
-        plan = plans.Plan(1, (1, 1, 1, 1), constants, 4)
-        compile_ahead(pack_kernel.pack_scale_kernel, plan, {"amax_ptr": "fp32", "scale_ptr": "fp32"})
+        constants = {"KIND": kind, "QMAX": 6.0, "TILE": SCALE_TILE}
+        plan = Plan(pack_scale_kernel, 1, (1,), constants, 4)
+        compile_ahead(plan, {"amax_ptr": "fp32", "scale_ptr": "fp32"})
         compiled += 1
     print(f"{compiled} kernels compiled for sm_{TARGET.arch} by Triton {triton.__version__}")
 

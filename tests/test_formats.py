@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, FloatElement, Format, IntElement
-from fq_transforms.ops import launch
-from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.amax.launch import expert_amax_triton
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import experts, name_of, same_bits
 from tests.conftest import HAS_GPU
+from tests.variants import by_kernel
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -77,11 +79,11 @@ def test_a_new_constant_is_all_that_a_new_format_needs(format, transposed, _):
     stored = [w.mT.contiguous() if transposed else w for w in weights]
     amax = global_amax = None
     if not format.is_stateless:
-        amax, global_amax = launch.expert_amax_triton(stored, format=format, transposed=transposed)
+        amax, global_amax = expert_amax_triton(stored, format=format, transposed=transposed)
         wanted = torch.stack([expert_amax_reference(w, format=format)[0] for w in weights])
         assert same_bits(amax, wanted)
     options = {"format": format, "out_dtype": torch.float32}
-    found = launch.fake_quantize_triton(stored, amax, global_amax, transposed=transposed, **options)
+    found = by_kernel(stored, amax, global_amax, transposed=transposed, **options)
     for expert, weight in enumerate(weights):
         leaf = None if amax is None else amax[expert]
         result = found[expert].mT if transposed else found[expert]

@@ -10,6 +10,9 @@ from itertools import product
 import pytest
 import torch
 
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.launch import results_for
+from fq_transforms.ops.quantize.launch import fake_quantize_triton
 from tests.cases import DTYPES, ONE_OF_EACH_LEAF, name_of
 from tests.conftest import HAS_GPU
 
@@ -34,3 +37,23 @@ def on_each_kernel(interpreted, compiled):
     params = [pytest.param(*case, "cpu", marks=CPU) for case in interpreted]
     params += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in compiled]
     return pytest.mark.parametrize(("format", "dtype", "transposed", "device"), params, ids=name_of)
+
+
+def by_kernel(weights, amax, global_amax, seed=None, *, out_dtype, transposed=False, **options):
+    """`fake_quantize_triton` into new memory: [E, ., .]."""
+    out = results_for(weights, out_dtype)
+    fake_quantize_triton([out], weights, amax, global_amax, seed, transposed=transposed, **options)
+    return out.view(-1, *weights[0].shape[-2:])
+
+
+def stored(weights, transposed):
+    """Matrices [out, in] as they are stored."""
+    return [w.mT.contiguous() if transposed else w for w in weights]
+
+
+def amax_of(weights, format):
+    """State leaves of a group by the reference: [E, ...] and [E] or None; both None for a stateless format."""
+    if format.is_stateless:
+        return None, None
+    amax, global_amax = zip(*(expert_amax_reference(w, format=format) for w in weights), strict=True)
+    return torch.stack(amax), None if global_amax[0] is None else torch.stack(global_amax)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fq_transforms.checks import UNCALIBRATED, check_state, weights_of
 from fq_transforms.formats import FP8
-from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import State
 

@@ -14,13 +14,14 @@ from fq_transforms.activations.observe import Forward, check_input, observe
 from fq_transforms.activations.products import Use, products
 from fq_transforms.checks import UNCALIBRATED, check_state, plain_weights_of
 from fq_transforms.formats import Format
-from fq_transforms.ops.quantize.autograd import Backward, expert_amax, fake_quantize
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
 from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import GroupState, State
 
 __all__ = ["calibrated_inputs", "quantize_input", "quantized_inputs"]
 
-# Below the most experts of one launch, `ops.calls.MOST_EXPERTS`.
+# Below the most experts of one launch, `ops.launch.MOST_EXPERTS`.
 MOST_ROWS = 32768
 
 

@@ -26,13 +26,11 @@ from fq_transforms.bench import full_size, mse, packing, peers, report, step, sw
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
-from fq_transforms.ops.launch import clip_backward_triton
-from fq_transforms.ops.quantize.autograd import expert_amax, fake_quantize
-from fq_transforms.ops.quantize.reference import (
-    clip_backward_reference,
-    expert_amax_reference,
-    fake_quantize_reference,
-)
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.autograd import fake_quantize
+from fq_transforms.ops.quantize.launch import clip_backward_triton
+from fq_transforms.ops.quantize.reference import clip_backward_reference, fake_quantize_reference
 from fq_transforms.state import State
 
 Row = dict[str, Any]

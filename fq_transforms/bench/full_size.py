@@ -21,7 +21,8 @@ import fq_transforms as fqt
 from fq_transforms.checkpoint import modelopt
 from fq_transforms.checkpoint.storage import in_threads
 from fq_transforms.formats import Format
-from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from fq_transforms.ops.report.reference import report_reference
 from fq_transforms.pack import PackedTree
 from fq_transforms.report.report import Report

@@ -22,7 +22,7 @@ from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.calibrate import scale_search
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.methods import Mse
-from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.sweep.autograd import swept_amax
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from fq_transforms.bench.cases import ALL, SHAPES, Shape, check_same, expert_weights, fits
 from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.formats import Format
-from fq_transforms.ops.launch import pack_triton
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.pack.launch import pack_triton
 from fq_transforms.ops.pack.reference import pack_reference
-from fq_transforms.ops.quantize.autograd import expert_amax
 
 __all__ = ["measure", "page", "rows"]
 

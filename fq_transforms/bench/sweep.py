@@ -1,7 +1,7 @@
 """`python -m fq_transforms.bench --sweep`: launch settings of each kernel, each timed against the floor of memory.
 
-`fq_transforms.ops.launch` holds the settings that were chosen. All settings of a kernel give the same bits, which is
-checked before each is timed.
+Each `launch.py` of `fq_transforms.ops` holds the settings that were chosen. All settings of a kernel give the same
+bits, which is checked before each is timed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,10 @@ from torch import Tensor
 from fq_transforms.bench.cases import SHAPES, Shape
 from fq_transforms.bench.timing import device_us, floor_us
 from fq_transforms.formats import FORMATS, Format
-from fq_transforms.ops.launch import (
-    clip_backward_triton,
-    expert_amax_triton,
-    fake_quantize_triton,
-    pack_triton,
-)
-from fq_transforms.ops.plans import Tile
+from fq_transforms.ops.amax.launch import expert_amax_triton
+from fq_transforms.ops.launch import Tile, results_for
+from fq_transforms.ops.pack.launch import pack_triton
+from fq_transforms.ops.quantize.launch import clip_backward_triton, fake_quantize_triton
 
 Row = dict[str, Any]
 
@@ -130,7 +127,13 @@ def _call(
 ) -> Callable[[], tuple[Tensor, ...]]:
     options: dict[str, Any] = {"format": format, "transposed": False, "tile": tile}
     if operation == "forward":
-        return lambda: (fake_quantize_triton(weights, amax, global_amax, out_dtype=torch.bfloat16, **options),)
+
+        def forward() -> tuple[Tensor, ...]:
+            out = results_for(weights, torch.bfloat16)
+            fake_quantize_triton([out], weights, amax, global_amax, **options)
+            return (out,)
+
+        return forward
     if operation == "amax":
         return lambda: tuple(leaf for leaf in expert_amax_triton(weights, **options) if leaf is not None)
     if operation == "pack":

@@ -1,313 +1,402 @@
-"""Launchers: a group of weights and its scales to one launch of a kernel.
+"""How a group of weights gets to a kernel: its matrices, the plan of a launch, and the launch itself.
+
+A group is a sequence of tensors [*experts, out, in] of one shape, dtype and device, or [*experts, in, out] if it is
+transposed: N separate matrices, or one stacked tensor. Its leaves, such as amax, are [E, ...]: all experts of all
+tensors along dim 0, in order.
+
+NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts are evenly spaced (stacked, or views of
+one allocation), else through a table of addresses on the device.
+
+NOTE what is remembered: a plan keeps the kernels that were compiled for it, which spares Triton's own look-up of a
+launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never stale:
+a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the median over
+six formats, when whole calls were remembered too, by all that they read; the limits are 80 and 200:
+
+                                                    32 experts    128 experts
+    with all that was remembered                            65            160
+    without whole calls                                     96            180
+    nor compiled kernels                                   124            221
+    nor what weights were checked for (`checks.py`)        135            263
+
+Whole calls are no more remembered: one look-up of a place spares most of what they did.
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
-allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own. That
-took 224 us of the host a call in place of 59 for 32 experts, 706 in place of 126 for 128 (bench/results/2026-11-27.md).
+allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own.
+That took 224 us of the host per call in place of 59 for 32 experts, 706 in place of 126 for 128
+(bench/results/2026-11-27.md).
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format, IntElement
-from fq_transforms.ops import calls
-from fq_transforms.ops.calls import launch
-from fq_transforms.ops.matrices import Matrices, experts_of, matrices_of, results_for, shape_of
-from fq_transforms.ops.pack import kernel as pack_kernel
-from fq_transforms.ops.pack.reference import code_bits, code_dtype
-from fq_transforms.ops.plans import BACKWARD, Tile, amax_plan, backward_plan, forward_plan, pack_plan, report_plan
-from fq_transforms.ops.quantize import kernel as kernels
-from fq_transforms.ops.relaunch import Placed
-from fq_transforms.ops.report import kernel as report_kernel
-from fq_transforms.ops.report.reference import Measures, scale_underflows
+from fq_transforms.ops import private
 
 __all__ = [
-    "clip_backward_operator",
-    "clip_backward_triton",
-    "expert_amax_operator",
-    "expert_amax_triton",
-    "fake_quantize_into_triton",
-    "fake_quantize_operator",
-    "fake_quantize_separate_operator",
-    "fake_quantize_separate_triton",
-    "fake_quantize_triton",
-    "pack_triton",
-    "report_triton",
+    "CAPTURED",
+    "Bounded",
+    "Contiguous",
+    "Launched",
+    "Matrices",
+    "Plan",
+    "Tile",
+    "check_not_empty",
+    "constants_of",
+    "each_expert",
+    "experts_of",
+    "flat",
+    "format_of",
+    "has_kernel",
+    "launch",
+    "matrices_of",
+    "results_for",
+    "shape_of",
+    "split",
+    "unstacked",
+    "visit_plan",
 ]
 
-
-def fake_quantize_triton(
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-    out_dtype: torch.dtype,
-    tile: Tile | None = None,
-) -> Tensor:
-    """`fake_quantize_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
-    inputs = matrices_of(weights)
-    out = results_for(inputs, out_dtype)
-    plan = forward_plan(format, inputs.matrix, transposed, tile)
-    launched = launch(kernels.fake_quantize_kernel, plan, (inputs, out), (amax, global_amax))
-    if tile is None:
-        calls.remember(calls.key_of(weights, amax, global_amax, format, transposed, out_dtype), launched, inputs.table)
-    return out.base
+K = TypeVar("K")
+V = TypeVar("V")
 
 
-def fake_quantize_into_triton(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-) -> Placed | None:
-    """`fake_quantize_triton` into contiguous tensors of one dtype, one a weight, in its shape.
+class Bounded(dict[K, V]):
+    """What was added last, at most so many: first in, first out."""
 
-    Returns:
-        The launch, if it was made before: for `Relaunch`.
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        if len(self) > self.most:
+            del self[next(iter(self))]
+
+
+# Groups.
+
+
+class Contiguous(list[Tensor]):
+    """Tensors of which each is known to be contiguous, which spares 2 us of asking 32 of them."""
+
+
+def has_kernel(weights: Sequence[Tensor]) -> bool:
+    """True on a GPU, where kernels run; elsewhere the references do."""
+    return weights[0].is_cuda
+
+
+def experts_of(weights: Sequence[Tensor]) -> int:
+    """How many experts some tensors [*experts, ., .] hold together."""
+    return len(weights) if weights[0].dim() == 2 else sum(prod(w.shape[:-2]) for w in weights)
+
+
+def shape_of(matrix: tuple[int, int], transposed: bool) -> tuple[int, int]:
+    """(out, in) of a matrix as stored."""
+    return (matrix[1], matrix[0]) if transposed else matrix
+
+
+def split(leaf: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Each tensor's part of a leaf [E, ...], with the tensor's own expert dims."""
+    if leaf is None:
+        return [None] * len(weights)
+    parts = leaf.split([experts_of([w]) for w in weights])
+    return [part.reshape((*w.shape[:-2], *part.shape[1:])) for part, w in zip(parts, weights, strict=True)]
+
+
+def each_expert(weights: Sequence[Tensor], transposed: bool) -> Iterator[Tensor]:
+    """The matrices [out, in] of a group, one at a time."""
+    for weight in weights:
+        for matrix in weight.reshape(-1, *weight.shape[-2:]):
+            yield matrix.mT if transposed else matrix
+
+
+def flat(leaf: Tensor, weight: Tensor) -> Tensor:
+    """A tensor's part of a leaf, [*experts, ...], as [E, ...]."""
+    return leaf.reshape((-1, *leaf.shape[weight.dim() - 2 :]))
+
+
+def check_not_empty(weights: Sequence[Tensor]) -> None:
+    """Raise ValueError where there is no weight, or weights of no elements."""
+    if not weights or weights[0].numel() == 0:
+        found = f"shape {tuple(weights[0].shape)}" if weights else "an empty list"
+        raise ValueError(f"weights: found {found}, wanted the weights of at least one expert")
+
+
+def results_for(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Memory for the results of a group: one allocation, all rows of all matrices below each other."""
+    first = weights[0]
+    rows, columns = first.shape[-2:]
+    return torch.empty((experts_of(weights) * rows, columns), dtype=dtype, device=first.device)
+
+
+def unstacked(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Such results as one tensor per weight, in the weight's own shape, all in one storage."""
+    if weights[0].dim() == 2:
+        rows = out.shape[0] // len(weights)
+        if torch.compiler.is_compiling():
+            return out.split(rows)
+        # The cheapest way to N tensors (bench, host): autograd does not count them as views.
+        return tuple(torch.unsafe_split_with_sizes(out, [rows] * len(weights)))
+    parts = out.split([w.numel() // out.shape[1] for w in weights])
+    return tuple(part.view(w.shape) for part, w in zip(parts, weights, strict=True))
+
+
+class _Place(NamedTuple):
+    """Where the experts of a group lie: `stride` elements apart, the first at `start`; or at a table's addresses.
+
+    `kind` is all of it that Triton compiles a kernel for, and `host` the pinned memory that a table was copied from.
     """
-    key = calls.key_of(weights, amax, global_amax, format, transposed, outs[0].dtype)
-    into = matrices_of(outs)
-    is_one_behind_the_other = into.start % 16 == 0 and (
-        into.experts == 1 or (into.table is None and into.stride == prod(into.matrix))
-    )
-    if is_one_behind_the_other and (call := calls.find(key)) is not None:
-        call.run(into.start)
-        return Placed(call, into.start)
-    inputs = matrices_of(weights)
-    plan = forward_plan(format, inputs.matrix, transposed, None)
-    launched = launch(kernels.fake_quantize_kernel, plan, (inputs, into), (amax, global_amax))
-    if is_one_behind_the_other:
-        calls.remember(key, launched, inputs.table)
-    return None
+
+    start: int
+    table: Tensor | None
+    stride: int
+    kind: tuple[object, ...]
+    is_aligned: bool = True
+    host: Tensor | None = None
 
 
-def fake_quantize_separate_triton(
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """`fake_quantize_triton` into one new tensor a weight, in its shape, none of which keeps another alive."""
-    outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
-    fake_quantize_into_triton(outs, weights, amax, global_amax, format=format, transposed=transposed)
-    return outs
+class Matrices(NamedTuple):
+    """The matrices of a group: their place, their number, and their common shape as stored.
+
+    `tensors` holds on to copies of what was not dense.
+    """
+
+    base: Tensor
+    place: _Place
+    experts: int
+    matrix: tuple[int, int]
+    tensors: Sequence[Tensor]
 
 
-def expert_amax_triton(
-    weights: Sequence[Tensor], *, format: Format, transposed: bool, tile: Tile | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`expert_amax_reference` of every expert of a group, in one launch: [E, *amax_shape], and [E] or None."""
-    inputs = matrices_of(weights)
-    plan = amax_plan(format, inputs.matrix, transposed, tile)
-    shape = (inputs.experts, *format.amax_shape(*shape_of(inputs.matrix, transposed)))
-    is_shared = plan.constants["SWEEP"] == "scatter" or len(shape) == 1  # several programs meet in one granule
-    amax = _maxima(shape, inputs.base.device, is_shared)
-    global_amax = _maxima(shape[:1], inputs.base.device, True) if plan.constants["GLOBAL"] else None
-    launch(kernels.expert_amax_kernel, plan, (inputs,), (amax, global_amax))
-    return amax.view(torch.float32), None if global_amax is None else global_amax.view(torch.float32)
+# Small: 8 bytes per expert.
+_PLACES: Bounded[tuple[object, ...], _Place] = Bounded(4096)
+
+# What a CUDA graph reads stays for good, as the graph may be replayed.
+CAPTURED: list[object] = []
 
 
-def clip_backward_triton(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    amax: Tensor,
-    *,
-    format: Format,
-    transposed: bool,
-    tile: Tile = BACKWARD,
-) -> Tensor:
-    """`clip_backward_reference` of every expert of a group, in one launch: [E, ., .], laid out as the weights are."""
-    inputs = matrices_of(weights)
-    out = results_for(inputs, inputs.base.dtype)
-    plan = backward_plan(format, inputs.matrix, transposed, tile)
-    launch(kernels.clip_backward_kernel, plan, (matrices_of(grads), inputs, out), (amax,))
-    return out.base
-
-
-def pack_triton(
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`pack_reference` of every expert of a group, in one launch, and one for scales that the state alone decides."""
-    inputs = matrices_of(weights)
-    out_features, in_features = shape_of(inputs.matrix, transposed)
-    bits, experts, device = code_bits(format), inputs.experts, inputs.base.device
-    dtype = torch.int8 if isinstance(format.element, IntElement) and bits == 8 else torch.uint8
-    codes = torch.empty((experts, out_features, in_features * bits // 8), dtype=dtype, device=device)
-    out = Matrices(codes, codes.data_ptr(), None, codes[0].numel(), experts, inputs.matrix, True, [codes])
-    scale, global_scale = _scales(amax, global_amax, format)
-    if scale is None:
-        shape = (experts, *format.granules(out_features, in_features))
-        scale = torch.empty(shape, dtype=torch.float32 if format.scale == "fp32" else torch.uint8, device=device)
-    plan = pack_plan(format, inputs.matrix, transposed, inputs.base.element_size(), tile)
-    amax = None if format.dynamic else amax
-    launch(pack_kernel.pack_kernel, plan, (inputs, out), (amax, global_scale, scale))
-    if format.scale == "e4m3":
-        scale = scale.view(torch.float8_e4m3fn)
-    return codes.view(code_dtype(format)), scale, global_scale
-
-
-def report_triton(
-    weights: Sequence[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    *,
-    format: Format,
-    transposed: bool,
-    tile: Tile | None = None,
-) -> Measures:
-    """`report_reference` of every expert of a group, [E] each: one launch, and sums over what its programs found."""
-    inputs = matrices_of(weights)
-    plan = report_plan(format, inputs.matrix, transposed, tile)
-    places, device = (inputs.experts, plan.blocks), inputs.base.device
-    sums = torch.empty((2, *places), dtype=torch.float64, device=device)
-    counts = torch.empty((4, *places), dtype=torch.int32, device=device)
-    launch(report_kernel.report_kernel, plan, (inputs,), (amax, global_amax, sums, counts))
-    signal, noise = sums.sum(-1)
-    clipped, zeroed, underflow = counts[:3].sum(-1, dtype=torch.int64)
-    largest = counts[3].amax(-1).view(torch.float32)
-    # Larger granules are few. Of blocks, a sum over the state would take a temporary of 8 bytes each.
-    if format.scale == "fp32" and not format.has_blocks_along_in:
-        assert amax is not None
-        underflow = scale_underflows(amax, format).reshape(inputs.experts, -1).sum(1)
-    return Measures(signal, noise, clipped, zeroed, underflow, largest)
-
-
-# Scales that a program makes, of those that the state alone decides.
-SCALE_TILE = 1024
-
-
-def _scales(amax: Tensor | None, global_amax: Tensor | None, format: Format) -> tuple[Tensor | None, Tensor | None]:
-    """`pack_scales`, in one launch in place of ten."""
-    is_int, is_global = isinstance(format.element, IntElement), format.scale == "e4m3"
-    source = global_amax if is_global and not format.dynamic else amax
-    if format.scale == "e8m0" or (is_int and format.has_blocks_along_in):
-        return None, None
-    assert source is not None
-    source = source.contiguous()
-    scale = torch.empty_like(source)
-    qmax = float(format.element.qmax if isinstance(format.element, IntElement) else format.element.max)
-    kind = "global" if is_global else "int" if is_int else "float"
-    kernel: Any = pack_kernel.pack_scale_kernel
-    with torch.cuda.device(source.device) if source.is_cuda else nullcontext():
-        kernel[(-(-source.numel() // SCALE_TILE),)](
-            source, scale, source.numel(), KIND=kind, QMAX=qmax, TILE=SCALE_TILE, enable_fp_fusion=False
+def matrices_of(tensors: Sequence[Tensor], matrix: tuple[int, int] | None = None) -> Matrices:
+    """The group of some tensors [*experts, ., .]; or of one from `results_for`, which holds matrices of this shape."""
+    first = tensors[0]
+    a, b = matrix = matrix or (first.shape[-2], first.shape[-1])
+    if len(tensors) == 1 and first.is_contiguous():
+        return Matrices(
+            first, _evenly_spaced(first.data_ptr(), a * b, first.dtype), first.numel() // (a * b), matrix, tensors
         )
-    return (None, scale) if is_global else (scale, None)
+    # The usual case, without a loop in Python.
+    if first.dim() == 2 and (type(tensors) is Contiguous or all(map(Tensor.is_contiguous, tensors))):
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+    else:
+        tensors = [_dense(t) for t in tensors]
+        addresses = tuple(a for t in tensors for a in _addresses(t))
+        first = tensors[0]
+    return Matrices(first, _place_of(addresses, first), len(addresses), matrix, tensors)
 
 
-# What torch.compile sees in place of the launchers, whose addresses it cannot trace: opaque operators with shapes. A
-# format travels as its JSON, since an operator takes tensors, numbers and strings only.
+def _place_of(addresses: tuple[int, ...], first: Tensor) -> _Place:
+    """Where experts at some addresses lie, for the current stream, without waiting.
+
+    A table that is first needed while a CUDA graph is captured is filled by a copy within the graph, at each replay.
+    """
+    stream = private.current_stream(first.device.index) if first.is_cuda else None
+    key = (stream, first.dtype, addresses)  # no two GPUs have an address in common
+    place = _PLACES.get(key)
+    if place is None:
+        start, size, experts = addresses[0], first.element_size(), len(addresses)
+        gap = addresses[1] - start if experts > 1 else 0
+        is_even = gap % size == 0 and addresses[-1] == start + (experts - 1) * gap  # most that are not end here
+        if is_even and all(address == start + e * gap for e, address in enumerate(addresses)):
+            place = _evenly_spaced(start, gap // size, first.dtype)
+        else:
+            place = _uploaded(addresses, first)
+            if first.is_cuda and torch.cuda.is_current_stream_capturing():
+                CAPTURED.append(place.host)
+                return place
+        _PLACES[key] = place
+    if place.table is not None and first.is_cuda and torch.cuda.is_current_stream_capturing():
+        CAPTURED.append(place)
+    return place
 
 
-@torch.library.custom_op("fq_transforms::fake_quantize", mutates_args=())
-def fake_quantize_operator(
-    weights: list[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    format: str,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`fake_quantize_triton`, for torch.compile."""
-    return fake_quantize_triton(
-        weights, amax, global_amax, format=_parse(format), transposed=transposed, out_dtype=out_dtype
-    )
+def _evenly_spaced(start: int, stride: int, dtype: torch.dtype) -> _Place:
+    kind = (dtype, start % 16 == 0, stride == 1, stride % 16 == 0, abs(stride) >= 2**31)
+    return _Place(start, None, stride, kind)
 
 
-@fake_quantize_operator.register_fake
-def _(
-    weights: list[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    format: str,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return weights[0].new_empty((experts_of(weights), *weights[0].shape[-2:]), dtype=out_dtype)
+def _uploaded(addresses: tuple[int, ...], first: Tensor) -> _Place:
+    host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
+    is_aligned = all(address % 16 == 0 for address in addresses)
+    kind = (first.dtype, addresses[0] % 16 == 0, is_aligned)
+    return _Place(addresses[0], host.to(first.device, non_blocking=True), 0, kind, is_aligned, host)
 
 
-@torch.library.custom_op("fq_transforms::fake_quantize_separate", mutates_args=())
-def fake_quantize_separate_operator(
-    weights: list[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    format: str,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """`fake_quantize_separate_triton`, for torch.compile."""
-    return fake_quantize_separate_triton(
-        weights, amax, global_amax, format=_parse(format), transposed=transposed, out_dtype=out_dtype
-    )
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, with each expert's matrix contiguous; expert dims keep their strides, stride 0 included."""
+    a, b = tensor.shape[-2:]
+    is_dense = (b == 1 or tensor.stride(-1) == 1) and (a == 1 or tensor.stride(-2) == b)
+    return tensor if is_dense else tensor.contiguous()
 
 
-@fake_quantize_separate_operator.register_fake
-def _(
-    weights: list[Tensor],
-    amax: Tensor | None,
-    global_amax: Tensor | None,
-    format: str,
-    transposed: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    return [weight.new_empty(weight.shape, dtype=out_dtype) for weight in weights]
+def _addresses(tensor: Tensor) -> list[int]:
+    """Address of each expert's matrix in a tensor [*experts, ., .]."""
+    addresses = [tensor.data_ptr()]
+    for size, stride in zip(tensor.shape[:-2], tensor.stride()[:-2], strict=True):
+        addresses = [a + i * stride * tensor.element_size() for a in addresses for i in range(size)]
+    return addresses
 
 
-@torch.library.custom_op("fq_transforms::expert_amax", mutates_args=())
-def expert_amax_operator(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
-    """`expert_amax_triton`, for torch.compile; an empty tensor stands for "no global amax"."""
-    amax, global_amax = expert_amax_triton(weights, format=_parse(format), transposed=transposed)
-    return amax, amax.new_empty(0) if global_amax is None else global_amax
+# Plans.
 
 
-@expert_amax_operator.register_fake
-def _(weights: list[Tensor], format: str, transposed: bool) -> tuple[Tensor, Tensor]:
-    a, b = weights[0].shape[-2:]
-    numbers, experts = _parse(format), experts_of(weights)
-    shape = numbers.amax_shape(*shape_of((a, b), transposed))
-    new_empty, globals_ = weights[0].new_empty, experts * numbers.has_global_amax
-    return new_empty((experts, *shape), dtype=torch.float32), new_empty(globals_, dtype=torch.float32)
+class Tile(NamedTuple):
+    """Weights that a program works on at a time, its warps, and how many such tiles it takes one after the other."""
+
+    weights: int
+    warps: int
+    steps: int = 1
 
 
-@torch.library.custom_op("fq_transforms::clip_backward", mutates_args=())
-def clip_backward_operator(
-    grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool
-) -> Tensor:
-    """`clip_backward_triton`, for torch.compile."""
-    return clip_backward_triton(grads, weights, amax, format=_parse(format), transposed=transposed)
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All of a launch that comes from the format and the shape: made once, then looked up.
+
+    `numbers` and `constants` are in the order of the kernel's arguments; a number is None where a kernel does without.
+    """
+
+    kernel: Any
+    blocks: int
+    numbers: tuple[int | None, ...]
+    constants: dict[str, Any]
+    warps: int
+    # Kernels by all that Triton specializes on besides: its own look-up compares every constant of a call.
+    compiled: dict[tuple[object, ...], Any] = field(default_factory=dict[tuple[object, ...], Any], init=False)
+
+    @cached_property
+    def arguments(self) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """Those behind the pointers, if the addresses are not all multiples of 16, and if they are."""
+        names = self.kernel.arg_names[-len(self.constants) - 1 :]
+        assert names == [*self.constants, "ALIGNED"], names
+        known = (*self.numbers, *self.constants.values())
+        return (*known, False), (*known, True)
 
 
-@clip_backward_operator.register_fake
-def _(grads: list[Tensor], weights: list[Tensor], amax: Tensor, format: str, transposed: bool) -> Tensor:
-    return weights[0].new_empty((experts_of(weights), *weights[0].shape[-2:]))
+def constants_of(format: Format) -> dict[str, Any]:
+    """A format's numbers as kernels take them."""
+    element = format.element
+    is_int = isinstance(element, IntElement)
+    return {
+        "ELEMENT": "int" if is_int else "float",
+        "SCALE": format.scale,
+        "DYNAMIC": format.dynamic,
+        "QMAX": float(element.qmax if is_int else element.max),
+        "LOW": float(element.low) if is_int else 0.0,
+        "HIGH": float(element.high) if is_int else 0.0,
+        "MIN_EXPONENT": 0 if is_int else element.min_exponent,
+        "MANTISSA": 0 if is_int else element.mantissa_bits,
+        "MIN_SCALE": format.min_scale,
+        "UNIT_SCALE_BELOW": format.unit_scale_below,
+        "EXPONENT_ROUNDING": format.exponent_rounding,
+        "MAX_BITS": 0 if is_int else element.max_bits,
+    }
 
 
 @cache
-def _parse(format: str) -> Format:
-    return Format.from_dict(json.loads(format))
+def format_of(numbers: str) -> Format:
+    """The format of some JSON, as which it travels through torch.compile's operators."""
+    return Format.from_dict(json.loads(numbers))
 
 
-def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Tensor:
-    """Memory for maxima, as integers; zero bits, the identity, where atomics add to it."""
-    make = torch.zeros if is_shared else torch.empty
-    return make(shape, dtype=torch.int32, device=device)
+def visit_plan(
+    kernel: Any, format: Format, shape: tuple[int, int], transposed: bool, tile: Tile, constants: dict[str, Any]
+) -> Plan:
+    """The plan of a kernel that visits each weight once: programs per matrix, and the tile of each."""
+    out_features, in_features = shape
+    if format.block == (None, None) and transposed:  # one scale: the layout does not matter
+        out_features, in_features, transposed = in_features, out_features, False
+    rows, columns = (1, 1) if format.dynamic else format.granules(out_features, in_features)
+    if format.has_blocks_along_in:
+        chunk = format.block[1] or 1
+    else:  # within a granule, and a divisor of `in`, so that no chunk crosses a row; transposed tiles mask their edge
+        chunk = min(16, format.block[1] or 16, 16 if transposed else in_features & -in_features)
+    chunks = max(1, tile.weights // chunk)
+    if transposed:
+        blocks = -(-out_features // chunks) * -(-in_features // chunk)
+    else:
+        blocks = -(-out_features * (in_features // chunk) // chunks)
+    tiling = {
+        "ROWS": format.block[0] or 0,
+        "COLUMNS": format.block[1] or 0,
+        "CHUNK": chunk,
+        "TILE": chunks,
+        "TRANSPOSED": transposed,
+    }
+    return Plan(kernel, blocks, (out_features, in_features, rows, columns), constants | tiling, tile.warps)
+
+
+# Launches.
+
+# CUDA's limit on the second dimension of a grid.
+MOST_EXPERTS = 65535
+
+
+class Launched(NamedTuple):
+    """A launch that can be made again while all lies where it lay."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    stream: int
+    arguments: tuple[object, ...]
+    tables: list[Tensor]
+
+
+def launch(plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None, ...]) -> Launched | None:
+    """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest.
+
+    Returns:
+        What it was, or None where the kernel was compiled for it, or was interpreted.
+    """
+    base, _, experts, matrix, _ = groups[0]
+    if experts > MOST_EXPERTS:
+        raise ValueError(
+            f"a group of {experts} experts of {list(matrix)}: found more than {MOST_EXPERTS}, the limit of one launch; "
+            "split it, or map over less with vmap"
+        )
+    index = base.device.index
+    if base.is_cuda and torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return launch(plan, groups, scales)
+    dense: list[Tensor | None] = []
+    addresses: list[int | None] = []  # in the order of the kernel's arguments
+    kinds: list[object] = [index]
+    tables: list[Tensor] = []
+    is_aligned = True
+    for _, (start, table, stride, kind, group_is_aligned, _), _, _, _ in groups:
+        addresses += (start, None if table is None else table.data_ptr(), stride)
+        if table is not None:
+            tables.append(table)
+        kinds.append(kind)
+        is_aligned &= group_is_aligned
+    for scale in scales:
+        leaf = None if scale is None else scale.contiguous()
+        start = None if leaf is None else leaf.data_ptr()
+        dense.append(leaf)
+        addresses.append(start)
+        kinds.append(None if start is None else start % 16 == 0)
+    key, rest, grid = tuple(kinds), plan.arguments[is_aligned], (plan.blocks, experts, 1)
+    compiled = plan.compiled.get(key)
+    if compiled is not None:  # a launcher that is given addresses asks no tensor for its own
+        launched = Launched(compiled, grid, private.current_stream(index), (*addresses, *rest), tables)
+        private.run(*launched[:4])
+        return launched
+    tensors = [argument for group in groups for argument in (group.base, group.place.table, group.place.stride)]
+    compiled = plan.kernel[grid](*tensors, *dense, *rest, num_warps=plan.warps, enable_fp_fusion=False)
+    if private.can_run(compiled):
+        plan.compiled[key] = compiled
+    return None

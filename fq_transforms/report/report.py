@@ -272,7 +272,7 @@ def _measure(part: _OwnPart) -> Measures:
         counts, largest = sums.long(), sums.float()
         return Measures(sums, sums, counts, counts, counts, largest)
     if weights[0].is_cuda:
-        from fq_transforms.ops.launch import report_triton  # which needs Triton
+        from fq_transforms.ops.report.launch import report_triton  # which needs Triton
 
         amax, global_amax = scales.get("amax"), scales.get("global_amax")
         return report_triton(weights, amax, global_amax, format=format, transposed=part.group.transposed)

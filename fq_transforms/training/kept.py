@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, is_read
 from fq_transforms.fakequant import requantize_group
-from fq_transforms.ops.known import Contiguous
-from fq_transforms.ops.quantize.autograd import is_transformed
-from fq_transforms.ops.relaunch import Relaunch
+from fq_transforms.ops.launch import Contiguous
+from fq_transforms.ops.private import is_transformed
 from fq_transforms.spec import Spec
 from fq_transforms.state import State
+from fq_transforms.training.relaunch import Relaunch
 
 __all__ = ["Kept"]
 

@@ -6,7 +6,7 @@ import torch
 import fq_transforms as fqt
 from fq_transforms.bench import packing
 from fq_transforms.bench.cases import Shape, check_same
-from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.amax.autograd import expert_amax
 from tests.cases import assert_names
 
 

@@ -4,13 +4,18 @@ Quotients scale with powers of two, so one binade of divisors stands for all. In
 shows that the arithmetic means the same there.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from fq_transforms.ops import device
 from fq_transforms.ops.pack import kernel as pack_kernel
-from fq_transforms.ops.quantize import kernel as kernels
 from tests.conftest import HAS_GPU
 
 SIGNIFICANDS = 2**23 if HAS_GPU else 2**9
@@ -33,7 +38,7 @@ def quotients_kernel(dividends, divisors, fast, exact, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(dividends + i, mask=i < n, other=1.0)
     b = tl.load(divisors + i, mask=i < n, other=1.0)
-    tl.store(fast + i, kernels._quotient(a, b, kernels._reciprocal(b)), mask=i < n)
+    tl.store(fast + i, device.quotient(a, b, device.reciprocal(b)), mask=i < n)
     tl.store(exact + i, tl.div_rn(a, b), mask=i < n)
 
 
@@ -42,7 +47,7 @@ def scales_kernel(QMAX: tl.constexpr, amaxes, fast, exact, n, BLOCK: tl.constexp
     """Fast = the kernels' QMAX / amax, exact = IEEE division."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     amax = tl.load(amaxes + i, mask=i < n, other=1.0)
-    tl.store(fast + i, kernels._scale(QMAX, amax), mask=i < n)
+    tl.store(fast + i, device.qmax_over(QMAX, amax), mask=i < n)
     tl.store(exact + i, tl.div_rn(QMAX, amax), mask=i < n)
 
 
@@ -54,9 +59,9 @@ def rounded_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(dividends + i, mask=i < n, other=1.0)
     b = tl.load(divisors + i, mask=i < n, other=1.0)
-    q = kernels._quotient(a, b, kernels._reciprocal(b))
-    tl.store(fast + i, kernels._round_magnitude(q, MIN_EXPONENT, MANTISSA), mask=i < n)
-    tl.store(exact + i, kernels._round_magnitude(tl.div_rn(a, b), MIN_EXPONENT, MANTISSA), mask=i < n)
+    q = device.quotient(a, b, device.reciprocal(b))
+    tl.store(fast + i, device.round_magnitude(q, MIN_EXPONENT, MANTISSA), mask=i < n)
+    tl.store(exact + i, device.round_magnitude(tl.div_rn(a, b), MIN_EXPONENT, MANTISSA), mask=i < n)
 
 
 @triton.jit
@@ -65,7 +70,7 @@ def codes_kernel(dividends, divisors, fast, exact, n, ERROR: tl.constexpr, BLOCK
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(dividends + i, mask=i < n, other=1.0)
     b = tl.load(divisors + i, mask=i < n, other=1.0)
-    approximate = kernels._float(kernels._bits(kernels._reciprocal(b + b)) + ERROR)
+    approximate = device.float_of(device.bits_of(device.reciprocal(b + b)) + ERROR)
     high, low = pack_kernel._split_reciprocal(b + b, approximate)
     tl.store(fast + i, (pack_kernel._half_quotient_codes(a, high, low) & 15).to(tl.float32), mask=i < n)
     codes = pack_kernel._magnitude_codes(tl.minimum(tl.div_rn(a, b), 6.0), 4, 0, 1)
@@ -132,3 +137,16 @@ def test_codes_are_those_of_the_quotient(error):
         for ulps in range(-5, 6):
             dividend = (middle + ulps).view(torch.float32)
             assert count_differences(codes_kernel, dividend, s, ERROR=error) == 0, (tie, ulps)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here anyway")
+def test_every_kernel_compiles_for_an_h200():
+    """Without one: the interpreter takes Python that the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "ahead.py")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)}, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "240 kernels compiled for sm_90" in done.stdout

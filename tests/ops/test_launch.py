@@ -1,12 +1,14 @@
 """A launch is found again by addresses: what else differs at the same addresses is seen."""
 
+import optree
 import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.ops import calls
-from fq_transforms.ops.quantize import kernel as kernels
-from tests.cases import experts
+from fq_transforms.ops import launch, private
+from fq_transforms.ops.amax.launch import expert_amax_triton
+from tests.cases import assert_names, experts, message_of
+from tests.variants import by_kernel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -20,7 +22,7 @@ def check(params, format, state=None, times=3):
     """Each call gives what one weight at a time on the CPU gives; the second and the third may be launches again."""
     fq = fqt.transform(fqt.select(params, {"*": format}))
     state = fq.calibrate(params) if state is None else state
-    cpu = {key: type(group)(*(leaf.cpu() for leaf in group)) for key, group in state.items()}
+    cpu = optree.tree_map(torch.Tensor.cpu, state)
     wanted = fq.fakequant({name: weight.cpu().clone() for name, weight in params.items()}, cpu)
     for _ in range(times):
         for name, weight in fq.fakequant(params, state).items():
@@ -56,20 +58,20 @@ def test_values_are_read_anew(device):
         for weight in params.values():
             weight.mul_(factor)
         for group in state.values():
-            group.amax.mul_(factor)
+            group["amax"].mul_(factor)
         check(params, fqt.NVFP4, state)
 
 
 @pytest.mark.gpu
 def test_another_stream(monkeypatch):
     """A launch goes to the stream that is current when it is called, though one to another stream is known."""
-    launched = []
+    launched, run = [], private.run
 
     def recording(compiled, grid, stream, arguments):
         launched.append(stream)
-        kernels.run_compiled(compiled, grid, stream, arguments)
+        run(compiled, grid, stream, arguments)
 
-    monkeypatch.setattr(calls, "run_compiled", recording)
+    monkeypatch.setattr(private, "run", recording)
     params = named(experts(3, (256, 1024), torch.bfloat16, device="cuda"))
     state = check(params, fqt.FP8)
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
@@ -80,3 +82,89 @@ def test_another_stream(monkeypatch):
             assert set(launched[found:]) <= {stream.cuda_stream}
     assert len(set(launched)) == 2
     torch.cuda.synchronize()
+
+
+def read(matrices):
+    """The addresses that a kernel computes, as `device.address` does."""
+    start, table, stride = matrices.place[:3]
+    if table is not None:
+        return table.tolist()
+    return [start + e * stride * matrices.base.element_size() for e in range(matrices.experts)]
+
+
+def test_every_expert_is_where_the_kernel_looks():
+    """Separate, evenly spaced, in reverse, repeated, stacked, expanded, sliced: the address of each, in order."""
+    separate = [torch.randn(4, 8) for _ in range(5)]
+    block = torch.randn(7, 4, 8)
+    groups = {
+        "separate": separate,
+        "views": list(block),
+        "every other": list(block[::2]),
+        "reversed": list(block.flip(0).unbind()),
+        "backwards": [block[i] for i in (4, 3, 2, 1)],
+        "twice the same": [block[0], block[0]],
+        "one": [block[3]],
+        "stacked": [block],
+        "two stacks": [block[:2], block[4:6]],
+        "expanded": [block[0].expand(3, 4, 8)],
+        "some of a stack": [block[1::3]],
+    }
+    for name, tensors in groups.items():
+        found = launch.matrices_of(tensors)
+        wanted = [m.data_ptr() for t in tensors for m in (t if t.dim() == 3 else [t])]
+        assert read(found) == wanted, name
+        assert found.experts == len(wanted), name
+        assert found.matrix == (4, 8), name
+        assert name == "separate" or (found.place.table is None) == (name != "two stacks"), name
+
+
+def test_what_is_not_dense_is_copied_and_held():
+    """A transposed or sliced matrix comes as a copy, which lives as long as its addresses do."""
+    weight = torch.randn(8, 16)
+    for tensors in ([weight.mT], [weight[:, ::2]], [weight[:, :5], weight[:, 5:10]]):
+        found = launch.matrices_of(tensors)
+        assert read(found) == [t.data_ptr() for t in found.tensors]
+        assert all(torch.equal(copy, t) for copy, t in zip(found.tensors, tensors, strict=True))
+
+
+def test_places_are_found_again_by_their_addresses(monkeypatch):
+    """The same table for the same addresses and dtype; another for others, whatever the tensors are."""
+    made = []
+    uploaded = launch._uploaded
+    monkeypatch.setattr(launch, "_uploaded", lambda *args: made.append(args[0]) or uploaded(*args))
+    weights = [torch.randn(4, 8) for _ in range(3)]
+    first = launch.matrices_of(weights)
+    assert launch.matrices_of([w.detach() for w in weights]).place is first.place
+    halves = launch.matrices_of([w.view(torch.float16) for w in weights])
+    assert halves.place.kind != first.place.kind
+    assert launch.matrices_of(weights[::-1]).place is not first.place
+    assert len(made) == 3
+
+
+def test_the_oldest_entry_is_dropped():
+    """A bounded dict keeps what was added last."""
+    some = launch.Bounded(3)
+    for i in range(5):
+        some[i] = str(i)
+    some[3] = "again"
+    assert dict(some) == {2: "2", 3: "again", 4: "4"}
+
+
+def test_too_many_experts_are_refused():
+    """More than CUDA's grid takes: an error with the number, before anything is launched."""
+    weight, amax = torch.zeros(launch.MOST_EXPERTS + 1, 1, 1), torch.zeros(launch.MOST_EXPERTS + 1)
+    message = message_of(ValueError, expert_amax_triton, [weight], format=fqt.INT8, transposed=False)
+    assert_names(message, launch.MOST_EXPERTS + 1, launch.MOST_EXPERTS, "[1, 1]", "split it", "vmap")
+    with pytest.raises(ValueError, match="65536 experts"):
+        by_kernel([weight], amax, None, format=fqt.INT8, out_dtype=torch.float32)
+
+
+def test_launches_are_as_triton_specializes():
+    """A kernel is known again for what Triton compiles it for: alignment, tables, strides, dtypes."""
+    block = torch.randn(3, 4, 8)
+    shifted = torch.randn(3 * 32 + 1)[1:].view(3, 4, 8)
+    odd = torch.randn(3, 4 * 8 + 1)[:, :32].unflatten(1, (4, 8))
+    groups = [[block], [shifted], list(odd.unbind()), [block.half()], [torch.randn(4, 8) for _ in range(3)]]
+    kinds = [launch.matrices_of(tensors).place.kind for tensors in groups]
+    assert len(set(kinds)) == len(groups)
+    assert launch.matrices_of([torch.randn(9, 4, 8)]).place.kind == kinds[0]

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops.quantize.autograd import expert_amax, fake_quantize
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.quantize.autograd import fake_quantize
 from tests.cases import AMAXES, DTYPES, adversarial, experts, finite_bf16, name_of, same_bits
 
 pytestmark = [

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fq_transforms.formats import E2M1, E2M3, E3M2, E4M3, FORMATS
-from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import AMAXES, DTYPES, TINY, adversarial, experts, finite_bf16, name_of, same_bits
 
 

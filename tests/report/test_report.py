@@ -321,15 +321,15 @@ def test_a_gpu_reports_what_a_cpu_does(format):
 @pytest.mark.parametrize("format", [*ONE_OF_EACH_LEAF, fqt.INT4_BLOCK128], ids=name_of)
 def test_no_fake_weight_is_stored(format):
     """What a group's measures take is a few numbers per program: less than a fortieth of its weights in bf16."""
-    from fq_transforms.ops import launch
+    from fq_transforms.ops.report.launch import report_triton
 
     weights = [torch.randn(1024, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
     params = {"experts.w": torch.stack(weights)}
     state = fqt.transform(fqt.select(params, {"*": format})).calibrate(params)["experts.w"]
     leaves = state.get("amax"), state.get("global_amax")
     measured = {"format": format, "transposed": False}
-    launch.report_triton(weights, *leaves, **measured)
+    report_triton(weights, *leaves, **measured)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    launch.report_triton(weights, *leaves, **measured)
+    report_triton(weights, *leaves, **measured)
     assert torch.cuda.max_memory_allocated() - before < sum(w.nbytes for w in weights) / 40

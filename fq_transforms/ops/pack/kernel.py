@@ -1,6 +1,6 @@
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
-"""The Triton kernel that packs weights: `fq_transforms.ops.pack.reference.pack_reference`, bit for bit.
+# Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
+"""Packing: `fq_transforms.ops.pack.reference.pack_reference`, bit for bit.
 
 Packing writes less than the forward kernel does, so instructions bound it before memory does. A thread therefore keeps
 all that belongs together: a strand of BLOCKS chunks of CHUNK weights along `in`, whose scales, codes and words never
@@ -27,8 +27,8 @@ takes no logic, where three lines and the larger magnitudes take three minima.
 NOTE quotient in two steps: with 1 / b = high + low, v = fma(a, high, a * low) is on the same side of every tie of E2M1
 as the rounded quotient a / b, and is the tie where that is. It hangs on low's last bit: of the series rest + rest**2,
 rest = 1 - b * high, the first term is too little for b = 2 - 2**-23, the second may be lost in rounding, and twice the
-second is right. tests/ops/test_device.py shows so for all fp32 significands and all errors of an approximate reciprocal.
-Where v / 2 overflows, a * low may be infinite with either sign, which the magnitude of v does not show.
+second is right. tests/ops/test_device.py shows so for all fp32 significands and all errors of a reciprocal. Where v / 2
+overflows, a * low may be infinite with either sign, which the magnitude of v does not show.
 
 NOTE signs of a word: a byte permutation takes two weights' signs, spread over a byte each. Eight weights give a word of
 the even ones' signs and one of the odd ones', which are in the low and the high half of each byte of codes.
@@ -40,21 +40,21 @@ NaN under a static scale becomes NaN in FP8, else the largest value or the lowes
 import triton
 import triton.language as tl
 
-from fq_transforms.ops.quantize.kernel import (
+from fq_transforms.ops.device import (
     INTERPRETED,
     SMALLEST_DIVISOR,
     TINY_AMAX,
-    _address,
-    _bits,
-    _float,
-    _granule_amax,
-    _largest,
-    _mx_exponent,
-    _power_of_two,
-    _reciprocal,
-    _scale,
-    _two_level_scale,
-    _valid,
+    address,
+    bits_of,
+    float_of,
+    fp32_scale,
+    granule_amax,
+    largest,
+    mx_exponent,
+    power_of_two,
+    reciprocal,
+    two_level_scale,
+    valid,
 )
 
 __all__ = ["pack_kernel", "pack_scale_kernel"]
@@ -66,9 +66,9 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def pack_scale_kernel(amax_ptr, scale_ptr, count, KIND: tl.constexpr, QMAX: tl.constexpr, TILE: tl.constexpr):
-    """`pack_scales`, one number an amax: for integers, for floats, or the global one of two levels."""
+    """`pack_scales`, one number per amax: for integers, for floats, or the global one of two levels."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    amax = tl.abs(_valid(tl.load(amax_ptr + i, mask=i < count, other=1.0)))  # abs: -0.0 is a zero
+    amax = tl.abs(valid(tl.load(amax_ptr + i, mask=i < count, other=1.0)))  # abs: -0.0 is a zero
     if KIND == "global":
         scale = tl.div_rn(amax, tl.full([TILE], QMAX * 448.0, tl.float32))
     elif KIND == "int":
@@ -172,8 +172,8 @@ def _widened(x, PAIRS: tl.constexpr):
 @triton.jit
 def _block_amax(a):
     """Maximum of the magnitudes of each block [TILE, BLOCKS]; NaN if one is NaN or infinite."""
-    largest = _largest(_largest(a, 3), 1).permute(1, 0)
-    return tl.fma(largest, 0.0, largest)
+    block_amax = largest(largest(a, 3), 1).permute(1, 0)
+    return tl.fma(block_amax, 0.0, block_amax)
 
 
 @triton.jit
@@ -183,18 +183,18 @@ def _magnitude_codes(a, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA
         t = tl.fma(a, 2.0**MANTISSA, MAGIC)
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
-        return _bits(t)
+        return bits_of(t)
     else:  # see NOTE rounding to a code
         OFFSET: tl.constexpr = (-((MIN_EXPONENT + 150 - MANTISSA) << MANTISSA)) % (1 << BITS)
-        power = tl.maximum(_float(_bits(a) & 0x7F800000), 2.0**MIN_EXPONENT)
-        t = _bits(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
+        power = tl.maximum(float_of(bits_of(a) & 0x7F800000), 2.0**MIN_EXPONENT)
+        t = bits_of(tl.fma(power, 2.0 ** (23 - MANTISSA) + OFFSET * 2.0**-MANTISSA, a))
         return ((t + (t >> (23 - MANTISSA))) & ((1 << (BITS - 1)) - 1)) | MAGIC_BITS
 
 
 @triton.jit
 def _sign_bit(x, BITS: tl.constexpr):
     """The sign of x, as the highest of BITS."""
-    return (_bits(x) >> (32 - BITS)) & (1 << (BITS - 1))
+    return (bits_of(x) >> (32 - BITS)) & (1 << (BITS - 1))
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def _halves(x):
 @triton.jit
 def _sign_bytes(x):
     """The signs of four numbers along the last axis, a byte each, in a word."""
-    even, odd = _halves(_bits(x))
+    even, odd = _halves(bits_of(x))
     first, second = _halves(_bytes(even, odd, 0xFBFB))
     return _bytes(first, second, 0x5410).reshape(x.shape[0], x.shape[1], x.shape[2])
 
@@ -323,7 +323,7 @@ def _half_quotient_codes(x, high, low):
     half = tl.abs(tl.fma(x, high, x * low))
     t = tl.fma(_saturated(half), 4.0, MAGIC)
     t = tl.fma(_saturated(half - 1.0), 2.0, t)
-    return _bits(_saturated(half - 2.0) + t)
+    return bits_of(_saturated(half - 2.0) + t)
 
 
 @triton.jit
@@ -346,14 +346,14 @@ def _two_level_codes(
     are multiplied by a power of two.
     """
     lift = tl.where(g < 1.0, 2.0**64, 2.0**-64) if LIFTED else 1.0
-    s, s8 = _two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+    s, s8 = two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
     s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
     tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
     s = tl.where(s == 0, 1.0, s)
     if LIFTED or not DYNAMIC:  # else nothing is infinite, or the scale is NaN
         x = tl.minimum(tl.abs(x), _each(tl.maximum(QMAX * s, 0.0))) * lift
     twice = tl.maximum(s * lift, SMALLEST_DIVISOR) * 2.0
-    high, low = _split_reciprocal(twice, _reciprocal(twice))
+    high, low = _split_reciprocal(twice, reciprocal(twice))
     return _half_quotient_codes(x, _each(high), _each(low))
 
 
@@ -399,19 +399,19 @@ def pack_kernel(
         out_features, in_features, rows, columns, ROWS, COLUMNS, BLOCKS, CHUNK, PIECE, TILE, TRANSPOSED
     )
     PIECES: tl.constexpr = BLOCKS * (CHUNK // PIECE)
-    weight = _address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
+    weight = address(weight_base, weight_table, weight_stride, ALIGNED) + base + offsets
     codes_ptr = codes_base + tl.program_id(1).to(tl.int64) * codes_stride
     x = _widened(tl.load(weight, mask=mask, other=0.0), not TRANSPOSED and SCALE != "e8m0")
     x = x.reshape(BLOCKS, CHUNK // PIECE, TILE, PIECE)
     if DYNAMIC:
         block_amax = _block_amax(tl.abs(x))
     else:
-        block_amax = _granule_amax(x, amax_ptr, granule, exists[:, None], False, ROWS, COLUMNS)
+        block_amax = granule_amax(x, amax_ptr, granule, exists[:, None], False, ROWS, COLUMNS)
 
     if SCALE == "e8m0":
-        e = _mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
+        e = mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
         tl.store(scale_ptr + granule, tl.where(block_amax >= 0, e + 127, 255).to(tl.uint8), mask=begins)
-        factor = _each(_power_of_two(-e))
+        factor = _each(power_of_two(-e))
         if BITS == 8:
             codes = _byte_codes(x * factor, QMAX, MIN_EXPONENT, MANTISSA)
         else:
@@ -431,14 +431,13 @@ def pack_kernel(
             x, block_amax, g, scale_ptr, granule, begins, False, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
         )
     elif ELEMENT == "int":
-        zero = block_amax < TINY_AMAX
-        s = _scale(QMAX, tl.where(zero, 1.0, block_amax))
+        s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
         if ROWS == 1 and COLUMNS != 0:
-            tl.store(scale_ptr + granule, tl.where(zero, 0.0, s), mask=begins)
+            tl.store(scale_ptr + granule, tl.where(is_tiny, 0.0, s), mask=begins)
         v = tl.minimum(tl.maximum(x * _each(s), LOW), HIGH)
-        codes = _bits(v + (MAGIC + 8 if BITS == 4 else MAGIC))
+        codes = bits_of(v + (MAGIC + 8 if BITS == 4 else MAGIC))
     else:
-        s = _scale(QMAX, tl.where(block_amax <= TINY_AMAX, 1.0, block_amax))
+        s, _is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
         if BITS == 8:
             codes = _byte_codes(x * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
         else:

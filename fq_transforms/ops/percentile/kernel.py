@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
+# Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """Triton kernels of percentiles: `fq_transforms.ops.percentile.reference.percentile_reference`, bit for bit.
 
 Nothing is sorted. The bits of magnitudes order as the magnitudes do, with NaN above infinity, so that the n-th of them
@@ -16,7 +16,7 @@ programs have counted, so there is a launch a digit, and a small one that interp
 import triton
 import triton.language as tl
 
-from fq_transforms.ops.quantize.kernel import _address, _bits, _float
+from fq_transforms.ops.device import address, bits_of, float_of
 
 __all__ = ["percentile_digit_kernel", "percentile_kernel"]
 
@@ -27,8 +27,8 @@ MOST = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def _between(one, other, fraction):
     """`torch.lerp` in float64 of two magnitudes, given by their bits, rounded to fp32."""
-    one = _float(one).to(tl.float64)
-    other = _float(other).to(tl.float64)
+    one = float_of(one).to(tl.float64)
+    other = float_of(other).to(tl.float64)
     is_near = fraction < 0.5
     found = tl.fma(tl.where(is_near, fraction, fraction - 1), other - one, tl.where(is_near, one, other))
     return found.to(tl.float32)
@@ -54,7 +54,7 @@ def _magnitudes(weight, k, row, column, exists, height, width, ROWS: tl.constexp
     if COLUMNS != 0:
         mask = mask & (j < COLUMNS)[None, :]
     found = tl.load(weight + y * width + x, mask=mask, other=0.0)
-    return tl.where(mask, _bits(tl.abs(found.to(tl.float32))), MOST)
+    return tl.where(mask, bits_of(tl.abs(found.to(tl.float32))), MOST)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def percentile_kernel(
     row = granule // columns
     column = granule % columns
     exists = row < rows
-    weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
+    weight = address(weight_base, weight_table, weight_stride, ALIGNED)
     k = tl.arange(0, CHUNK)
     size = (height if ROWS == 0 else ROWS) * (width if COLUMNS == 0 else COLUMNS)
 
@@ -173,13 +173,13 @@ def percentile_digit_kernel(
         other = tl.where(is_again | is_last, one, above)
         tl.store(amax_ptr + expert, _between(one, other, tl.load(fractions_ptr)))
     else:
-        weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
+        weight = address(weight_base, weight_table, weight_stride, ALIGNED)
         found = tl.zeros([BINS], dtype=tl.int32)
         least = tl.full([TILE], MOST, dtype=tl.int32)
         for step in range(STEPS):
             k = (tl.program_id(0).to(tl.int64) * STEPS + step) * TILE + tl.arange(0, TILE)
             exists = k < size
-            bits = _bits(tl.abs(tl.load(weight + k, mask=exists, other=0.0).to(tl.float32)))
+            bits = bits_of(tl.abs(tl.load(weight + k, mask=exists, other=0.0).to(tl.float32)))
             is_counted = exists
             if DIGIT > 0:
                 is_counted = exists & ((bits >> (SHIFT + WIDTH)) == prefix)

@@ -1,6 +1,4 @@
-# pyright: reportPrivateUsage=false
-# The launch itself is `fq_transforms.ops.launch`'s, whose parts have no public name.
-"""The launcher of percentiles: one launch a group; for whole experts one a digit of the magnitudes' bits, and one."""
+"""Launcher of percentiles: one launch per group; for whole experts one per digit of the weights' bits, and one."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,17 +7,15 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.calls import launch
-from fq_transforms.ops.matrices import matrices_of, shape_of
+from fq_transforms.ops.launch import Plan, Tile, launch, matrices_of, shape_of
 from fq_transforms.ops.percentile.kernel import percentile_digit_kernel, percentile_kernel
 from fq_transforms.ops.percentile.reference import positions
-from fq_transforms.ops.plans import Plan, Tile
 
 __all__ = ["HELD", "percentile_triton"]
 
 # Weights that a thread keeps in registers, and the most that a program does. The kernels ran on an H200, but were not
 # timed: no measurement chose these numbers, nor READ, SIDE_BY_SIDE and DIGIT below.
-WEIGHTS_A_THREAD = 32
+WEIGHTS_PER_THREAD = 32
 HELD = 2**14
 # Weights that a program takes at a time where they are more, and the granules side by side in memory that it takes at
 # once: their rows are 64 bytes of bf16.
@@ -65,15 +61,15 @@ def percentile_triton(
     known = _positions(inputs.matrix, (rows, columns), percentile, device)
     low = LOW_BITS[inputs.base.dtype]
     if format.block != (None, None):
-        plan = _percentile_plan(format, inputs.matrix, transposed, low, held)
-        launch(percentile_kernel, plan, (inputs,), (*known, amax))
+        plan = percentile_plan(format, inputs.matrix, transposed, low, held)
+        launch(plan, (inputs,), (*known, amax))
         return amax
-    digits = _digits(low)
+    digits = digits_of(low)
     counts = torch.zeros((inputs.experts, digits, 2**DIGIT_WIDTH), dtype=torch.int64, device=device)
     above = torch.full((inputs.experts,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
     for number in range(digits + 1):
-        plan = _digit_plan(inputs.matrix, low, number, digit)
-        launch(percentile_digit_kernel, plan, (inputs,), (*known, counts, above, amax))
+        plan = digit_plan(inputs.matrix, low, number, digit)
+        launch(plan, (inputs,), (*known, counts, above, amax))
     return amax
 
 
@@ -90,7 +86,8 @@ def _positions(
 
 
 @cache
-def _percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, low: int, held: int) -> Plan:
+def percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, low: int, held: int) -> Plan:
+    """Of `percentile_kernel`."""
     height, width = matrix
     sides, granules = format.block, format.granules(*shape_of(matrix, transposed))
     if transposed:
@@ -112,17 +109,19 @@ def _percentile_plan(format: Format, matrix: tuple[int, int], transposed: bool, 
         "HELD": is_held,
         "TRANSPOSED": transposed,
     }
-    warps = max(1, chunk * tile // (32 * WEIGHTS_A_THREAD))
-    return Plan(-(-granules[0] * granules[1] // tile), (height, width, *granules), constants, warps)
+    warps = max(1, chunk * tile // (32 * WEIGHTS_PER_THREAD))
+    return Plan(percentile_kernel, -(-granules[0] * granules[1] // tile), (height, width, *granules), constants, warps)
 
 
-def _digits(low: int) -> int:
+def digits_of(low: int) -> int:
+    """How many digits the bits of a dtype are."""
     return -(-(32 - low) // DIGIT_WIDTH)
 
 
 @cache
-def _digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> Plan:
-    size, digits = matrix[0] * matrix[1], _digits(low)
+def digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> Plan:
+    """Of `percentile_digit_kernel`, for a digit by its number."""
+    size, digits = matrix[0] * matrix[1], digits_of(low)
     programs = 1 if number == digits else -(-size // (tile.weights * tile.steps))
     constants = {
         "DIGIT": number,
@@ -131,4 +130,4 @@ def _digit_plan(matrix: tuple[int, int], low: int, number: int, tile: Tile) -> P
         "TILE": tile.weights,
         "STEPS": tile.steps,
     }
-    return Plan(programs, (size,), constants, tile.warps)
+    return Plan(percentile_digit_kernel, programs, (size,), constants, tile.warps)

@@ -1,34 +1,55 @@
-"""The operations as `autograd.Function`s: kernel or reference by the device, and the rules that torch.func needs.
+"""Fake quantization as `autograd.Function`s: kernel or reference by the device, and the rules that torch.func needs.
 
-A group is a sequence of tensors `[*experts, out, in]` (or `[*experts, in, out]` if transposed): N separate matrices, or
-one stacked tensor. Its amax has all experts of all tensors along dimension 0, in order.
+Weights are a group, as `fq_transforms.ops.launch` has it.
 
-NOTE vmap: a mapped dimension becomes one more expert dimension in front of each tensor, so a batch is one launch too.
-An unmapped weight is expanded with stride 0, not copied.
+NOTE second Function: under torch.func, tensors saved for backward are wrappers without storage. So each gradient is a
+Function of its own, whose forward sees plain tensors again. All of them are linear in their vectors, so that every
+order of derivatives is there: the clip gradient is its own transpose, and the pullback and the pushforward of learned
+scales are each other's. Errors of rounding count as constants, as they do in the formula.
 
-NOTE second Function: under torch.func, tensors saved for backward are wrappers without storage. So the clip gradient is
-a Function of its own, whose forward sees plain tensors again.
+NOTE three Functions: torch.compile refuses one that has rules for jvp and vmap; torch.func needs them; and where
+`setup_context` is apart, PyTorch binds a signature at each call, which plain autograd need not pay: for 32 experts its
+own Function costs the host 65 us, torch.func's 89.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.known import Contiguous
-from fq_transforms.ops.quantize.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
-from fq_transforms.ops.relaunch import Placed
+from fq_transforms.ops import private
+from fq_transforms.ops.launch import (
+    Contiguous,
+    Launched,
+    check_not_empty,
+    experts_of,
+    flat,
+    has_kernel,
+    results_for,
+    split,
+    unstacked,
+)
+from fq_transforms.ops.quantize.reference import (
+    clip_backward_reference,
+    fake_quantize_reference,
+    lsq_backward_reference,
+    lsq_push_reference,
+    random_words,
+    stochastic_reference,
+)
+from fq_transforms.ops.vmap import Mapped
+from fq_transforms.rounding import Stream
 
-__all__ = ["Backward", "expert_amax", "fake_quantize", "fake_quantize_into", "is_transformed"]
+__all__ = ["Backward", "fake_quantize", "fake_quantize_into"]
 
-# "lsq" is that of `ops.lsq`; here it passes gradients through, for formats with nothing to learn.
+T = TypeVar("T")
+
 Backward = Literal["pass_through", "clip", "lsq"]
 
 
@@ -42,11 +63,10 @@ def fake_quantize(
     out_dtype: torch.dtype | None = None,
     backward: Backward = "pass_through",
     separate: bool = False,
+    seed: Int64[Tensor, ""] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Float[Tensor, "..."], ...]:
     """Fake-quantize each expert of a group by its own amax: `fake_quantize_reference`, differentiable in the weights.
-
-    The gradient is that of the identity ("pass_through": no kernel, nothing saved), or with "clip" that of
-    clamp(w, -amax, amax). Dynamic formats pass it through either way. The amax gets no gradient.
 
     Args:
         weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if
@@ -56,8 +76,13 @@ def fake_quantize(
         format: The numbers.
         transposed: True if a matrix is stored [in, out]. Granules always lie in [out, in].
         out_dtype: bf16, fp16 or fp32; the dtype of the weights if None.
-        backward: "pass_through" or "clip".
-        separate: On a GPU, one allocation a tensor, in place of one for the group.
+        backward: "pass_through": the gradient of the identity (no kernel, nothing saved). "clip": that of
+            clamp(w, -amax, amax); dynamic formats pass it through. "lsq": that of "clip", and `lsq_backward_reference`
+            to amax and global amax, which get none otherwise; MX formats, with nothing to learn, pass it through.
+        separate: On a GPU, one allocation per tensor, in place of one for the group.
+        seed: On the device of the weights; with a stream `stochastic_reference`: rounded by chance, which gradients do
+            not see.
+        stream: Which random bits; its `experts` is set here.
 
     Returns:
         N new contiguous tensors; on a GPU, unless `separate`, views of one allocation.
@@ -67,19 +92,23 @@ def fake_quantize(
 
     Example:
         >>> from fq_transforms.formats import FORMATS
-        >>> w = torch.tensor([[0.1, -0.04, 1.0, -7.0]], requires_grad=True)
-        >>> (y,) = fake_quantize([w], torch.tensor([0.5]), None, format=FORMATS["INT8"], backward="clip")
+        >>> w, amax = torch.tensor([[0.7, -9.0, 6.0]], requires_grad=True), torch.tensor([7.0], requires_grad=True)
+        >>> (y,) = fake_quantize([w], amax, None, format=FORMATS["INT8"], backward="lsq")
         >>> y.sum().backward()
-        >>> w.grad
-        tensor([[1., 1., 0., 0.]])
+        >>> w.grad, amax.grad
+        (tensor([[1., 0., 1.]]), tensor([-1.0044]))
     """
-    _check_not_empty(weights)
-    make = _Statics if torch.compiler.is_compiling() else _known_statics
-    clip, is_contiguous = backward == "clip" and format.clips, type(weights) is Contiguous
-    statics = make(format, transposed, out_dtype or weights[0].dtype, clip, separate, is_contiguous)
-    if not _is_differentiated(weights, amax, global_amax):
-        return _run_fake_quantize(statics, amax, global_amax, weights)
-    return _apply_fake_quantize(statics, amax, global_amax, *weights)
+    check_not_empty(weights)
+    if (backward == "clip" and not format.clips) or (backward == "lsq" and amax is None):
+        backward = "pass_through"
+    dtype, is_contiguous = out_dtype or weights[0].dtype, type(weights) is Contiguous
+    statics = _statics(weights, stream, format, transposed, dtype, backward, separate, is_contiguous)
+    if not _is_differentiated(weights, seed, amax, global_amax):
+        return _run_fake_quantize(statics, seed, amax, global_amax, weights)
+    if torch.compiler.is_compiling():
+        return _Traced.apply(statics, seed, amax, global_amax, *weights)
+    function = _FakeQuantize if private.is_transformed() else _Eager
+    return function.apply(statics, seed, amax, global_amax, *weights)
 
 
 def fake_quantize_into(
@@ -90,360 +119,426 @@ def fake_quantize_into(
     *,
     format: Format,
     transposed: bool = False,
-) -> Placed | None:
-    """`fake_quantize` into memory that is there: contiguous tensors as it gives them. Not differentiable.
+    seed: Int64[Tensor, ""] | None = None,
+    stream: Stream | None = None,
+) -> Launched | None:
+    """`fake_quantize` into memory that is there: contiguous tensors of one dtype, shaped as the weights are.
 
-    Their versions are counted up, as by any change in place: a graph that has kept them raises in backward.
+    Not differentiable. Their versions are counted up, as by any change in place: a graph that has kept them raises in
+    backward.
 
     Returns:
-        The launch, if it is one that was made before: for `Relaunch`.
+        The launch, if it can be made again.
     """
-    if weights[0].is_cuda:
-        numbers: dict[str, Any] = {"format": format, "transposed": transposed}
-        placed = _launchers().fake_quantize_into_triton(outs, weights, amax, global_amax, **numbers)
+    check_not_empty(weights)
+    assert all(map(Tensor.is_contiguous, outs)), "a copy of an out would be written in its place"
+    statics = _statics(weights, stream, format, transposed, outs[0].dtype)
+    if has_kernel(weights):
+        launched = _write(statics, outs, seed, amax, global_amax, weights)
         torch.autograd.graph.increment_version(outs)
-        return placed
-    statics = _known_statics(format, transposed, outs[0].dtype, False, False)
-    for out, result in zip(outs, _run_fake_quantize(statics, amax, global_amax, weights), strict=True):
+        return launched
+    for out, result in zip(outs, _run_fake_quantize(statics, seed, amax, global_amax, weights), strict=True):
         out.copy_(result)
     return None
-
-
-def expert_amax(
-    weights: Sequence[Float[Tensor, "..."]], *, format: Format, transposed: bool = False
-) -> tuple[Float32[Tensor, "..."], Float32[Tensor, "..."] | None]:
-    """Amax of each expert of a group: `expert_amax_reference`. Not differentiable.
-
-    Args:
-        weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
-        format: The numbers; for dynamic formats, MX too, the granule is the whole expert.
-        transposed: True if a matrix is stored [in, out].
-
-    Returns:
-        amax, fp32 [E, *format.amax_shape(out, in)], and global_amax, fp32 [E] for static two-level formats, else None.
-
-    Raises:
-        ValueError: There is no weight, or weights of no elements.
-
-    Example:
-        >>> from fq_transforms.formats import FORMATS
-        >>> expert_amax([torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])], format=FORMATS["FP8"])
-        (tensor([3.0000, 0.5000]), None)
-    """
-    _check_not_empty(weights)
-    statics = _Statics(format, transposed, torch.float32)
-    if torch.compiler.is_compiling():
-        return _run_expert_amax(statics, *(weight.detach() for weight in weights))
-    amax, global_amax = _ExpertAmax.apply(statics, *weights)
-    return amax, global_amax if format.has_global_amax else None
-
-
-def _check_not_empty(weights: Sequence[Tensor]) -> None:
-    if not weights or weights[0].numel() == 0:
-        found = f"shape {tuple(weights[0].shape)}" if weights else "an empty list"
-        raise ValueError(f"weights: found {found}, wanted the weights of at least one expert")
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
 class _Statics:
     format: Format
     transposed: bool
-    out_dtype: torch.dtype
-    clip: bool = False
+    out_dtype: torch.dtype  # of the results, of gradients too
+    backward: Backward = "pass_through"
     separate: bool = False
     contiguous: bool = False  # the weights are known to be
+    stream: Stream | None = None
+
+    def mapped(self, size: int) -> "_Statics":
+        """Of copies of the weights. Under one seed they draw the same bits, as a loop over them would."""
+        if self.stream is None:
+            return self
+        return replace(self, stream=replace(self.stream, copies=self.stream.copies * size))
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """[..., out, in] of what is stored, and back."""
+        return tensor.mT if self.transposed else tensor
 
 
 _known_statics = cache(_Statics)
 
 
-@cache
+def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) -> _Statics:
+    if stream is not None:
+        stream = replace(stream, experts=experts_of(weights[:1]))
+    make = _Statics if torch.compiler.is_compiling() else _known_statics
+    return make(*statics, stream=stream)
+
+
 def _launchers() -> Any:
-    """`ops.launch`, imported once a GPU asks for it: it needs Triton."""
-    from fq_transforms.ops import launch
+    """`quantize.launch`, imported where a GPU asks for it: it needs Triton. torch.compile cannot trace a cache here."""
+    from fq_transforms.ops.quantize import launch
 
     return launch
 
 
-def _is_differentiated(weights: Sequence[Tensor], *scales: Tensor | None) -> bool:
+def _is_differentiated(weights: Sequence[Tensor], *others: Tensor | None) -> bool:
     """False if no transform and no gradient looks on: then the rules, and their cost to the host, can be left out."""
-    return is_transformed() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *scales))
+    return private.is_transformed() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *others))
     )
 
 
-def is_transformed() -> bool:
-    """True within torch.func's transforms and forward-mode differentiation."""
-    return (
-        torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (as autograd.Function asks)
-        or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] (it has no public name)
-    )
+# Forward.
 
 
 def _run_fake_quantize(
-    statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, weights: Sequence[Tensor]
+    statics: _Statics,
+    seed: Tensor | None,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    format, transposed, out_dtype = statics.format, statics.transposed, statics.out_dtype
-    if weights[0].is_cuda:
-        numbers: dict[str, Any] = {"transposed": transposed, "out_dtype": out_dtype}
-        if torch.compiler.is_compiling():
-            from fq_transforms.ops import launch
-
-            run = launch.fake_quantize_separate_operator if statics.separate else launch.fake_quantize_operator
-            out = run(list(weights), amax, global_amax, format=format.to_json(), **numbers)
-        else:
-            launch = _launchers()
-            if statics.contiguous and not statics.separate:
-                again = launch.calls.again(weights, amax, global_amax, format=format, **numbers)
-                if again is not None:
-                    return again
-            run = launch.fake_quantize_separate_triton if statics.separate else launch.fake_quantize_triton
-            out = run(weights, amax, global_amax, format=format, **numbers)
-        return tuple(out) if isinstance(out, list) else _unstack(out, weights)
+    dtype = statics.out_dtype
+    if has_kernel(weights):
+        if statics.separate:
+            separate = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+            _write(statics, separate, seed, amax, global_amax, weights)
+            return tuple(separate)
+        out = results_for(weights, dtype)
+        _write(statics, [out], seed, amax, global_amax, weights)
+        return unstacked(out, weights)
     outs: list[Tensor] = []
-    for w, a, g in zip(weights, _split(amax, weights), _split(global_amax, weights), strict=True):
-        y = fake_quantize_reference(_matrix(w, transposed), a, g, format=format, out_dtype=out_dtype)
-        outs.append(_matrix(y, transposed).contiguous())
+    numbers: dict[str, Any] = {"format": statics.format, "out_dtype": dtype}
+    leaves = (split(amax, weights), split(global_amax, weights), _words(statics, seed, weights))
+    for w, a, g, words in zip(weights, *leaves, strict=True):
+        if words is None:
+            y = fake_quantize_reference(statics.matrix(w), a, g, **numbers)
+        else:
+            y = stochastic_reference(statics.matrix(w), a, g, words, **numbers)
+        outs.append(statics.matrix(y).contiguous())
     return tuple(outs)
 
 
-class _TracedFakeQuantize(Function):
+def _write(
+    statics: _Statics,
+    outs: Sequence[Tensor],
+    seed: Tensor | None,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    weights: Sequence[Tensor],
+) -> Launched | None:
+    """One launch, which torch.compile sees as one operator."""
+    format, transposed, stream = statics.format, statics.transposed, statics.stream
+    if torch.compiler.is_compiling():
+        draws = None if stream is None else list(stream.numbers)
+        run = _launchers().fake_quantize_operator
+        return run(list(outs), list(weights), amax, global_amax, seed, format.to_json(), transposed, draws)
+    run = _launchers().fake_quantize_triton
+    return run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
+
+
+def _words(statics: _Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Random words for each tensor, laid out as [*experts, out, in]; None where none are asked for."""
+    stream = statics.stream
+    if seed is None or stream is None:
+        return [None] * len(weights)
+    found: list[Tensor | None] = []
+    seeds = [seed] * len(weights) if seed.dim() == 0 else seed.split([experts_of([w]) for w in weights])
+    for i, (w, s) in enumerate(zip(weights, seeds, strict=True)):
+        x = statics.matrix(w)
+        own = torch.arange(stream.experts, device=w.device) + (stream.first_expert + i * stream.experts)
+        # Of copies only those with seeds of their own need words of their own.
+        numbers_of = own if s.dim() == 0 else own.repeat(stream.copies)
+        rows, columns = ((stream.row, x.shape[-2]), (stream.column, x.shape[-1]))
+        words = random_words(s, numbers_of, stream.group, rows, columns)
+        if s.dim() == 0:
+            words = words.repeat(stream.copies, 1, 1)
+        found.append(words.view(x.shape))
+    return found
+
+
+class _Traced(Function):
     """What torch.compile can trace: no rules for jvp and vmap, which it refuses."""
 
     @staticmethod
-    def forward(statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor) -> Any:
-        return _run_fake_quantize(statics, amax, global_amax, weights)
+    def forward(
+        statics: _Statics, seed: Tensor | None, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+    ) -> Any:
+        return _run_fake_quantize(statics, seed, amax, global_amax, weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        statics, amax, _, *weights = inputs
-        ctx.statics = statics
-        ctx.dtype = weights[0].dtype
+        statics, _, amax, global_amax, *weights = inputs
+        ctx.statics, ctx.dtype, ctx.shape, ctx.device = statics, weights[0].dtype, weights[0].shape, weights[0].device
         ctx.set_materialize_grads(False)
-        if statics.clip:
-            ctx.save_for_backward(amax, *weights)
-            ctx.save_for_forward(amax, *weights)
+        if statics.backward != "pass_through":
+            saved = (amax, *weights) if statics.backward == "clip" else (amax, global_amax, *weights)
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *_pull(ctx, grads, ctx.dtype)
+        if ctx.statics.backward == "lsq":
+            return None, None, *_pull_learned(ctx, grads)
+        return None, None, None, None, *_pull(ctx, grads, ctx.dtype)
 
 
-class _FakeQuantize(_TracedFakeQuantize):
+class _FakeQuantize(Mapped, _Traced):  # pyright: ignore[reportIncompatibleMethodOverride] (see Mapped)
+    leaves = 3
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         # A tangent for each output, also where a weight has none: forward-mode autograd asks for all or nothing.
-        some = next(tangent for tangent in tangents[3:] if tangent is not None)
-        filled = [torch.zeros_like(some) if tangent is None else tangent for tangent in tangents[3:]]
+        filled = [_zeros(ctx) if tangent is None else tangent for tangent in tangents[4:]]
+        if ctx.statics.backward == "lsq":
+            amax, global_amax, *weights = ctx.saved_tensors
+            along = _filled_leaves(tangents[2:4], (amax, global_amax))
+            return tuple(_LsqPush.apply(ctx.statics, amax, global_amax, *along, *filled, *weights))
         return tuple(_pull(ctx, filled, ctx.statics.out_dtype))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        statics, amax, global_amax, *weights = args
-        size, weight_dims = info.batch_size, in_dims[3:]
-        folded = [_fold(w, d, size) for w, d in zip(weights, weight_dims, strict=True)]
-        scales = [
-            _fold_amax(s, d, weights, weight_dims, size) for s, d in zip((amax, global_amax), in_dims[1:3], strict=True)
-        ]
-        outs = _FakeQuantize.apply(statics, *scales, *folded)
-        return outs, (0,) * len(weights)
 
-
-class _EagerFakeQuantize(Function):
-    """What plain autograd needs: where `setup_context` is apart, PyTorch binds a signature at each call."""
+class _Eager(Function):
+    """What plain autograd needs."""
 
     @staticmethod
     def forward(
-        ctx: Any, statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+        ctx: Any,
+        statics: _Statics,
+        seed: Tensor | None,
+        amax: Tensor | None,
+        global_amax: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         tensors = Contiguous(weights) if statics.contiguous else weights
-        out = _run_fake_quantize(statics, amax, global_amax, tensors)
-        _TracedFakeQuantize.setup_context(ctx, (statics, amax, global_amax, *weights), out)
+        out = _run_fake_quantize(statics, seed, amax, global_amax, tensors)
+        _Traced.setup_context(ctx, (statics, seed, amax, global_amax, *weights), out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _TracedFakeQuantize.backward(ctx, *grads)
+        return _Traced.backward(ctx, *grads)
 
 
-def _apply_fake_quantize(*args: Any) -> Any:
-    """The Function for what looks on: for 32 experts plain autograd's costs the host 65 us, torch.func's 89."""
-    if torch.compiler.is_compiling():
-        return _TracedFakeQuantize.apply(*args)
-    if is_transformed():
-        return _FakeQuantize.apply(*args)
-    return _EagerFakeQuantize.apply(*args)
+def _zeros(ctx: Any) -> Tensor:
+    return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
 
 
-def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
-    if weights[0].is_cuda:
-        from fq_transforms.ops.launch import expert_amax_operator, expert_amax_triton
-
-        if torch.compiler.is_compiling():
-            amax, global_amax = expert_amax_operator(list(weights), statics.format.to_json(), statics.transposed)
-            return amax, global_amax if global_amax.numel() else None
-        return expert_amax_triton(weights, format=statics.format, transposed=statics.transposed)
-    parts = [expert_amax_reference(_matrix(w, statics.transposed), format=statics.format) for w in weights]
-    lead = [w.dim() - 2 for w in weights]
-    amax = torch.cat([_flat(a, n) for (a, _), n in zip(parts, lead, strict=True)])
-    globals_ = [_flat(g, n) for (_, g), n in zip(parts, lead, strict=True) if g is not None]
-    return amax, torch.cat(globals_) if globals_ else None
+def _halves(pairs: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Vectors, and the weights behind them."""
+    return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
 
-class _ExpertAmax(Function):
-    @staticmethod
-    def forward(statics: _Statics, *weights: Tensor) -> Any:
-        amax, global_amax = _run_expert_amax(statics, *weights)
-        # A Function returns tensors: an empty one stands for "no global amax".
-        return amax, amax.new_empty(0) if global_amax is None else global_amax
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise AssertionError("amax is not differentiable")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        size, (statics, *weights) = info.batch_size, args
-        folded = [_fold(w, d, size) for w, d in zip(weights, in_dims[1:], strict=True)]
-        amax, global_amax = _ExpertAmax.apply(statics, *folded)
-        counts = [_experts(w, d) for w, d in zip(weights, in_dims[1:], strict=True)]
-
-        def unfold(leaf: Tensor) -> Tensor:
-            parts = leaf.split([size * n for n in counts])
-            return torch.cat([part.unflatten(0, (size, n)) for part, n in zip(parts, counts, strict=True)], dim=1)
-
-        if global_amax.numel() == 0:
-            return (unfold(amax), global_amax), (0, None)
-        return (unfold(amax), unfold(global_amax)), (0, 0)
-
-
-def _run_clip_backward(
-    statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *grads_and_weights: Tensor
-) -> tuple[Tensor, ...]:
-    half = len(grads_and_weights) // 2
-    grads, weights = grads_and_weights[:half], grads_and_weights[half:]
-    format, transposed = statics.format, statics.transposed
-    if weights[0].is_cuda:
-        from fq_transforms.ops.launch import clip_backward_operator, clip_backward_triton
-
-        if torch.compiler.is_compiling():
-            out = clip_backward_operator(list(grads), list(weights), amax, format.to_json(), transposed)
-            return _unstack(out.to(out_dtype), weights)
-        out = clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
-        return _unstack(out.to(out_dtype), weights)
-    outs: list[Tensor] = []
-    for g, w, a in zip(grads, weights, _split(amax, weights), strict=True):
-        assert a is not None
-        out = clip_backward_reference(_matrix(g, transposed), _matrix(w, transposed), a, format=format)
-        outs.append(_matrix(out, transposed).contiguous().to(out_dtype))
-    return tuple(outs)
-
-
-class _ClipBackward(Function):
-    """Gradient where abs(weight) <= amax. Linear in the gradient, so its own derivative is itself."""
-
-    @staticmethod
-    def forward(statics: _Statics, out_dtype: torch.dtype, amax: Tensor, *grads_and_weights: Tensor) -> Any:
-        return _run_clip_backward(statics, out_dtype, amax, *grads_and_weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        statics, out_dtype, amax, *grads_and_weights = inputs
-        half = len(grads_and_weights) // 2
-        ctx.statics, ctx.grad_dtype, ctx.out_dtype, ctx.half = statics, grads_and_weights[0].dtype, out_dtype, half
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(amax, *grads_and_weights[half:])
-        ctx.save_for_forward(amax, *grads_and_weights[half:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *_pull(ctx, grads, ctx.grad_dtype), *(None,) * ctx.half
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return tuple(_pull(ctx, tangents[3 : 3 + ctx.half], ctx.out_dtype))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        statics, out_dtype, amax, *pairs = args
-        size, half = info.batch_size, len(pairs) // 2
-        folded = [_fold(t, d, size) for t, d in zip(pairs, in_dims[3:], strict=True)]
-        amax_folded = _fold_amax(amax, in_dims[2], pairs[half:], in_dims[3 + half :], size)
-        outs = _ClipBackward.apply(statics, out_dtype, amax_folded, *folded)
-        return outs, (0,) * half
+# The gradients of pass-through and clip.
 
 
 def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """Cotangents to gradients, or tangents to output tangents: the derivative is symmetric."""
-    if not ctx.statics.clip:
+    if ctx.statics.backward == "pass_through":
         if ctx.dtype == ctx.statics.out_dtype:
             return list(vectors)
         return [v if v is None or v.dtype == dtype else v.to(dtype) for v in vectors]
     amax, *weights = ctx.saved_tensors
-    live = [i for i, v in enumerate(vectors) if v is not None]
-    if not live:
-        return [None] * len(vectors)
+    live = [v is not None for v in vectors]
+    if not any(live):
+        return list(vectors)
     filled = [torch.zeros_like(w) if v is None else v for v, w in zip(vectors, weights, strict=True)]
     run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
-    pulled = run(ctx.statics, dtype, amax, *filled, *weights)
-    return [pulled[i] if i in live else None for i in range(len(vectors))]
+    pulled = run(replace(ctx.statics, out_dtype=dtype), amax, *filled, *weights)
+    return [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]
 
 
-def _unstack(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Results [E, ., .] as one tensor a weight, in the weight's own shape, all in one storage."""
-    if weights[0].dim() == 2:
+def _run_clip_backward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
+    grads, weights = _halves(pairs)
+    format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
+    if has_kernel(weights):
         if torch.compiler.is_compiling():
-            return out.unbind()
-        rows = out.shape[1]  # the cheapest way to N tensors (bench, host): autograd does not count them as views
-        return tuple(torch.unsafe_split_with_sizes(out.flatten(0, 1), [rows] * len(weights)))
-    parts = out.split([_experts(w) for w in weights])
-    return tuple(part.view(w.shape) for part, w in zip(parts, weights, strict=True))
+            run = _launchers().clip_backward_operator
+            out = run(list(grads), list(weights), amax, format.to_json(), transposed)
+        else:
+            out = _launchers().clip_backward_triton(grads, weights, amax, format=format, transposed=transposed)
+        return unstacked(out.flatten(0, 1).to(dtype), weights)
+    outs: list[Tensor] = []
+    for g, w, a in zip(grads, weights, split(amax, weights), strict=True):
+        assert a is not None
+        out = clip_backward_reference(statics.matrix(g), statics.matrix(w), a, format=format)
+        outs.append(statics.matrix(out).contiguous().to(dtype))
+    return tuple(outs)
 
 
-def _matrix(tensor: Tensor, transposed: bool) -> Tensor:
-    return tensor.mT if transposed else tensor
+class _ClipBackward(Mapped):
+    """Gradient where abs(weight) <= amax. Linear in the gradient, so its own derivative is itself."""
+
+    leaves = 1
+    lists = 2
+
+    @staticmethod
+    def forward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> Any:
+        return _run_clip_backward(statics, amax, *pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        statics, amax, *pairs = inputs
+        grads, weights = _halves(pairs)
+        ctx.statics, ctx.dtype = statics, grads[0].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(amax, *weights)
+        ctx.save_for_forward(amax, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, *_pull(ctx, grads, ctx.dtype), *(None for _ in grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return tuple(_pull(ctx, _halves(tangents[2:])[0], ctx.statics.out_dtype))
 
 
-def _experts(weight: Tensor, batch_dim: int | None = None) -> int:
-    """Experts in a tensor [*experts, ., .], not counting a mapped dimension."""
-    sizes = list(weight.shape)
-    if batch_dim is not None:
-        del sizes[batch_dim]
-    return prod(sizes[:-2])
+# The gradients of learned scales. The pushforward is plain PyTorch on every device, since training goes the other way.
 
 
-def _split(leaf: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Each tensor's part of a leaf [E, ...], with the tensor's own expert dimensions."""
-    if leaf is None:
-        return [None] * len(weights)
-    parts = leaf.split([_experts(w) for w in weights])
-    return [part.reshape((*w.shape[:-2], *part.shape[1:])) for part, w in zip(parts, weights, strict=True)]
+def _pull_learned(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Cotangents to gradients of amax, global amax and weights."""
+    amax, global_amax, *weights = ctx.saved_tensors
+    live = [grad is not None for grad in grads]
+    if not any(live):
+        return None, None, *grads
+    run = _run_lsq_backward if torch.compiler.is_compiling() else _LsqBackward.apply
+    filled = _filled(grads, weights, ctx.statics.out_dtype)
+    statics = replace(ctx.statics, out_dtype=ctx.dtype)
+    of_amax, of_global, *pulled = run(statics, amax, global_amax, *filled, *weights)
+    kept = [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]
+    return of_amax, None if global_amax is None else of_global, *kept
 
 
-def _flat(leaf: Tensor, expert_dims: int) -> Tensor:
-    """[*experts, ...] to [E, ...]."""
-    return leaf.reshape((-1, *leaf.shape[expert_dims:]))
+def _run_lsq_backward(
+    statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of amax, of global amax (empty if there is none), and of the weights."""
+    grads, weights = _halves(pairs)
+    format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
+    if has_kernel(weights):
+        if torch.compiler.is_compiling():
+            run = _launchers().lsq_backward_operator
+            out, of_amax, of_global = run(list(grads), list(weights), amax, global_amax, format.to_json(), transposed)
+        else:
+            run, numbers = _launchers().lsq_backward_triton, {"format": format, "transposed": transposed}
+            out, of_amax, of_global = run(grads, weights, amax, global_amax, **numbers)
+        return (
+            of_amax,
+            amax.new_empty(0) if of_global is None else of_global,
+            *unstacked(out.flatten(0, 1).to(dtype), weights),
+        )
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
+    global_sums: list[Tensor] = []
+    for g, w, a, of_expert in zip(grads, weights, split(amax, weights), split(global_amax, weights), strict=True):
+        assert a is not None
+        out, of_amax, of_global = lsq_backward_reference(
+            statics.matrix(g), statics.matrix(w), a, of_expert, format=format
+        )
+        outs.append(statics.matrix(out).contiguous().to(dtype))
+        sums.append(flat(of_amax, w))
+        if of_global is not None:
+            global_sums.append(flat(of_global, w))
+    return torch.cat(sums), torch.cat(global_sums) if global_sums else amax.new_empty(0), *outs
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Mapped dimension to the front, as one more expert dimension; an unmapped tensor is repeated without a copy."""
-    return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+class _LsqBackward(Mapped):
+    """Cotangents to gradients (amax, global amax, weights). Linear in the cotangents."""
+
+    leaves = 2
+    lists = 2
+    leaf_results = 2
+
+    @staticmethod
+    def forward(statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> Any:
+        return _run_lsq_backward(statics, amax, global_amax, *pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        statics, amax, global_amax, *pairs = inputs
+        grads, weights = _halves(pairs)
+        ctx.statics, ctx.dtype = statics, grads[0].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(amax, global_amax, *weights)
+        ctx.save_for_forward(amax, global_amax, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
+        amax, global_amax, *weights = ctx.saved_tensors
+        along = _filled_leaves(vectors[:2], (amax, global_amax))
+        filled = _filled(vectors[2:], weights, ctx.statics.out_dtype)
+        statics = replace(ctx.statics, out_dtype=ctx.dtype)
+        pushed = _LsqPush.apply(statics, amax, global_amax, *along, *filled, *weights)
+        return None, None, None, *pushed, *(None for _ in weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        amax, global_amax, *weights = ctx.saved_tensors
+        filled = _filled(_halves(tangents[3:])[0], weights, ctx.dtype)
+        return tuple(_LsqBackward.apply(ctx.statics, amax, global_amax, *filled, *weights))
 
 
-def _fold_amax(
-    leaf: Tensor | None, dim: int | None, weights: Sequence[Tensor], weight_dims: Sequence[int | None], size: int
-) -> Tensor | None:
-    """A leaf [E, ...] for the folded weights: each tensor's experts `size` times, the mapped dimension outermost."""
-    if leaf is None:
-        return None
-    counts = [_experts(w, d) for w, d in zip(weights, weight_dims, strict=True)]
-    parts = _fold(leaf, dim, size).split(counts, dim=1)
-    return torch.cat([part.flatten(0, 1) for part in parts])
+def _run_lsq_push(
+    statics: _Statics,
+    amax: Tensor,
+    global_amax: Tensor | None,
+    amax_tangent: Tensor,
+    global_amax_tangent: Tensor | None,
+    *pairs: Tensor,
+) -> tuple[Tensor, ...]:
+    tangents, weights = _halves(pairs)
+    outs: list[Tensor] = []
+    numbers: dict[str, Any] = {"format": statics.format, "out_dtype": statics.out_dtype}
+    leaves = [split(leaf, weights) for leaf in (amax_tangent, global_amax_tangent, amax, global_amax)]
+    for t, w, amax_t, global_t, a, g in zip(tangents, weights, *leaves, strict=True):
+        assert a is not None
+        assert amax_t is not None
+        x, along = statics.matrix(w), statics.matrix(t)
+        outs.append(statics.matrix(lsq_push_reference(along, amax_t, global_t, x, a, g, **numbers)).contiguous())
+    return tuple(outs)
+
+
+class _LsqPush(Mapped):
+    """Tangents (amax, global amax, weights) to those of the fake-quantized weights. Linear in the tangents."""
+
+    leaves = 4
+    lists = 2
+
+    @staticmethod
+    def forward(statics: _Statics, *tensors: Any) -> Any:
+        return _run_lsq_push(statics, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        statics, amax, global_amax, _, _, *pairs = inputs
+        tangents, weights = _halves(pairs)
+        ctx.statics, ctx.dtype = statics, tangents[0].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(amax, global_amax, *weights)
+        ctx.save_for_forward(amax, global_amax, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        amax, global_amax, *weights = ctx.saved_tensors
+        filled = _filled(grads, weights, ctx.statics.out_dtype)
+        statics = replace(ctx.statics, out_dtype=ctx.dtype)
+        of_amax, of_global, *pulled = _LsqBackward.apply(statics, amax, global_amax, *filled, *weights)
+        of_global = None if global_amax is None else of_global
+        return None, None, None, of_amax, of_global, *pulled, *(None for _ in weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        amax, global_amax, *weights = ctx.saved_tensors
+        along = _filled_leaves(tangents[3:5], (amax, global_amax))
+        filled = _filled(_halves(tangents[5:])[0], weights, ctx.dtype)
+        return tuple(_LsqPush.apply(ctx.statics, amax, global_amax, *along, *filled, *weights))
+
+
+def _filled(vectors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Zeros where there is none."""
+    return [torch.zeros_like(w, dtype=dtype) if v is None else v for v, w in zip(vectors, like, strict=True)]
+
+
+def _filled_leaves(vectors: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    pairs = zip(vectors, leaves, strict=True)
+    return [None if leaf is None else torch.zeros_like(leaf) if v is None else v for v, leaf in pairs]

@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain PyTorch; each kernel equals it bit for bit.
+"""The definition of fake quantization and its gradients, in plain PyTorch; each kernel equals it bit for bit.
 
 Shape letters: `...` experts, `out` and `in` the weight, `rows` and `columns` its granules (`Format.granules`).
 All arithmetic is fp32, one rounding to the output dtype at the end. `rint` is round half to even.
@@ -9,10 +9,42 @@ a tensor over a Python scalar, through a rounded reciprocal, which changes bits.
 NOTE signs: a result has the sign of its weight, zeros included (-0.3 rounds to -0.0), in every format.
 
 NOTE invalid amax: NaN, infinite or negative makes its own granule NaN, never a plausible number.
+
+NOTE random bits: word column % 4 of Philox 4x32-10 with the key (low, high half of the seed) and the counter
+(column // 4, row, expert, group). Each is a place in the whole weight [out, in], so no tiling can change it.
+
+NOTE learned scales: what a fake-quantized weight owes to its amax. Esser et al. write y = q * step, with
+q = clamp(rint(v)), v = x / step, and let rint pass gradients through:
+
+    dy / dstep = q - v where v is within the range, else q, the end of the range
+
+A step is amax / qmax, so dy / damax is that over qmax. Every format here is q * (amax / qmax) with some rounding of v:
+
+    INT     v = x * s, s = qmax / amax               the range is low..high, which need not be symmetric
+    FP8     v = x * s, s = max / amax                q - v is the rounding error of the element, not of an integer
+    NVFP4   v = x / s, s = s8 * g                    dy / ds = q - v, or +-6
+            s = E4M3(u) * g, u = amax_block / (6 * g), g = amax_expert / (6 * 448)
+
+Two levels are the formula twice: E4M3 passes gradients through too, so ds / damax_block = 1 / 6 where u lies within
+min_scale..448, else 0, and ds / damax_expert = r / (6 * 448) with r = s8 - u within, else s8.
+
+NOTE ends: as published, a weight that lies exactly on an end of the range is beyond it. So after `calibrate` each
+granule's largest weight pulls on its amax, as far as fp32 leaves v there: x * s may come out a little less.
+
+NOTE floats: the error of an integer in steps does not depend on the step, which is why the formula estimates well how
+a loss changes with amax. That of a float does: twice the amax gives the same values again, but for subnormals and the
+ends. So of float formats trust the sign of what saturates; errors inside push amax down a little.
+
+NOTE units: e is what the formulas call q - v or q, in steps. Sums are of e, and are divided by qmax once a granule.
+
+NOTE sums: terms are fp32, their sum here is that of fp64, rounded. A kernel adds in fp32, in an order that is fixed by
+the shape; it lies within n * 2**-24 of the sum of magnitudes for n terms, and equals this where only one is not zero.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
@@ -20,21 +52,29 @@ from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
 __all__ = [
     "clip_backward_reference",
     "dequantize_int",
-    "expert_amax_reference",
     "fake_quantize_reference",
     "fp8_scale",
+    "in_blocks",
+    "in_granules",
     "int_scale",
+    "lsq_backward_reference",
+    "lsq_push_reference",
+    "philox",
     "power_of_two",
     "quantize_fp8",
     "quantize_int",
     "quantize_mx",
     "quantize_two_level",
+    "random_words",
     "spread",
+    "stochastic_reference",
     "valid",
 ]
 
 # ModelOpt's threshold (tensor_quant_gpu.cu, 0.47): below the smallest fp16 subnormal a granule counts as zero.
 TINY_AMAX = 2.0**-24
+# How far fp32 carries a value of a format through its own scale, relative: three roundings, 3 * 2**-24.
+ON_GRID = 2.0**-22
 
 
 def fake_quantize_reference(
@@ -76,50 +116,64 @@ def fake_quantize_reference(
         >>> fake_quantize_reference(w, torch.tensor(7.0), None, format=FORMATS["INT8"], out_dtype=torch.float32)
         tensor([[ 0.1102, -0.0551,  0.9921, -7.0000]])
     """
-    x = weight.float()
-    element = format.element
-    if format.scale == "e8m0":
-        v, e, finite = quantize_mx(x, format)
-        y = torch.where(finite, v * power_of_two(e), torch.nan).flatten(-2)
-    elif format.scale == "e4m3":
-        v, s, _, _ = quantize_two_level(x, amax, global_amax, format)
-        y = (v * s).flatten(-2)
-    elif isinstance(element, IntElement):
-        y = dequantize_int(*quantize_int(x, spread(valid(amax), x, format), element))
-    else:
-        v, r = quantize_fp8(x, spread(valid(amax), x, format), element)
-        y = v * r
-    return y.to(out_dtype).contiguous()
+    return _fake_quantized(weight.float(), amax, global_amax, format, None).to(out_dtype).contiguous()
 
 
-def expert_amax_reference(
-    weight: Float[Tensor, "*experts out in"], *, format: Format
-) -> tuple[Float32[Tensor, "..."], Float32[Tensor, "*experts"] | None]:
-    """Largest absolute value of each granule, and for static two-level formats of each expert as well.
+def stochastic_reference(
+    weight: Float[Tensor, "*experts out in"],
+    amax: Float32[Tensor, "..."] | None,
+    global_amax: Float32[Tensor, "*experts"] | None,
+    words: Int64[Tensor, "*experts out in"],
+    *,
+    format: Format,
+    out_dtype: torch.dtype,
+) -> Float[Tensor, "*experts out in"]:
+    """`fake_quantize_reference`, with elements rounded up or down by chance.
+
+        t = abs(v) / spacing, v as there and clamped as there
+        n = rint(t);  lower = floor(t);  u = (word // 2**8 + 1) / 2**24, in (0, 1]
+        abs(element(v)) = spacing * (n if abs(t - n) <= 2**-22 * t else lower + (t - lower >= u))
+
+    `spacing` is 1 for integers, and that of the element's values around v for floats. The mean over words is abs(v), up
+    to 2**-24 of a spacing and to what counts as a value of the format.
 
     Args:
         weight: bf16, fp16 or fp32; any number of leading expert dimensions.
-        format: The numbers; for dynamic formats the granule is the whole expert.
+        amax: As for `fake_quantize_reference`.
+        global_amax: Likewise.
+        words: 32 random bits per weight, from `random_words`.
+        format: The numbers.
+        out_dtype: bf16, fp16 or fp32.
 
     Returns:
-        `amax`, fp32 `[*experts, *format.amax_shape(out, in)]`, and `global_amax`, fp32 `[*experts]` or None. Exact. A
-        NaN or an infinity stays in its granule.
+        A new contiguous tensor of the weight's shape in `out_dtype`. Zeros, NaN, infinities and signs are as in
+        `fake_quantize_reference`.
 
     Example:
         >>> from fq_transforms.formats import FORMATS
-        >>> expert_amax_reference(torch.tensor([[[1.0, -3.0], [2.0, 0.5]]]), format=FORMATS["INT8_PER_CHANNEL"])
-        (tensor([[[3.],
-             [2.]]]), None)
+        >>> w, words = torch.tensor([[0.1, 0.1, 1.0, -7.0]]), torch.tensor([[0, 2**32 - 1, 0, 0]])
+        >>> stochastic_reference(w, torch.tensor(7.0), None, words, format=FORMATS["INT8"], out_dtype=torch.float32)
+        tensor([[ 0.1102,  0.0551,  1.0472, -7.0000]])
     """
-    magnitude = weight.float().abs()
-    per_expert = magnitude.amax((-2, -1))
-    if format.dynamic or format.block == (None, None):
-        return per_expert, None
-    rows, columns = format.granules(*weight.shape[-2:])
-    r, c = format.block[0] or weight.shape[-2], format.block[1] or weight.shape[-1]
-    ragged = (0, columns * c - weight.shape[-1], 0, rows * r - weight.shape[-2])
-    tiles = torch.nn.functional.pad(magnitude, ragged).unflatten(-1, (columns, c)).unflatten(-3, (rows, r))
-    return tiles.amax((-3, -1)), per_expert if format.has_global_amax else None
+    u = ((words >> 8) + 1).float() * 2.0**-24
+    return _fake_quantized(weight.float(), amax, global_amax, format, u).to(out_dtype).contiguous()
+
+
+def _fake_quantized(
+    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, u: Tensor | None
+) -> Tensor:
+    """Both of the above in fp32: elements are rounded to the nearest, or by chance where there is a u for each."""
+    element = format.element
+    if format.scale == "e8m0":
+        v, e, finite = quantize_mx(x, format, u)
+        return torch.where(finite, v * power_of_two(e), torch.nan).flatten(-2)
+    if format.scale == "e4m3":
+        v, s, _, _ = quantize_two_level(x, amax, global_amax, format, u)
+        return (v * s).flatten(-2)
+    if isinstance(element, IntElement):
+        return dequantize_int(*quantize_int(x, spread(valid(amax), x, format), element, u))
+    v, r = quantize_fp8(x, spread(valid(amax), x, format), element, u)
+    return v * r
 
 
 def clip_backward_reference(
@@ -151,10 +205,140 @@ def clip_backward_reference(
     return torch.where(kept, grad, torch.zeros_like(grad)).to(weight.dtype).contiguous()
 
 
-def quantize_int(x: Tensor, amax: Tensor, element: IntElement) -> tuple[Tensor, Tensor]:
+def lsq_backward_reference(
+    grad: Float[Tensor, "*experts out in"],
+    weight: Float[Tensor, "*experts out in"],
+    amax: Float32[Tensor, "..."],
+    global_amax: Float32[Tensor, "*experts"] | None,
+    *,
+    format: Format,
+) -> tuple[Float[Tensor, "*experts out in"], Float32[Tensor, "..."], Float32[Tensor, "*experts"] | None]:
+    """Gradients of sum(grad * y) to the weight, its amax and its global amax.
+
+        grad_weight = grad where abs(weight) <= amax, else 0; grad everywhere in dynamic formats
+        grad_amax   = sum over the granule of grad * e / qmax
+
+    with e as in NOTE learned scales.
+
+    Args:
+        grad: Cotangent of the fake-quantized weight; any float dtype.
+        weight: bf16, fp16 or fp32.
+        amax: As for `fake_quantize_reference`; of a dynamic two-level format the expert's, whose blocks count as
+            constants.
+        global_amax: Likewise.
+        format: A format with a state.
+
+    Returns:
+        In the dtype of the weight, and fp32 in the shapes of the amax. Zero granules, FP8 with amax <= 2**-24, and
+        scales that `unit_scale_below` replaces have a gradient of 0. A NaN in a weight, and an invalid amax, give NaN
+        to the amax of their own granules.
+
+    Source: Esser et al. 2020, "Learned Step Size Quantization", equations 3 and 5, without their gradient scale.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> w, g = torch.tensor([[0.7, -9.0, 6.0]]), torch.ones(1, 3)
+        >>> lsq_backward_reference(g, w, torch.tensor(7.0), None, format=FORMATS["INT8"])
+        (tensor([[1., 0., 1.]]), tensor(-1.0044), None)
+    """
+    if format.clips:
+        kept = clip_backward_reference(grad, weight, amax, format=format)
+    else:
+        kept = grad.to(weight.dtype, copy=True).contiguous()
+    steps = _steps(weight.float(), amax, global_amax, format)
+    terms = grad.float() * steps.e
+    if format.scale != "e4m3":
+        sums = in_granules(terms.double(), format.block).sum((-3, -1)).float().view(amax.shape)
+        return kept, sums / torch.full_like(amax, steps.qmax), None
+    assert steps.r is not None
+    assert steps.is_free is not None
+    blocks = in_blocks(terms, format).double().sum(-1).float()
+    of_expert = (blocks * steps.r).double().sum((-2, -1)).float()
+    of_expert = of_expert / torch.full_like(of_expert, steps.qmax * E4M3.max)
+    if format.dynamic:
+        return kept, of_expert, None
+    of_block = torch.where(steps.is_free, blocks / torch.full_like(blocks, steps.qmax), blocks * 0.0)
+    return kept, of_block, of_expert
+
+
+def lsq_push_reference(
+    tangent: Float[Tensor, "*experts out in"],
+    amax_tangent: Float32[Tensor, "..."],
+    global_amax_tangent: Float32[Tensor, "*experts"] | None,
+    weight: Float[Tensor, "*experts out in"],
+    amax: Float32[Tensor, "..."],
+    global_amax: Float32[Tensor, "*experts"] | None,
+    *,
+    format: Format,
+    out_dtype: torch.dtype,
+) -> Float[Tensor, "*experts out in"]:
+    """Tangent of the fake-quantized weight along those of the weight and its amax: the transpose of the backward."""
+    kept = clip_backward_reference(tangent, weight, amax, format=format) if format.clips else tangent
+    steps = _steps(weight.float(), amax, global_amax, format)
+    if format.scale != "e4m3":
+        along = steps.e * spread(amax_tangent / torch.full_like(amax_tangent, steps.qmax), weight, format)
+        return (kept.float() + along).to(out_dtype).contiguous()
+    assert steps.r is not None
+    assert steps.is_free is not None
+    of_expert = amax_tangent if format.dynamic else global_amax_tangent
+    assert of_expert is not None
+    scale = steps.r * of_expert[..., None, None]
+    scale = scale / torch.full_like(scale, steps.qmax * E4M3.max)
+    if not format.dynamic:
+        scale = scale + torch.where(steps.is_free, amax_tangent / torch.full_like(amax_tangent, steps.qmax), 0.0)
+    return (kept.float() + steps.e * spread(scale, weight, format)).to(out_dtype).contiguous()
+
+
+class _Steps(NamedTuple):
+    """Error e of each weight in steps; of two levels also r of each block, and whether u is within its range."""
+
+    e: Tensor
+    qmax: float
+    r: Tensor | None = None
+    is_free: Tensor | None = None
+
+
+def _steps(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) -> _Steps:
+    element = format.element
+    if isinstance(element, IntElement):
+        a = spread(valid(amax), x, format)
+        q, s = quantize_int(x, a, element)
+        v = x * torch.where(s == 0, element.qmax, s)
+        e = torch.where((v > element.low) & (v < element.high), q - v, q)
+        return _Steps(torch.where(s == 0, 0.0, e), element.qmax)
+    if format.scale == "fp32":
+        a = spread(valid(amax), x, format)
+        q, _ = quantize_fp8(x, a, element)
+        e = _error(q, x * fp8_scale(a, element)[0], element)
+        return _Steps(torch.where(a <= TINY_AMAX, 0.0, e), element.max)
+    q, s, s8, g = quantize_two_level(x, amax, global_amax, format)
+    blocks = in_blocks(x, format)
+    block_amax = valid(blocks.abs().amax(-1)) if format.dynamic else valid(amax)
+    u = block_amax / (element.max * g[..., None, None])
+    is_free = (u >= format.min_scale) & (u <= E4M3.max)
+    # Where the effective scale is a constant, 0 or what stands in for a small one, nothing depends on amax.
+    is_constant = (s[..., 0] == 0) | (s8 * g[..., None, None] < format.unit_scale_below)
+    e = _error(q, blocks / torch.where(s == 0, 1.0, s), element)
+    e = torch.where(is_constant[..., None], 0.0, e).flatten(-2)
+    r = torch.where(is_constant, 0.0, torch.where(is_free, s8 - u, s8))
+    return _Steps(e, element.max, r, is_free & ~is_constant)
+
+
+def _error(q: Tensor, v: Tensor, element: FloatElement) -> Tensor:
+    return torch.where(v.abs() < element.max, q - v, q)
+
+
+# The formulas' parts, which packing, reports and sweeps take as they are. Elements are rounded to the nearest if u is
+# None, else by chance, with a number u in (0, 1] for each weight.
+
+
+def quantize_int(x: Tensor, amax: Tensor, element: IntElement, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integers q and their scale s, y = q / s; s = 0 marks a zero granule."""
     s = int_scale(amax, element)
-    return (x * torch.where(s == 0, element.qmax, s)).round().clamp(element.low, element.high), s
+    v = x * torch.where(s == 0, element.qmax, s)
+    if u is None:
+        return v.round().clamp(element.low, element.high), s
+    return _round_steps(v.clamp(element.low, element.high).abs(), u).copysign(x), s
 
 
 def int_scale(amax: Tensor, element: IntElement) -> Tensor:
@@ -168,10 +352,10 @@ def dequantize_int(q: Tensor, s: Tensor) -> Tensor:
     return q / torch.where(s == 0, 1.0, s) * torch.where(s == 0, 0.0, 1.0)
 
 
-def quantize_fp8(x: Tensor, amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor, amax: Tensor, element: FloatElement, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Elements v and their scale r, y = v * r."""
     s, r = fp8_scale(amax, element)
-    return _round_to(x * s, element), r
+    return _round_to(x * s, element, u), r
 
 
 def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
@@ -182,14 +366,12 @@ def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
 
 
 def quantize_two_level(
-    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format
+    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Elements v in blocks, their scale s, y = v * s; and what it is made of: E4M3 scales and g, s = s8 * g."""
     assert amax is not None
     assert isinstance(format.element, FloatElement)
-    columns = format.block[1]
-    assert columns is not None
-    blocks = x.unflatten(-1, (-1, columns))
+    blocks = in_blocks(x, format)
     if format.dynamic:
         expert_amax, block_amax = valid(amax), valid(blocks.abs().amax(-1))
     else:
@@ -202,19 +384,18 @@ def quantize_two_level(
     s = torch.where(s < format.unit_scale_below, 1.0, s)
     zero = (block_amax == 0) | (g == 0)
     s = torch.where(zero, block_amax * 0.0 * g, s)[..., None]
-    v = _round_to(blocks / torch.where(s == 0, 1.0, s), format.element)
+    v = _round_to(blocks / torch.where(s == 0, 1.0, s), format.element, None if u is None else in_blocks(u, format))
     return v, s, torch.where(zero, block_amax * 0.0, s8), g[..., 0, 0]
 
 
-def quantize_mx(x: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_mx(x: Tensor, format: Format, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Elements v in blocks, the exponents e of their scales, y = v * 2**e, and which blocks are finite."""
     assert isinstance(format.element, FloatElement)
-    columns = format.block[1]
-    assert columns is not None
-    blocks = x.unflatten(-1, (-1, columns))
+    blocks = in_blocks(x, format)
     amax = blocks.abs().amax(-1, keepdim=True)
     e = _mx_exponent(amax, format)
-    return _round_to(blocks * power_of_two(-e), format.element), e, amax < torch.inf
+    v = _round_to(blocks * power_of_two(-e), format.element, None if u is None else in_blocks(u, format))
+    return v, e, amax < torch.inf
 
 
 def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, "..."]:
@@ -236,12 +417,20 @@ def power_of_two(e: Int32[Tensor, "..."]) -> Float32[Tensor, "..."]:
     return torch.where(e == -127, 1 << 22, (e + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-def _round_to(x: Float32[Tensor, "..."], element: FloatElement) -> Float32[Tensor, "..."]:
-    """Nearest value of the element, ties to even; saturates; keeps NaN."""
+def _round_to(x: Float32[Tensor, "..."], element: FloatElement, u: Tensor | None = None) -> Float32[Tensor, "..."]:
+    """A value of the element: the nearest, ties to even, or one by chance; saturates; keeps NaN and the sign."""
     x = x.clamp(-element.max, element.max)
     exponent = ((x.view(torch.int32) >> 23) & 0xFF).clamp(min=element.min_exponent + 127)
     spacing = exponent - element.mantissa_bits
-    return (x * ((254 - spacing) << 23).view(torch.float32)).round() * (spacing << 23).view(torch.float32)
+    t = x * ((254 - spacing) << 23).view(torch.float32)
+    steps = t.round() if u is None else _round_steps(t.abs(), u).copysign(x)
+    return steps * (spacing << 23).view(torch.float32)
+
+
+def _round_steps(t: Tensor, u: Tensor) -> Tensor:
+    """An integer beside t >= 0, or that which it is."""
+    nearest, lower = t.round(), t.floor()
+    return torch.where((t - nearest).abs() <= t * ON_GRID, nearest, lower + (t - lower >= u))
 
 
 def valid(amax: Tensor | None) -> Tensor:
@@ -258,3 +447,81 @@ def spread(amax: Tensor, x: Tensor, format: Format) -> Tensor:
         if side not in (1, None):
             amax = amax.repeat_interleave(side, dim).narrow(dim, 0, x.shape[dim])
     return amax
+
+
+def in_blocks(x: Tensor, format: Format) -> Tensor:
+    """Weights [..., in] as blocks along it, [..., blocks, columns]."""
+    columns = format.block[1]
+    assert columns is not None
+    return x.unflatten(-1, (-1, columns))
+
+
+def in_granules(x: Tensor, block: tuple[int | None, int | None]) -> Tensor:
+    """Numbers [..., out, in] as granules of (r, c), [..., rows, r, columns, c]; zeros at a ragged edge."""
+    out_features, in_features = x.shape[-2:]
+    r, c = block[0] or out_features, block[1] or in_features
+    rows, columns = -(-out_features // r), -(-in_features // c)
+    ragged = (0, columns * c - in_features, 0, rows * r - out_features)
+    return torch.nn.functional.pad(x, ragged).unflatten(-1, (columns, c)).unflatten(-3, (rows, r))
+
+
+# Philox.
+
+WORD = 0xFFFFFFFF
+# Multipliers and what is added to the key each round, as published.
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
+KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
+
+
+def random_words(
+    seed: Int64[Tensor, "..."],
+    expert: Int64[Tensor, " experts"],
+    group: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> Int64[Tensor, "experts out in"]:
+    """32 random bits per weight, for rows and columns first..first + count - 1 of each expert.
+
+    Args:
+        seed: One for all experts, or one for each.
+        expert: Numbers of the experts.
+        group: Number of the group.
+        rows: (first, count).
+        columns: (first, count).
+    """
+    device = seed.device
+    first, count = columns
+    quads = torch.arange(first // 4, (first + count - 1) // 4 + 1, device=device)
+    row = torch.arange(rows[0], rows[0] + rows[1], device=device)[:, None]
+    key = seed.reshape(-1, 1, 1)
+    counter = (quads, row, expert[:, None, None], torch.full((), group, device=device))
+    words = torch.stack(philox(counter, (key & WORD, (key >> 32) & WORD)), dim=-1).flatten(-2)
+    return words[..., first % 4 : first % 4 + count]
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10: four random words for a counter of four and a key of two; int64 tensors of 32 bits, broadcast.
+
+    Source: Salmon et al. 2011; `tl.philox` of Triton 3.9 gives the same words.
+
+    Example:
+        >>> zero = torch.tensor(0)
+        >>> [hex(word) for word in philox((zero,) * 4, (zero, zero))]
+        ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        c0, c1, c2, c3 = (
+            _high(ROUND_B, c2) ^ c1 ^ k0,
+            (c2 * ROUND_B) & WORD,
+            _high(ROUND_A, c0) ^ c3 ^ k1,
+            (c0 * ROUND_A) & WORD,
+        )
+        k0, k1 = (k0 + KEY_A) & WORD, (k1 + KEY_B) & WORD
+    return c0, c1, c2, c3
+
+
+def _high(factor: int, word: Tensor) -> Tensor:
+    """The upper word of a product of two words, by halves, since the whole one does not fit into an int64."""
+    return (factor * (word >> 16) + (factor * (word & 0xFFFF) >> 16)) >> 16

@@ -1,7 +1,7 @@
-"""Searches for an amax over the weights of a group: kernel or reference by the device, and what torch.func needs.
+"""The sweep over amax of a group: kernel or reference by the device, and what torch.func needs.
 
-Weights are as `fq_transforms.ops.quantize.autograd` has them. A search is not differentiable; it may run within torch.func.grad
-and vjp, whose wrapped tensors only a Function's forward sees plain, but is not mapped by vmap.
+A search is not differentiable; it may run within torch.func.grad and vjp, whose wrapped tensors only a Function's
+forward sees plain, but is not mapped by vmap.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.autograd import Function
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.percentile.reference import percentile_reference
+from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
+from fq_transforms.ops.vmap import Unmapped
 
-__all__ = ["percentile_amax", "swept_amax"]
+__all__ = ["swept_amax"]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
 class _Statics:
     format: Format
     transposed: bool
-    search: Search | float
+    search: Search
 
 
 def swept_amax(
@@ -61,35 +61,10 @@ def swept_amax(
         >>> swept_amax([w], torch.tensor([[[1.0]]]), None, None, format=FORMATS["INT4_BLOCK32"], search=tried)
         tensor([[[0.8400]]])
     """
-    statics = _Statics(format, transposed, search)
-    return _Search.apply(statics, amax, global_amax, importance, *weights)
+    return _Sweep.apply(_Statics(format, transposed, search), amax, global_amax, importance, *weights)
 
 
-def percentile_amax(
-    weights: Sequence[Float[Tensor, "..."]],
-    amax: Float32[Tensor, "..."],
-    *,
-    format: Format,
-    transposed: bool = False,
-    percentile: float,
-) -> Float32[Tensor, "..."]:
-    """`percentile_reference` of each expert, as a new tensor like `amax`, [E, *format.amax_shape(out, in)].
-
-    On a GPU one launch; per tensor one a digit of the weights' bits, and one more (`percentile_triton`).
-
-    Raises:
-        ValueError: It is mapped by vmap.
-
-    Example:
-        >>> from fq_transforms.formats import FORMATS
-        >>> w = torch.tensor([[1.0, -3.0, 2.0]])
-        >>> percentile_amax([w], torch.tensor([3.0]), format=FORMATS["FP8"], percentile=50)
-        tensor([2.])
-    """
-    return _Search.apply(_Statics(format, transposed, percentile), amax, None, None, *weights)
-
-
-class _Search(Function):
+class _Sweep(Unmapped):
     @staticmethod
     def forward(
         statics: _Statics,
@@ -98,44 +73,19 @@ class _Search(Function):
         importance: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
+        format, transposed, search = statics.format, statics.transposed, statics.search
         if importance is not None:
             importance = _in_units(importance).contiguous()
-        search = statics.search
-        layout: Any = {"format": statics.format, "transposed": statics.transposed}
-        if weights[0].is_cuda and isinstance(search, Search):
+        if has_kernel(weights):
             from fq_transforms.ops.sweep.launch import sweep_triton
 
-            return sweep_triton(weights, amax, global_amax, importance, search=search, **layout)
-        if weights[0].is_cuda and not isinstance(search, Search):
-            from fq_transforms.ops.percentile.launch import percentile_triton
-
-            return percentile_triton(weights, percentile=search, **layout)
+            numbers: dict[str, Any] = {"format": format, "transposed": transposed, "search": search}
+            return sweep_triton(weights, amax, global_amax, importance, **numbers)
         found = torch.empty_like(amax, memory_format=torch.contiguous_format)
-        experts = (matrix for weight in weights for matrix in weight.reshape(-1, *weight.shape[-2:]))
-        for e, matrix in enumerate(experts):
-            weight = matrix.mT if statics.transposed else matrix
-            if isinstance(search, Search):
-                g, h = (None if leaf is None else leaf[e] for leaf in (global_amax, importance))
-                found[e] = sweep_reference(weight, amax[e], g, h, format=statics.format, search=search)
-            else:
-                found[e] = percentile_reference(weight, search, format=statics.format)
+        for e, weight in enumerate(each_expert(weights, transposed)):
+            g, h = (None if leaf is None else leaf[e] for leaf in (global_amax, importance))
+            found[e] = sweep_reference(weight, amax[e], g, h, format=format, search=search)
         return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise AssertionError("amax is not differentiable")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise ValueError("calibrate: found weights under torch.func.vmap, wanted method Max there")
 
 
 def _in_units(importance: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# A kernel is Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
+# Kernels are Triton, a language of its own in Python syntax, which a Python type checker cannot follow.
 """The Triton kernel that sweeps over amax: `fq_transforms.ops.sweep.reference.sweep_reference`, bit for bit.
 
 A program reads TILE chunks of CHUNK weights once, keeps them in registers, and tries one amax after the other. Chunks
@@ -15,19 +15,19 @@ chunks of several granules side by side, and add one number each.
 import triton
 import triton.language as tl
 
-from fq_transforms.ops.quantize.kernel import (
+from fq_transforms.ops.device import (
     SMALLEST_DIVISOR,
     TINY_AMAX,
-    _address,
-    _bits,
-    _float,
-    _power_of_two,
-    _quotient,
-    _reciprocal,
-    _round_integer,
-    _round_magnitude,
-    _scale,
-    _two_level_scale,
+    address,
+    bits_of,
+    float_of,
+    power_of_two,
+    qmax_over,
+    quotient,
+    reciprocal,
+    round_integer,
+    round_magnitude,
+    two_level_scale,
 )
 
 __all__ = ["sweep_kernel"]
@@ -130,7 +130,7 @@ def sweep_kernel(
     granule = expert * rows * columns + granule
 
     mask = piece_exists[:, None] & (tl.arange(0, PIECE) >= 0)[None, :]
-    weight = _address(weight_base, weight_table, weight_stride, ALIGNED)
+    weight = address(weight_base, weight_table, weight_stride, ALIGNED)
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32).reshape(PIECES, TILE, PIECE)
     if importance_ptr is not None:
         at = importance_ptr + expert * in_features + input[:, None] + tl.arange(0, PIECE)[None, :]
@@ -146,15 +146,15 @@ def sweep_kernel(
     # See NOTE units of the reference.
     widest = tl.load(global_amax_ptr + expert) if SCALE == "e4m3" else amax
     is_swept = (widest > TINY_AMAX) & (widest < float("inf"))
-    unit = _power_of_two(tl.where(is_swept, 127 - (_bits(widest) >> 23), 0))
+    unit = power_of_two(tl.where(is_swept, 127 - (bits_of(widest) >> 23), 0))
     x = x * _each(unit)
     a = tl.abs(x)
     if SCALE == "e4m3":
         g = tl.div_rn(widest * unit, QMAX * 448.0)
-        s8 = _two_level_scale(amax * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[1]
+        s8 = two_level_scale(amax * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[1]
         lowest = tl.zeros([TILE], dtype=tl.int32) + 1
         if KIND == "window":
-            lowest = tl.minimum(tl.maximum((_bits(s8 * 2.0**-120) >> 20) - BELOW, 1), SCALES + 1 - WINDOW)
+            lowest = tl.minimum(tl.maximum((bits_of(s8 * 2.0**-120) >> 20) - BELOW, 1), SCALES + 1 - WINDOW)
 
     if IS_BLOCK:
         best = tl.zeros([TILE], dtype=tl.float32) + tl.where(is_swept, float("inf"), -1.0)
@@ -164,23 +164,20 @@ def sweep_kernel(
         if KIND == "ratios":
             tried = amax * tl.load(ratios_ptr + k)
         else:
-            tried = tl.where(k == 0, s8, _max_of(_float((lowest + (k - 1)) << 20) * 2.0**120, MIN_SCALE))
+            tried = tl.where(k == 0, s8, _max_of(float_of((lowest + (k - 1)) << 20) * 2.0**120, MIN_SCALE))
 
         if SCALE == "e4m3":
-            if KIND == "ratios":
-                s = _two_level_scale(tried * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[0]
-            else:
-                s = tried * g
+            s = two_level_scale(tried * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[0] if KIND == "ratios" else tried * g
             divisor = tl.maximum(s, SMALLEST_DIVISOR)
-            q = _quotient(tl.minimum(a, _each(QMAX * s)), _each(divisor), _each(_reciprocal(divisor)))
-            error = a - _round_magnitude(q, MIN_EXPONENT, MANTISSA) * _each(s)
+            q = quotient(tl.minimum(a, _each(QMAX * s)), _each(divisor), _each(reciprocal(divisor)))
+            error = a - round_magnitude(q, MIN_EXPONENT, MANTISSA) * _each(s)
         elif ELEMENT == "int":
-            s = _scale(QMAX, tried * unit)
-            q = _round_integer(x * _each(s), LOW, HIGH)
-            error = x - _quotient(q, _each(s), _each(_reciprocal(s)))
+            s = qmax_over(QMAX, tried * unit)
+            q = round_integer(x * _each(s), LOW, HIGH)
+            error = x - quotient(q, _each(s), _each(reciprocal(s)))
         else:
-            s = _scale(QMAX, tried * unit)
-            q = _round_magnitude(tl.minimum(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
+            s = qmax_over(QMAX, tried * unit)
+            q = round_magnitude(tl.minimum(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
             error = a - q * _each(tl.div_rn(1.0, s))
         error = error * error
         if importance_ptr is not None:

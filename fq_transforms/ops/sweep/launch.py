@@ -1,6 +1,4 @@
-# pyright: reportPrivateUsage=false
-# The launch itself is `fq_transforms.ops.launch`'s, whose parts have no public name.
-"""The launcher of the sweep over amax: one launch a group, whatever is tried."""
+"""The launcher of the sweep over amax: one launch per group, whatever is tried."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,17 +8,15 @@ import torch
 from torch import Tensor
 
 from fq_transforms.formats import Format
-from fq_transforms.ops.calls import launch
-from fq_transforms.ops.matrices import matrices_of, shape_of
-from fq_transforms.ops.plans import Plan, forward_plan
+from fq_transforms.ops.launch import Plan, constants_of, launch, matrices_of, shape_of
 from fq_transforms.ops.sweep.kernel import sweep_kernel
 from fq_transforms.ops.sweep.reference import BELOW, MARGIN, SCALES, WINDOW, Search, chunk_of, pick, shift_of, units_of
 
 __all__ = ["sweep_triton"]
 
-# Chunks a thread holds, and warps a program; 32 weights of a granule of many chunks spare exchanges between threads.
+# Chunks per thread, and warps per program; 32 weights of a granule of many chunks spare exchanges between threads.
 WARPS_BLOCKS, WARPS_SUMS = 4, 1
-CHUNKS_A_THREAD_SUMS = 2
+CHUNKS_PER_THREAD_SUMS = 2
 
 
 def sweep_triton(
@@ -45,20 +41,20 @@ def sweep_triton(
         search: What is tried.
 
     Returns:
-        A new tensor. Memory: 8 bytes a granule and candidate where a granule has many chunks, else none beside it.
+        A new tensor. Memory: 8 bytes per granule and candidate where a granule has many chunks, else none beside it.
     """
     inputs = matrices_of(weights)
-    plan = _sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search)
+    plan = sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search)
     shape, count = shape_of(inputs.matrix, transposed), search.count
     device = inputs.base.device
     ratios = _ratios(search, device)
     amax = amax.contiguous()
     if format.has_blocks_along_in:
         result = torch.empty_like(amax)
-        launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, result))
+        launch(plan, (inputs,), (amax, global_amax, importance, ratios, result))
         return result
     sums = torch.zeros((inputs.experts, prod(amax.shape[1:]), count), dtype=torch.int64, device=device)
-    launch(sweep_kernel, plan, (inputs,), (amax, global_amax, importance, ratios, sums))
+    launch(plan, (inputs,), (amax, global_amax, importance, ratios, sums))
     sums = sums.view(*amax.shape, count)
     trials = ((amax * ratios[k], sums[..., k]) for k in range(1, count))
     return pick(amax, units_of(amax)[1], sums[..., 0], trials, format, shape)
@@ -71,13 +67,16 @@ def _ratios(search: Search, device: torch.device) -> Tensor:
 
 
 @cache
-def _sweep_plan(format: Format, matrix: tuple[int, int], transposed: bool, bytes_a_weight: int, search: Search) -> Plan:
+def sweep_plan(
+    format: Format, matrix: tuple[int, int], transposed: bool, bytes_per_weight: int, search: Search
+) -> Plan:
+    """Of `sweep_kernel`."""
     out_features, in_features = shape = shape_of(matrix, transposed)
     rows, columns = format.granules(*shape)
     chunk = chunk_of(format, in_features)
     is_block = format.has_blocks_along_in
     warps = WARPS_BLOCKS if is_block and chunk <= 32 else WARPS_SUMS
-    chunks = 32 * warps * (1 if is_block else CHUNKS_A_THREAD_SUMS)
+    chunks = 32 * warps * (1 if is_block else CHUNKS_PER_THREAD_SUMS)
     if transposed:
         programs = -(-out_features // chunks) * (in_features // chunk)
     elif is_block:
@@ -85,7 +84,7 @@ def _sweep_plan(format: Format, matrix: tuple[int, int], transposed: bool, bytes
     else:
         height, width = format.block[0] or out_features, (format.block[1] or in_features) // chunk
         programs = rows * columns * -(-height * width // chunks)
-    numbers = forward_plan(format, matrix, transposed, None).constants
+    numbers = constants_of(format)
     names = ("ELEMENT", "SCALE", "QMAX", "LOW", "HIGH", "MIN_EXPONENT", "MANTISSA", "MIN_SCALE")
     constants = {
         "KIND": search.kind,
@@ -99,8 +98,8 @@ def _sweep_plan(format: Format, matrix: tuple[int, int], transposed: bool, bytes
         "ROWS": format.block[0] or 0,
         "COLUMNS": format.block[1] or 0,
         "CHUNK": chunk,
-        "PIECE": min(16 // bytes_a_weight, chunk),
+        "PIECE": min(16 // bytes_per_weight, chunk),
         "TILE": chunks,
         "TRANSPOSED": transposed,
     }
-    return Plan(programs, (out_features, in_features, rows, columns), constants, warps)
+    return Plan(sweep_kernel, programs, (out_features, in_features, rows, columns), constants, warps)

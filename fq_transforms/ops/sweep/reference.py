@@ -39,6 +39,7 @@ from fq_transforms.formats import E4M3, Format, IntElement
 from fq_transforms.ops.quantize.reference import (
     TINY_AMAX,
     dequantize_int,
+    in_granules,
     power_of_two,
     quantize_fp8,
     quantize_int,
@@ -213,15 +214,7 @@ def _error(x: Tensor, amax: Tensor, global_amax: Tensor | None, importance: Tens
     if format.has_blocks_along_in:
         return error
     error = (error * 2.0 ** shift_of(format, x.shape[-2:])).to(torch.int64)
+    if format.block == (None, None):
+        return error.sum()
     rows, columns = format.block
-    if columns is None:
-        return error.sum(-1, keepdim=True) if rows == 1 else error.sum()
-    granules = format.granules(*x.shape[-2:])
-    r, c = rows or 1, columns // chunk
-    ragged = (0, granules[1] * c - error.shape[-1], 0, granules[0] * r - error.shape[-2])
-    return (
-        torch.nn.functional.pad(error, ragged)
-        .unflatten(-1, (granules[1], c))
-        .unflatten(-3, (granules[0], r))
-        .sum((-3, -1))
-    )
+    return in_granules(error, (rows, None if columns is None else columns // chunk)).sum((-3, -1))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import fq_transforms as fqt
 from fq_transforms.formats import E5M2, FORMATS, IntElement
-from fq_transforms.ops.quantize.reference import expert_amax_reference
+from fq_transforms.ops.amax.reference import expert_amax_reference
 
 PACKABLE = [format for format in FORMATS.values() if not format.unit_scale_below] + [
     replace(fqt.FP8, name="FP8_E5M2", element=E5M2),

@@ -7,7 +7,7 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.formats import E2M1, E3M2
-from fq_transforms.ops import launch
+from fq_transforms.ops.pack.launch import pack_scales_triton, pack_triton
 from fq_transforms.ops.pack.reference import code_bits, pack_reference, pack_scales
 from tests.cases import DTYPES, experts, name_of
 from tests.conftest import HAS_GPU
@@ -23,7 +23,7 @@ def packed_by_both(weight, amax, global_amax, format, transposed):
     """(name, the kernel's, the reference's) bytes of codes, scale and global scale."""
     wanted = pack_reference(weight, amax, global_amax, format=format)
     stored = [(w.mT if transposed else w).contiguous() for w in weight]
-    found = launch.pack_triton(stored, amax, global_amax, format=format, transposed=transposed)
+    found = pack_triton(stored, amax, global_amax, format=format, transposed=transposed)
     for name, a, b in zip(("codes", "scale", "global_scale"), found, wanted, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
@@ -45,7 +45,7 @@ def test_scales_of_the_state_alone(format, device):
     amax = torch.cat([torch.tensor(numbers), torch.rand(2000).exp2()]).to(device)
     amax = None if format.is_stateless else amax
     wanted = pack_scales(amax, amax, format=format)
-    for found, scale in zip(launch._scales(amax, amax, format), wanted, strict=True):
+    for found, scale in zip(pack_scales_triton(amax, amax, format), wanted, strict=True):
         assert (found is None) == (scale is None)
         assert found is None or torch.equal(found.nan_to_num(-7.0), scale.nan_to_num(-7.0))
 

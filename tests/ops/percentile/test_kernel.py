@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fq_transforms.formats import FORMATS, Format
+from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.launch import Tile
+from fq_transforms.ops.percentile.autograd import percentile_amax
 from fq_transforms.ops.percentile.launch import HELD, percentile_triton
 from fq_transforms.ops.percentile.reference import percentile_reference
-from fq_transforms.ops.quantize.autograd import expert_amax
-from fq_transforms.ops.sweep.autograd import percentile_amax
 from tests.cases import DTYPES, experts, name_of, same_bits
 from tests.conftest import HAS_GPU
 

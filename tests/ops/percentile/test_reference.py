@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fq_transforms.formats import FORMATS, Format
+from fq_transforms.ops.amax.reference import expert_amax_reference
 from fq_transforms.ops.percentile.reference import percentile_reference
-from fq_transforms.ops.quantize.reference import expert_amax_reference
 from tests.cases import DTYPES, STATIC_FORMATS, experts, name_of, same_bits
 
 PERCENTILES = [1e-9, 25.0, 50.0, 99.0, 99.9, 99.99, 100.0]

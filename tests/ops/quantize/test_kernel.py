@@ -3,24 +3,19 @@
 The interpreter truncates fp32 to bf16 (a GPU rounds), so bf16 results are compared on a GPU only.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fq_transforms.formats import FP8_BLOCK, INT4_BLOCK32, INT8, INT8_PER_CHANNEL, NVFP4, NVFP4_STATIC
-from fq_transforms.ops import launch
-from fq_transforms.ops.quantize.reference import clip_backward_reference, expert_amax_reference, fake_quantize_reference
+from fq_transforms.ops.amax.launch import expert_amax_triton
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.launch import clip_backward_triton
+from fq_transforms.ops.quantize.reference import clip_backward_reference, fake_quantize_reference
 from tests.cases import ALL_FORMATS, DTYPES, STATIC_FORMATS, experts, name_of, same_bits, shapes_of
-from tests.conftest import HAS_GPU
-from tests.variants import CPU, all_variants, on_each_kernel, variants
+from tests.variants import CPU, all_variants, amax_of, by_kernel, on_each_kernel, stored, variants
 
 DEVICES = [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
-STATEFUL_FORMATS = [format for format in ALL_FORMATS if not format.is_stateless]
 ONE_OF_EACH_GRANULARITY = [INT8, INT8_PER_CHANNEL, INT4_BLOCK32, FP8_BLOCK, NVFP4, NVFP4_STATIC]
 
 # numpy, inside the interpreter: 0 / 0 and NaN casts in lanes that are selected away.
@@ -37,20 +32,8 @@ def out_dtypes(device, shape):
     return [torch.float32] if shape[0] > 32 else [torch.float32, torch.float16]
 
 
-def stored(weights, transposed):
-    return [w.mT.contiguous() if transposed else w for w in weights]
-
-
-def amax_of(weights, format):
-    """State leaves of a group by the reference: [E, ...] and [E] or None; both None for a stateless format."""
-    if format.is_stateless:
-        return None, None
-    amax, global_amax = zip(*(expert_amax_reference(w, format=format) for w in weights), strict=True)
-    return torch.stack(amax), None if global_amax[0] is None else torch.stack(global_amax)
-
-
 def assert_forward_equals_reference(weights, amax, global_amax, format, transposed, out_dtype):
-    outs = launch.fake_quantize_triton(
+    outs = by_kernel(
         stored(weights, transposed), amax, global_amax, format=format, transposed=transposed, out_dtype=out_dtype
     )
     assert len(outs) == len(weights)
@@ -73,20 +56,6 @@ def test_forward_equals_reference(format, dtype, transposed, device):
             assert_forward_equals_reference(weights, amax, global_amax, format, transposed, out_dtype)
 
 
-@cases(STATEFUL_FORMATS)
-def test_amax_equals_reference(format, dtype, transposed, device):
-    """Amax of every granule and expert; a NaN and an infinity stay in theirs."""
-    for shape in shapes_of(format):
-        weights = experts(4, shape, dtype, device=device)
-        weights[1][-1, -1] = torch.nan
-        weights[2][0, 0] = -torch.inf
-        amax, global_amax = launch.expert_amax_triton(stored(weights, transposed), format=format, transposed=transposed)
-        wanted, wanted_global = amax_of(weights, format)
-        assert same_bits(amax, wanted)
-        assert (global_amax is None) == (wanted_global is None)
-        assert global_amax is None or same_bits(global_amax, wanted_global)
-
-
 @cases(STATIC_FORMATS)
 def test_clip_backward_equals_reference(format, dtype, transposed, device):
     """Gradient only where abs(w) <= amax, compared in fp32, at the edge itself too; NaN weights get none."""
@@ -96,7 +65,7 @@ def test_clip_backward_equals_reference(format, dtype, transposed, device):
         amax, _ = amax_of([w.nan_to_num() for w in weights], format)
         amax[1] *= 0.5
         grads = [torch.randn_like(w) for w in weights]
-        outs = launch.clip_backward_triton(
+        outs = clip_backward_triton(
             stored(grads, transposed), stored(weights, transposed), amax, format=format, transposed=transposed
         )
         for expert, (out, grad, weight) in enumerate(zip(outs, grads, weights, strict=True)):
@@ -111,7 +80,7 @@ def test_any_number_of_experts(format, count, device):
     """Each expert of 1 to 33 meets its own scales: an index that is off by one shows, since all magnitudes differ."""
     weights = experts(count, (5, 64), device=device)
     amax, global_amax = amax_of(weights, format)
-    found, found_global = launch.expert_amax_triton(weights, format=format, transposed=False)
+    found, found_global = expert_amax_triton(weights, format=format, transposed=False)
     assert same_bits(found, amax)
     assert global_amax is None or same_bits(found_global, global_amax)
     assert_forward_equals_reference(weights, amax, global_amax, format, False, torch.float32)
@@ -149,9 +118,7 @@ def test_nan_stays_in_its_granule(format, device):
     weights = experts(3, (4, 256), device=device)
     amax, global_amax = amax_of(weights, format)
     weights[1][2, 130] = torch.nan
-    outs = launch.fake_quantize_triton(
-        weights, amax, global_amax, format=format, transposed=False, out_dtype=torch.float32
-    )
+    outs = by_kernel(weights, amax, global_amax, format=format, transposed=False, out_dtype=torch.float32)
     wanted = torch.zeros(4, 256, dtype=torch.bool)
     columns = format.block[1] if format.dynamic else 1
     start = 130 // columns * columns
@@ -159,19 +126,6 @@ def test_nan_stays_in_its_granule(format, device):
     assert torch.equal(outs[1].isnan().cpu(), wanted)
     assert not outs[0].isnan().any()
     assert not outs[2].isnan().any()
-
-
-@pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here anyway")
-def test_every_kernel_compiles_for_an_h200():
-    """Without one: the interpreter takes Python that the compiler refuses."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parents[2] / "ahead.py")]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)}, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "240 kernels compiled for sm_90" in done.stdout
 
 
 @on_each_device
@@ -189,11 +143,9 @@ def test_inputs_of_any_layout(device):
     for layout, weight in layouts.items():
         versions = weight._version
         amax = expert_amax_reference(weight, format=format)[0]
-        found, _ = launch.expert_amax_triton([weight], format=format, transposed=False)
+        found, _ = expert_amax_triton([weight], format=format, transposed=False)
         assert same_bits(found, amax.reshape(-1)), layout
-        out = launch.fake_quantize_triton(
-            [weight], amax.reshape(-1), None, format=format, transposed=False, out_dtype=torch.float32
-        )
+        out = by_kernel([weight], amax.reshape(-1), None, format=format, transposed=False, out_dtype=torch.float32)
         wanted = fake_quantize_reference(weight, amax, None, format=format, out_dtype=torch.float32)
         assert same_bits(out.view(wanted.shape), wanted), layout
         assert weight._version == versions
@@ -212,7 +164,7 @@ def test_a_profilers_hooks_see_every_launch():
         seen.append(metadata)
 
     def run():
-        return launch.fake_quantize_triton(weights, amax, None, format=INT8, transposed=False, out_dtype=torch.float32)
+        return by_kernel(weights, amax, None, format=INT8, transposed=False, out_dtype=torch.float32)
 
     wanted = run()
     hooks = [knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook]

@@ -9,13 +9,14 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import fq_transforms as fqt
 from fq_transforms.formats import FP8, INT4_BLOCK32, INT8, MXFP4, NVFP4, NVFP4_STATIC, IntElement
-from fq_transforms.ops.quantize.autograd import expert_amax, fake_quantize
-from fq_transforms.ops.quantize.lsq import fake_quantize_lsq
-from fq_transforms.ops.quantize.lsq_launch import LSQ, lsq_backward_triton
-from fq_transforms.ops.quantize.lsq_reference import lsq_backward_reference, lsq_push_reference
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.quantize.autograd import fake_quantize
+from fq_transforms.ops.quantize.launch import LSQ, lsq_backward_triton
 from fq_transforms.ops.quantize.reference import (
     clip_backward_reference,
     fake_quantize_reference,
+    lsq_backward_reference,
+    lsq_push_reference,
     quantize_two_level,
     spread,
 )
@@ -30,7 +31,7 @@ from tests.cases import (
     same_bits,
     shapes_of,
 )
-from tests.variants import CPU, on_each_kernel, variants
+from tests.variants import CPU, on_each_kernel, stored, variants
 
 DEVICES = [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -47,10 +48,6 @@ pytestmark = [
     # Dynamo makes an instance of an autograd.Function when it traces one, and PyTorch warns that nobody should.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
-
-
-def stored(weights, transposed):
-    return [w.mT.contiguous() if transposed else w for w in weights]
 
 
 def scales_of(weights, format, factor=0.6):
@@ -241,7 +238,7 @@ def test_gradient_of_the_squared_error_is_the_true_one(qmax, low, high, amax):
         return (y - weight).double().square().mean()
 
     def learned_error(amax):
-        (y,) = fake_quantize_lsq([weight], amax, None, format=format)
+        (y,) = fake_quantize([weight], amax, None, format=format, backward="lsq")
         return (y - weight).square().mean()
 
     amax = torch.tensor([amax])
@@ -260,11 +257,11 @@ def test_learning_amax_lowers_the_error():
     ((key, leaves),) = start.items()
 
     def errors(logarithm):
-        state = {key: type(leaves)(logarithm.exp())}
+        state = {key: {"amax": logarithm.exp()}}
         fake = fq.fakequant(params, state)
         return torch.stack([(fake[name] - w).square().mean() / w.square().mean() for name, w in params.items()])
 
-    logarithm = leaves.amax.log()
+    logarithm = leaves["amax"].log()
     before = errors(logarithm)
     for _ in range(60):
         gradient = grad(lambda x: errors(x).sum())(logarithm)
@@ -425,7 +422,7 @@ class Group:
         self.leaf_tangents = tuple(torch.randn_like(leaf) for leaf in self.leaves)
 
     def fq(self, leaves, *weights):
-        return fake_quantize_lsq(weights, leaves[0], (*leaves, None)[1], **self.options)
+        return fake_quantize(weights, leaves[0], (*leaves, None)[1], **self.options, backward="lsq")
 
     def wanted(self):
         """Gradients of the leaves and of the weights, by the reference, an expert at a time."""
@@ -505,7 +502,7 @@ def test_tangents_of_the_state_alone():
     weight, amax = torch.tensor([[127.4, 200.0, 0.25]]), torch.tensor([127.0])
 
     def fq(a, w):
-        return fake_quantize_lsq([w], a, None, format=INT8)[0]
+        return fake_quantize([w], a, None, format=INT8, backward="lsq")[0]
 
     _, along = jvp(lambda a: fq(a, weight), (amax,), (torch.ones(1),))
     assert torch.allclose(along, torch.tensor([[1.0, 1.0, -0.25 / 127]]))
@@ -586,7 +583,7 @@ def test_jacobians_agree(format):
     leaves = tuple(leaf for leaf in scales_of([weight], format) if leaf is not None)
 
     def fq(leaves):
-        return fake_quantize_lsq([weight], leaves[0], (*leaves, None)[1], format=format)[0]
+        return fake_quantize([weight], leaves[0], (*leaves, None)[1], format=format, backward="lsq")[0]
 
     one = tuple(leaf[0] for leaf in leaves)
     wanted = elementwise(weight, *(*one, None)[:2], format)
@@ -640,20 +637,22 @@ def transform_of(params, format, **options):
 def test_a_state_is_a_primal(format):
     """The gradient of a state is a tree of its structure; closed over, only weights have gradients; MX is refused."""
     params = parameters()
+    if format.is_stateless:
+        message = message_of(ValueError, transform_of, params, format)
+        assert_names(message, "backward 'lsq'", format.name, "state to learn")
+        return
     fq = transform_of(params, format)
     state = fq.calibrate(params)
 
     def loss(state):
         return sum((w * torch.linspace(-1, 1, 128)).sum() for w in fq.fakequant(params, state).values())
 
-    if format.is_stateless:
-        assert_names(message_of(ValueError, loss, state), "backward 'lsq'", format.name, "state to learn")
-        return
     gradients = grad(loss)(state)
     assert gradients.keys() == state.keys()
     ((key, leaves),) = state.items()
-    assert type(gradients[key]) is type(leaves)
-    for leaf, gradient in zip(leaves, gradients[key], strict=True):
+    assert gradients[key].keys() == leaves.keys()
+    for name, leaf in leaves.items():
+        gradient = gradients[key][name]
         assert gradient.shape == leaf.shape
         assert gradient.dtype == torch.float32
         assert (gradient != 0).any()
@@ -672,8 +671,8 @@ def test_formats_with_and_without_a_state():
     weights, pullback = vjp(fq.fakequant, params, state)
     of_params, of_state = pullback({name: torch.ones_like(w) for name, w in weights.items()})
     assert torch.equal(of_params["b.weight"], torch.ones(4, 64))
-    assert of_state["b.weight"] == ()
-    assert of_state["a.weight"].amax.shape == (1,)
+    assert of_state["b.weight"] == {}
+    assert of_state["a.weight"]["amax"].shape == (1,)
 
 
 def test_what_cannot_learn_says_so():
@@ -684,12 +683,9 @@ def test_what_cannot_learn_says_so():
     message = message_of(ValueError, fq.fakequant, params, state, rounding=fqt.Stochastic(1))
     assert_names(message, "rounding", "lsq", "clip")
     model = torch.nn.Linear(4, 4)
-    with (
-        pytest.raises(ValueError, match="backward: found 'lsq'"),
-        fqt.layerwise(model, state, spec=fq.spec, backward="lsq"),
-    ):
+    with pytest.raises(ValueError, match="backward: found 'lsq'"), fqt.layerwise(fq, model, state):
         pass
-    assert_names(message_of(ValueError, fqt.value_and_grad, lambda m, x: m(x).sum(), model, fq), "fq", "lsq", "vjp")
+    assert_names(message_of(ValueError, fqt.value_and_grad, lambda m, x: m(x).sum(), fq, model), "fq", "lsq", "vjp")
     assert_names(message_of(ValueError, fqt.transform, fq.spec, backward="ste"), "backward", "'ste'", "'lsq'")
 
 
@@ -724,7 +720,7 @@ def test_no_call_waits_for_the_device(format):
     fq = transform_of(params, format)
     state = fq.calibrate(params)
     for group in state.values():
-        for leaf in group:
+        for leaf in group.values():
             leaf.requires_grad_()
     with warnings.catch_warnings():  # PyTorch says that the mode is a prototype
         warnings.simplefilter("ignore", UserWarning)

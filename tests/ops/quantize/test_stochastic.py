@@ -1,7 +1,5 @@
 """Stochastic rounding: two neighbours, the right mean, the same bits for the same place, kernel and reference alike."""
 
-from functools import partial
-
 import pytest
 import torch
 import triton
@@ -10,11 +8,10 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fq_transforms as fqt
 from fq_transforms.formats import FP8, INT8, NVFP4_STATIC
-from fq_transforms.ops.quantize.autograd import expert_amax, fake_quantize
-from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from fq_transforms.ops.quantize.stochastic import fake_quantize_stochastic
-from fq_transforms.ops.quantize.stochastic_launch import STOCHASTIC, stochastic_separate_triton, stochastic_triton
-from fq_transforms.ops.quantize.stochastic_reference import philox, random_words, stochastic_reference
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.quantize.autograd import fake_quantize
+from fq_transforms.ops.quantize.launch import STOCHASTIC, fake_quantize_triton
+from fq_transforms.ops.quantize.reference import fake_quantize_reference, philox, random_words, stochastic_reference
 from fq_transforms.rounding import Stream
 from tests.cases import (
     AMAXES,
@@ -29,7 +26,7 @@ from tests.cases import (
     same_bits,
     shapes_of,
 )
-from tests.variants import CPU, on_each_kernel, variants
+from tests.variants import CPU, by_kernel, on_each_kernel, stored, variants
 
 on_each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -44,10 +41,6 @@ pytestmark = [
 ]
 
 SEED = -0x123456789ABCDEF  # both halves of the key in use, and a sign
-
-
-def stored(weights, transposed):
-    return [w.mT.contiguous() if transposed else w for w in weights]
 
 
 def seed_on(device, seed=SEED):
@@ -141,7 +134,7 @@ def test_kernel_equals_reference(format, dtype, transposed, device):
             for out_dtype in out_dtypes if device == "cuda" else {torch.float32}:
                 operands = (stored(weights, transposed), amax, global_amax, seed_on(device))
                 numbers = {"stream": stream, "format": format, "transposed": transposed, "out_dtype": out_dtype}
-                outs = stochastic_triton(*operands, **numbers)
+                outs = by_kernel(*operands, **numbers)
                 wanted = by_reference(weights, amax, global_amax, seed_on(device), stream, format, out_dtype)
                 for expert, (out, right) in enumerate(zip(outs, wanted, strict=True)):
                     assert same_bits(out.mT if transposed else out, right), (shape, column, out_dtype, expert)
@@ -153,9 +146,11 @@ def test_separate_results(device):
     weights = experts(3, (4, 64), device=device)
     amax, _ = scales_of(weights, INT8)
     numbers = {"stream": Stream(1), "format": INT8, "transposed": False, "out_dtype": torch.float32}
-    outs = stochastic_separate_triton(weights, amax, None, seed_on(device), **numbers)
-    assert len({out.untyped_storage().data_ptr() for out in outs}) == 3
-    assert same_bits(torch.stack(outs), stochastic_triton(weights, amax, None, seed_on(device), **numbers))
+    wanted = by_kernel(weights, amax, None, seed_on(device), **numbers)
+    del numbers["out_dtype"]
+    outs = [torch.empty_like(weight) for weight in weights]
+    fake_quantize_triton(outs, weights, amax, None, seed_on(device), **numbers)
+    assert same_bits(torch.stack(outs), wanted)
 
 
 @on_each_device
@@ -181,7 +176,7 @@ def test_adversarial_values(format, device):
         amax = scales
     stream, seed = Stream(3), seed_on(device)
     numbers = {"stream": stream, "format": format, "transposed": False, "out_dtype": torch.float32}
-    outs = stochastic_triton(weights, amax, global_amax, seed, **numbers)
+    outs = by_kernel(weights, amax, global_amax, seed, **numbers)
     wanted = by_reference(weights, amax, global_amax, seed, stream, format)
     for expert, (out, right) in enumerate(zip(outs, wanted, strict=True)):
         assert same_bits(out, right), amaxes[expert]
@@ -203,7 +198,7 @@ def test_ties_and_their_neighbours(format, device):
     amax, global_amax = scales_of(weights, format)
     stream, seed = Stream(5), seed_on(device)
     numbers = {"stream": stream, "format": format, "transposed": False, "out_dtype": torch.float32}
-    outs = stochastic_triton(weights, amax, global_amax, seed, **numbers)
+    outs = by_kernel(weights, amax, global_amax, seed, **numbers)
     for out, right in zip(outs, by_reference(weights, amax, global_amax, seed, stream, format), strict=True):
         assert same_bits(out, right)
 
@@ -224,7 +219,7 @@ def test_mean_and_variance(format):
     weight[:, fixed] = top
     amax, global_amax = scales_of([weight], format)
     operands = ([weight], amax, global_amax)
-    (out,) = fake_quantize_stochastic(*operands, seed_on("cpu"), stream=Stream(1), format=format)
+    (out,) = fake_quantize(*operands, seed=seed_on("cpu"), stream=Stream(1), format=format)
     (nearest,) = fake_quantize(*operands, format=format)
     if format.block != (128, 128):
         assert torch.equal(out[:, fixed], nearest[:, fixed]), "the amax is a value of the format, or saturates"
@@ -261,9 +256,7 @@ def test_other_seeds_experts_and_groups_draw_independently():
     weight, amax = torch.full((16, 1024), 0.3), torch.tensor([127.0])
 
     def ups(seed=0, **places):
-        (out,) = fake_quantize_stochastic(
-            [weight], amax, None, seed_on("cpu", seed), stream=Stream(**places), format=INT8
-        )
+        (out,) = fake_quantize([weight], amax, None, seed=seed_on("cpu", seed), stream=Stream(**places), format=INT8)
         assert set(out.unique().tolist()) == {0.0, 1.0}
         return out == 1.0
 
@@ -288,12 +281,10 @@ def test_bits_belong_to_places(format, device):
     amax, global_amax = scales_of(weights, format)
     stream, seed = Stream(9, first_expert=2), seed_on(device)
     numbers = {"format": format, "out_dtype": torch.float32}
-    whole = stochastic_triton(weights, amax, global_amax, seed, stream=stream, transposed=False, **numbers)
+    whole = by_kernel(weights, amax, global_amax, seed, stream=stream, transposed=False, **numbers)
 
     def run(weights, amax, global_amax, stream, transposed=False, tile=STOCHASTIC):
-        return stochastic_triton(
-            weights, amax, global_amax, seed, stream=stream, transposed=transposed, tile=tile, **numbers
-        )
+        return by_kernel(weights, amax, global_amax, seed, stream=stream, transposed=transposed, tile=tile, **numbers)
 
     small = run(weights, amax, global_amax, stream, tile=STOCHASTIC._replace(weights=512))
     assert same_bits(small, whole)
@@ -327,9 +318,7 @@ def test_values_of_the_format_are_never_moved(format):
     again = fake_quantize(values, amax, global_amax, format=format)
     assert all(map(torch.equal, again, values))
     for seed in range(20):
-        outs = fake_quantize_stochastic(
-            values, amax, global_amax, seed_on("cpu", seed), stream=Stream(seed), format=format
-        )
+        outs = fake_quantize(values, amax, global_amax, seed=seed_on("cpu", seed), stream=Stream(seed), format=format)
         assert all(map(same_bits, outs, values))
 
 
@@ -340,7 +329,7 @@ def test_values_of_integers_under_many_scales():
     s = torch.full_like(amax, 127.0) / amax
     values = (q / s[:, None]).unsqueeze(1)
     for seed in range(4):
-        (out,) = fake_quantize_stochastic([values], amax, None, seed_on("cpu", seed), stream=Stream(0), format=INT8)
+        (out,) = fake_quantize([values], amax, None, seed=seed_on("cpu", seed), stream=Stream(0), format=INT8)
         assert torch.equal(out, values)
 
 
@@ -374,7 +363,7 @@ def test_fakequant_is_reproducible(format, dtype):
         assert same_bits(weight, as_tensor[name])
         assert not torch.equal(weight, other[name])
     key = "experts.*.weight"
-    amax, global_amax = (*state[key], None, None)[:2]
+    amax, global_amax = state[key].get("amax"), state[key].get("global_amax")
     (group,) = (group.number for group in fq.spec.groups)
     wanted = by_reference(list(params.values()), amax, global_amax, torch.tensor(5), Stream(group), format, dtype)
     assert all(map(same_bits, first.values(), wanted))
@@ -417,7 +406,7 @@ def test_gradients_do_not_see_the_rounding(format, backward, group):
     nearest = {name: value for name, value in options.items() if name != "stream"}
 
     def fq(*w):
-        return fake_quantize_stochastic(w, amax, global_amax, torch.tensor(3), **options, backward=backward)
+        return fake_quantize(w, amax, global_amax, seed=torch.tensor(3), **options, backward=backward)
 
     wanted = vjp(lambda *w: fake_quantize(w, amax, global_amax, **nearest, backward=backward), *weights)[1](cotangents)
     outs, pullback = vjp(fq, *weights)
@@ -444,7 +433,7 @@ def test_vmap_over_weights_states_and_seeds(format, group):
 
     def fq(seed, factor, *w):
         a = amax if amax is None else amax * factor
-        return fake_quantize_stochastic(w, a, global_amax, seed, **options)
+        return fake_quantize(w, a, global_amax, seed=seed, **options)
 
     seeds, factors = torch.tensor([3, -4]), torch.tensor([1.0, 1.7, 0.9])
     batch = tuple(torch.stack([w, w * 2, w * 0.5], dim=1) for w in weights)
@@ -477,7 +466,7 @@ def test_kernel_under_mapped_dimensions(device):
     seeds = torch.arange(12, device=device)
     numbers = {"stream": stream, "format": INT8, "transposed": False, "out_dtype": torch.float32}
     for seed in (seed_on(device), seeds):
-        outs = stochastic_triton(weights, amax, None, seed, **numbers)
+        outs = by_kernel(weights, amax, None, seed, **numbers)
         for place, out in enumerate(outs):
             tensor, copy, own = place // 6, place % 6 // 2, place % 2
             one = Stream(6, first_expert=1 + 2 * tensor + own)
@@ -586,7 +575,7 @@ def test_a_cuda_graph_reads_the_seed_anew(format):
 
 
 def test_a_step_of_training_rounds_by_its_number():
-    """`value_and_grad` takes a transform whose `fakequant` has its rounding: losses are of the rounded weights."""
+    """A step of `value_and_grad` takes its rounding: losses are of the rounded weights."""
     model = torch.nn.Linear(64, 3, bias=False)
     params = dict(model.named_parameters())
     fq = transform_of(params, INT8)
@@ -594,8 +583,7 @@ def test_a_step_of_training_rounds_by_its_number():
     losses = []
     for step in range(3):
         rounding = fqt.Stochastic(step)
-        by_chance = fq._replace(fakequant=partial(fq.fakequant, rounding=rounding))
-        loss, grads = fqt.value_and_grad(lambda m, x: m(x).sum(), model, by_chance)(params, state, [x])
+        loss, grads = fqt.value_and_grad(lambda m, x: m(x).sum(), fq, model)(params, state, [x], rounding=rounding)
         weight = fq.fakequant(params, state, rounding=rounding)["weight"]
         assert torch.equal(loss[0], (x @ weight.detach().mT).sum())
         assert torch.allclose(grads["weight"], x.sum(0).expand(3, 64))
@@ -607,7 +595,7 @@ def test_along_the_amax_there_is_no_tangent():
     """As backward gives it none."""
     weight, amax = torch.randn(2, 8), torch.tensor([1.0])
     out, tangent = jvp(
-        lambda a: fake_quantize_stochastic([weight], a, None, torch.tensor(1), stream=Stream(0), format=INT8)[0],
+        lambda a: fake_quantize([weight], a, None, seed=torch.tensor(1), stream=Stream(0), format=INT8)[0],
         (amax,),
         (torch.ones(1),),
     )

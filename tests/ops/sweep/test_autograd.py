@@ -1,13 +1,12 @@
-"""Searches over a group: every expert by itself, in any layout, and within torch.func."""
+"""The sweep over a group: every expert by itself, in any layout, and within torch.func."""
 
 import pytest
 import torch
 from torch.func import grad, vmap
 
 from fq_transforms.formats import FORMATS
-from fq_transforms.ops.percentile.reference import percentile_reference
-from fq_transforms.ops.quantize.autograd import expert_amax
-from fq_transforms.ops.sweep.autograd import percentile_amax, swept_amax
+from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.sweep.autograd import swept_amax
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
 from tests.cases import experts, name_of
 
@@ -36,14 +35,12 @@ def test_each_expert_by_itself(format, layout):
     importance = torch.rand(4, 64) * torch.tensor([[2.0**-140], [1.0], [7.0], [3e38]])
     versions = [t._version for t in (*stored, amax, importance)]
     found = swept_amax(stored, amax, global_amax, importance, search=search_of(format), **options)
-    middle = percentile_amax(stored, amax, percentile=50.0, **options)
     assert [t._version for t in (*stored, amax, importance)] == versions
     for e, weight in enumerate(weights):
         h = importance[e].double()
         h = (h / 2.0 ** torch.frexp(h.max()).exponent.item()).float()
         wanted = sweep_reference(weight, amax[e], leaf(global_amax, e), h, format=format, search=search_of(format))
         assert torch.equal(found[e], wanted)
-        assert torch.equal(middle[e], percentile_reference(weight, 50.0, format=format))
 
 
 @every_format

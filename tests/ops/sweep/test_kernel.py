@@ -8,7 +8,7 @@ import torch
 
 from fq_transforms.formats import FORMATS, Format
 from fq_transforms.methods import Mse
-from fq_transforms.ops.quantize.autograd import expert_amax
+from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.sweep.autograd import swept_amax
 from fq_transforms.ops.sweep.launch import sweep_triton
 from fq_transforms.ops.sweep.reference import Search, sweep_reference

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fq_transforms.formats import E4M3, FORMATS, NVFP4_STATIC, Format
 from fq_transforms.methods import Mse
-from fq_transforms.ops.quantize.reference import expert_amax_reference, fake_quantize_reference, spread
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference, spread
 from fq_transforms.ops.sweep.reference import SCALES, Search, chunk_of, shift_of, sweep_reference
 from tests.cases import DTYPES, STATIC_FORMATS, experts, name_of, same_bits
 from tests.oracle import fake_quantize_experts

@@ -1,0 +1,1 @@
+"""Amax of each granule of each expert."""

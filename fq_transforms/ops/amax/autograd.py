@@ -1,0 +1,83 @@
+"""Amax as an `autograd.Function`: kernel or reference by the device, and the rules that torch.func needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from fq_transforms.formats import Format
+from fq_transforms.ops.amax.reference import expert_amax_reference
+from fq_transforms.ops.launch import check_not_empty, flat, has_kernel
+from fq_transforms.ops.vmap import Constant, Mapped
+
+__all__ = ["expert_amax"]
+
+
+@dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
+class _Statics:
+    format: Format
+    transposed: bool
+
+    def mapped(self, size: int) -> "_Statics":
+        return self
+
+
+def expert_amax(
+    weights: Sequence[Float[Tensor, "..."]], *, format: Format, transposed: bool = False
+) -> tuple[Float32[Tensor, "..."], Float32[Tensor, "..."] | None]:
+    """Amax of each expert of a group: `expert_amax_reference`. Not differentiable.
+
+    Args:
+        weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
+        format: The numbers; for dynamic formats, MX too, the granule is the whole expert.
+        transposed: True if a matrix is stored [in, out].
+
+    Returns:
+        amax, fp32 [E, *format.amax_shape(out, in)], and global_amax, fp32 [E] for static two-level formats, else None.
+
+    Raises:
+        ValueError: There is no weight, or weights of no elements.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> expert_amax([torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])], format=FORMATS["FP8"])
+        (tensor([3.0000, 0.5000]), None)
+    """
+    check_not_empty(weights)
+    statics = _Statics(format, transposed)
+    if torch.compiler.is_compiling():
+        amax, global_amax = _run_expert_amax(statics, *(weight.detach() for weight in weights))
+    else:
+        amax, global_amax = _ExpertAmax.apply(statics, *weights)
+    return amax, global_amax if format.has_global_amax else None
+
+
+def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Amax and global amax, of which an empty one stands for none: a Function returns tensors."""
+    format, transposed = statics.format, statics.transposed
+    if has_kernel(weights):
+        from fq_transforms.ops.amax.launch import expert_amax_operator, expert_amax_triton
+
+        if torch.compiler.is_compiling():
+            return expert_amax_operator(list(weights), format.to_json(), transposed)
+        amax, global_amax = expert_amax_triton(weights, format=format, transposed=transposed)
+        return amax, amax.new_empty(0) if global_amax is None else global_amax
+    parts = [expert_amax_reference(w.mT if transposed else w, format=format) for w in weights]
+    amax = torch.cat([flat(leaf, w) for w, (leaf, _) in zip(weights, parts, strict=True)])
+    globals_ = [flat(leaf, w) for w, (_, leaf) in zip(weights, parts, strict=True) if leaf is not None]
+    return amax, torch.cat(globals_) if globals_ else amax.new_empty(0)
+
+
+class _ExpertAmax(Constant, Mapped):
+    leaf_results = 2
+
+    @staticmethod
+    def forward(statics: _Statics, *weights: Tensor) -> Any:
+        return _run_expert_amax(statics, *weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return None, None
