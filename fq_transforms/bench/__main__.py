@@ -21,9 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-import fq_transforms as fqt
-from fq_transforms.bench import full_size, mse, packing, peers, report, step, sweep
-from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits
+from fq_transforms.bench import full_size, host, mse, packing, peers, report, step, sweep
+from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits, user
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.autograd import expert_amax
@@ -35,10 +34,10 @@ from fq_transforms.state import State
 
 Row = dict[str, Any]
 
-PARTS = ["kernels", "pack", "mse", "step", "full-size"]
+PARTS = ["kernels", "host", "pack", "mse", "step", "full-size"]
 WHAT = (
-    "kernels against their floors and peers; packing alone; the sweep over amax; training steps (needs Transformer "
-    "Engine); a whole model"
+    "kernels against their floors and peers; the host's time with and without private APIs; packing alone; the sweep "
+    "over amax; training steps (needs Transformer Engine); a whole model"
 )
 
 
@@ -101,6 +100,7 @@ def _write_page(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts, page = {
+            "host": ((host.rows,), host.page),
             "pack": ((packing.rows,), packing.page),
             "step": ((partial(step.layer_rows, peers=peers), partial(step.model_rows, peers=peers)), step.page),
             "full-size": ((full_size.rows,), full_size.page),
@@ -149,7 +149,7 @@ def measure_peers(shape: Shape, rows: list[Row]) -> None:
     """Add the peers' times to the forward rows of a shape, and ours in turn with them."""
     weights = [w.bfloat16() for w in expert_weights(shape)]
     for format in (f for f in ALL if fits(f, shape)):
-        params, fq, state = _user(weights, format)
+        params, fq, state = user(weights, format)
         amax, global_amax = (None, None) if format.is_stateless else expert_amax(weights, format=format)
         calls: dict[str, Callable[[], object] | None] = {
             "torch_us": peers.stacked_torch(weights, amax, global_amax, format),
@@ -264,19 +264,10 @@ def _forward_row(rows: list[Row], shape: Shape, format: Format) -> Row:
     return row
 
 
-def _user(
-    weights: list[Tensor], format: Format, *, separate: bool = False
-) -> tuple[dict[str, Tensor], fqt.Transform, State]:
-    """What a user has before a call."""
-    params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
-    fq = fqt.transform(fqt.select(params, {"*": format}), separate=separate)
-    return params, fq, fq.calibrate(params)
-
-
 def _host(weights: list[Tensor], format: Format) -> Row:
     """Whole calls of the public function, as a user makes them, and torch's own cost of making as many views."""
-    params, fq, state = _user(weights, format)
-    _, apart, _ = _user(weights, format, separate=True)
+    params, fq, state = user(weights, format)
+    _, apart, _ = user(weights, format, separate=True)
     stacked = weights[0].new_empty((len(weights), *weights[0].shape))
     return {
         "host_us": host_us(lambda: fq.fakequant(params, state)),

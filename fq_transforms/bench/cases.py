@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS, Format
+from fq_transforms.state import State
 
 
 class Shape(NamedTuple):
@@ -49,6 +50,15 @@ def expert_weights(shape: Shape) -> Tensor:
     size = (shape.experts, shape.out_features, shape.in_features)
     scale = torch.logspace(-3, 0, shape.experts, device="cuda")[:, None, None]
     return torch.randn(size, generator=generator, device="cuda").mul_(scale)
+
+
+def user(
+    weights: list[Tensor], format: Format, *, separate: bool = False
+) -> tuple[dict[str, Tensor], fqt.Transform, State]:
+    """What a user has before a call: parameters, the transform, the state."""
+    params = {f"experts.{i}.weight": w for i, w in enumerate(weights)}
+    fq = fqt.transform(fqt.select(params, {"*": format}), separate=separate)
+    return params, fq, fq.calibrate(params)
 
 
 def check_same(found: Tensor, wanted: Tensor, what: str) -> None:
