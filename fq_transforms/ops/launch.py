@@ -8,9 +8,9 @@ NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts 
 one allocation), else through a table of addresses on the device.
 
 NOTE what is remembered: a plan keeps the kernels that were compiled for it, which spares Triton's own look-up of a
-launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never stale:
-a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the median over
-six formats, when whole calls were remembered too, by all that they read; the limits are 80 and 200:
+launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never
+stale: a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
+median over six formats, when whole calls were remembered too, by all that they read; the limits are 80 and 200:
 
                                                     32 experts    128 experts
     with all that was remembered                            65            160

@@ -10,7 +10,7 @@ same number again, or the least of those above it.
 `percentile_kernel` is for granules that one program works on. It reads the weights once and keeps them in registers if
 they fit, else once a bit. `percentile_digit_kernel` is for whole experts, which many programs share: a launch counts
 the values of one digit of eight bits among weights that have the digits already known. A digit is known only when all
-programs have counted, so there is a launch a digit, and a small one that interpolates.
+programs have counted, so there is a launch per digit, and a small one that interpolates.
 """
 
 import triton

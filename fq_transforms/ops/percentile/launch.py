@@ -40,7 +40,7 @@ def percentile_triton(
     """`percentile_reference` of every expert of a group: [E, *amax_shape].
 
     One launch, whatever the number of experts. Granules of more weights than `held` are read once a bit in it. Per
-    tensor, where a granule is a whole expert: one launch a digit of eight bits, two of bf16, three of fp16, four of
+    tensor, where a granule is a whole expert: one launch per digit of eight bits, two of bf16, three of fp16, four of
     fp32, each of which reads the weights, and one that reads none.
 
     Args:
