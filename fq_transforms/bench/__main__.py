@@ -30,7 +30,6 @@ from fq_transforms.ops.amax.reference import expert_amax_reference
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.ops.quantize.launch import clip_backward_triton
 from fq_transforms.ops.quantize.reference import clip_backward_reference, fake_quantize_reference
-from fq_transforms.state import State
 
 Row = dict[str, Any]
 

@@ -131,8 +131,8 @@ def load(
 
     Raises:
         KeyError: A group is missing in `like`.
-        ValueError: The path is no checkpoint, or of the other kind; a group or leaf is missing, unexpected or different;
-            a file is damaged; an amax is NaN, infinite or negative. The same on every rank.
+        ValueError: The path is no checkpoint, or of the other kind; a group or leaf is missing, unexpected or
+            different; a file is damaged; an amax is NaN, infinite or negative. The same on every rank.
         OSError: There is nothing at the path, or it cannot be read.
 
     Example:

@@ -7,18 +7,16 @@ tensors along dim 0, in order.
 NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts are evenly spaced (stacked, or views of
 one allocation), else through a table of addresses on the device.
 
-NOTE what is remembered: a plan keeps the kernels that were compiled for it, which spares Triton's own look-up of a
-launch, and `_PLACES` keeps where groups lay, with their tables. A place is found by its addresses, so it is never
-stale: a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
-median over six formats, when whole calls were remembered too, by all that they read; the limits are 80 and 200:
+NOTE what is remembered: a plan keeps the kernels that were compiled for it, `_PLACES` where groups lay, with their
+tables, and `_CALLS` whole launches but for where their results go. Places and calls are found by addresses, so they are
+never stale: a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
+median over six formats and three runs; the limits are 80 and 200.
 
                                                     32 experts    128 experts
-    with all that was remembered                            65            160
+    with all that is remembered                             65            160
     without whole calls                                     96            180
     nor compiled kernels                                   124            221
     nor what weights were checked for (`checks.py`)        135            263
-
-Whole calls are no more remembered: one look-up of a place spares most of what they did.
 
 NOTE memory of the results: by default the results of a group share one allocation, evenly spaced: one call to the
 allocator and no table. The price: one result that is kept keeps all N. With `separate` each has memory of its own.
@@ -47,6 +45,7 @@ __all__ = [
     "Matrices",
     "Plan",
     "Tile",
+    "call_key",
     "check_not_empty",
     "constants_of",
     "each_expert",
@@ -55,7 +54,9 @@ __all__ = [
     "format_of",
     "has_kernel",
     "launch",
+    "launch_again",
     "matrices_of",
+    "remember",
     "results_for",
     "shape_of",
     "split",
@@ -354,6 +355,48 @@ class Launched(NamedTuple):
     stream: int
     arguments: tuple[object, ...]
     tables: list[Tensor]
+
+
+# Launches by what they read; a group's results lie one behind the other, from an address on that 16 divides.
+_CALLS: Bounded[tuple[object, ...], Launched] = Bounded(4096)
+# Where the results' address stands among the arguments: behind the weights' address, table and stride.
+RESULT = 3
+
+
+def call_key(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor | None], *statics: object
+) -> tuple[object, ...] | None:
+    """What tells launches apart that differ in where their results go only; None where none is remembered.
+
+    Remembered are those over weights that are known to be contiguous, which come again; inputs come from anywhere.
+    """
+    first, out = weights[0], outs[0]
+    if type(weights) is not Contiguous or first.dim() != 2 or len(outs) > 1 or not first.is_cuda:
+        return None
+    index, leaves = first.device.index, [scale for scale in scales if scale is not None]
+    if index != torch.cuda.current_device() or out.data_ptr() % 16 or not all(map(Tensor.is_contiguous, leaves)):
+        return None
+    what = (private.current_stream(index), first.shape, first.dtype, out.dtype, *statics)
+    return (*what, *map(Tensor.data_ptr, leaves), *map(Tensor.data_ptr, weights))
+
+
+def launch_again(key: tuple[object, ...] | None, out: Tensor) -> Launched | None:
+    """The launch that was remembered, made into `out`; None if there is none."""
+    known = None if key is None else _CALLS.get(key)
+    if known is None:
+        return None
+    compiled, grid, stream, arguments, tables = known
+    arguments = (*arguments[:RESULT], out.data_ptr(), *arguments[RESULT + 1 :])
+    private.run(compiled, grid, stream, arguments)
+    if tables and torch.cuda.is_current_stream_capturing():
+        CAPTURED.append(tables)
+    return Launched(compiled, grid, stream, arguments, tables)
+
+
+def remember(key: tuple[object, ...] | None, launched: Launched | None) -> None:
+    """Keep a launch. Not while a CUDA graph is captured, whose tables are filled within the graph."""
+    if key is not None and launched is not None and not torch.cuda.is_current_stream_capturing():
+        _CALLS[key] = launched
 
 
 def launch(plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None, ...]) -> Launched | None:
