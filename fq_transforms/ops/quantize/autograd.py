@@ -136,7 +136,9 @@ def fake_quantize_into(
     if has_kernel(weights):
         launched = _write(statics, outs, seed, amax, global_amax, weights)
         torch.autograd.graph.increment_version(outs)
-        return launched
+        # A launch over a copy of what was not contiguous would read that copy again.
+        leaves = [leaf for leaf in (amax, global_amax) if leaf is not None]
+        return launched if type(weights) is Contiguous and all(map(Tensor.is_contiguous, leaves)) else None
     for out, result in zip(outs, _run_fake_quantize(statics, seed, amax, global_amax, weights), strict=True):
         out.copy_(result)
     return None

@@ -145,7 +145,9 @@ def test_the_public_search_launches_once(format):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # Without acc_events a process's second profile would warn, and warnings are errors.
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda, acc_events=True) as profile:
         percentile_amax(weights, amax, format=format, percentile=99.0)
         torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= amax.nbytes + 8 * 2**13

@@ -132,7 +132,9 @@ def test_the_public_search_launches_once(format):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # Without acc_events a process's second profile would warn, and warnings are errors.
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda, acc_events=True) as profile:
         swept_amax(weights, amax, global_amax, None, format=format, search=search)
         torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < sum(w.nbytes for w in weights)
