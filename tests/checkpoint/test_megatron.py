@@ -738,7 +738,7 @@ def _te_to_sequential(rank, size, folder):
 def test_te_and_sequential_are_interchangeable(ranks, tmp_path):
     """Names of parameters are local; keys are the weights', which are the same for both kinds of experts.
 
-    Transformer Engine's own entries are in `test_partition.test_jobs_are_as_megatron_describes_them`.
+    Transformer Engine's own entries are in `test_megatron_shards.test_jobs_are_as_megatron_describes_them`.
     """
     ranks(_te_to_sequential, str(tmp_path))
 

@@ -22,8 +22,6 @@ from fq_transforms.checkpoint import dcp_files, storage
 from fq_transforms.checkpoint.dcp_files import read_metadata
 from fq_transforms.checkpoint.storage import seal_of
 from fq_transforms.formats import INT8, IntElement
-from fq_transforms.pack import packed_leaves
-from fq_transforms.partition import Part, leaf_part
 from fq_transforms.state import flatten, unflatten
 from tests.cases import assert_names, message_of, name_of
 from tests.checkpoint.samples import (
@@ -319,26 +317,3 @@ def test_faults_of_ranks(ranks, tmp_path):
         assert_names(said["cut"], "'x.experts.w'", "0..3 of 12", "cuts a block of 2 of INT4")
         assert_names(said["unpack"], "packed 'x.experts.w.codes': found a DTensor", "unpack each rank's shard")
         assert_names(said["placed"], "state 'x.experts.w.amax': found a plain tensor, wanted a DTensor")
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    format=st.sampled_from(PACKABLE),
-    splits=st.tuples(*[st.sampled_from([1, 2, 4])] * 3),
-    unit=st.sampled_from([128, 256]),
-    data=st.data(),
-)
-def test_parts_of_packed_leaves(format, splits, unit, data):
-    """The part of a leaf that `leaf_part` gives has the shape that packing the part of the weights has, and tiles."""
-    whole = (4, 4 * unit, 4 * unit)
-    index = [data.draw(st.integers(0, count - 1)) for count in splits]
-    shape = tuple(size // count for size, count in zip(whole, splits, strict=True))
-    offset = tuple(i * size for i, size in zip(index, shape, strict=True))
-    group = fqt.select({"experts.w": torch.empty(shape, device="meta")}, {"*": format}).groups[0]
-    wholes = packed_leaves(fqt.select({"experts.w": torch.empty(whole, device="meta")}, {"*": format}).groups[0])
-    for field, (wanted, _) in packed_leaves(group).items():
-        part = leaf_part(Part(whole, offset, shape), format, field, "experts.w")
-        assert part.shape == wanted
-        assert part.whole == wholes[field][0]
-        for axis, (size, start) in enumerate(zip(part.shape, part.offset, strict=True)):
-            assert start == (index[axis] * size if part.whole[axis] != size else 0)
