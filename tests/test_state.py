@@ -3,6 +3,7 @@
 Also what stands between weights and state: `calibrate` and `fakequant` refuse what does not fit or is not finite.
 """
 
+import io
 import itertools
 from dataclasses import replace
 from math import isnan
@@ -278,6 +279,34 @@ def test_flat_leaves_go_through_a_file():
     state = fq.calibrate(params)
     loaded = safetensors.load(safetensors.save(flatten(state)))
     assert same_states(unflatten(loaded, fq.init(params)), state)
+
+
+def test_a_state_goes_through_torch_save():
+    """Plain dicts of tensors: what torch.load(weights_only=True) gives back is the state, groups without leaves too."""
+    params, fq = every_kind()
+    state = fq.calibrate(params)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=True)
+    assert list(again) == list(state)
+    assert same_states(again, state)
+
+
+def test_every_verb_maps_over_states():
+    """Under vmap over a batch of whole states, fakequant, tie and flatten are what they are for each."""
+    params = tied_params()
+    fq = transform(select(params, {"*.w1.*": NVFP4_STATIC, "*.w3.*": NVFP4_STATIC, "*.w2.*": MXFP4}))
+    states = [optree.tree_map(lambda leaf, f=factor: leaf * f, fq.calibrate(params)) for factor in (1.0, 0.5)]
+
+    def verbs(state):
+        tied = tie(state, [("w1", "w3")])
+        return fq.fakequant(params, tied), flatten(tied)
+
+    batch = optree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    found = torch.func.vmap(verbs)(batch)
+    for n, state in enumerate(states):
+        assert equal(optree.tree_map(lambda leaf, n=n: leaf[n], found), verbs(state))
 
 
 def flat_and_like():

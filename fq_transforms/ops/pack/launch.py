@@ -19,7 +19,7 @@ __all__ = ["pack_scales_triton", "pack_triton"]
 PACK = Tile(4096, 4)  # one strand of 32 weights per thread, so that its scale is where its weights are
 PACK_WORDS = Tile(4096, 2)  # two such strands where codes are less than a byte: fewer instructions per weight
 PACK_TRANSPOSED = Tile(2048, 1)  # fewest exchanges between threads
-# Weights that a thread packs: 16 bytes of four bits, and the whole block of an MX format.
+# Weights that a thread packs: 16 bytes of four bits, and the whole block of the MX formats that OCP has.
 STRAND = 32
 
 
@@ -61,14 +61,16 @@ def pack_plan(
     tile = tile or (PACK_TRANSPOSED if transposed else PACK if code_bits(format) == 8 else PACK_WORDS)
     out_features, in_features = shape = shape_of(matrix, transposed)
     bits, block = code_bits(format), format.block[1] or STRAND
-    if format.has_blocks_along_in:
+    if format.dynamic:
+        chunk = block  # all that its scale is made of: a block may be wider than a strand
+    elif format.has_blocks_along_in:
         chunk = min(STRAND, block)
     else:  # as in `visit_plan`; but transposed tiles mask their edge only where a code is a byte
         chunk = min(16 if bits == 8 else STRAND, block)
         chunk = chunk if transposed and bits == 8 else min(chunk, in_features & -in_features)
     blocks = 1
     if format.has_blocks_along_in and not transposed and out_features * in_features % STRAND == 0:
-        blocks = STRAND // chunk
+        blocks = max(1, STRAND // chunk)
     strands = max(1, tile.weights // (blocks * chunk))
     if transposed:
         programs = -(-out_features // strands) * -(-in_features // chunk)
