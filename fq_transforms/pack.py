@@ -16,6 +16,7 @@ from torch import Tensor
 from fq_transforms.checks import DTYPES, LeafType, check_state, check_tensor, is_read, local_group, weights_of
 from fq_transforms.dtensor import Layout, is_sharded, layout_of, sharded_tensors
 from fq_transforms.formats import Format, code_bits
+from fq_transforms.ops.launch import has_kernel
 from fq_transforms.ops.pack.reference import code_dtype, pack_reference, pack_scales, unpack_reference
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
@@ -126,7 +127,7 @@ def check_packed(packed: PackedTree, spec: Spec) -> None:
 
 def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> list[Tensor]:
     amax, global_amax = scales.get("amax"), scales.get("global_amax")
-    if weights[0].is_cuda:
+    if has_kernel(weights):
         from fq_transforms.ops.pack.launch import pack_triton
 
         parts = pack_triton(weights, amax, global_amax, format=group.format, transposed=group.transposed)

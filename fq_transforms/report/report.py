@@ -13,6 +13,7 @@ from torch import Tensor
 from fq_transforms.checks import check_state, is_concrete, local_group, weights_of
 from fq_transforms.dtensor import is_sharded, layout_of
 from fq_transforms.formats import Format
+from fq_transforms.ops.launch import has_kernel
 from fq_transforms.ops.private import is_functorch_active
 from fq_transforms.ops.report.reference import Measures, histogram_reference, report_reference
 from fq_transforms.report.plot import Histogram, Row, plot
@@ -271,7 +272,7 @@ def _measure(part: _OwnPart) -> Measures:
         sums = torch.zeros(0, dtype=torch.float64, device=weights[0].device)
         counts, largest = sums.long(), sums.float()
         return Measures(sums, sums, counts, counts, counts, largest)
-    if weights[0].is_cuda:
+    if has_kernel(weights):
         from fq_transforms.ops.report.launch import report_triton  # which needs Triton
 
         amax, global_amax = scales.get("amax"), scales.get("global_amax")

@@ -69,8 +69,7 @@ def fake_quantize(
     """Fake-quantize each expert of a group by its own amax: `fake_quantize_reference`, differentiable in the weights.
 
     Args:
-        weights: N tensors [*experts, out, in] of one shape and dtype (bf16, fp16, fp32); [*experts, in, out] if
-            transposed.
+        weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
         amax: fp32 [E, *format.amax_shape(out, in)], E experts over all tensors; None for MX formats.
         global_amax: fp32 [E] for static two-level formats, else None.
         format: The numbers.
@@ -80,8 +79,7 @@ def fake_quantize(
             clamp(w, -amax, amax); dynamic formats pass it through. "lsq": that of "clip", and `lsq_backward_reference`
             to amax and global amax, which get none otherwise; MX formats, with nothing to learn, pass it through.
         separate: On a GPU, one allocation per tensor, in place of one for the group.
-        seed: On the device of the weights; with a stream `stochastic_reference`: rounded by chance, which gradients do
-            not see.
+        seed: On the weights' device; with a stream: rounded by chance, which gradients do not see.
         stream: Which random bits; its `experts` is set here.
 
     Returns:
