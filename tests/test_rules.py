@@ -45,7 +45,9 @@ def test_a_rule_that_cannot_be_is_refused_when_it_is_made(mistake):
 
 
 @pytest.mark.parametrize(
-    "rules", [FP8, "*", "FP8_DEFAULT_CFG", None, 7, [("*", FP8)], [FP8], {"*"}, iter([Rule("*", FP8)])], ids=str
+    "rules",
+    [FP8, "*", "FP8_DEFAULT_CFG", None, 7, [("*", FP8)], [FP8], {"*"}, iter([Rule("*", FP8)])],
+    ids=lambda rules: type(rules).__name__,
 )
 def test_what_is_no_rules_is_refused(rules):
     """A format, a pattern, a preset's name, pairs: the error shows what select takes."""
