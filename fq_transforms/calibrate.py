@@ -80,7 +80,7 @@ def calibrate(
 
 
 def _local_leaves(group: Group, weights: Sequence[Tensor], layout: Layout | None) -> dict[str, Tensor]:
-    """The amax leaves of the weights that this rank holds, by name; of MX formats, too, an amax an expert."""
+    """The amax leaves of the weights that this rank holds, by name; of MX formats, too, an amax per expert."""
     if layout is not None:
         if layout.is_empty:
             numbers: dict[str, Any] = {"dtype": torch.float32, "device": weights[0].device}
@@ -105,9 +105,9 @@ def _reduce(found: Sequence[dict[str, Tensor]], layouts: Sequence[Layout | None]
 
 
 def _check_finite(largest: Sequence[tuple[Tensor, Group, Sequence[int]]]) -> None:
-    """Raise ValueError for the first expert whose largest magnitude, [experts] a group, is not finite.
+    """Raise ValueError for the first expert whose largest magnitude, [experts] per group, is not finite.
 
-    With each group the numbers of its experts. One wait a device.
+    With each group the numbers of its experts. One wait per device.
     """
     for device in {leaf.device for leaf, _, _ in largest}:
         found = [entry for entry in largest if entry[0].device == device]

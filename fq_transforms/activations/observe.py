@@ -125,7 +125,7 @@ def check_input(inputs: Inputs, x: Tensor) -> None:
 
 
 def _check_finite(seen: Iterable[Seen], number: int, caller: str) -> None:
-    """Raise ValueError for the first layer that got NaN or infinity in this batch. One wait a device."""
+    """Raise ValueError for the first layer that got NaN or infinity in this batch. One wait per device."""
     in_order = [(one, one.sizes()) for one in seen]
     for device in {sizes.device for _, sizes in in_order}:
         here = [(one, sizes) for one, sizes in in_order if sizes.device == device]

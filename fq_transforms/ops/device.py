@@ -212,7 +212,7 @@ def fake_quantized(
     EXPONENT_ROUNDING: tl.constexpr,
     MAX_BITS: tl.constexpr,
 ):
-    """Fake-quantized weights of chunks under one level of scales, in fp32: the nearest if u is None, else by chance."""
+    """Fake-quantized weights of chunks under one level of scales, in fp32: the nearest if u is None, else at random."""
     a = tl.abs(x)
     if SCALE == "e8m0":
         e = mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
@@ -251,7 +251,7 @@ def fake_quantized_two_level(
 ):
     """`fake_quantized` under two levels of scales; and the scale of each block.
 
-    A quotient that is rounded to the nearest need only be on the right side of the boundaries between values; by chance
+    A quotient that is rounded to the nearest need only be on the right side of the boundaries between values; at random
     each of its bits may decide, so there elements are divided exactly.
     """
     s, _s8 = two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
@@ -264,7 +264,7 @@ def fake_quantized_two_level(
     return with_sign_of(round_element(v, u, MIN_EXPONENT, MANTISSA) * each(s), x), s
 
 
-# Rounding by chance.
+# Rounding at random.
 
 # How far fp32 carries a value of a format through its own scale; the reference has the same number.
 ON_GRID = tl.constexpr(2.0**-22)
@@ -281,7 +281,7 @@ def round_steps(t, u):
 
 @triton.jit
 def round_element(a, u, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """A value of a small float beside a, 0 <= a <= its largest value: the nearest if u is None, else by chance."""
+    """A value of a small float beside a, 0 <= a <= its largest value: the nearest if u is None, else at random."""
     if u is None:
         return round_magnitude(a, MIN_EXPONENT, MANTISSA)
     else:

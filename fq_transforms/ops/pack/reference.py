@@ -97,7 +97,7 @@ def pack_reference(
         format: The numbers; not one with `unit_scale_below`, whose scales no E4M3 number stands for.
 
     Returns:
-        `codes` and `scale` as in the table above, `scale` with one number a granule; `global_scale`, fp32 [*experts],
+        `codes` and `scale` as in the table above, `scale` with one number per granule; `global_scale`, fp32 [*experts],
         or None.
 
     Source: the layouts of compressed-tensors 0.20 and ModelOpt 0.47.

@@ -98,7 +98,7 @@ def forward_plan(
     has_seeds: bool = False,
     tile: Tile | None = None,
 ) -> Plan:
-    """Of `fake_quantize_kernel`: to the nearest, or with a stream by chance, if so with a seed per expert."""
+    """Of `fake_quantize_kernel`: to the nearest, or with a stream at random, if so with a seed per expert."""
     kernel, shape, numbers = fake_quantize_kernel, shape_of(matrix, transposed), constants_of(format)
     if stream is None:
         tile = tile or (FORWARD_WIDE if format.block == (1, None) or format.scale == "e4m3" else FORWARD)

@@ -128,7 +128,7 @@ def stochastic_reference(
     format: Format,
     out_dtype: torch.dtype,
 ) -> Float[Tensor, "*experts out in"]:
-    """`fake_quantize_reference`, with elements rounded up or down by chance.
+    """`fake_quantize_reference`, with elements rounded up or down at random.
 
         t = abs(v) / spacing, v as there and clamped as there
         n = rint(t);  lower = floor(t);  u = (word // 2**8 + 1) / 2**24, in (0, 1]
@@ -162,7 +162,7 @@ def stochastic_reference(
 def _fake_quantized(
     x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, u: Tensor | None
 ) -> Tensor:
-    """Both of the above in fp32: elements are rounded to the nearest, or by chance where there is a u for each."""
+    """Both of the above in fp32: elements are rounded to the nearest, or at random where there is a u for each."""
     element = format.element
     if format.scale == "e8m0":
         v, e, finite = quantize_mx(x, format, u)
@@ -329,7 +329,7 @@ def _error(q: Tensor, v: Tensor, element: FloatElement) -> Tensor:
 
 
 # The formulas' parts, which packing, reports and sweeps take as they are. Elements are rounded to the nearest if u is
-# None, else by chance, with a number u in (0, 1] for each weight.
+# None, else at random, with a number u in (0, 1] for each weight.
 
 
 def quantize_int(x: Tensor, amax: Tensor, element: IntElement, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -418,7 +418,7 @@ def power_of_two(e: Int32[Tensor, "..."]) -> Float32[Tensor, "..."]:
 
 
 def _round_to(x: Float32[Tensor, "..."], element: FloatElement, u: Tensor | None = None) -> Float32[Tensor, "..."]:
-    """A value of the element: the nearest, ties to even, or one by chance; saturates; keeps NaN and the sign."""
+    """A value of the element: the nearest, ties to even, or one at random; saturates; keeps NaN and the sign."""
     x = x.clamp(-element.max, element.max)
     exponent = ((x.view(torch.int32) >> 23) & 0xFF).clamp(min=element.min_exponent + 127)
     spacing = exponent - element.mantissa_bits

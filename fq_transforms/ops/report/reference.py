@@ -52,7 +52,7 @@ BINS, REACH = 256, 1.25
 
 
 class Measures(NamedTuple):
-    """What is measured, one number an expert: fp64 sums, int64 counts, and an fp32 maximum."""
+    """What is measured, one number per expert: fp64 sums, int64 counts, and an fp32 maximum."""
 
     signal: Tensor
     noise: Tensor

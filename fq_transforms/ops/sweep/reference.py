@@ -8,7 +8,7 @@ What is tried of a granule, by a `Search`:
 
 NOTE window, for blocks of at most 16 weights: let s be the scale of a block's largest weight a, so 6 * s is within a
 sixteenth of a. A scale below s / 4 clips a by more than 0.73 * a, and the square of that is more than all 16 errors
-under s together. A scale from 2 * s on has, up to a, no value that half of it has not. So the best is from 16 codes
+under s together. A scale from 2 * s on has, up to a, no value that half of it lacks. So the best is from 16 codes
 below that of s to 7 above, where E4M3's codes are 8 to a binade; at its bottom they are coarser, and the window is the
 lowest 24. Weighted errors have no such bound.
 
@@ -19,7 +19,7 @@ NOTE order: a chunk is at most 16 weights along `in` that share a scale, or a wh
 are fp32 and added by pairs: neighbours, then neighbouring sums, and so on. A granule of many chunks adds their errors
 as int64 in units of 2**-shift, exactly: in whatever order, the sum is the same.
 
-NOTE margin: max stays unless another's error is smaller by more than a part in 2**16, and by a unit a chunk. The fp32
+NOTE margin: max stays unless another's error is smaller by more than a part in 2**16, and by a unit per chunk. The fp32
 sum of a chunk is off by less than a part in 2**18, its integer by less than a unit. So the true error falls, too.
 
 NOTE not swept: a granule whose amax is at most 2**-24 (two-level: the expert's), which INT rounds to zero and FP8 does
