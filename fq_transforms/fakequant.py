@@ -144,8 +144,8 @@ def check_learnable(spec: Spec) -> None:
     if spec.inputs:
         raise ValueError(
             f"backward 'lsq': found the inputs of {len(spec.inputs)} groups, such as {spec.inputs[0].key!r}, whose "
-            "scales are not learned, wanted 'pass_through', 'clip' or weights only: dataclasses.replace(spec, "
-            "inputs=())"
+            "scales are not learned, wanted 'pass_through' or 'clip'; or leave them out: "
+            "dataclasses.replace(spec, inputs=())"
         )
     if all(group.format.is_stateless for group in spec.groups):
         names = sorted({group.format.name for group in spec.groups})
