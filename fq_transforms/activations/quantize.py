@@ -15,6 +15,7 @@ from fq_transforms.activations.products import Use, products
 from fq_transforms.checks import UNCALIBRATED, check_state, plain_weights_of
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.autograd import expert_amax
+from fq_transforms.ops.private import saved_tensors_hooks
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
 from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import GroupState, State
@@ -93,10 +94,10 @@ def quantized_inputs(
     for inputs in spec.inputs:
         plain_weights_of(weights, inputs)
     _check_seen(state, spec)
-    differentiates, hooks = torch.is_grad_enabled(), _saved_tensors_hooks()
+    differentiates, hooks = torch.is_grad_enabled(), saved_tensors_hooks()
 
     def quantize(use: Use, x: Tensor) -> Tensor:
-        if differentiates and (not torch.is_grad_enabled() or _saved_tensors_hooks() != hooks):
+        if differentiates and (not torch.is_grad_enabled() or saved_tensors_hooks() != hooks):
             _refuse_recomputed(use, x, weights)
         return quantize_input(use, x, state[use.inputs.key], backward=backward)
 
@@ -108,10 +109,6 @@ def quantized_inputs(
             "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take it "
             "out with a rule to None"
         )
-
-
-def _saved_tensors_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
 
 
 def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> None:

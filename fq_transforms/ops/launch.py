@@ -133,7 +133,7 @@ def check_not_empty(weights: Sequence[Tensor]) -> None:
 def results_for(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Memory for the results of a group: one allocation, all rows of all matrices below each other."""
     first = weights[0]
-    rows, columns = first.shape[-2:]
+    *_, rows, columns = first.shape
     return torch.empty((experts_of(weights) * rows, columns), dtype=dtype, device=first.device)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "is_mapped",
     "is_transformed",
     "run",
+    "saved_tensors_hooks",
     "unwrapped",
 ]
 
@@ -43,6 +44,7 @@ _raw_stream: Callable[[int], int] | None = _find("torch._C", "_cuda_getCurrentRa
 _functorch_active: Callable[[], bool] | None = _find("torch._C", "_are_functorch_transforms_active")
 _wrappers: Any = _find("torch._C._functorch", "is_functorch_wrapped_tensor", "get_unwrapped", "is_batchedtensor")
 _forward_level: Callable[[], int] | None = _level if hasattr(forward_ad, "_current_level") else None
+_top_hooks: Any = _find("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _launcher: tuple[str, ...] | None = ("run", "function", "packed_metadata")  # of Triton's compiled kernels
 
 
@@ -178,6 +180,20 @@ def is_mapped(tensor: Tensor) -> bool:
             return True
         tensor = inner_of(tensor)
     return False
+
+
+def saved_tensors_hooks() -> Any:
+    """The innermost hooks on saved tensors, (pack, unpack), or None.
+
+    Raises:
+        RuntimeError: This PyTorch lacks the function. No public one tells, and to go on without would be to guess.
+    """
+    if _top_hooks is None:
+        raise RuntimeError(
+            f"saved-tensor hooks: found PyTorch {torch.__version__}, which does not tell which are active, wanted one "
+            "that does (2.11 to 2.14); use fq.fakequant with functional_call, or layerwise(recompute=False)"
+        )
+    return _top_hooks(True)
 
 
 # Launches.

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fq_transforms.checks import check_state, is_read
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.fakequant import quantize_group
+from fq_transforms.ops import private
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
@@ -154,7 +155,7 @@ class _Site:
         self.lender.end()
 
     def _is_lending(self, params: Mapping[str, Tensor]) -> bool:
-        if not self.lends or torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (no public name)
+        if not self.lends or private.is_functorch_active():
             return False
         found = tuple(params.values())
         if len(found) != len(self.lendable) or not all(map(is_, found, self.lendable)):
@@ -203,12 +204,12 @@ class _Site:
 
     def _remake(self, params: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> "_Remake | None":
         """Hooks that keep fake weights as what they are made of; None where other hooks decide."""
-        if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage] (it has no public name)
+        if private.is_functorch_active():
             raise ValueError(
                 f"layer {type(self.module).__name__}: found a torch.func transform, which forbids hooks on saved "
                 "tensors, wanted recompute=False"
             )
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+        outer = private.saved_tensors_hooks()
         if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
             return None
         remake = _Remake(outer)

@@ -178,3 +178,13 @@ def test_launches_are_the_same(monkeypatch):
         results.append(run())
     torch.cuda.synchronize()
     assert all(torch.equal(out, results[0][0]) for out, _ in results)
+
+
+def test_hooks_that_nobody_can_tell_of_are_an_error(monkeypatch):
+    """Where PyTorch does not tell which saved-tensor hooks are active, the error says what to use."""
+    assert private.saved_tensors_hooks() is None
+    with torch.autograd.graph.saved_tensors_hooks(pack := lambda t: t, unpack := lambda t: t):
+        assert private.saved_tensors_hooks() == (pack, unpack)
+    monkeypatch.setattr(private, "_top_hooks", None)
+    with pytest.raises(RuntimeError, match=r"recompute=False"):
+        private.saved_tensors_hooks()

@@ -170,14 +170,17 @@ def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) ->
     if stream is not None:
         stream = replace(stream, experts=experts_of(weights[:1]))
     make = _Statics if torch.compiler.is_compiling() else _known_statics
-    return make(*statics, stream=stream)
+    return make(*statics) if stream is None else make(*statics, stream=stream)
 
 
 def _launchers() -> Any:
-    """`quantize.launch`, imported where a GPU asks for it: it needs Triton. torch.compile cannot trace a cache here."""
+    """`quantize.launch`, imported where a GPU asks for it: it needs Triton."""
     from fq_transforms.ops.quantize import launch
 
     return launch
+
+
+_known_launchers = cache(_launchers)  # which torch.compile cannot trace
 
 
 def _is_differentiated(weights: Sequence[Tensor], *others: Tensor | None) -> bool:
@@ -232,7 +235,7 @@ def _write(
         draws = None if stream is None else list(stream.numbers)
         run = _launchers().fake_quantize_operator
         return run(list(outs), list(weights), amax, global_amax, seed, format.to_json(), transposed, draws)
-    run = _launchers().fake_quantize_triton
+    run = _known_launchers().fake_quantize_triton
     return run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
 
 
