@@ -275,24 +275,38 @@ def test_it_prints_in_a_line_and_as_a_table(params):
     assert lines[-1] == "method=Percentile(percentile=99.0), backward='clip', out_dtype=torch.bfloat16, separate=True"
 
 
-def values_in_a_process(fq, params, connection):
-    state = fq.calibrate(params)
-    connection.send({name: w.tolist() for name, w in fq.fakequant(params, state).items()})
+def transforms(params):
+    """Formats with one leaf, with two and with none, and every option."""
+    return [
+        transform_of(params, fqt.NVFP4_STATIC, method=methods.Mse(), backward="clip", out_dtype=torch.bfloat16),
+        transform_of(params, fqt.INT8_PER_CHANNEL, method=methods.Percentile(99.0), backward="lsq", separate=True),
+        transform_of(params, fqt.MXFP4),
+    ]
+
+
+def in_a_process(pickled, params, connection):
+    """What is unpickled equals what is made here, and is found in a dict, though strings hash otherwise here."""
+    fqs, own = pickle.loads(pickled), transforms(params)
+    same = fqs == own and [{fq: 1}.get(other) for fq, other in zip(own, fqs, strict=True)] == [1] * len(own)
+    values = [{name: w.tolist() for name, w in fq.fakequant(params, fq.calibrate(params)).items()} for fq in fqs]
+    connection.send((same, values))
 
 
 @pytest.mark.dist
 def test_it_goes_to_a_spawned_process(params):
-    """A process that has only the pickle computes the same numbers."""
-    fq = transform_of(params, fqt.NVFP4_STATIC, method=methods.Mse(), backward="clip", out_dtype=torch.bfloat16)
+    """A process that has only the pickle has an equal Transform of an equal hash, which computes the same numbers."""
     params = {name: p.detach() for name, p in params.items()}
+    fqs = transforms(params)
     ours, theirs = multiprocessing.Pipe()
-    process = torch.multiprocessing.get_context("spawn").Process(target=values_in_a_process, args=(fq, params, theirs))
+    arguments = (pickle.dumps(fqs), params, theirs)
+    process = torch.multiprocessing.get_context("spawn").Process(target=in_a_process, args=arguments)
     process.start()
     assert ours.poll(120)
-    found = ours.recv()
+    same, found = ours.recv()
     process.join(10)
-    wanted = fq.fakequant(params, fq.calibrate(params))
-    assert found == {name: w.tolist() for name, w in wanted.items()}
+    assert same
+    wanted = [fq.fakequant(params, fq.calibrate(params)) for fq in fqs]
+    assert found == [{name: w.tolist() for name, w in weights.items()} for weights in wanted]
 
 
 @pytest.fixture
