@@ -60,10 +60,8 @@ def test_the_hundredth_is_max(format):
 
 
 def test_more_weights_than_torch_takes():
-    """`torch.quantile` refuses more than 2**24 values, and fp32 positions would be off by weights beyond that."""
+    """fp32 positions would be off by weights beyond 2**24 values, which `torch.quantile` refuses up to PyTorch 2.13."""
     values = torch.arange(2**24 + 2**10, dtype=torch.int32)
     weight = (values / 2**25).view(2**10, -1)  # exact in fp32
     found = percentile_reference(weight, 99.9, format=FORMATS["FP8"])
     assert found.item() == np.float32((values.numel() - 1) * 0.999 / 2**25)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(weight, 0.999)
