@@ -218,6 +218,10 @@ def _run_fake_quantize(
         else:
             y = stochastic_reference(statics.matrix(w), a, g, words, **numbers)
         outs.append(statics.matrix(y).contiguous())
+    if torch.compiler.is_compiling():
+        # `to` and `contiguous` may return what they are given. PyTorch 2.11 makes each intermediate a result too, and
+        # of one tensor's places among the results only the last gets its gradient: without a copy, all were zero.
+        outs = [out.clone() for out in outs]
     return tuple(outs)
 
 
