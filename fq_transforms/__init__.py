@@ -17,6 +17,7 @@ from fq_transforms.formats import (
     NVFP4_STATIC,
     Format,
 )
+from fq_transforms.masters import cast, masters
 from fq_transforms.rounding import Stochastic
 from fq_transforms.rules import Rule
 from fq_transforms.select import select
@@ -49,10 +50,12 @@ __all__ = [
     "Stochastic",
     "Transform",
     "carry_main_grad",
+    "cast",
     "checkpoint",
     "export",
     "formats",
     "layerwise",
+    "masters",
     "merge",
     "methods",
     "presets",

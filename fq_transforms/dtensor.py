@@ -40,9 +40,11 @@ __all__ = [
     "layout_of",
     "local_tensors",
     "local_values",
+    "local_vectors",
     "position",
     "reduce_leaves",
     "sharded_tensors",
+    "sharded_vectors",
     "spread_in_words",
     "spread_of",
 ]
@@ -163,6 +165,16 @@ def sharded_tensors(layout: Layout, tensors: Sequence[Tensor], leaf: str = "") -
     """DTensors whose shards on this rank are `tensors`, differentiable; contiguous."""
     sharding = layout.leaves[leaf] if leaf else layout.weights
     return _FromLocal.apply(_Crossing(layout.mesh, sharding), *tensors)
+
+
+def local_vectors(layout: Layout, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`local_tensors` of cotangents of a group's parameters, of those that there are."""
+    return _cross(_ToLocal, _Crossing(layout.mesh, layout.weights), vectors)
+
+
+def sharded_vectors(layout: Layout, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`sharded_tensors` of gradients of a group's parameters, of those that there are."""
+    return _cross(_FromLocal, _Crossing(layout.mesh, layout.weights), vectors)
 
 
 def check_leaf(what: str, leaf: Tensor, layout: Layout | None, name: str) -> None:

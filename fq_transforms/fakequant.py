@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fq_transforms.checks import check_state, is_read, local_group, weights_of
-from fq_transforms.dtensor import Layout, check_leaf, is_sharded, layout_of, position, sharded_tensors
+from fq_transforms.dtensor import Layout, check_leaf, is_sharded, layout_of, local_values, position, sharded_tensors
+from fq_transforms.masters import Tensors, check_destinations, copy_into, count_up, tensors_of
 from fq_transforms.ops.launch import Launched
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
@@ -26,13 +28,19 @@ def fakequant(
     backward: Backward = "pass_through",
     separate: bool = False,
     rounding: Stochastic | None = None,
+    out: Tensors | None = None,
+    inplace: bool = False,
 ) -> dict[str, Tensor]:
     """`Transform.fakequant`, with the options of the Transform given one by one and known to be right."""
     if rounding is not None:
         check_rounding(rounding)
-        if backward == "lsq":
+        if backward == "lsq" and out is None:  # a write has no gradient to be wrong
             raise ValueError(f"rounding: found {rounding} with backward='lsq', wanted None, or backward='clip'")
     check_state(state, spec, values=is_read)
+    if out is not None:
+        return _write(params, state, tensors_of(out), inplace, spec=spec, out_dtype=out_dtype, rounding=rounding)
+    if inplace:
+        raise ValueError("inplace: found True without out, wanted out=params, the tensors to write to")
 
     quantized = dict(params)
     for group in spec.groups:
@@ -49,6 +57,54 @@ def fakequant(
     return quantized
 
 
+@torch.no_grad()
+def _write(
+    masters: Mapping[str, Tensor],
+    state: State,
+    out: Mapping[str, Tensor],
+    inplace: bool,
+    *,
+    spec: Spec,
+    out_dtype: torch.dtype | None,
+    rounding: Stochastic | None,
+) -> dict[str, Tensor]:
+    """Fake weights into the tensors of `out`, everything else cast into them; all is checked before."""
+    selected = {name: group for group in spec.groups for name in group.names}
+    targets = check_destinations(masters, out, selected)
+    written = {target.name: target for target in targets if target.name in selected}
+    for name, target in written.items():
+        if target.is_master and not inplace:
+            raise ValueError(
+                f"out {name!r}: found the weight itself, wanted memory apart from it, or inplace=True, after which "
+                "its unquantized values are gone"
+            )
+        if out_dtype not in (None, target.out.dtype):
+            raise ValueError(f"out {name!r}: found {target.out.dtype}, wanted {out_dtype}, the Transform's out_dtype")
+    ready = [_ready(masters, group, state[group.key], rounding) for group in spec.groups]
+    outs = [[written[name].out for name in group.names] for group in spec.groups]
+    for group, tensors in zip(spec.groups, outs, strict=True):
+        for name, tensor in zip(group.names, tensors, strict=True):
+            if tensor.dtype != tensors[0].dtype:
+                raise ValueError(
+                    f"out {name!r}: found {tensor.dtype}, wanted {tensors[0].dtype} as {group.names[0]!r} in its group"
+                )
+    for group, tensors, one in zip(spec.groups, outs, ready, strict=True):
+        if not one.is_empty:
+            fake_quantize_into(
+                [local_values(tensor) for tensor in tensors],
+                one.weights,
+                one.amax,
+                one.global_amax,
+                format=group.format,
+                transposed=group.transposed,
+                seed=one.seed,
+                stream=one.stream,
+            )
+    count_up([target.out for target in written.values()])
+    copy_into([target for target in targets if target.name not in selected])
+    return {name: out[name] for name in masters}
+
+
 def quantize_group(
     params: Mapping[str, Tensor],
     group: Group,
@@ -60,31 +116,54 @@ def quantize_group(
     rounding: Stochastic | None = None,
 ) -> Sequence[Tensor]:
     """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
-    weights = weights_of(params, group)
-    _check_device(group, scales, weights[0].device)
-    layout = layout_of(group, weights)
-    stream = None if rounding is None else _stream(rounding, group, layout, weights)
-    if layout is not None or any(map(is_sharded, scales.values())):
-        weights, scales = local_group(group, layout, weights, scales)
-    amax, global_amax = scales.get("amax"), scales.get("global_amax")
+    ready = _ready(params, group, scales, rounding)
+    weights, layout = ready.weights, ready.layout
     if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
-    if layout is not None and layout.is_empty:
+    if ready.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
     else:
         outs = fake_quantize(
             weights,
-            amax,
-            global_amax,
+            ready.amax,
+            ready.global_amax,
             format=group.format,
             transposed=group.transposed,
             out_dtype=out_dtype,
             backward=backward,
             separate=separate,
-            seed=None if rounding is None else _seed(rounding.seed, weights[0].device),
-            stream=stream,
+            seed=ready.seed,
+            stream=ready.stream,
         )
     return outs if layout is None else sharded_tensors(layout, outs)
+
+
+class _Ready(NamedTuple):
+    """A group checked, on this rank: its weights, its scales, and which random bits it draws."""
+
+    weights: Sequence[Tensor]
+    amax: Tensor | None
+    global_amax: Tensor | None
+    layout: Layout | None
+    seed: Tensor | None
+    stream: Stream | None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if this rank holds nothing of the weights."""
+        return self.layout is not None and self.layout.is_empty
+
+
+def _ready(params: Mapping[str, Tensor], group: Group, scales: GroupState, rounding: Stochastic | None) -> _Ready:
+    weights = weights_of(params, group)
+    _check_device(group, scales, weights[0].device)
+    layout = layout_of(group, weights)
+    seed = stream = None
+    if rounding is not None:
+        seed, stream = _seed(rounding.seed, weights[0].device), _stream(rounding, group, layout, weights)
+    if layout is not None or any(map(is_sharded, scales.values())):
+        weights, scales = local_group(group, layout, weights, scales)
+    return _Ready(weights, scales.get("amax"), scales.get("global_amax"), layout, seed, stream)
 
 
 def requantize_group(

@@ -15,9 +15,11 @@ from fq_transforms.activations.second_moments import Unseen, input_second_moment
 from fq_transforms.calibrate import calibrate, check_method
 from fq_transforms.checks import DTYPES
 from fq_transforms.fakequant import check_learnable, fakequant
+from fq_transforms.masters import Tensors
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.pack import PackedTree, pack, unpack
+from fq_transforms.pullback import pullback, take_grads
 from fq_transforms.report.report import Report, report
 from fq_transforms.rounding import Stochastic
 from fq_transforms.spec import Spec
@@ -157,27 +159,36 @@ class Transform:
         )
 
     def fakequant(
-        self, params: Mapping[str, Tensor], state: State, *, rounding: Stochastic | None = None
+        self,
+        params: Mapping[str, Tensor],
+        state: State,
+        *,
+        rounding: Stochastic | None = None,
+        out: Tensors | None = None,
+        inplace: bool = False,
     ) -> dict[str, Tensor]:
         """The parameters with each selected weight quantized and dequantized by its own expert's scales.
 
-        One launch per group on a GPU, plain PyTorch on a CPU, equal bit for bit; the formulas are in
-        `fq_transforms.ops.quantize.reference.fake_quantize_reference`. Differentiable in `params`, and under "lsq" in
-        `state`.
+        One launch per group; formulas: `fq_transforms.ops.quantize.reference.fake_quantize_reference`. Differentiable
+        in `params`, and under "lsq" in `state`. With `out`, the write of a training step: docs/training.
 
         Args:
-            params: Names to tensors; may hold more than the spec names.
+            params: Names to tensors; may hold more than the spec names. With `out`, the masters.
             state: From `calibrate`, or loaded.
             rounding: To the nearest if None, else `Stochastic(seed)`: up or down at random, unbiased, in every format.
+            out: Tensors to write to, at least those of `params`, or a module, whose FSDP2 parts are resharded first.
+                Not differentiable. Entries that are not selected are cast, but where they are the master itself.
+            inplace: Allow `out` to be `params`. The unquantized values are gone then.
 
         Returns:
-            A new dict in the order of `params`. Quantized entries are new tensors, all others the same objects. A
-            DTensor gives a DTensor placed alike, with no collective.
+            A new dict in the order of `params`. Quantized entries are new tensors, all others the same objects; with
+            `out` all are its tensors. A DTensor gives a DTensor placed alike, with no collective.
 
         Raises:
             KeyError: A parameter or a group of the state is missing.
             ValueError: A shape, dtype, device or placement is not as wanted; on a CPU an amax is NaN, infinite or
-                negative. On a GPU, where reading would wait, such an amax makes its own weights NaN: see `state.check`.
+                negative (on a GPU its weights are NaN: see `state.check`); a tensor of `out` is not contiguous, or
+                shares memory with another, or is the weight itself. Nothing is written then.
 
         Source: ModelOpt 0.47 `TensorQuantizer`, `pass_through_bwd` True or False; Esser et al. 2020 for "lsq".
 
@@ -196,7 +207,67 @@ class Transform:
             backward=self.backward,
             separate=self.separate,
             rounding=rounding,
+            out=out,
+            inplace=inplace,
         )
+
+    def pullback(
+        self, masters: Mapping[str, Tensor], state: State, grads: Mapping[str, Tensor | None]
+    ) -> tuple[dict[str, Tensor | None], dict[str, dict[str, Tensor | None]]]:
+        """The gradients of masters and state from those of the fake weights: `fakequant`'s pullback, without a forward.
+
+            pass_through    grad
+            clip            grad where abs(master) <= amax, else 0
+            lsq             that of clip, and of each amax: docs/learned-scales
+
+        Args:
+            masters: What `fakequant` was given.
+            state: What `fakequant` was given.
+            grads: Names of masters to gradients, in bf16, fp16 or fp32; None for an expert without tokens.
+
+        Returns:
+            Names to gradients in the dtype of the masters, placed as they are; None stays None. And, under "lsq", those
+            of the state, nested as it is, else an empty dict. NaN passes through.
+
+        Raises:
+            KeyError: A gradient is of no master, or a group of the state is missing.
+            ValueError: A gradient has another shape or device than its master, or another dtype than those.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> masters = {"w": torch.tensor([[1.0, -2.0]])}
+            >>> fq = fqt.transform(fqt.select(masters, {"w": fqt.INT8}), backward="clip")
+            >>> fq.pullback(masters, {"w": {"amax": torch.tensor([1.5])}}, {"w": torch.ones(1, 2).bfloat16()})
+            ({'w': tensor([[1., 0.]])}, {})
+        """
+        return pullback(masters, state, grads, spec=self.spec, backward=self.backward)
+
+    def take_grads(self, params: Tensors, masters: Mapping[str, Tensor], state: State) -> None:
+        """Move the gradients of a model's parameters through `pullback` into `grad` of the masters, where they add up.
+
+        Once per optimizer step, or once per microbatch, whose gradients then add up in the dtype of the masters. Under
+        "lsq" those of the state add up in `grad` of its leaves.
+
+        Args:
+            params: Names to parameters, or a module, whose `grad` is None afterwards. `main_grad`, where layers add
+                gradients up themselves, is taken in its place, and is zero afterwards.
+            masters: Names to masters. One that is the parameter itself keeps its `grad`.
+            state: What `fakequant` was given.
+
+        Raises:
+            KeyError, ValueError: As `pullback`; a parameter is missing. Nothing is moved then.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> params = {"w": torch.nn.Parameter(torch.ones(1, 2, dtype=torch.bfloat16))}
+            >>> masters = fqt.masters(params)
+            >>> fq = fqt.transform(fqt.select(masters, {"w": fqt.INT8}))
+            >>> params["w"].sum().backward()
+            >>> fq.take_grads(params, masters, fq.calibrate(masters))
+            >>> params["w"].grad, masters["w"].grad
+            (None, tensor([[1., 1.]]))
+        """
+        take_grads(params, masters, state, spec=self.spec, backward=self.backward)
 
     def apply(self, model: Module, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
         """`functional_call(model, fakequant(params, state), args, kwargs)`, inputs quantized where the spec has some.

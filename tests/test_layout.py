@@ -21,8 +21,8 @@ NAME = PACKAGE.name
 LAYERS = [
     "parse formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
     "ops",  # on plain tensors
-    "distributed partition dtensor checks select state",  # shards, ranks, what the public door checks
-    "fakequant pack activations calibrate sync report",  # one verb each
+    "distributed partition dtensor checks masters select state",  # shards, ranks, what the public door checks
+    "fakequant pullback pack activations calibrate sync report",  # one verb each
     "transform",
     "training checkpoint export",
     "__init__",

@@ -15,7 +15,9 @@ from torch.autograd import Function, forward_ad
 
 __all__ = [
     "Guards",
+    "add_all",
     "can_run",
+    "copy_all",
     "current_stream",
     "is_functorch_active",
     "is_mapped",
@@ -45,6 +47,8 @@ _functorch_active: Callable[[], bool] | None = _find("torch._C", "_are_functorch
 _wrappers: Any = _find("torch._C._functorch", "is_functorch_wrapped_tensor", "get_unwrapped", "is_batchedtensor")
 _forward_level: Callable[[], int] | None = _level if hasattr(forward_ad, "_current_level") else None
 _top_hooks: Any = _find("torch._C._autograd", "_top_saved_tensors_default_hooks")
+_copy_all: Callable[..., None] | None = _find("torch", "_foreach_copy_")
+_add_all: Callable[..., None] | None = _find("torch", "_foreach_add_")
 _launcher: tuple[str, ...] | None = ("run", "function", "packed_metadata")  # of Triton's compiled kernels
 
 
@@ -194,6 +198,27 @@ def saved_tensors_hooks() -> Any:
             "that does (2.11 to 2.14); use fq.fakequant with functional_call, or layerwise(recompute=False)"
         )
     return _top_hooks(True)
+
+
+# Many tensors at once.
+
+
+def copy_all(outs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its out, cast: on a GPU one launch for many tensors of one pair of dtypes."""
+    if _copy_all is None:
+        for out, source in zip(outs, sources, strict=True):
+            out.copy_(source)
+    else:
+        _copy_all(outs, sources)
+
+
+def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Add each part to its sum, in place: on a GPU one launch for many tensors of one dtype."""
+    if _add_all is None:
+        for total, part in zip(sums, parts, strict=True):
+            total.add_(part)
+    else:
+        _add_all(sums, parts)
 
 
 # Launches.

@@ -14,7 +14,16 @@ from fq_transforms.ops.quantize.launch import fake_quantize_triton, forward_plan
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import experts
 
-PRIVATE = ["_tensor_guards", "_raw_stream", "_functorch_active", "_wrappers", "_forward_level", "_launcher"]
+PRIVATE = [
+    "_tensor_guards",
+    "_raw_stream",
+    "_functorch_active",
+    "_wrappers",
+    "_forward_level",
+    "_copy_all",
+    "_add_all",
+    "_launcher",
+]
 
 
 @pytest.fixture(params=[False, True], ids=["private", "public"])

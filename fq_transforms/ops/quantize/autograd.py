@@ -15,7 +15,7 @@ own Function costs the host 65 us, torch.func's 89.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -46,7 +46,7 @@ from fq_transforms.ops.quantize.reference import (
 from fq_transforms.ops.vmap import Mapped
 from fq_transforms.rounding import Stream
 
-__all__ = ["Backward", "fake_quantize", "fake_quantize_into"]
+__all__ = ["Backward", "fake_quantize", "fake_quantize_into", "pull_back"]
 
 T = TypeVar("T")
 
@@ -140,6 +140,47 @@ def fake_quantize_into(
     for out, result in zip(outs, _run_fake_quantize(statics, seed, amax, global_amax, weights), strict=True):
         out.copy_(result)
     return None
+
+
+def pull_back(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Float[Tensor, "..."]],
+    amax: Float32[Tensor, "..."] | None,
+    global_amax: Float32[Tensor, "..."] | None,
+    *,
+    format: Format,
+    transposed: bool,
+    backward: Backward,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The gradients of `fake_quantize`, from those of its results, without its forward.
+
+    Returns:
+        Gradients of amax and of global amax, None unless backward is "lsq", and of the weights in their dtype, None
+        where there is none of a result.
+
+    Example:
+        >>> from fq_transforms.formats import FORMATS
+        >>> w, g, amax = torch.tensor([[3.0, -9.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([7.0])
+        >>> pull_back([g], [w], amax, None, format=FORMATS["INT8"], transposed=False, backward="clip")
+        (None, None, [tensor([[1., 0.]])])
+    """
+    if (backward == "clip" and not format.clips) or amax is None:
+        backward = "pass_through"
+    dtypes = [grad.dtype for grad in grads if grad is not None]
+    if not dtypes:
+        return None, None, list(grads)
+    saved = (amax, *weights) if backward == "clip" else (amax, global_amax, *weights)
+    statics = _Statics(format, transposed, dtypes[0], backward)
+    _, _, of_amax, of_global, *pulled = _Traced.backward(_Kept(statics, weights[0].dtype, saved), *grads)
+    return of_amax, of_global, pulled
+
+
+class _Kept(NamedTuple):
+    """What a Function's context would have kept for `backward`."""
+
+    statics: "_Statics"
+    dtype: torch.dtype
+    saved_tensors: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -347,7 +388,8 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
     live = [v is not None for v in vectors]
     if not any(live):
         return list(vectors)
-    filled = [torch.zeros_like(w) if v is None else v for v, w in zip(vectors, weights, strict=True)]
+    some = next(v for v in vectors if v is not None)  # in place of one that is not there; what comes of it is dropped
+    filled = [some if v is None else v for v in vectors]
     run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
     pulled = run(replace(ctx.statics, out_dtype=dtype), amax, *filled, *weights)
     return [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]

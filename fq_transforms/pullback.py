@@ -1,0 +1,205 @@
+"""Gradients of fake weights back to what they were made of: `fakequant`'s pullback, without its forward.
+
+A pure form, and one that moves gradients from a model's parameters to its masters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fq_transforms.checks import DTYPES, check_state, local_group, weights_of
+from fq_transforms.distributed import sum_over
+from fq_transforms.dtensor import (
+    Layout,
+    is_sharded,
+    layout_of,
+    local_values,
+    local_vectors,
+    sharded_tensors,
+    sharded_vectors,
+    spread_of,
+)
+from fq_transforms.masters import Destination, Tensors, copy_into, tensors_of
+from fq_transforms.ops.private import add_all, is_transformed
+from fq_transforms.ops.quantize.autograd import Backward, pull_back
+from fq_transforms.spec import Group, Spec
+from fq_transforms.state import GroupState, State
+
+__all__ = ["pullback", "take_grads"]
+
+Gradients: TypeAlias = Mapping[str, Tensor | None]
+StateGradients: TypeAlias = dict[str, dict[str, Tensor | None]]
+
+
+def pullback(
+    masters: Mapping[str, Tensor], state: State, grads: Gradients, *, spec: Spec, backward: Backward
+) -> tuple[dict[str, Tensor | None], StateGradients]:
+    """`Transform.pullback`, with the options of the Transform given one by one."""
+    check_state(state, spec, values=False)
+    for name, grad in grads.items():
+        if name not in masters:
+            raise KeyError(f"gradient {name!r} is of no master ({len(masters)} entries)")
+        if grad is not None:
+            _check_grad(name, grad, masters[name])
+    pulled: dict[str, Tensor | None] = {}
+    of_state: StateGradients = {}
+    for group in spec.groups:
+        passes = backward == "pass_through" or (backward == "clip" and not group.format.clips)
+        if passes or group.format.is_stateless:
+            of_leaves: dict[str, Tensor | None] = {}
+        else:
+            vectors = [grads.get(name) for name in group.names]
+            of_leaves, vectors = _pull_group(masters, group, state[group.key], vectors, backward)
+            pulled.update(zip(group.names, vectors, strict=True))
+        if backward == "lsq":
+            of_state[group.key] = of_leaves
+    passed = {name: grad for name, grad in grads.items() if grad is not None and name not in pulled}
+    pulled.update(zip(passed, _cast([(grad, masters[name]) for name, grad in passed.items()]), strict=True))
+    return {name: pulled.get(name) for name in grads}, of_state
+
+
+def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:
+    """`Transform.take_grads`, with the options of the Transform given one by one."""
+    tensors = tensors_of(params)
+    taken: dict[str, Tensor | None] = {}
+    sources: list[Any] = []
+    for name, master in masters.items():
+        param = tensors.get(name)
+        if param is None:
+            raise KeyError(f"parameter {name!r} is not in params ({len(tensors)} entries)")
+        if param.shape != master.shape:
+            raise ValueError(
+                f"parameter {name!r}: found shape {tuple(param.shape)}, wanted {tuple(master.shape)} as its master"
+            )
+        if param is not master or _main_grad(param) is not None:
+            taken[name] = _gradient(param)
+            sources.append(param)
+    with torch.no_grad():
+        pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
+        for (name, grad), param in zip(pulled.items(), sources, strict=True):
+            if grad is not None and grad is _main_grad(param):
+                pulled[name] = grad.clone()  # the layer's own memory, which is zeroed next
+        for param in sources:
+            _clear(param)
+        learned = [(state[key][leaf], grad) for key, leaves in of_state.items() for leaf, grad in leaves.items()]
+        _add([(masters[name], grad) for name, grad in pulled.items()] + learned)
+
+
+def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
+    if grad.shape != master.shape or grad.device != master.device or grad.dtype not in DTYPES:
+        raise ValueError(
+            f"gradient {name!r}: found {tuple(grad.shape)} {grad.dtype} on {grad.device}, wanted "
+            f"{tuple(master.shape)} of bfloat16, float16 or float32 on {master.device}"
+        )
+    if is_sharded(grad) != is_sharded(master):
+        found, wanted = ("a DTensor" if is_sharded(tensor) else "a plain tensor" for tensor in (grad, master))
+        raise ValueError(f"gradient {name!r}: found {found}, wanted {wanted} as its master is one")
+
+
+# Pulling back.
+
+
+def _pull_group(
+    masters: Mapping[str, Tensor],
+    group: Group,
+    scales: GroupState,
+    grads: Sequence[Tensor | None],
+    backward: Backward,
+) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
+    """Gradients of a group's leaves, none unless they are learned, and of its weights."""
+    weights = weights_of(masters, group)
+    layout = layout_of(group, weights)
+    if layout is not None or any(map(is_sharded, scales.values())):
+        weights, scales = local_group(group, layout, weights, scales)
+    local = list(grads) if layout is None else local_vectors(layout, grads)
+    if len({grad.dtype for grad in local if grad is not None}) > 1:
+        local = [None if grad is None else grad.float() for grad in local]
+    of_leaves: dict[str, Tensor | None] = dict.fromkeys(scales)
+    if layout is not None and layout.is_empty:
+        local = [None if grad is None else grad.to(weights[0].dtype) for grad in local]
+    elif any(grad is not None for grad in local):
+        amax, global_amax = scales.get("amax"), scales.get("global_amax")
+        of_leaves["amax"], of_global, local = pull_back(
+            local, weights, amax, global_amax, format=group.format, transposed=group.transposed, backward=backward
+        )
+        if global_amax is not None:
+            of_leaves["global_amax"] = of_global
+    pulled = local if layout is None else sharded_vectors(layout, local)
+    if backward != "lsq":
+        return {}, pulled
+    if layout is not None:
+        of_leaves = {name: _summed(layout, name, of_leaves[name], scales[name]) for name in scales}
+    return of_leaves, pulled
+
+
+def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> Tensor | None:
+    """A leaf's gradient, of whose granules ranks may hold parts: then the sum over them, in which all take part."""
+    for axis in layout.leaves[name].reduced:
+        if layout.mesh.size(axis) > 1:
+            part = torch.zeros_like(leaf) if of_leaf is None else of_leaf
+            (total,) = sum_over(layout.mesh.get_group(axis), [part.double()])
+            of_leaf = total.float()
+    return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
+
+
+def _cast(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Each gradient in the dtype of its master, placed as it is: one call for all of a dtype, where nothing looks on."""
+    placed = [_placed(grad, master) for grad, master in pairs]
+    if is_transformed() or torch.compiler.is_compiling() or any(grad.requires_grad for grad in placed):
+        return [grad.to(master.dtype) for grad, (_, master) in zip(placed, pairs, strict=True)]
+    found: list[Tensor] = []
+    targets: list[Destination] = []
+    for grad, (_, master) in zip(placed, pairs, strict=True):
+        same = grad.dtype == master.dtype
+        found.append(grad if same else torch.empty_like(grad, dtype=master.dtype))
+        if not same:
+            targets.append(Destination("", grad, found[-1]))
+    copy_into(targets)
+    return found
+
+
+def _placed(grad: Any, master: Any) -> Tensor:
+    wanted = spread_of(master)
+    return grad if wanted is None or spread_of(grad) == wanted else grad.redistribute(*wanted)
+
+
+# Moving.
+
+
+def _main_grad(param: Any) -> Tensor | None:
+    """The memory in which layers with fused accumulation add gradients up."""
+    return getattr(param, "main_grad", None)
+
+
+def _gradient(param: Any) -> Tensor | None:
+    """What the backward passes have left: `grad` is a dummy where the layer says that `main_grad` has it."""
+    main = _main_grad(param)
+    if main is None or param.grad is None or getattr(param, "grad_added_to_main_grad", False):
+        return param.grad if main is None else main
+    return main + param.grad
+
+
+def _clear(param: Any) -> None:
+    param.grad = None
+    if (main := _main_grad(param)) is not None:
+        main.zero_()
+        if hasattr(param, "grad_added_to_main_grad"):
+            param.grad_added_to_main_grad = False
+
+
+def _add(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Add gradients to what the tensors have in `grad`: one call for all that have some."""
+    totals: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, grad in pairs:
+        if grad is None:
+            continue
+        if tensor.grad is None:
+            tensor.grad = grad
+        else:
+            sums, parts = totals.setdefault((grad.dtype, grad.device), ([], []))
+            sums.append(local_values(tensor.grad))
+            parts.append(local_values(_placed(grad, tensor.grad)))
+    for sums, parts in totals.values():
+        add_all(sums, parts)
