@@ -75,6 +75,9 @@ def _built(kind, options):
     model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for name, param in model.state_dict().items():
+            # Drawn in fp32: bf16's own normal_ ends at one value, and then gate and up share an amax (PyTorch 2.11).
+            if param.dim() > 1:
+                param.copy_(0.02 * torch.randn(param.shape))
             if ".experts." in name:
                 param.mul_(2.0 ** torch.arange(EXPERTS)[:, None, None])
     return model
