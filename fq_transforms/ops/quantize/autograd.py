@@ -133,7 +133,8 @@ def fake_quantize_into(
     statics = _statics(weights, stream, format, transposed, outs[0].dtype)
     if has_kernel(weights):
         launched = _write(statics, outs, seed, amax, global_amax, weights)
-        torch.autograd.graph.increment_version(outs)
+        if not torch.compiler.is_compiling():  # which sees an operator that says what it changes
+            torch.autograd.graph.increment_version(outs)
         # A launch over a copy of what was not contiguous would read that copy again.
         leaves = [leaf for leaf in (amax, global_amax) if leaf is not None]
         return launched if type(weights) is Contiguous and all(map(Tensor.is_contiguous, leaves)) else None
