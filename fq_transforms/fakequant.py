@@ -69,8 +69,8 @@ def _write(
     rounding: Stochastic | None,
 ) -> dict[str, Tensor]:
     """Fake weights into the tensors of `out`, everything else cast into them; all is checked before."""
-    selected = {name: group for group in spec.groups for name in group.names}
-    targets = check_destinations(masters, out, selected)
+    selected = {name for group in spec.groups for name in group.names}
+    targets = check_destinations(masters, out, spec)
     written = {target.name: target for target in targets if target.name in selected}
     for name, target in written.items():
         if target.is_master and not inplace:

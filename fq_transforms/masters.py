@@ -12,7 +12,9 @@ from torch.nn import Module, Parameter
 
 from fq_transforms.checks import DTYPES
 from fq_transforms.dtensor import is_sharded, local_values, spread_in_words, spread_of
-from fq_transforms.ops.private import copy_all, is_transformed
+from fq_transforms.ops.launch import Bounded
+from fq_transforms.ops.private import Guards, copy_all, is_transformed
+from fq_transforms.spec import Spec
 
 if TYPE_CHECKING:
     from fq_transforms.transform import Transform
@@ -113,14 +115,14 @@ class Destination(NamedTuple):
 
 
 def check_destinations(
-    masters: Mapping[str, Tensor], out: Mapping[str, Tensor], selected: Mapping[str, Any] | None = None
+    masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec: Spec | None = None
 ) -> list[Destination]:
     """What is written where: each master and its tensor in `out`.
 
     Args:
         masters: Names to tensors.
         out: At least their names.
-        selected: Names of weights that a kernel writes, which takes contiguous ones only.
+        spec: Of weights that a kernel writes, which takes contiguous ones only.
 
     Raises:
         KeyError: A name is missing.
@@ -128,15 +130,58 @@ def check_destinations(
     """
     if is_transformed():
         raise ValueError("out: found a transform of torch.func, wanted none; call fakequant without out")
-    targets: list[Destination] = []
-    for name, master in masters.items():
-        target: Any = out.get(name)
-        if target is None:
+    outs: list[Any] = []
+    for name in masters:
+        if (tensor := out.get(name)) is None:
             raise KeyError(f"parameter {name!r} is not in out ({len(out)} entries)")
+        outs.append(tensor)
+    if torch.compiler.is_compiling():
+        return _checked(masters, outs, spec)
+    known = _CHECKED.get(id(spec))
+    tensors = [*masters.values(), *outs]
+    if known is None or known.spec is not spec or not known.match(list(masters), tensors):
+        found = _checked(masters, outs, spec)
+        if any(map(is_sharded, tensors)):
+            return found
+        known = _CheckedWrite(spec, list(masters), Guards(tensors), _addresses(tensors), _masters_among(found))
+        _CHECKED[id(spec)] = known
+    return list(map(Destination, masters, masters.values(), outs, known.are_masters))
+
+
+class _CheckedWrite(NamedTuple):
+    """What a write was when it was last right: all that is checked of it follows from these."""
+
+    spec: Spec | None
+    names: list[str]
+    guards: Guards
+    addresses: list[int]
+    are_masters: list[bool]
+
+    def match(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
+        """True if the same tensors, or others that lie where they lay, are written again."""
+        return names == self.names and self.guards.match(tensors) and _addresses(tensors) == self.addresses
+
+
+# To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.
+_CHECKED: Bounded[int, _CheckedWrite] = Bounded(64)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
+
+
+def _masters_among(destinations: Sequence[Destination]) -> list[bool]:
+    return [destination.is_master for destination in destinations]
+
+
+def _checked(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None) -> list[Destination]:
+    selected = set[str]() if spec is None else {name for group in spec.groups for name in group.names}
+    found: list[Destination] = []
+    for (name, master), target in zip(masters.items(), outs, strict=True):
         if target is not master:
-            _check_target(name, master, target, selected is not None and name in selected)
-        targets.append(Destination(name, master, target, target is master))
-    return targets if torch.compiler.is_compiling() else _check_apart(targets)
+            _check_target(name, master, target, name in selected)
+        found.append(Destination(name, master, target, target is master))
+    return found if torch.compiler.is_compiling() else _check_apart(found)
 
 
 def _check_target(name: str, master: Tensor, target: Any, is_selected: bool) -> None:

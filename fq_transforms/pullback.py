@@ -145,7 +145,7 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
 
 
 def _cast(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Each gradient in the dtype of its master, placed as it is: one call for all of a dtype, where nothing looks on."""
+    """Each gradient in its master's dtype, placed as it is: one call for all of a dtype, where nothing looks on."""
     placed = [_placed(grad, master) for grad, master in pairs]
     if is_transformed() or torch.compiler.is_compiling() or any(grad.requires_grad for grad in placed):
         return [grad.to(master.dtype) for grad, (_, master) in zip(placed, pairs, strict=True)]
