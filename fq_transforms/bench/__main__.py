@@ -101,7 +101,7 @@ def _write_page(
         parts, page = {
             "host": ((host.rows,), host.page),
             "pack": ((packing.rows,), packing.page),
-            "step": ((partial(step.layer_rows, peers=peers), partial(step.model_rows, peers=peers)), step.page),
+            "step": ((partial(step.rows, peers=peers),), step.page),
             "full-size": ((full_size.rows,), full_size.page),
             "mse": ((mse.rows,), mse.page),
         }[what]

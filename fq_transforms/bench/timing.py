@@ -1,11 +1,14 @@
-"""Times of the device, by graph replay, and of the host, by calls in a row that nobody waits for."""
+"""Times of the device, by graph replay, of the host, by calls in a row that nobody waits for, and of both, in turns."""
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
+from math import floor, nan
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -130,6 +133,54 @@ def _waited_us(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e6
+
+
+class Turn(NamedTuple):
+    """A call that is timed, and what is done just before it, each time, and is not."""
+
+    call: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+
+
+def turn_us(turn: Turn) -> float:
+    """Whole time of one call, waited for, in microseconds."""
+    turn.before()
+    return _waited_us(turn.call)
+
+
+def in_turns(
+    base: Turn, turns: Mapping[str, Turn], rounds: int, timed: Callable[[Turn], float] = turn_us
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Each one's time over the mean of `base` just before and after it, once a round; and all times of `base`.
+
+    Hosts and GPUs change their speed within seconds, which meets both alike.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in turns}
+    times: list[float] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            with quiet_core(whole=True):
+                times.append(timed(base))
+                for name, turn in turns.items():
+                    took, before = timed(turn), times[-1]
+                    times.append(timed(base))
+                    ratios[name].append(2 * took / (before + times[-1]))
+    finally:
+        gc.enable()
+    return ratios, times
+
+
+def median_and_error(values: list[float]) -> tuple[float, float]:
+    """The median and its standard error, whatever the distribution; the error of a single value is NaN.
+
+    How many of n values lie below the true median is binomial, n / 2 with a deviation of sqrt(n) / 2: the error is
+    half the distance between the values which lie that many ranks below and above.
+    """
+    ranked, n = sorted(values), len(values)
+    below = max(0, floor((n - n**0.5) / 2))
+    return median(ranked), (ranked[n - 1 - below] - ranked[below]) / 2 if n > 1 else nan
 
 
 def host_us(call: Callable[[], object]) -> float:
