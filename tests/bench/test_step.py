@@ -1,51 +1,111 @@
-"""The benchmark of steps times ways that give the same gradients."""
+"""The benchmark of steps: whole steps of every way on a model of plain PyTorch, on a CPU."""
 
-from functools import partial
+from math import isnan
 
 import pytest
 import torch
 
 import fq_transforms as fqt
 from fq_transforms.bench import step
-from fq_transforms.bench.step import WARM_UPS, WAYS, Rounds, _Given, _measure, _steps, _ways, page
-from tests.training.test_layerwise import EXPERTS, HIDDEN, GroupedMLP
+from fq_transforms.bench.step import AGAIN, WAYS, page, step_rows, write_rows
+from fq_transforms.bench.timing import Turn, in_turns, median_and_error
+from fq_transforms.bench.ways import Training, Way, _Given
+from tests.training.ways import EXPERTS, HIDDEN, GroupedMLP
+
+OURS = set(WAYS) - {AGAIN, "ModelOpt"}
 
 
-@pytest.mark.parametrize("format", [fqt.FP8, fqt.NVFP4], ids=["FP8", "NVFP4"])
-def test_every_way_has_the_same_gradients(format):
-    """Gradients of the parameters, over all microbatches, and of the inputs."""
-    model = GroupedMLP()
-    params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, {"*": format}))
-    state = fq.calibrate(params)
-    xs = [torch.randn(2 * EXPERTS, HIDDEN) for _ in range(3)]
-    grad = torch.randn_like(xs[0])
-    of_inputs: list[torch.Tensor] = []
+@pytest.fixture
+def training(monkeypatch):
+    """Two experts and microbatches, few rounds; what only a GPU has is left out."""
+    for name, value in {
+        "FORMATS": [fqt.FP8, fqt.NVFP4],
+        "ROUNDS": {1: 3, 2: 2},
+        "OTHER_ROUNDS": 2,
+        "WRITE_ROUNDS": 3,
+        "DEVICE_ROUNDS": 2,
+        "device_us": lambda call: 1.0 if call() is not None else 0.0,
+    }.items():
+        monkeypatch.setattr(step, name, value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    xs = [torch.randn(4 * EXPERTS, HIDDEN, dtype=torch.bfloat16) for _ in range(2)]
+    return Training(GroupedMLP().bfloat16(), xs)
 
-    def loss(forward, x):
-        leaf = x.detach().requires_grad_()
-        leaf.register_hook(of_inputs.append)
-        return _Given.apply(forward(leaf), grad)
 
-    def run(forward):
-        for x in xs:
-            loss(forward, x).backward()
+def untouched(iterable, desc):
+    return iterable
 
-    found = {}
-    for name, way in _ways(fq, model, state, run).items():
-        model.zero_grad()
-        of_inputs.clear()
-        way()
-        found[name] = [param.grad.clone() for param in params.values()] + list(of_inputs)
-    make = partial(fqt.value_and_grad, loss, fq, model, keep=True)
-    every, once = _steps(make, params, state, xs).values()
-    of_inputs.clear()
-    found["every"] = [*every(), *of_inputs]
-    of_inputs.clear()
-    found["once"] = [*once()[1].values(), *of_inputs]
-    assert found.keys() == WAYS.keys() - {"ModelOpt"}
-    for name, gradients in found.items():
-        assert all(map(torch.equal, gradients, found["whole"])), name
+
+def test_every_way_is_checked_and_timed(training):
+    """All formats, and one and more microbatches; nothing is left on the parameters, and the masters stay."""
+    masters = {name: master.detach().clone() for name, master in training.masters.items()}
+    found = [*write_rows(training), *step_rows(training, untouched, peers=False)]
+    assert [(row["kind"], row["format"]) for row in found[:3]] == [
+        ("fakequant(out=)", "FP8"),
+        ("fakequant(out=)", "NVFP4"),
+        ("take_grads", "pass-through"),
+    ]
+    assert [(row["microbatches"], row["format"]) for row in found[3:]] == [
+        (number, name) for number in (1, 2) for name in ("FP8", "NVFP4")
+    ]
+    for row in found[3:]:
+        assert set(row["ways"]) == {AGAIN, *OURS}
+        assert all(way["ratio"] > 0 and way["mib"] == 0 for way in row["ways"].values())
+        assert len(row["ways"]["lens"]["ratios"]) == step.ROUNDS[row["microbatches"]]
+        assert len(row["ways"]["layerwise"]["ratios"]) == step.OTHER_ROUNDS
+    assert len(training.xs) == 2
+    assert all(param.grad is None for param in training.params.values())
+    for name, master in training.masters.items():
+        assert torch.equal(master, masters[name])
+        assert master.grad is None
+    text = page({"date": "today"}, found)
+    assert "| 2 | NVFP4 | " in text
+    assert "| fakequant(out=) | FP8 | " in text
+    assert "| take_grads | pass-through | " in text
+    assert "; the limit is 0.005." in text
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_way_with_other_weights_is_not_timed(training, monkeypatch, name):
+    """One that leaves a format's weights for another's, as if it were never written."""
+    made = getattr(Training, name)
+    fq, state = step._transform(training, fqt.INT8)
+    monkeypatch.setattr(Training, name, lambda self, *_: made(self, fq, state))
+    with pytest.raises(SystemExit, match=f"gradient of .*, {name}, FP8"):
+        list(step_rows(training, untouched, peers=False))
+
+
+def test_a_wrong_write_is_not_timed(training, monkeypatch):
+    monkeypatch.setattr(Training, "lens", lambda self, *_: self.bf16())
+    with pytest.raises(SystemExit, match=r"linear_fc1\.weight0, written, FP8"):
+        list(write_rows(training))
+
+
+def test_a_peer_is_timed_or_is_a_gap_with_its_reason(training, monkeypatch):
+    """A peer's model is trained in place of ours, with the same masters."""
+
+    def convert(model, format, forward, pattern):
+        if format is fqt.FP8:
+            raise RuntimeError("no FP8")
+        forward(model)
+        return model
+
+    monkeypatch.setattr(step, "modelopt_model", convert)
+    found = list(step_rows(training, untouched))
+    assert ["ModelOpt" in row["ways"] for row in found] == [False, True] * 2
+    assert "FP8: RuntimeError: no FP8" in page({"date": "today"}, found)
+
+
+def test_a_step_steps(training):
+    """The halves of a way are around the optimizer, and no gradient is left for the next step."""
+    order = []
+    training.optimizer.register_step_post_hook(lambda *_: order.append("step"))
+    way = Way(lambda: order.append("write"), lambda: order.append("grads"))
+    turn = step._turn(training, way)
+    turn.before()
+    turn.call()
+    assert order == ["write", "grads", "step", "write"]
 
 
 def test_the_given_loss_is_the_gradient_given():
@@ -56,38 +116,33 @@ def test_the_given_loss_is_the_gradient_given():
     assert torch.equal(x.grad, grad)
 
 
-def test_rounds_of_all_passes_are_pooled(monkeypatch):
-    """Each ratio is over the two of bf16 beside it; what is shown is the median of all rounds."""
-    calls = {name: lambda name=name: name for name in ("bf16", *WAYS)}
-    plain, theirs = calls.pop("bf16"), calls.pop("ModelOpt")
-    slower = {"every": 2.0, "once": 3.0, "kept": 4.0, "recompute": 5.0, "whole": 6.0, "ModelOpt": 7.0}
-    order, passes = [], [1.0, 10.0, 10.0]
+def test_ratios_are_to_the_base_beside():
+    """A base that slows down from call to call, by as much each time, does not show."""
+    calls = []
 
-    def timed(call, models):
-        """bf16 becomes slower from call to call, by as much each time, and all others in one pass."""
-        order.append(call())
-        return len(order) * slower.get(order[-1], 1.0) * (passes[0] if order[-1] in slower else 1.0), 2**20
+    def timed(turn):
+        turn.before()
+        calls.append(turn.call())
+        return len(calls) * {"base": 1.0, "a": 2.0, "b": 3.0}[calls[-1]]
 
-    monkeypatch.setattr(step, "_timed", timed)
-    row = {"kind": "layer", "format": "FP8"}
-    for number in range(3):
-        peer = (lambda: (torch.nn.Linear(1, 1), theirs)) if number == 0 else None
-        _measure(row, torch.nn.Linear(1, 1), calls, plain, peer, Rounds(4, 2, 2))
-        passes.pop(0)
-    rounds = row["rounds"]
-    assert {name: len(found) for name, found in rounds.items()} == {
-        "every": 24,
-        "once": 24,
-        "kept": 6,
-        "recompute": 6,
-        "whole": 6,
-        "ModelOpt": 2,
-        "bf16": 12 * 5 + (6 * 3 + 2) * 2,
-    }
-    assert rounds["every"] == pytest.approx([2.0] * 8 + [20.0] * 16)
-    assert [row[name] for name in WAYS] == pytest.approx([20.0, 30.0, 40.0, 50.0, 60.0, 7.0])
-    warm_up = ["bf16", *["every"] * WARM_UPS, *["once"] * WARM_UPS, "kept", "recompute", "whole", "ModelOpt"]
-    assert order[: len(warm_up)] == warm_up
-    turn = ["bf16", "every", "bf16", "once"]
-    assert order[len(warm_up) :][:12] == [*turn, *turn, "bf16", "bf16", "kept", "bf16"]
-    assert "| layer | FP8 |" in page({"date": "today"}, [row])
+    ready = []
+    turns = {name: Turn(lambda name=name: name, lambda name=name: ready.append(name)) for name in ("base", "a", "b")}
+    ratios, times = in_turns(turns.pop("base"), turns, 2, timed)
+    assert calls == ready == ["base", "a", "base", "b", "base"] * 2
+    assert ratios == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert times == [1, 3, 5, 6, 8, 10]
+
+
+def test_the_error_of_a_median():
+    """Of normal values sqrt(pi / 2) deviations over sqrt(n); outliers, which a host makes, do not change it."""
+    values = torch.randn(200, 400)
+    errors = [median_and_error(some.tolist())[1] for some in values]
+    wanted = (torch.pi / 2 / 400) ** 0.5
+    assert sum(errors) / 200 == pytest.approx(wanted, rel=0.1)
+    assert values.median(1).values.std().item() == pytest.approx(wanted, rel=0.2)
+    some = sorted(values[0].tolist())
+    assert median_and_error([*some[:-20], *[1e9] * 20]) == median_and_error(some)
+    assert median_and_error([3.0, 1.0]) == (2.0, 1.0)
+    value, error = median_and_error([3.0])
+    assert value == 3.0
+    assert isnan(error)
