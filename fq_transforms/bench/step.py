@@ -113,6 +113,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
                 ways["ModelOpt"] = (peer, {})
         except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
             reasons[format.name] = f"{type(error).__name__}: {error}"[:200]
+        gc.collect()  # of what a peer leaves in cycles, which must not be freed while memory is measured
         for name, (way, weights) in ways.items():
             key, turn = f"{name}, {format.name}", _turn(training, way)
             mib[key] = (_peak(turn) - floor) / 2**20
@@ -170,7 +171,6 @@ def _peer(training: Training, format: Format) -> Way | None:
 
 def _peak(turn: Turn) -> int:
     """The most memory that one has at a time, in bytes, above what there was before the first; not to be run before."""
-    gc.collect()
     held = torch.cuda.memory_allocated()
     for _ in range(WARM_UPS):
         turn_us(turn)
