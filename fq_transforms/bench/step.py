@@ -112,7 +112,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
             if peers and (peer := _peer(training, format)) is not None:
                 ways["ModelOpt"] = (peer, {})
         except Exception as error:  # whatever a peer raises is a gap in the table, with its reason
-            reasons[format.name] = f"{type(error).__name__}: {error}"[:200]
+            reasons[format.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         gc.collect()  # of what a peer leaves in cycles, which must not be freed while memory is measured
         for name, (way, weights) in ways.items():
             key, turn = f"{name}, {format.name}", _turn(training, way)

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from math import floor, nan
@@ -153,9 +154,11 @@ def in_turns(
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Each one's time over the mean of `base` just before and after it, once a round; and all times of `base`.
 
-    Hosts and GPUs change their speed within seconds, which meets both alike.
+    Hosts and GPUs change their speed within seconds, which meets both alike. Each round begins with another, as the
+    first follows a pause, in which a core is chosen.
     """
     ratios: dict[str, list[float]] = {name: [] for name in turns}
+    order = deque(turns.items())
     times: list[float] = []
     gc.collect()
     gc.disable()
@@ -163,10 +166,11 @@ def in_turns(
         for _ in range(rounds):
             with quiet_core(whole=True):
                 times.append(timed(base))
-                for name, turn in turns.items():
+                for name, turn in order:
                     took, before = timed(turn), times[-1]
                     times.append(timed(base))
                     ratios[name].append(2 * took / (before + times[-1]))
+            order.rotate(-1)
     finally:
         gc.enable()
     return ratios, times

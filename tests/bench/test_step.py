@@ -130,7 +130,7 @@ def test_ratios_are_to_the_base_beside():
     ready = []
     turns = {name: Turn(lambda name=name: name, lambda name=name: ready.append(name)) for name in ("base", "a", "b")}
     ratios, times = in_turns(turns.pop("base"), turns, 2, timed)
-    assert calls == ready == ["base", "a", "base", "b", "base"] * 2
+    assert calls == ready == ["base", "a", "base", "b", "base", "base", "b", "base", "a", "base"]
     assert ratios == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
     assert times == [1, 3, 5, 6, 8, 10]
 
