@@ -1,6 +1,6 @@
 """What fake quantization adds to training: whole optimizer steps, and its two halves alone.
 
-A driver may set the constants below before it calls `rows`.
+A driver may set the constants below before it calls `rows`, and leave ways out of `WAYS`, but the first two.
 """
 
 import copy
@@ -103,11 +103,12 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
     for format in progress(FORMATS, desc="checks"):
         fq, state = _transform(training, format)
         of_masters, of_params = (_reference(fq, w, state) for w in (training.masters, _rounded(training)))
-        ways: dict[str, tuple[Way, dict[str, Tensor]]] = {
-            "lens": (training.lens(fq, state), of_masters),
-            "value_and_grad": (training.value_and_grad(fq, state), of_masters),
-            "layerwise": (training.layerwise(fq, state), of_params),
+        makers = {
+            "lens": (training.lens, of_masters),
+            "value_and_grad": (training.value_and_grad, of_masters),
+            "layerwise": (training.layerwise, of_params),
         }
+        ways = {name: (make(fq, state), weights) for name, (make, weights) in makers.items() if name in WAYS}
         try:
             if peers and (peer := _peer(training, format)) is not None:
                 ways["ModelOpt"] = (peer, {})

@@ -99,6 +99,16 @@ def test_a_peer_is_timed_or_is_a_gap_with_its_reason(training, monkeypatch):
     assert "FP8: RuntimeError: no FP8" in page({"date": "today"}, found)
 
 
+def test_ways_are_left_out(training, monkeypatch):
+    """All but the noise and the lens, as where time on a GPU is short."""
+    monkeypatch.setattr(step, "WAYS", {name: WAYS[name] for name in (AGAIN, "lens")})
+    for name in OURS - {"lens"}:
+        monkeypatch.setattr(Training, name, None)
+    found = list(step_rows(training, untouched, peers=False))
+    assert all(set(row["ways"]) == {AGAIN, "lens"} for row in found)
+    assert "layerwise" not in page({"date": "today"}, found)
+
+
 def test_a_step_steps(training):
     """The halves of a way are around the optimizer, and no gradient is left for the next step."""
     order = []
