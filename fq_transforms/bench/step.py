@@ -62,8 +62,10 @@ def rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, 
 def write_rows(training: Training) -> Generator[Row, None, None]:
     """`fakequant(out=)` by format, beside the plain cast and one `copy_` of the same bytes; then `take_grads`."""
     turns: dict[str, Turn] = {}
+    scales: dict[str, int] = {}
     for format in FORMATS:
         fq, state = _transform(training, format)
+        scales[format.name] = sum(leaf.nbytes for leaves in state.values() for leaf in leaves.values())
         turns[format.name] = Turn(training.lens(fq, state).write)
         turns[format.name].call()
         for name, wanted in _reference(fq, training.masters, state).items():
@@ -75,7 +77,8 @@ def write_rows(training: Training) -> Generator[Row, None, None]:
     device, copies = in_turns(floor, turns, DEVICE_ROUNDS, lambda turn: device_us(turn.call))
     for name in turns:
         row = Row(kind="fakequant(out=)", format=name, plain_us=median(plain), wall=_summary(wall[name]))
-        yield row | Row(copy_us=median(copies), device=_summary([1 / ratio for ratio in device[name]]))
+        share = 1 + scales[name] / (source.nbytes + target.nbytes)  # copy_ moves no scales
+        yield row | Row(copy_us=median(copies), device=_summary([share / ratio for ratio in device[name]]))
 
     weights = list(training.params.values())
     grads = [torch.randn_like(weight) for weight in weights]
@@ -221,7 +224,7 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             *([] if worst is None else [_verdict(worst), ""]),
             "The write and the gradients' way alone. Whole calls are waited for, in turns with "
             "`torch._foreach_copy_` of the same weights; the device's time is of graph replays, beside one `copy_` of "
-            "as many weights from fp32 to bf16. What was written equalled the reference bit for bit before.",
+            "as many weights from fp32 to bf16, at whose speed the scales are counted too. What was written equalled the reference bit for bit before.",
             "",
             *_lines(writes),
             "",
