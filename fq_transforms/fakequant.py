@@ -34,7 +34,7 @@ def fakequant(
     """`Transform.fakequant`, with the options of the Transform given one by one and known to be right."""
     if rounding is not None:
         check_rounding(rounding)
-        if backward == "lsq" and out is None:  # a write has no gradient to be wrong
+        if backward == "lsq":  # with `out`, the pullback that belongs to it would be that of rounding to the nearest
             raise ValueError(f"rounding: found {rounding} with backward='lsq', wanted None, or backward='clip'")
     check_state(state, spec, values=is_read)
     if out is not None:

@@ -28,7 +28,8 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
     """Leaves for an optimizer: of each trained parameter its values in fp32, in memory of its own.
 
     Args:
-        params: Names to parameters, or a module, all of whose parameters are taken. Not yet fake-quantized.
+        params: Names to parameters, or a module, all of whose parameters are taken, a tied one once. Not yet
+            fake-quantized.
         fq: If given, parameters that it does not select and that need no copy, because they are fp32 or frozen, are
             not copied: the same objects.
 
@@ -49,7 +50,7 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
     """
     selected = None if fq is None else {name for group in fq.spec.groups for name in group.names}
     made: dict[str, Tensor] = {}
-    for name, param in tensors_of(params).items():
+    for name, param in tensors_of(params, tied=False).items():
         if param.requires_grad and param.dtype not in DTYPES:
             raise ValueError(f"parameter {name!r}: found {param.dtype}, wanted bfloat16, float16 or float32")
         if param.is_meta:
@@ -91,8 +92,12 @@ def cast(masters: Mapping[str, Tensor], *, out: Tensors) -> dict[str, Tensor]:
     return {name: tensors[name] for name in masters}
 
 
-def tensors_of(tensors: Tensors) -> Mapping[str, Tensor]:
-    """Names to tensors, of a module its parameters by all their names: FSDP2's shards, where it has gathered them too.
+def tensors_of(tensors: Tensors, *, tied: bool = True) -> Mapping[str, Tensor]:
+    """Names to tensors, of a module its parameters: FSDP2's shards, where it has gathered them too.
+
+    Args:
+        tensors: Names to tensors, or a module.
+        tied: True for all names that a module has for a parameter, False for the first one.
 
     NOTE resharding: FSDP2 leaves the parameters of a root gathered after a forward without backward. Whatever is
     written to its shards would be unseen by the next forward.
@@ -102,7 +107,7 @@ def tensors_of(tensors: Tensors) -> Mapping[str, Tensor]:
     for module in tensors.modules():
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             module.reshard()  # pyright: ignore[reportCallIssue]
-    return dict(tensors.named_parameters(remove_duplicate=False))
+    return dict(tensors.named_parameters(remove_duplicate=not tied))
 
 
 class Destination(NamedTuple):
@@ -214,7 +219,7 @@ def _check_apart(targets: Sequence[Destination]) -> list[Destination]:
     found: list[Destination] = []
     for name, master, out, is_same in targets:
         start, end = _span(out)
-        is_master = is_same or (start < end and _span(master) == (start, end) and out.dtype == master.dtype)
+        is_master = is_same or (start < end and _span(master) == (start, end) and _is_laid_out_as(out, master))
         if start < end:
             spans.append((start, end, name, True))
             if not is_master:
@@ -232,6 +237,12 @@ def _check_apart(targets: Sequence[Destination]) -> list[Destination]:
         if end > reach:
             reach, before = end, (name, is_written)
     return found
+
+
+def _is_laid_out_as(out: Tensor, master: Tensor) -> bool:
+    """False for a transposed view, which begins and ends where its matrix does."""
+    here, there = local_values(out), local_values(master)
+    return here.dtype == there.dtype and (here.stride() == there.stride())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -43,15 +43,25 @@ def pullback(
             raise KeyError(f"gradient {name!r} is of no master ({len(masters)} entries)")
         if grad is not None:
             _check_grad(name, grad, masters[name])
+    # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
+    is_differentiated = is_transformed() or any(grad is not None and grad.requires_grad for grad in grads.values())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_differentiated):
+        return _pull(masters, state, grads, spec, backward)
+
+
+def _pull(
+    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
+) -> tuple[dict[str, Tensor | None], StateGradients]:
     pulled: dict[str, Tensor | None] = {}
     of_state: StateGradients = {}
     for group in spec.groups:
+        weights = weights_of(masters, group)
         passes = backward == "pass_through" or (backward == "clip" and not group.format.clips)
         if passes or group.format.is_stateless:
             of_leaves: dict[str, Tensor | None] = {}
         else:
             vectors = [grads.get(name) for name in group.names]
-            of_leaves, vectors = _pull_group(masters, group, state[group.key], vectors, backward)
+            of_leaves, vectors = _pull_group(weights, group, state[group.key], vectors, backward)
             pulled.update(zip(group.names, vectors, strict=True))
         if backward == "lsq":
             of_state[group.key] = of_leaves
@@ -64,7 +74,7 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     """`Transform.take_grads`, with the options of the Transform given one by one."""
     tensors = tensors_of(params)
     taken: dict[str, Tensor | None] = {}
-    sources: list[Any] = []
+    sources: dict[str, Any] = {}
     for name, master in masters.items():
         param = tensors.get(name)
         if param is None:
@@ -74,17 +84,21 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
                 f"parameter {name!r}: found shape {tuple(param.shape)}, wanted {tuple(master.shape)} as its master"
             )
         if param is not master or _main_grad(param) is not None:
-            taken[name] = _gradient(param)
-            sources.append(param)
+            taken[name] = _gradient(param, param is master)
+            sources[name] = param
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
-        for (name, grad), param in zip(pulled.items(), sources, strict=True):
-            if grad is not None and grad is _main_grad(param):
-                pulled[name] = grad.clone()  # the layer's own memory, which is zeroed next
-        for param in sources:
-            _clear(param)
+        for name, param in sources.items():
+            if param is not masters[name] or _has_dummy(param):
+                param.grad = None
         learned = [(state[key][leaf], grad) for key, leaves in of_state.items() for leaf, grad in leaves.items()]
-        _add([(masters[name], grad) for name, grad in pulled.items()] + learned)
+        mains = [main for param in sources.values() if (main := _main_grad(param)) is not None]
+        _add([(masters[name], grad) for name, grad in pulled.items()] + learned, borrowed=set(map(id, mains)))
+        for main in mains:
+            main.zero_()
+        for param in sources.values():
+            if _has_dummy(param):
+                param.grad_added_to_main_grad = False
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
@@ -102,14 +116,13 @@ def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
 
 
 def _pull_group(
-    masters: Mapping[str, Tensor],
+    weights: Sequence[Tensor],
     group: Group,
     scales: GroupState,
     grads: Sequence[Tensor | None],
     backward: Backward,
 ) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
     """Gradients of a group's leaves, none unless they are learned, and of its weights."""
-    weights = weights_of(masters, group)
     layout = layout_of(group, weights)
     if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
@@ -173,33 +186,41 @@ def _main_grad(param: Any) -> Tensor | None:
     return getattr(param, "main_grad", None)
 
 
-def _gradient(param: Any) -> Tensor | None:
-    """What the backward passes have left: `grad` is a dummy where the layer says that `main_grad` has it."""
+def _has_dummy(param: Any) -> bool:
+    """True where the layer says that `main_grad` has what `grad` is a dummy of."""
+    return _main_grad(param) is not None and getattr(param, "grad_added_to_main_grad", False)
+
+
+def _gradient(param: Any, is_master: bool) -> Tensor | None:
+    """What the backward passes have left; of a master only what is not in its `grad` already."""
     main = _main_grad(param)
-    if main is None or param.grad is None or getattr(param, "grad_added_to_main_grad", False):
-        return param.grad if main is None else main
-    return main + param.grad
+    if main is None:
+        return param.grad
+    return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _clear(param: Any) -> None:
-    param.grad = None
-    if (main := _main_grad(param)) is not None:
-        main.zero_()
-        if hasattr(param, "grad_added_to_main_grad"):
-            param.grad_added_to_main_grad = False
+def _add(pairs: Sequence[tuple[Tensor, Tensor | None]], borrowed: set[int]) -> None:
+    """Add gradients to what the tensors have in `grad`: one call for all that have some.
 
-
-def _add(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """Add gradients to what the tensors have in `grad`: one call for all that have some."""
+    Args:
+        pairs: Tensors and their gradients.
+        borrowed: Ids of gradients whose memory is not given away.
+    """
     totals: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for tensor, grad in pairs:
         if grad is None:
             continue
         if tensor.grad is None:
-            tensor.grad = grad
+            tensor.grad = grad if id(grad) not in borrowed and _fills_its_storage(grad) else grad.clone()
         else:
             sums, parts = totals.setdefault((grad.dtype, grad.device), ([], []))
             sums.append(local_values(tensor.grad))
             parts.append(local_values(_placed(grad, tensor.grad)))
     for sums, parts in totals.values():
         add_all(sums, parts)
+
+
+def _fills_its_storage(grad: Tensor) -> bool:
+    """False for an expanded tensor, and for a view of a buffer, which its owner fills anew: DDP's buckets."""
+    here = local_values(grad)
+    return here.untyped_storage().nbytes() == here.numel() * here.element_size()

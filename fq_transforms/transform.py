@@ -227,7 +227,8 @@ class Transform:
 
         Returns:
             Names to gradients in the dtype of the masters, placed as they are; None stays None. And, under "lsq", those
-            of the state, nested as it is, else an empty dict. NaN passes through.
+            of the state, nested as it is, else an empty dict. NaN passes through. A graph is kept only if a
+            gradient requires one.
 
         Raises:
             KeyError: A gradient is of no master, or a group of the state is missing.
@@ -251,7 +252,7 @@ class Transform:
         Args:
             params: Names to parameters, or a module, whose `grad` is None afterwards. `main_grad`, where layers add
                 gradients up themselves, is taken in its place, and is zero afterwards.
-            masters: Names to masters. One that is the parameter itself keeps its `grad`.
+            masters: Names to masters. One that is the parameter itself keeps its `grad`, as do parameters of no master.
             state: What `fakequant` was given.
 
         Raises:

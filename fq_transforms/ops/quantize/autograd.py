@@ -171,9 +171,11 @@ def pull_back(
     if not dtypes:
         return None, None, list(grads)
     saved = (amax, *weights) if backward == "clip" else (amax, global_amax, *weights)
-    statics = _Statics(format, transposed, dtypes[0], backward)
-    _, _, of_amax, of_global, *pulled = _Traced.backward(_Kept(statics, weights[0].dtype, saved), *grads)
-    return of_amax, of_global, pulled
+    kept = _Kept(_Statics(format, transposed, dtypes[0], backward), weights[0].dtype, saved)
+    if backward == "lsq":
+        of_amax, of_global, *pulled = _pull_learned(kept, grads)
+        return of_amax, of_global, pulled
+    return None, None, _pull(kept, grads, kept.dtype)
 
 
 class _Kept(NamedTuple):
