@@ -259,9 +259,10 @@ def test_a_layer_that_never_runs_is_named():
     state = fq.calibrate(dict(model.named_parameters()))
     with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
         model(torch.ones(2, HIDDEN))
-    assert_names(str(error.value), "read.weight", "Linear", "never ran")
-    with fqt.layerwise(fq, model, state):
-        pass
+    assert_names(str(error.value), "read.weight", "Linear", "outside the forward of its layer")
+    with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
+        model.used(torch.ones(2, HIDDEN))
+    assert_names(str(error.value), "read.weight", "Linear", "never ran", "1 of 2")
 
 
 def only_layer(module, rules="*"):
