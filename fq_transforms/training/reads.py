@@ -65,7 +65,7 @@ class _Unquantized(Tensor):
     """Stands for a weight that is not to be computed with: answers what it is, holds NaN, and raises otherwise."""
 
     own: Tensor
-    name: str
+    parameter: str
     layer: str
     _is_param: bool
 
@@ -74,7 +74,7 @@ class _Unquantized(Tensor):
         stand_in = torch.full((), torch.nan, dtype=own.dtype, device=own.device).expand(own.shape)
         found = stand_in.as_subclass(_Unquantized)
         vars(found).update(vars(own))
-        found.own, found.name, found.layer = own, name, layer
+        found.own, found.parameter, found.layer = own, name, layer
         found._is_param = isinstance(own, torch.nn.Parameter)
         return found
 
@@ -87,7 +87,7 @@ class _Unquantized(Tensor):
                 return answer
         found = next(t for t in _flat((args, kwargs)) if isinstance(t, _Unquantized))
         raise ValueError(
-            f"parameter {found.name!r}: found that it is read outside the forward of its layer, {found.layer}, where "
+            f"parameter {found.parameter!r}: found that it is read outside the forward of its layer, {found.layer}, where "
             "it is not quantized, wanted its layer alone to compute with it; call "
             f"functional_call(model, fq.fakequant(params, state), ...), or {OTHER_WAY}"
         )

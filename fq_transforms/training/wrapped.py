@@ -1,4 +1,4 @@
-"""What `value_and_grad` and `layerwise` refuse: modules whose parameters something else puts in place or holds on to."""
+"""What `value_and_grad` and `layerwise` refuse: modules whose parameters something else puts in place or keeps."""
 
 from collections.abc import Iterable
 
