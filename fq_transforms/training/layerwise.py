@@ -150,8 +150,11 @@ class _Site:
             tensors_in(holder)[attribute] = tensors[name]
 
     def before(self, module: Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # which would keep this hook for later; without it, it runs the layer eagerly
-            raise ValueError(f"layer {type(module).__name__}: found torch.compile within layerwise, wanted eager mode")
+        if private.is_in_compiled():  # which would keep this hook for later
+            raise ValueError(
+                f"layer {type(module).__name__}: found torch.compile around it within layerwise, wanted eager mode; or "
+                f"{OTHER_WAY}"
+            )
         is_within_itself = any(self.entered)
         self.entered.append(None)  # `after` is called even if this raises
         inspect = self.options.inspect

@@ -87,8 +87,8 @@ class _Unquantized(Tensor):
                 return answer
         found = next(t for t in _flat((args, kwargs)) if isinstance(t, _Unquantized))
         raise ValueError(
-            f"parameter {found.parameter!r}: found that it is read outside the forward of its layer, {found.layer}, where "
-            "it is not quantized, wanted its layer alone to compute with it; call "
+            f"parameter {found.parameter!r}: found that it is read outside the forward of its layer, {found.layer}, "
+            "where it is not quantized, wanted its layer alone to compute with it; call "
             f"functional_call(model, fq.fakequant(params, state), ...), or {OTHER_WAY}"
         )
 

@@ -11,8 +11,6 @@ from torch.nn.utils.parametrize import register_parametrization
 import fq_transforms as fqt
 from tests.cases import assert_names
 from tests.training.ways import (
-    FFN,
-    HIDDEN,
     GroupedMLP,
     Model,
     assert_equal,
@@ -61,42 +59,53 @@ def refusals(model, patterns):
 def _wrapped(rank, size):
     from torch.distributed._composable.replicate import replicate
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     mesh = init_device_mesh("cpu", (size,))
+
+    def shard_a_layer(model):
+        fully_shard(model.mlp[0], mesh=mesh)
+        return model
+
     wraps = {
         "DDP": DistributedDataParallel,
         "replicate": replicate,
-        "FSDP": lambda model: FullyShardedDataParallel(model, use_orig_params=True),
-        "FSDP2": lambda model: fully_shard(model, mesh=mesh) and model,
-        "a layer of FSDP2": lambda model: (fully_shard(model.mlp[1], mesh=mesh), model)[1],
+        "FSDP2": lambda model: fully_shard(model, mesh=mesh),
+        "a layer": shard_a_layer,
     }
     said = {}
     for name, wrap in wraps.items():
-        model = Model(GroupedMLP, GroupedMLP)
-        fq, state = transform_of(model, {"mlp.*": fqt.FP8})
-        wrapped = wrap(model)
-        prefix = {"DDP": "module.", "FSDP": "_fsdp_wrapped_module."}.get(name, "")
-        params = {f"{prefix}{key}": param for key, param in Model(GroupedMLP, GroupedMLP).named_parameters()}
+        model = wrap(Model(GroupedMLP, GroupedMLP))
+        params = {key: torch.zeros(param.shape) for key, param in model.named_parameters()}
         fq = fqt.transform(fqt.select(params, {"*mlp.*": fqt.FP8}))
         state = fq.calibrate(params)
         for way in (stepping, layering):
             try:
-                way(fq, wrapped, state)
+                way(fq, model, state)
             except ValueError as error:
-                said[name, way.__name__] = str(error)
-    return said
+                said[name, way] = str(error)
+    return [(*key, words) for key, words in said.items()]
 
 
 @pytest.mark.dist
 def test_wrappers_of_several_processes_are_refused(ranks):
     """Named bug: under DDP no gradient was reduced, each rank got its own. FSDP2 puts parameters in place itself."""
-    words = {"DDP": "DDP", "replicate": "replicate", "FSDP": "FSDP", "FSDP2": "FSDP2", "a layer of FSDP2": "FSDP2"}
+    words = {"DDP": "DDP", "replicate": "replicate", "FSDP2": "FSDP2", "a layer": "FSDP2"}
     for said in ranks(_wrapped, size=2):
-        for name, word in words.items():
-            assert_names(said[name, "stepping"], "model", word, *LENS)
-            assert_names(said[name, "layering"], "mlp.0.linear_fc1.weight0"[5:], word, *LENS)
+        assert [(name, way) for name, way, _ in said] == [(name, way) for name in words for way in (stepping, layering)]
+        for name, way, message in said:
+            assert_names(message, "model" if way is stepping else "mlp.0.linear_fc1.weight0", words[name], *LENS)
+
+
+def sharded_by_fsdp(model):
+    """FSDP1 wraps on an accelerator only."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Sharded(FullyShardedDataParallel, type(model.mlp[0])):
+        pass
+
+    model.mlp[0].__class__ = Sharded
 
 
 def compiled_forward(model):
@@ -132,6 +141,7 @@ def wrapped_by_peft(model):
         (compiled_forward, ("GroupedMLP", "torch.compile")),
         (compiled_layer, ("Grouped", "torch.compile")),
         (compiled_child, ("OptimizedModule", "torch.compile")),
+        (sharded_by_fsdp, ("Sharded", "FSDP")),
         (offloaded, ("GroupedMLP", "accelerate")),
         (moved_as_a_whole, ("GroupedMLP", "accelerate")),
         (wrapped_by_peft, ("ParamWrapper", "target_parameters")),
@@ -218,14 +228,11 @@ def test_tied_weights(kind):
 
 
 def test_ties_of_weights_that_are_not_selected():
-    model, ids = Tied(), torch.arange(8)
-    fq, state = transform_of(
-        torch.nn.ModuleDict({"one": model, "two": torch.nn.Linear(32, 8)}), {"two.weight": fqt.INT8}
-    )
-    both = torch.nn.ModuleDict({"one": model, "two": torch.nn.Linear(32, 8)})
-    with fqt.layerwise(fq, both, state):
-        both["one"](ids)
-        both["two"](torch.ones(1, 32))
+    model = torch.nn.ModuleDict({"tied": Tied(), "layer": torch.nn.Linear(32, 8)})
+    fq, state = transform_of(model, {"layer.weight": fqt.INT8})
+    with fqt.layerwise(fq, model, state):
+        model["tied"](torch.arange(8))
+        model["layer"](torch.ones(1, 32))
 
 
 def test_both_names_of_a_tie_are_refused():
@@ -408,39 +415,74 @@ def test_a_layer_that_calls_itself_is_quantized_once():
 # Functions that torch.compile has compiled, which cannot be seen from a model.
 
 
-def compiled(model, fullgraph=False):
+@pytest.fixture(params=[False, True], ids=["new", "ran before"])
+def compiled(request):
+    """A function that calls a model, its transform, its state and an input."""
     torch.compiler.reset()
-    return torch.compile(lambda x: model(x), backend="aot_eager", fullgraph=fullgraph)
-
-
-@pytest.mark.parametrize("ran", [False, True])
-def test_compiled_functions(ran):
-    """Named bug: one that was run before ran unquantized inside `layerwise`. With other states, and afterwards, too."""
     model, fq, state, x = setup()
+
+    def call(x):
+        return model(x)
+
+    call = torch.compile(call, backend="aot_eager")
+    if request.param:
+        call(x)
+    return call, model, fq, state, x
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_functions_within_layerwise_are_refused(compiled):
+    """Named bug: one that was run before ran unquantized. Neither is anything left in it."""
+    call, model, fq, state, x = compiled
+    before = numbers_of(model)
+    for _ in range(2):
+        with (
+            pytest.raises(ValueError, match="found torch.compile around it") as error,
+            fqt.layerwise(fq, model, state),
+        ):
+            call(x)
+        assert_names(str(error.value), "Grouped", *LENS)
+        assert_untouched(model, before)
+    assert torch.equal(call(x), model(x))
+    assert_equal(by_layer(model, fq, state, x), functional(model, fq, state, x))
+
+
+def test_a_part_of_a_model_that_is_compiled_by_a_function(compiled):
+    """Where other layers run eagerly, and where no hook of ours is around: the layer is looked at itself."""
+    _, model, fq, state, x = compiled
+    mlp = model.mlp[1]
+
+    def part(x):
+        return mlp(x)
+
+    part = torch.compile(part, backend="aot_eager")
+    part(x)
+    with fqt.layerwise(fq, model, state):
+        model(x)
+        with pytest.raises(ValueError, match="found torch.compile around it"):
+            part(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_functions_without_the_layers(compiled):
+    """As Megatron's activations are: what computes with no selected weight may be compiled."""
+    _, model, fq, state, x = compiled
+    wanted = functional(model, fq, state, x)
+    activate, forward = torch.compile(torch.relu, backend="aot_eager"), model.mlp[0].forward
+    model.mlp[0].forward = lambda x: model.mlp[0].linear_fc2(activate(model.mlp[0].linear_fc1(x)))
+    assert_equal(by_layer(model, fq, state, x), wanted)
+    model.mlp[0].forward = forward
+
+
+def test_compiled_functions_within_a_step(compiled):
+    """Right: they compute with whatever hangs in the model."""
+    call, model, fq, state, x = compiled
     doubled = {key: {name: leaf * 2 for name, leaf in leaves.items()} for key, leaves in state.items()}
-    call = compiled(model)
-    unquantized = model(x)
-    if ran:
-        call(x)
+    step = fqt.value_and_grad(lambda _, x: call(x), fq, model)
     for some in (state, doubled, state):
-        wanted = functional(model, fq, some, x)
-        model.zero_grad()
-        with fqt.layerwise(fq, model, some):
-            loss = call(x)
-            loss.backward()
-        assert_equal((loss.detach(), {name: p.grad for name, p in model.named_parameters()}), wanted)
-        model.zero_grad()
-        assert torch.equal(call(x), unquantized)
-        found = fqt.value_and_grad(lambda _, x: call(x), fq, model)(dict(model.named_parameters()), some, [x])
-        assert_equal((found[0][0], found[1]), wanted)
-
-
-def test_compiled_functions_that_must_be_one_graph_are_refused():
-    model, fq, state, x = setup()
-    call = compiled(model, fullgraph=True)
-    call(x)
-    with pytest.raises(Exception, match="found torch.compile within layerwise"), fqt.layerwise(fq, model, state):
-        call(x)
+        losses, grads = step(dict(model.named_parameters()), some, [x])
+        assert_equal((losses[0], grads), functional(model, fq, some, x))
+        assert torch.equal(call(x), model(x))
 
 
 # Autocast.
@@ -459,4 +501,3 @@ def test_layers_within_one_autocast():
             wanted.append(loss.detach())
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         assert wanted == [functional(model, fq, state, x)[0]] * 2
-    assert HIDDEN < FFN
