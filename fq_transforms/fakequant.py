@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checks import check_state, is_read, local_group, weights_of
-from fq_transforms.dtensor import Layout, check_leaf, is_sharded, layout_of, local_values, position, sharded_tensors
+from fq_transforms.dtensor import Layout, is_sharded, layout_of, local_values, position, sharded_tensors
 from fq_transforms.masters import Tensors, check_destinations, copy_into, count_up, tensors_of
-from fq_transforms.ops.launch import Launched
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import GroupState, State
 
-__all__ = ["check_learnable", "fakequant", "quantize_group", "requantize_group"]
+__all__ = ["check_learnable", "fakequant", "quantize_group"]
 
 
 def fakequant(
@@ -164,23 +163,6 @@ def _ready(params: Mapping[str, Tensor], group: Group, scales: GroupState, round
     if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
     return _Ready(weights, scales.get("amax"), scales.get("global_amax"), layout, seed, stream)
-
-
-def requantize_group(
-    params: Mapping[str, Tensor], group: Group, scales: GroupState, outs: Sequence[Tensor]
-) -> Launched | None:
-    """`quantize_group` of plain tensors, without a gradient, into what it has given before for weights like these.
-
-    Returns:
-        The launch, if it can be made again.
-    """
-    weights = weights_of(params, group)
-    _check_device(group, scales, weights[0].device)
-    for name, leaf in scales.items():
-        if is_sharded(leaf):
-            check_leaf(f"{group.key}.{name}", leaf, None, name)
-    amax, global_amax = scales.get("amax"), scales.get("global_amax")
-    return fake_quantize_into(outs, weights, amax, global_amax, format=group.format, transposed=group.transposed)
 
 
 def _check_device(group: Group, scales: GroupState, device: torch.device) -> None:

@@ -16,7 +16,6 @@ from fq_transforms.bench.cases import ALL, SHAPES, check_same, expert_weights, f
 from fq_transforms.bench.timing import host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops import private
-from fq_transforms.ops.quantize.launch import forward_plan
 
 __all__ = ["measure", "page", "rows", "without"]
 
@@ -29,8 +28,6 @@ APIS = {
     "guards": "_tensor_guards",
     "stream": "_raw_stream",
     "functorch": "_functorch_active",
-    "wrappers": "_wrappers",
-    "launcher": "_launcher",
 }
 WAYS = {"private": (), **{f"without {name}": (name,) for name in APIS}, "public": tuple(APIS)}
 
@@ -39,7 +36,6 @@ WAYS = {"private": (), **{f"without {name}": (name,) for name in APIS}, "public"
 def without(*names: str) -> Generator[None]:
     """Within, the public ways are taken in place of some private APIs, as if this PyTorch or Triton lacked them."""
     found = {APIS[name]: getattr(private, APIS[name]) for name in names}
-    forward_plan.cache_clear()  # plans keep compiled kernels for the private launcher
     try:
         for attribute in found:
             setattr(private, attribute, None)
@@ -47,7 +43,6 @@ def without(*names: str) -> Generator[None]:
     finally:
         for attribute, api in found.items():
             setattr(private, attribute, api)
-        forward_plan.cache_clear()
 
 
 def measure(weights: list[Tensor], format: Format) -> dict[str, float]:

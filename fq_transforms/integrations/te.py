@@ -16,21 +16,12 @@ from torch.nn import Module
 import fq_transforms as fqt
 from fq_transforms.state import State
 
-__all__ = ["functional_call", "is_grouped_linear", "is_te", "layerwise", "refuse_autocast"]
+__all__ = ["functional_call", "is_te", "layerwise", "refuse_autocast"]
 
 
 def is_te(module: Module) -> bool:
     """True for Transformer Engine's modules and operations, and what derives from them."""
     return any(base.__module__.startswith("transformer_engine.") for base in type(module).__mro__)
-
-
-def is_grouped_linear(module: Module) -> bool:
-    """True for Transformer Engine's GroupedLinear, and what derives from it: one node of the autograd graph.
-
-    Source: Transformer Engine 2.20.2 `module/grouped_linear.py`, whose node saves the parameters as they are.
-    """
-    home = "transformer_engine.pytorch.module.grouped_linear"
-    return any((base.__module__, base.__name__) == (home, "GroupedLinear") for base in type(module).__mro__)
 
 
 def refuse_autocast(module: Module) -> None:
@@ -83,10 +74,7 @@ def layerwise(
 ) -> AbstractContextManager[None]:
     """`fq_transforms.layerwise`, which raises if a selected layer runs under Transformer Engine's autocast.
 
-    Grouped layers hold the fake numbers in their own parameters while they compute, forward and backward, so backward
-    belongs inside.
-
     Raises:
         KeyError, ValueError, RuntimeError: As `fq_transforms.layerwise`; a selected layer runs under an autocast.
     """
-    return fqt.layerwise(fq, model, state, recompute=recompute, inspect=refuse_autocast, lends=is_grouped_linear)
+    return fqt.layerwise(fq, model, state, recompute=recompute, inspect=refuse_autocast)

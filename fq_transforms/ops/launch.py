@@ -41,7 +41,6 @@ __all__ = [
     "CAPTURED",
     "Bounded",
     "Contiguous",
-    "Launched",
     "Matrices",
     "Plan",
     "Tile",
@@ -56,7 +55,6 @@ __all__ = [
     "launch",
     "launch_again",
     "matrices_of",
-    "remember",
     "results_for",
     "shape_of",
     "split",
@@ -347,8 +345,8 @@ def visit_plan(
 MOST_EXPERTS = 65535
 
 
-class Launched(NamedTuple):
-    """A launch that can be made again while all lies where it lay."""
+class _Call(NamedTuple):
+    """A launch that can be made again while all lies where it lay; `tables` are held for it."""
 
     compiled: Any
     grid: tuple[int, int, int]
@@ -358,7 +356,7 @@ class Launched(NamedTuple):
 
 
 # Launches by what they read; a group's results lie one behind the other, from an address on that 16 divides.
-_CALLS: Bounded[tuple[object, ...], Launched] = Bounded(4096)
+_CALLS: Bounded[tuple[object, ...], _Call] = Bounded(4096)
 # Where the results' address stands among the arguments: behind the weights' address, table and stride.
 RESULT = 3
 
@@ -380,30 +378,31 @@ def call_key(
     return (*what, *map(Tensor.data_ptr, leaves), *map(Tensor.data_ptr, weights))
 
 
-def launch_again(key: tuple[object, ...] | None, out: Tensor) -> Launched | None:
-    """The launch that was remembered, made into `out`; None if there is none."""
+def launch_again(key: tuple[object, ...] | None, out: Tensor) -> bool:
+    """Make the launch that was remembered, into `out`; False if there is none."""
     known = None if key is None else _CALLS.get(key)
     if known is None:
-        return None
+        return False
     compiled, grid, stream, arguments, tables = known
-    arguments = (*arguments[:RESULT], out.data_ptr(), *arguments[RESULT + 1 :])
-    private.run(compiled, grid, stream, arguments)
+    _run(compiled, grid, stream, (*arguments[:RESULT], out.data_ptr(), *arguments[RESULT + 1 :]))
     if tables and torch.cuda.is_current_stream_capturing():
         CAPTURED.append(tables)
-    return Launched(compiled, grid, stream, arguments, tables)
+    return True
 
 
-def remember(key: tuple[object, ...] | None, launched: Launched | None) -> None:
-    """Keep a launch. Not while a CUDA graph is captured, whose tables are filled within the graph."""
-    if key is not None and launched is not None and not torch.cuda.is_current_stream_capturing():
-        _CALLS[key] = launched
+def _run(compiled: Any, grid: tuple[int, int, int], stream: int, arguments: tuple[object, ...]) -> None:
+    compiled[grid](*arguments, stream=stream)
 
 
-def launch(plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None, ...]) -> Launched | None:
+def launch(
+    plan: Plan,
+    groups: tuple[Matrices, ...],
+    scales: tuple[Tensor | None, ...],
+    key: tuple[object, ...] | None = None,
+) -> None:
     """Launch a kernel over a group: grid (blocks of one weight, experts), the block index fastest.
 
-    Returns:
-        What it was, or None where the kernel was compiled for it, or was interpreted.
+    With a key the launch is remembered, but not while a CUDA graph is captured, whose tables are filled within it.
     """
     base, _, experts, matrix, _ = groups[0]
     if experts > MOST_EXPERTS:
@@ -414,7 +413,7 @@ def launch(plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None
     index = base.device.index
     if base.is_cuda and torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return launch(plan, groups, scales)
+            return launch(plan, groups, scales, key)
     dense: list[Tensor | None] = []
     addresses: list[int | None] = []  # in the order of the kernel's arguments
     kinds: list[object] = [index]
@@ -432,14 +431,16 @@ def launch(plan: Plan, groups: tuple[Matrices, ...], scales: tuple[Tensor | None
         dense.append(leaf)
         addresses.append(start)
         kinds.append(None if start is None else start % 16 == 0)
-    key, rest, grid = tuple(kinds), plan.arguments[is_aligned], (plan.blocks, experts, 1)
-    compiled = plan.compiled.get(key)
-    if compiled is not None:  # a launcher that is given addresses asks no tensor for its own
-        launched = Launched(compiled, grid, private.current_stream(index), (*addresses, *rest), tables)
-        private.run(*launched[:4])
-        return launched
-    tensors = [argument for group in groups for argument in (group.base, group.place.table, group.place.stride)]
-    compiled = plan.kernel[grid](*tensors, *dense, *rest, num_warps=plan.warps, enable_fp_fusion=False)
-    if private.can_run(compiled):
-        plan.compiled[key] = compiled
-    return None
+    kind, rest, grid = tuple(kinds), plan.arguments[is_aligned], (plan.blocks, experts, 1)
+    compiled = plan.compiled.get(kind)
+    if compiled is None:
+        tensors = [argument for group in groups for argument in (group.base, group.place.table, group.place.stride)]
+        compiled = plan.kernel[grid](*tensors, *dense, *rest, num_warps=plan.warps, enable_fp_fusion=False)
+        if compiled is not None:  # None from the interpreter
+            plan.compiled[kind] = compiled
+        return
+    # A kernel that is given addresses asks no tensor for its own.
+    call = _Call(compiled, grid, private.current_stream(index), (*addresses, *rest), tables)
+    _run(*call[:4])
+    if key is not None and not torch.cuda.is_current_stream_capturing():
+        _CALLS[key] = call

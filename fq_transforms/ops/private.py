@@ -5,7 +5,6 @@ its name here is None, and the public way gives the same answers. Tests set the 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch.autograd import Function, forward_ad
 __all__ = [
     "Guards",
     "add_all",
-    "can_run",
     "copy_all",
     "current_stream",
     "is_functorch_active",
+    "is_in_compiled",
     "is_mapped",
     "is_transformed",
-    "run",
     "saved_tensors_hooks",
     "unwrapped",
 ]
@@ -44,12 +42,11 @@ def _level() -> int:
 _tensor_guards: Any = _find("torch._C._dynamo.guards", "TensorGuards")
 _raw_stream: Callable[[int], int] | None = _find("torch._C", "_cuda_getCurrentRawStream")
 _functorch_active: Callable[[], bool] | None = _find("torch._C", "_are_functorch_transforms_active")
-_wrappers: Any = _find("torch._C._functorch", "is_functorch_wrapped_tensor", "get_unwrapped", "is_batchedtensor")
 _forward_level: Callable[[], int] | None = _level if hasattr(forward_ad, "_current_level") else None
 _top_hooks: Any = _find("torch._C._autograd", "_top_saved_tensors_default_hooks")
+_frame_callback: Any = _find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")
 _copy_all: Callable[..., None] | None = _find("torch", "_foreach_copy_")
 _add_all: Callable[..., None] | None = _find("torch", "_foreach_add_")
-_launcher: tuple[str, ...] | None = ("run", "function", "packed_metadata")  # of Triton's compiled kernels
 
 
 # What many tensors are, compared at once.
@@ -166,24 +163,17 @@ def _look(tensor: Tensor) -> _Found:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor under the wrappers of torch.func: under vjp a DTensor does not look like one."""
-    if _wrappers is None:
-        return _look(tensor).tensor if is_functorch_active() else tensor
-    is_wrapped, inner_of, _ = _wrappers
-    while is_wrapped(tensor):
-        tensor = inner_of(tensor)
-    return tensor
+    return _look(tensor).tensor if is_functorch_active() else tensor
 
 
 def is_mapped(tensor: Tensor) -> bool:
     """True under torch.func.vmap, if the tensor has a dim that it maps."""
-    if _wrappers is None:
-        return is_functorch_active() and _look(tensor).is_mapped
-    is_wrapped, inner_of, is_batched = _wrappers
-    while is_wrapped(tensor):
-        if is_batched(tensor):
-            return True
-        tensor = inner_of(tensor)
-    return False
+    return is_functorch_active() and _look(tensor).is_mapped
+
+
+def is_in_compiled() -> bool:
+    """True within a function that torch.compile has compiled, what it runs eagerly included, as far as can be told."""
+    return torch.compiler.is_compiling() or (_frame_callback is not None and callable(_frame_callback()))
 
 
 def saved_tensors_hooks() -> Any:
@@ -227,25 +217,3 @@ def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 def current_stream(index: int) -> int:
     """The address of a CUDA device's current stream."""
     return torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
-
-
-def can_run(compiled: Any) -> bool:
-    """True for what Triton has compiled, if `run` can launch it; False for None, of the interpreter."""
-    return compiled is not None and _launcher is not None and all(hasattr(compiled, name) for name in _launcher)
-
-
-def run(compiled: Any, grid: tuple[int, int, int], stream: int, arguments: Sequence[object]) -> None:
-    """Launch a compiled kernel: `compiled[grid]`, but that profilers' hooks cost nothing where there are none.
-
-    Asking them took 6 of the 67 us that a whole call to `fakequant` took on the host (32 experts).
-    """
-    runtime = _runtime()
-    if getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True):
-        compiled[grid](*arguments, stream=stream)
-    else:
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
-@cache
-def _runtime() -> Any:
-    return import_module("triton.knobs").runtime  # when it is needed, and Triton is there

@@ -3,16 +3,12 @@
 NOTE what is saved: a layer saves its weights for the backward pass, and so keeps the fake ones. Within a layer's
 forward, saved-tensor hooks keep in their place what they are made of: the parameters and the amax, which live anyway.
 
-NOTE lent numbers: where a layer is one node of the graph, its parameters themselves hold the fake numbers while it
-computes, forward and backward; see `fq_transforms.training.lend`.
-
 NOTE who asks again: experts whose weights are one module's (Transformer Engine, stacked) need all of them at once, and
 one launch makes them; experts that are modules of their own need one at a time, and get it.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +23,12 @@ from fq_transforms.ops import private
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
-from fq_transforms.training.lend import Lender, is_lendable
 from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
-from fq_transforms.training.slots import Slots, tensors_in
+from fq_transforms.training.reads import Guarded
+from fq_transforms.training.wrapped import OTHER_WAY, check_plain, check_unparametrized
 from fq_transforms.transform import Transform
 
-__all__ = ["check_not_fsdp", "layerwise"]
+__all__ = ["layerwise"]
 
 CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)  # which have no forward
 
@@ -45,7 +41,6 @@ def layerwise(
     *,
     recompute: bool = True,
     inspect: Callable[[Module], None] | None = None,
-    lends: Callable[[Module], bool] | None = None,
 ) -> Generator[None]:
     """Within, each selected layer of `model` computes with the weights of `fq.fakequant`, made when its forward begins.
 
@@ -58,12 +53,12 @@ def layerwise(
         state: From `fq.calibrate`, or loaded. Its values are checked on entry only.
         recompute: Make the fake weights again in backward, bit for bit. Hooks on saved tensors around it decide first.
         inspect: Called with each selected layer, and each module below it that holds weights; may raise.
-        lends: With `recompute`, True for layers of one autograd node: their parameters hold the fake numbers meanwhile.
 
     Raises:
-        KeyError, ValueError: As `fq.fakequant`; "lsq" or inputs; a layer is FSDP2's, or never ran while others did;
-            with `recompute` a DTensor, torch.func, or Megatron's own fused accumulation; "clip" and `main_grad`.
-        RuntimeError: In backward, weights or amax have changed since forward; a layer that lends is not inside.
+        KeyError, ValueError: As `fq.fakequant`; "lsq" or inputs; a layer is wrapped or compiled (docs/training.md), its
+            weight is tied, parametrized or read by another module, or it never ran; with `recompute` a DTensor,
+            torch.func, or Megatron's own fused accumulation; "clip" and `main_grad`.
+        RuntimeError: In backward, weights or amax have changed since forward.
 
     Example:
         >>> import fq_transforms as fqt
@@ -78,29 +73,43 @@ def layerwise(
     spec = fq.spec
     refuse_inputs(spec, "layerwise")
     check_state(state, spec, values=is_read)
-    options = _Options(fq, recompute, inspect, lends)
-    sites = [_Site(module, groups, state, options) for module, groups in _owners(model, spec).items()]
-    ran: list[bool] = []
-    with ExitStack() as hooks:
+    check_unparametrized(spec)
+    options = _Options(fq, recompute, inspect)
+    paths, owners = _owners(model, spec)
+    sites = [_Site(module, groups, state, options) for module, groups in owners.items()]
+    _check_untied(model, sites)
+    running: list[Module] = []
 
-        def begin(module: Module, args: Any) -> None:
-            ran.append(True)
-            for site in sites:
-                site.lender.take_back()
+    def begin(module: Module, args: Any) -> None:
+        running.append(module)
 
-        hooks.callback(model.register_forward_pre_hook(begin).remove)
+    def end(module: Module, args: Any, output: Any) -> None:
+        if running:
+            running.pop()
+
+    with ExitStack() as undo:
+        for module in paths:
+            undo.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+            undo.callback(module.register_forward_hook(end, always_call=True).remove)
         for site in sites:
-            hooks.callback(site.leave_all)
-            hooks.callback(site.module.register_forward_pre_hook(site.before).remove)
-            hooks.callback(site.module.register_forward_hook(site.after, always_call=True).remove)
+            undo.callback(site.leave_all)
+            undo.callback(site.module.register_forward_pre_hook(site.before).remove)
+            undo.callback(site.module.register_forward_hook(site.after, always_call=True).remove)
+        for holder, of_holder in _by_holder(sites).items():
+
+            def is_refused(attribute: str, of_holder: Mapping[str, _Site] = of_holder) -> bool:
+                return bool(running) and not of_holder[attribute].entered
+
+            names = {attribute: site.names[holder, attribute] for attribute, site in of_holder.items()}
+            undo.callback(Guarded(holder, names, is_refused).put_back)
         yield
-    idle = [site for site in sites if site.runs == 0]
-    if idle and (ran or len(idle) < len(sites)):
+    if idle := [site for site in sites if site.runs == 0]:
         group = idle[0].groups[0]
         raise ValueError(
-            f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran while the "
-            f"model did, or {len(sites) - len(idle)} other layers, wanted every selected layer to run; if another "
-            "module reads its weights, use functional_call(model, fakequant(params, state))"
+            f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran "
+            f"({len(idle)} of {len(sites)} selected layers did not), wanted every selected layer to run; if another "
+            f"module computes with its weights, call functional_call(model, fq.fakequant(params, state), ...), or "
+            f"{OTHER_WAY}"
         )
 
 
@@ -108,7 +117,6 @@ class _Options(NamedTuple):
     fq: Transform
     recompute: bool
     inspect: Callable[[Module], None] | None
-    lends: Callable[[Module], bool] | None
 
 
 class _Site:
@@ -118,33 +126,46 @@ class _Site:
         self.module, self.options = module, options
         self.groups = list(groups)
         self.scales = [state[group.key] for group in groups]
-        self.slots, self.modules = Slots(), dict[str, Module]()
+        self.names: dict[tuple[Module, str], str] = {}
+        self.modules: dict[str, Module] = {}
         for group, holders in groups.items():
             for name, holder in zip(group.names, holders, strict=True):
-                self.slots.add(name, holder, name.rpartition(".")[2])
+                self.names[holder, name.rpartition(".")[2]] = name
                 self.modules[name] = holder
-        self.lender = Lender(type(module).__name__)
-        # Under "clip" the layer's own gradient is not the parameter's: it must pass through a node of the quantizer.
-        can_lend = options.recompute and options.fq.backward == "pass_through"
-        is_own = all(holder is module for holder in self.modules.values())
-        self.lends = can_lend and is_own and options.lends is not None and options.lends(module)
-        self.lendable: tuple[Tensor, ...] = ()  # what was found so
         self.runs = 0
-        self.entered: list[_Exchanged | _Lent | None] = []
+        self.entered: list[_Exchanged | None] = []
+
+    def take(self) -> dict[str, Tensor]:
+        """What hangs there now."""
+        found: dict[str, Tensor] = {}
+        for (holder, attribute), name in self.names.items():
+            tensor = tensors_in(holder).get(attribute)
+            if tensor is None:
+                raise KeyError(f"parameter {name!r} is not in {type(holder).__name__} any more")
+            found[name] = tensor
+        return found
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        for (holder, attribute), name in self.names.items():
+            tensors_in(holder)[attribute] = tensors[name]
 
     def before(self, module: Module, args: Any) -> None:
+        if private.is_in_compiled():  # which would keep this hook for later
+            raise ValueError(
+                f"layer {type(module).__name__}: found torch.compile around it within layerwise, wanted eager mode; or "
+                f"{OTHER_WAY}"
+            )
+        is_within_itself = any(self.entered)
         self.entered.append(None)  # `after` is called even if this raises
         inspect = self.options.inspect
         if inspect is not None:
             for inner in dict.fromkeys([module, *self.modules.values()]):
                 inspect(inner)
-        self.lender.take_back()  # where a backward failed
-        params = self.slots.take()
-        self.entered[-1] = self._lend(params) if self._is_lending(params) else self._exchange(params)
+        if not is_within_itself:
+            self.entered[-1] = self._exchange(self.take())
         self.runs += 1
 
     def after(self, module: Module, args: Any, output: Any) -> None:
-        self.lender.take_back()
         entered = self.entered.pop() if self.entered else None
         if entered is not None:
             entered.leave(output)
@@ -152,28 +173,6 @@ class _Site:
     def leave_all(self) -> None:
         while self.entered:
             self.after(self.module, (), None)
-        self.lender.end()
-
-    def _is_lending(self, params: Mapping[str, Tensor]) -> bool:
-        if not self.lends or private.is_functorch_active():
-            return False
-        found = tuple(params.values())
-        if len(found) != len(self.lendable) or not all(map(is_, found, self.lendable)):
-            if not all(is_lendable(param, self.options.fq.out_dtype) for param in found):
-                return False
-            self.lendable = found
-        return True
-
-    def _lend(self, params: dict[str, Tensor]) -> "_Lent":
-        sources: list[_Source] = []
-        fakes: list[Tensor] = []
-        with torch.no_grad():
-            for group, scales in zip(self.groups, self.scales, strict=True):
-                fakes += quantize_group(params, group, scales, out_dtype=None, backward="pass_through")
-                sources.append(_Source(group, [params[name] for name in group.names], scales, self.options, True))
-        lent = _Lent(self.lender, sources)
-        self.lender.lend(lent.params, fakes)
-        return lent
 
     def _exchange(self, params: dict[str, Tensor]) -> "_Exchanged":
         fq = self.options.fq
@@ -190,8 +189,8 @@ class _Site:
             remake = self._remake(params, weights)
             if remake is not None:
                 leaving.enter_context(torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack))
-        self.slots.put(weights)
-        return _Exchanged(self.slots, params, leaving, remake)
+        self.put(weights)
+        return _Exchanged(self, params, leaving, remake)
 
     def _check_flags_return(self, params: Mapping[str, Tensor]) -> None:
         """Raise ValueError for layers that set `grad_added_to_main_grad` on the weight that they saved."""
@@ -224,34 +223,16 @@ class _Site:
 class _Exchanged(NamedTuple):
     """A forward with fake weights in the place of the parameters."""
 
-    slots: Slots
+    site: _Site
     params: dict[str, Tensor]
     leaving: ExitStack
     remake: "_Remake | None"
 
     def leave(self, output: Any) -> None:
-        self.slots.put(self.params)
+        self.site.put(self.params)
         self.leaving.close()
         if self.remake is not None:
             self.remake.forward_is_done(output)
-
-
-class _Lent(NamedTuple):
-    """A forward in which the parameters hold fake numbers, and its backward."""
-
-    lender: Lender
-    sources: "list[_Source]"
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [param for source in self.sources for param in source.params]
-
-    def leave(self, output: Any) -> None:
-        if output is not None:
-            self.lender.follow(output, self.params, self.fakes)
-
-    def fakes(self) -> list[Tensor]:
-        return [fake for source in self.sources for fake in source.make_all()]
 
 
 class _Source:
@@ -274,12 +255,8 @@ class _Source:
         except RuntimeError:  # made under inference mode: without a version
             return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # pyright: ignore
 
-    def make_all(self) -> Sequence[Tensor]:
-        """All fake weights, bit for bit as they were in forward."""
-        return self._quantize(slice(None))
-
     def make(self, number: int) -> Tensor:
-        """One of them; all are kept as long as backward asks for the next."""
+        """One of them, bit for bit as it was in forward; all are kept as long as backward asks for the next."""
         if not self.together:
             return self._quantize(slice(number, number + 1))[0]
         self.to_come = (self.to_come or self.places) - 1  # a second backward starts over
@@ -388,11 +365,26 @@ class _Remake:
         self.weights, self.storages = {}, {}
 
 
-def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[Module]]]:
-    """By the innermost module that runs and has all weights of a group: its groups, with the module of each weight."""
+def tensors_in(module: Module) -> dict[str, Tensor | None]:
+    """A module's own parameters, to read and to exchange."""
+    return vars(module)["_parameters"]
+
+
+def _owners(model: Module, spec: Spec) -> tuple[list[Module], dict[Module, dict[Group, list[Module]]]]:
+    """The modules from the model to each selected weight; and by the innermost that runs and has a whole group: it."""
     owners: dict[Module, dict[Group, list[Module]]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
+    checked: dict[Module, None] = {}
     for group in spec.groups:
+        paths: dict[str, str] = {}  # each once: Transformer Engine's experts are all in one module
+        for name in group.names:
+            paths.setdefault(name.rpartition(".")[0], name)
+        for path, name in paths.items():
+            words = path.split(".") if path else []
+            prefixes = (".".join(words[:depth]) for depth in range(len(words) + 1))
+            on_path = [modules[prefix] for prefix in prefixes if prefix in modules]
+            check_plain(f"parameter {name!r}", (module for module in on_path if module not in checked))
+            checked |= dict.fromkeys(on_path)
         holders: list[Module] = []
         for name in group.names:
             path, _, attribute = name.rpartition(".")
@@ -403,14 +395,32 @@ def _owners(model: Module, spec: Spec) -> dict[Module, dict[Group, list[Module]]
                     "named_parameters()"
                 )
             holders.append(holder)
-        paths: dict[str, str] = {}  # each once: Transformer Engine's experts are all in one module
-        for name in group.names:
-            paths.setdefault(name.rpartition(".")[0], name)
-        for path, name in paths.items():
-            words = path.split(".") if path else []
-            check_not_fsdp(f"parameter {name!r}", [modules[".".join(words[:depth])] for depth in range(len(words) + 1)])
         owners.setdefault(modules[_common(paths, modules)], {})[group] = holders
-    return owners
+    return list(checked), owners
+
+
+def _check_untied(model: Module, sites: Iterable[_Site]) -> None:
+    """Raise ValueError where a selected weight hangs in a second place, whose module would compute with it as it is."""
+    places = {
+        id(tensors_in(holder)[attribute]): (holder, attribute) for site in sites for holder, attribute in site.names
+    }
+    names = {place: name for site in sites for place, name in site.names.items()}
+    for path, module in model.named_modules():
+        for attribute, tensor in (*tensors_in(module).items(), *module.named_buffers(recurse=False)):
+            if (place := places.get(id(tensor), (module, attribute))) != (module, attribute):
+                raise ValueError(
+                    f"parameter {names[place]!r}: found it tied to {f'{path}.{attribute}'.removeprefix('.')!r}, wanted "
+                    f"a selected weight in one place; call value_and_grad, or {OTHER_WAY}"
+                )
+
+
+def _by_holder(sites: Iterable[_Site]) -> dict[Module, dict[str, _Site]]:
+    """The modules in which selected weights hang, and which site computes with each."""
+    found: dict[Module, dict[str, _Site]] = {}
+    for site in sites:
+        for holder, attribute in site.names:
+            found.setdefault(holder, {})[attribute] = site
+    return found
 
 
 def _common(paths: Iterable[str], modules: Mapping[str, Module]) -> str:
@@ -429,13 +439,3 @@ def _common(paths: Iterable[str], modules: Mapping[str, Module]) -> str:
             )
         common = common[:-1]
     return ".".join(common)
-
-
-def check_not_fsdp(name: str, modules: Iterable[Module]) -> None:
-    """Raise ValueError where FSDP2 puts a module's parameters in place itself, around its forward."""
-    for module in modules:
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            raise ValueError(
-                f"{name}: found {type(module).__name__}, whose parameters FSDP2 gathers and shards around forward, "
-                "wanted none; quantize the shards, and copy the results into the module's own"
-            )

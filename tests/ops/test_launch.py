@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.ops import launch, private
+from fq_transforms.ops import launch
 from fq_transforms.ops.amax.launch import expert_amax_triton
 from tests.cases import assert_names, experts, message_of
 from tests.variants import by_kernel
@@ -65,13 +65,13 @@ def test_values_are_read_anew(device):
 @pytest.mark.gpu
 def test_another_stream(monkeypatch):
     """A launch goes to the stream that is current when it is called, though one to another stream is known."""
-    launched, run = [], private.run
+    launched, run = [], launch._run
 
     def recording(compiled, grid, stream, arguments):
         launched.append(stream)
         run(compiled, grid, stream, arguments)
 
-    monkeypatch.setattr(private, "run", recording)
+    monkeypatch.setattr(launch, "_run", recording)
     params = named(experts(3, (256, 1024), torch.bfloat16, device="cuda"))
     state = check(params, fqt.FP8)
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))

@@ -9,8 +9,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fq_transforms as fqt
 from fq_transforms.ops import private
-from fq_transforms.ops.launch import matrices_of, results_for
-from fq_transforms.ops.quantize.launch import fake_quantize_triton, forward_plan
+from fq_transforms.ops.launch import Contiguous, results_for
+from fq_transforms.ops.quantize.launch import fake_quantize_triton
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from tests.cases import experts
 
@@ -18,11 +18,9 @@ PRIVATE = [
     "_tensor_guards",
     "_raw_stream",
     "_functorch_active",
-    "_wrappers",
     "_forward_level",
     "_copy_all",
     "_add_all",
-    "_launcher",
 ]
 
 
@@ -138,55 +136,28 @@ def test_fakequant_is_the_same(backward):
         assert torch.equal(batch[name][1], fake)
 
 
-class Launcher:
-    """As Triton's compiled kernels are launched."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.seen = []
-
-    def run(self, *arguments):
-        self.seen.append(arguments)
-
-
-def test_a_launcher_that_can_be_called_itself(monkeypatch):
-    """Triton's own launcher is taken where it is as known, and its public one where it is not."""
-    launcher = Launcher()
-    assert private.can_run(launcher)
-    assert not private.can_run(None)
-    assert not private.can_run(object())
-    private.run(launcher, (2, 3, 1), 7, (10, 11))
-    assert launcher.seen == [(2, 3, 1, 7, "function", "metadata", None, None, None, 10, 11)]
-    monkeypatch.setattr(private, "_launcher", None)
-    assert not private.can_run(launcher)
-
-
 @pytest.mark.gpu
 def test_launches_are_the_same(monkeypatch):
-    """On a GPU, through Triton's public launcher and PyTorch's public stream, on another stream too."""
+    """On a GPU, with PyTorch's public stream, on another stream too."""
     weights = experts(5, (64, 256), torch.bfloat16, device="cuda")
     amax = torch.stack([w.float().abs().amax() for w in weights])
-    plan = forward_plan(fqt.FP8, matrices_of(weights).matrix, False, None, False, None)
 
     def run():
         out = results_for(weights, torch.bfloat16)
-        return out, fake_quantize_triton([out], weights, amax, None, format=fqt.FP8, transposed=False)
+        fake_quantize_triton([out], Contiguous(weights), amax, None, format=fqt.FP8, transposed=False)
+        return out
 
     results = [run() for _ in range(3)]
-    assert results[-1][1] is not None, "the third launch needs no look-up of Triton's"
     for name in PRIVATE:
         monkeypatch.setattr(private, name, None)
-    plan.compiled.clear()
     results += [run() for _ in range(3)]
-    assert results[-1][1] is None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         assert private.current_stream(torch.cuda.current_device()) == stream.cuda_stream
         results.append(run())
     torch.cuda.synchronize()
-    assert all(torch.equal(out, results[0][0]) for out, _ in results)
+    assert all(torch.equal(out, results[0]) for out in results)
 
 
 def test_hooks_that_nobody_can_tell_of_are_an_error(monkeypatch):

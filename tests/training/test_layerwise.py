@@ -259,9 +259,10 @@ def test_a_layer_that_never_runs_is_named():
     state = fq.calibrate(dict(model.named_parameters()))
     with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
         model(torch.ones(2, HIDDEN))
-    assert_names(str(error.value), "read.weight", "Linear", "never ran")
-    with fqt.layerwise(fq, model, state):
-        pass
+    assert_names(str(error.value), "read.weight", "Linear", "outside the forward of its layer")
+    with pytest.raises(ValueError) as error, fqt.layerwise(fq, model, state):
+        model.used(torch.ones(2, HIDDEN))
+    assert_names(str(error.value), "read.weight", "Linear", "never ran", "1 of 2")
 
 
 def only_layer(module, rules="*"):
@@ -446,32 +447,3 @@ def test_inspect_sees_the_modules_below():
     assert [module for module in seen if isinstance(module, torch.nn.Linear)] == [
         expert[w] for mlp in model.mlp for w in ("w1", "w2") for expert in mlp.experts
     ]
-
-
-def _under_fsdp2(rank, size):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = Model(GroupedMLP, GroupedMLP)
-    params = {name: param.detach().clone() for name, param in model.named_parameters()}
-    fq = fqt.transform(fqt.select(params, {"mlp.*": fqt.FP8}))
-    state = fq.calibrate(params)
-    fully_shard(model.mlp[1], mesh=init_device_mesh("cpu", (size,)))
-    said = []
-    for call in (
-        lambda: fqt.layerwise(fq, model, state).__enter__(),
-        lambda: fqt.value_and_grad(lambda model, x: model(x), fq, model),
-    ):
-        try:
-            call()
-        except ValueError as error:
-            said.append(str(error))
-    return said
-
-
-@pytest.mark.dist
-def test_fsdp2_is_refused(ranks):
-    """It puts parameters in place around forward, as `layerwise` and `functional_call` do."""
-    for layer, model in ranks(_under_fsdp2, size=2):
-        assert_names(layer, "mlp.1.linear_fc1.weight0", "FSDP2")
-        assert_names(model, "model", "FSDP2")

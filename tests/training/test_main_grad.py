@@ -13,7 +13,7 @@ from torch.func import functional_call
 import fq_transforms as fqt
 from tests.cases import assert_names
 from tests.training import ways
-from tests.training.ways import EXPERTS, HIDDEN, GroupedMLP, OneNodeMLP, lends
+from tests.training.ways import EXPERTS, HIDDEN, GroupedMLP, OneNodeMLP
 
 NAME = "mlp.0.linear_fc1.weight0"
 
@@ -69,18 +69,13 @@ def run_layerwise_kept(*args):
     run_layerwise(*args, recompute=False)
 
 
-def run_lent(*args):
-    """The layer's own parameters hold the fake numbers, where it is one node."""
-    run_layerwise(*args, lends=lends)
-
-
 def run_value_and_grad(model, params, fq, state, xs):
     step = fqt.value_and_grad(lambda model, x: model(x), fq, model)
     _, grads = step(params, state, xs)
     assert all(grads[name] is param.main_grad for name, param in params.items())
 
 
-WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_lent, run_value_and_grad]
+WAYS = [run_whole, run_once, run_layerwise, run_layerwise_kept, run_value_and_grad]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -104,7 +99,7 @@ def test_fused_equals_unfused(way, flags, dtype):
     assert (found[NAME] - own).norm() > 1e-2 * own.norm()
 
 
-@pytest.mark.parametrize("way", [run_layerwise, run_lent, run_value_and_grad])
+@pytest.mark.parametrize("way", [run_layerwise, run_value_and_grad])
 @pytest.mark.parametrize("fused", [True, False])
 def test_checkpointed_activations(way, fused):
     model, params, *rest, _kept = setup(fused, checkpointed=False)

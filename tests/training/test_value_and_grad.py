@@ -1,5 +1,6 @@
 """`value_and_grad`: the gradients of a step, as if every microbatch had been quantized and pulled back on its own."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
 from fq_transforms.ops.quantize import autograd
-from fq_transforms.training import kept
 from tests.cases import assert_names, name_of
 from tests.training.ways import halved
 
@@ -175,9 +175,6 @@ def test_a_step_rounds_at_random_by_its_own_number(backward):
         assert_equal(grads, wanted)
         seen.append(losses)
     assert not torch.equal(seen[0], seen[1])
-    keeping = fqt.value_and_grad(loss_fn, replace(fq, backward="pass_through"), model, keep=True)
-    with pytest.raises(ValueError, match=r"keep: found rounding=Stochastic.*leave `keep` away"):
-        keeping(params, state, batches, rounding=rounding)
 
 
 def check_replicated(rank, size):
@@ -199,10 +196,6 @@ def check_replicated(rank, size):
     _, wanted = step(wanted_params, fq.calibrate(wanted_params), [tokens, tokens * 2.0])
     assert tuple(grads["weight"].placements) == (Replicate(),)
     assert torch.equal(grads["weight"].to_local(), wanted["weight"])
-
-    keeping = fqt.value_and_grad(lambda model, x: model(x).sum(), fq, model, keep=True)
-    with pytest.raises(ValueError, match="keep: found DTensors"):
-        keeping(params, fq.calibrate(params), batches)
 
 
 @pytest.mark.dist
@@ -291,174 +284,10 @@ def test_checkpointed_layers_with_inputs_are_refused(reentrant):
     assert all(param is own[name] for name, param in model.named_parameters())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_kept_weights_give_the_same(format, device):
-    """Law: with `keep`, as parameters and their amax change, losses and gradients of each step are the same bits."""
-    model, params, fq, state, batches = setup(format)
-    model.to(device)
-    state = {key: {name: leaf.to(device) for name, leaf in group.items()} for key, group in state.items()}
-    batches = [{"x": batch["x"].to(device)} for batch in batches]
-    keeping, plain = (fqt.value_and_grad(loss_fn, fq, model, keep=keep) for keep in (True, False))
-    earlier = []
-    for number in range(3):
-        losses, grads = keeping(params, state, batches[number:])
-        wanted_losses, wanted = plain(params, state, batches[number:])
-        assert torch.equal(losses, wanted_losses)
-        assert_equal(grads, wanted)
-        earlier.append((grads, {name: grad.clone() for name, grad in grads.items()}))
-        with torch.no_grad():
-            for name, param in params.items():
-                param.sub_(0.1 * grads[name])
-        if number:  # other memory of the same weights
-            params["experts.1.weight"].data = params["experts.1.weight"].data.clone()
-        state = fq.calibrate(params)
-    for grads, copies in earlier:  # which a later step does not touch
-        assert_equal(grads, copies)
-
-
-def moved(params, state):
-    params["experts.1.weight"].data = params["experts.1.weight"].data * 0.5
-
-
-def another(params, state):
-    params["experts.1.weight"] = torch.nn.Parameter(torch.randn_like(params["experts.1.weight"]), requires_grad=False)
-
-
-def calibrated(params, state):
-    for key, group in state.items():
-        state[key] = {name: leaf * 2 for name, leaf in group.items()}
-
-
-def turn(params):
-    params["experts.1.weight"].data = params["experts.1.weight"].data.mT  # the same memory, read otherwise
-
-
-class Steady:
-    """Steps with kept weights on a GPU, two groups of which one has another format, and what each step computes."""
-
-    def __init__(self, format, monkeypatch, loss_fn=loss_fn):
-        model, self.params, _, _, batches = setup(format)
-        model.cuda()
-        self.params["experts.1.weight"].requires_grad_(False)
-        self.fq = fqt.transform(fqt.select(self.params, {"experts.*": format, "dense.weight": fqt.INT8}))
-        self.state = self.fq.calibrate(self.params)
-        self.batch = {"x": batches[0]["x"].cuda()}
-        self.looked_up = 0
-        self.loss_fn, self.requantize_group = loss_fn, kept.requantize_group
-        self.step = fqt.value_and_grad(self.loss, self.fq, model, keep=True)
-        monkeypatch.setattr(kept, "requantize_group", self.counting)
-
-    def counting(self, *args):
-        self.looked_up += 1
-        return self.requantize_group(*args)
-
-    def loss(self, model, batch):
-        self.seen = {name: param.detach().clone() for name, param in model.named_parameters()}
-        return self.loss_fn(model, batch)
-
-    def run(self):
-        """A step; how many groups' launches it looked up."""
-        self.looked_up = 0
-        self.step(self.params, self.state, [self.batch])
-        looked_up = self.looked_up
-        assert_equal(self.seen, self.fq.fakequant(self.params, self.state))
-        return looked_up
-
-    def settle(self):
-        """The first step makes the weights; the third finds the launches of the second, at the same addresses."""
-        assert [self.run() for _ in range(5)] == [0, 2, 2, 0, 0]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("change", [moved, another, calibrated])
-@pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_kept_launches_are_made_in_one_go_while_nothing_moves(format, change, monkeypatch):
-    """Law: weights are those that `fakequant` gives, whether a step makes its launches in one go or looks them up."""
-    steady = Steady(format, monkeypatch)
-    steady.settle()
-    with torch.no_grad():
-        for param in steady.params.values():
-            param.mul_(0.5)
-    assert steady.run() == 0
-    change(steady.params, steady.state)
-    assert [steady.run() for _ in range(3)] == [2, 2, 0]
-    turn(steady.params)
-    assert [steady.run() for _ in range(2)] == [2, 2]  # which is not contiguous, and so not remembered
-    turn(steady.params)
-    assert [steady.run() for _ in range(3)] == [2, 2, 0]
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert [steady.run() for _ in range(3)] == [2, 0, 0]  # what they read lies where it lay
-        torch.cuda.synchronize()
-    assert [steady.run() for _ in range(2)] == [2, 0]
-
-
-@pytest.mark.gpu
-def test_an_amax_that_alternates_is_looked_up(monkeypatch):
-    """Two states in turn, as where each step calibrates: the weights are those of the step's own."""
-    steady = Steady(fqt.NVFP4_STATIC, monkeypatch)
-    states = [steady.state, steady.fq.calibrate({name: param * 0.5 for name, param in steady.params.items()})]
-    for number in range(6):
-        steady.state = states[number % 2]
-        assert steady.run() == (2 if number else 0)
-
-
-@pytest.mark.gpu
-def test_launches_in_one_go_count_versions(monkeypatch):
-    """What was computed with kept weights cannot be pulled back once launches in one go have written over them."""
-    outputs = []
-
-    def leaking(model, batch):
-        outputs.append(model(batch["x"]))
-        return model(batch["x"]).sum()
-
-    steady = Steady(fqt.FP8, monkeypatch, leaking)
-    steady.settle()
-    with pytest.raises(RuntimeError, match="inplace"):
-        outputs[-2].sum().backward()
-
-
-@pytest.mark.gpu
-def test_errors_where_launches_were_made_in_one_go(monkeypatch):
-    """A parameter that is gone and a state that has left the GPU are named, as in a first step."""
-    steady = Steady(fqt.FP8, monkeypatch)
-    steady.settle()
-    params = {name: param for name, param in steady.params.items() if name != "experts.1.weight"}
-    with pytest.raises(KeyError, match=r"'experts.1.weight' of group"):
-        steady.step(params, steady.state, [steady.batch])
-    state = {key: {name: leaf.cpu() for name, leaf in group.items()} for key, group in steady.state.items()}
-    with pytest.raises(ValueError, match="found on cpu, wanted on cuda:0 as its weights"):
-        steady.step(steady.params, state, [steady.batch])
-    assert steady.run() == 0
-
-
-def test_kept_weights_are_the_same_memory_until_something_changes():
-    """The fake weights of a step are those of the last one; after another dtype or a frozen weight, new ones."""
-    model, params, fq, state, batches = setup()
-    seen = []
-
-    def watching(model, batch):
-        seen.append(model.experts[0].weight)
-        return loss_fn(model, batch)
-
-    step = fqt.value_and_grad(watching, fq, model, keep=True)
-    step(params, state, batches[:1])
-    step(params, state, batches[:1])
-    assert seen[0] is seen[1]
-    params["experts.1.weight"].requires_grad_(False)
-    _, grads = step(params, state, batches[:1])
-    assert seen[2] is not seen[0]
-    assert "experts.1.weight" not in grads
-    model.double().to(torch.bfloat16)
-    step(params, fq.calibrate(params), [{"x": batches[0]["x"].bfloat16()}])
-    assert seen[3].dtype == torch.bfloat16
-
-
 def test_a_step_that_fails_leaves_no_gradient_to_the_next():
     """Named bug: the gradients of the microbatches before an error are not added to those of the next step."""
     model, params, fq, state, batches = setup()
-    step = fqt.value_and_grad(loss_fn, fq, model, keep=True)
+    step = fqt.value_and_grad(loss_fn, fq, model)
     step(params, state, batches)
     with pytest.raises(KeyError):
         step(params, state, [batches[0], {}])
@@ -467,58 +296,45 @@ def test_a_step_that_fails_leaves_no_gradient_to_the_next():
     assert_equal(grads, wanted)
 
 
-def test_a_graph_that_outlives_its_step_raises():
-    """What was computed with kept weights cannot be pulled back once they are written over."""
-    model, params, fq, state, batches = setup()
-    outputs = []
-
-    def leaking(model, batch):
-        outputs.append(model(batch["x"]))
-        return model(batch["x"]).sum()
-
-    step = fqt.value_and_grad(leaking, fq, model, keep=True)
-    step(params, state, batches[:1])
-    step(params, state, batches[:1])
-    with pytest.raises(RuntimeError, match="inplace"):
-        outputs[0].sum().backward()
-
-
 def test_a_step_within_a_step_has_weights_of_its_own():
     """Named bug: a step that runs while microbatches are drawn took and dropped the gradients of the outer one."""
-    results = []
-    for keep in (False, True):
-        torch.manual_seed(0)
-        model, params, fq, state, batches = setup()
-        step = fqt.value_and_grad(loss_fn, fq, model, keep=keep)
-        step(params, state, batches[:1])
+    model, params, fq, state, batches = setup()
+    step = fqt.value_and_grad(loss_fn, fq, model)
+    wanted = [step(params, state, some)[1] for some in (batches[2:], batches[:2])]
+    inner = []
 
-        def drawn(step=step, params=params, state=state, batches=batches):
-            yield batches[0]
-            results.append(step(params, state, batches[2:])[1])
-            yield batches[1]
+    def drawn():
+        yield batches[0]
+        inner.append(step(params, state, batches[2:])[1])
+        yield batches[1]
 
-        results.append(step(params, state, drawn())[1])
-    for inner, outer in (results[:2], results[2:]):
-        assert_equal(inner, results[0])
-        assert_equal(outer, results[1])
+    outer = step(params, state, drawn())[1]
+    assert_equal(inner[0], wanted[0])
+    assert_equal(outer, wanted[1])
 
 
-def test_kept_weights_under_autocast():
-    """Named bug: autocast remembers the casts of leaves, and so would compute with those of the first step."""
-    losses = []
-    for keep in (False, True):
-        torch.manual_seed(0)
-        model, params, fq, state, batches = setup()
-        step = fqt.value_and_grad(loss_fn, fq, model, keep=keep)
-        with torch.autocast("cpu", torch.bfloat16):
-            for _ in range(3):
-                losses.append(step(params, state, batches[:1])[0])
-                with torch.no_grad():
-                    for param in params.values():
-                        param.mul_(0.5)
-                state = fq.calibrate(params)
+def test_steps_within_one_autocast():
+    """Named bugs: autocast remembers the casts of leaves: it computed with an earlier step's, and kept them all."""
+    model, params, fq, state, batches = setup()
+    fakes, losses, alone = [], [], []
+
+    def watching(model, batch):
+        fakes.append(weakref.ref(model.experts[0].weight))
+        return loss_fn(model, batch)
+
+    step = fqt.value_and_grad(watching, fq, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            losses.append(step(params, state, batches[:1])[0])
+            assert fakes[-1]() is None
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                alone.append(one_by_one(model, params, fq.fakequant, state, batches[:1])[0])
+            with torch.no_grad():
+                for param in params.values():
+                    param.mul_(0.5)
+            state = fq.calibrate(params)
+    assert losses == alone
     assert losses[0] != losses[1]
-    assert losses[:3] == losses[3:]
 
 
 def hooked(model):
@@ -539,38 +355,30 @@ def exchanged(model):
 @pytest.mark.parametrize("change", [hooked, hooked_behind, exchanged])
 def test_what_a_loss_does_to_weights_ends_with_the_step(change):
     """Named bugs: hooks added up from step to step, and fake weights were written into the user's own memory."""
-    found = []
-    for keep in (False, True):
-        torch.manual_seed(0)
-        model, params, fq, state, batches = setup()
+    model, params, fq, state, batches = setup()
 
-        def loss(model, batch):
-            change(model)
-            return loss_fn(model, batch)
+    def loss(model, batch):
+        change(model)
+        return loss_fn(model, batch)
 
-        step = fqt.value_and_grad(loss, fq, model, keep=keep)
-        found += [step(params, state, batches[:1])[1] for _ in range(3)]
-    for grads in found[1:]:
-        assert_equal(grads, found[0])
+    step = fqt.value_and_grad(loss, fq, model)
+    first, *others = [step(params, state, batches[:1])[1] for _ in range(3)]
+    for grads in others:
+        assert_equal(grads, first)
 
 
 def test_attributes_of_fused_accumulation_are_those_of_now():
     """Named bug: what a parameter said of its `main_grad` in one step was believed in the next."""
     model, params, fq, state, batches = setup()
-    plain = fqt.value_and_grad(loss_fn, fq, model)
-    keeping = fqt.value_and_grad(loss_fn, fq, model, keep=True)
-    for number in range(2):
+    step = fqt.value_and_grad(loss_fn, fq, model)
+    wanted = step(params, state, batches)[1]
+    for says in (True, False):
         for param in params.values():
             param.main_grad = torch.zeros_like(param)
-            if number == 0:
-                param.grad_added_to_main_grad, param.overwrite_main_grad = True, True
-            elif hasattr(param, "grad_added_to_main_grad"):
-                del param.grad_added_to_main_grad, param.overwrite_main_grad
-        found = {name: grad.clone() for name, grad in keeping(params, state, batches)[1].items()}
-        for param in params.values():
-            param.main_grad = torch.zeros_like(param)
-        assert_equal(plain(params, state, batches)[1], found)
-    assert found["experts.0.weight"].abs().sum() > 0
+            param.grad_added_to_main_grad = says
+        found = step(params, state, batches)[1]
+        if not says:
+            assert_equal(found, wanted)
 
 
 def test_a_loss_is_no_view_of_a_weight():
@@ -578,20 +386,10 @@ def test_a_loss_is_no_view_of_a_weight():
     model = torch.nn.Linear(1, 1, bias=False)
     params = dict(model.named_parameters())
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
-    step = fqt.value_and_grad(lambda model, batch: model.weight.squeeze(), fq, model, keep=True)
+    step = fqt.value_and_grad(lambda model, batch: model.weight.squeeze(), fq, model)
     first, _ = step(params, fq.calibrate(params), [None])
     before = first.clone()
     with torch.no_grad():
         model.weight.mul_(2)
     step(params, fq.calibrate(params), [None])
     assert torch.equal(first, before)
-
-
-def test_kept_weights_are_not_used_under_forward_mode():
-    """Within a dual level a step computes as without `keep`."""
-    model, params, fq, state, batches = setup()
-    step = fqt.value_and_grad(loss_fn, fq, model, keep=True)
-    _, wanted = step(params, state, batches)
-    with torch.autograd.forward_ad.dual_level():
-        assert_equal(step(params, state, batches)[1], wanted)
-    assert_equal(step(params, state, batches)[1], wanted)

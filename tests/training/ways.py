@@ -1,7 +1,6 @@
 """Experts as models have them, and every way to train them under fake quantization."""
 
 import weakref
-from collections import deque
 
 import torch
 from torch.func import functional_call
@@ -42,9 +41,6 @@ class Grouped(torch.nn.Module):
         return torch.cat([part @ w.mT for part, w in zip(x.chunk(EXPERTS), weights, strict=True)])
 
 
-SEEN = deque(maxlen=16)  # the first weight of a node, at each of the last computations with it
-
-
 class _Node(torch.autograd.Function):
     """As Transformer Engine's: it saves the weights as they are, and adds gradients to `main_grad` if they have one.
 
@@ -53,9 +49,6 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *weights):
-        SEEN.append(weights[0].detach().clone())
-        if torch.isnan(x).any():
-            raise ArithmeticError("forward")
         ctx.save_for_backward(x, *weights)
         ctx.refs = [weakref.ref(weight) for weight in weights]
         ctx.main_grads = lambda: [getattr(weight, "main_grad", None) for weight in weights]
@@ -64,9 +57,6 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *weights = ctx.saved_tensors
-        SEEN.append(weights[0].detach().clone())
-        if torch.isnan(grad).any():
-            raise ArithmeticError("backward")
         back, grads = [], grad.chunk(EXPERTS)
         for part, g, ref, main_grad in zip(x.chunk(EXPERTS), grads, ctx.refs, ctx.main_grads(), strict=True):
             if main_grad is None:
@@ -161,10 +151,6 @@ def halved(state):
     return {key: {name: leaf * 0.5 for name, leaf in leaves.items()} for key, leaves in state.items()}
 
 
-def lends(module):
-    return isinstance(module, OneNode)
-
-
 def grads_of(model):
     """The gradient of each parameter, wherever its layer adds it; forgotten on the model."""
     found = {}
@@ -200,19 +186,9 @@ def applied(model, fq, state, x):
     return loss.detach(), grads_of(model)
 
 
-def stepped(model, fq, state, x, **options):
-    step = fqt.value_and_grad(lambda model, x: model(x), fq, model, **options)
+def stepped(model, fq, state, x):
+    step = fqt.value_and_grad(lambda model, x: model(x), fq, model)
     (loss,), grads = step(dict(model.named_parameters()), state, [x])
-    return loss, grads
-
-
-def kept(model, fq, state, x):
-    """The second step, which writes over the fake weights of the first."""
-    step = fqt.value_and_grad(lambda model, x: model(x), fq, model, keep=True)
-    params = dict(model.named_parameters())
-    others = {name: torch.nn.Parameter(param * 2) for name, param in params.items()}
-    step(others, state, [x.detach()])
-    (loss,), grads = step(params, state, [x])
     return loss, grads
 
 
@@ -245,13 +221,12 @@ CARRYING = {
     "value_and_grad": stepped,
     "layerwise": by_layer,
     "layerwise, kept": lambda *args: by_layer(*args, recompute=False),
-    "layerwise, lent": lambda *args: by_layer(*args, lends=lends),
     "te.layerwise": lambda model, fq, state, x: within(te.layerwise(fq, model, state), model, x),
     "te.layerwise, kept": lambda model, fq, state, x: within(te.layerwise(fq, model, state, recompute=False), model, x),
     "megatron.layerwise": lambda model, fq, state, x: within(megatron.layerwise(fq, model, state), model, x),
     "megatron.fakequant": megatron_call,
 }
-WAYS = CARRYING | {"apply": applied, "value_and_grad, kept": kept, "te.functional_call": te_call}
+WAYS = CARRYING | {"apply": applied, "te.functional_call": te_call}
 
 
 def assert_equal(found, wanted):

@@ -26,7 +26,6 @@ from fq_transforms.formats import Format
 from fq_transforms.ops import private
 from fq_transforms.ops.launch import (
     Contiguous,
-    Launched,
     check_not_empty,
     experts_of,
     flat,
@@ -119,28 +118,22 @@ def fake_quantize_into(
     transposed: bool = False,
     seed: Int64[Tensor, ""] | None = None,
     stream: Stream | None = None,
-) -> Launched | None:
+) -> None:
     """`fake_quantize` into memory that is there: contiguous tensors of one dtype, shaped as the weights are.
 
     Not differentiable. Their versions are counted up, as by any change in place: a graph that has kept them raises in
     backward.
-
-    Returns:
-        The launch, if it can be made again.
     """
     check_not_empty(weights)
     assert all(map(Tensor.is_contiguous, outs)), "a copy of an out would be written in its place"
     statics = _statics(weights, stream, format, transposed, outs[0].dtype)
     if has_kernel(weights):
-        launched = _write(statics, outs, seed, amax, global_amax, weights)
+        _write(statics, outs, seed, amax, global_amax, weights)
         if not torch.compiler.is_compiling():  # which sees an operator that says what it changes
             torch.autograd.graph.increment_version(outs)
-        # A launch over a copy of what was not contiguous would read that copy again.
-        leaves = [leaf for leaf in (amax, global_amax) if leaf is not None]
-        return launched if type(weights) is Contiguous and all(map(Tensor.is_contiguous, leaves)) else None
+        return
     for out, result in zip(outs, _run_fake_quantize(statics, seed, amax, global_amax, weights), strict=True):
         out.copy_(result)
-    return None
 
 
 def pull_back(
@@ -276,15 +269,16 @@ def _write(
     amax: Tensor | None,
     global_amax: Tensor | None,
     weights: Sequence[Tensor],
-) -> Launched | None:
+) -> None:
     """One launch, which torch.compile sees as one operator."""
     format, transposed, stream = statics.format, statics.transposed, statics.stream
     if torch.compiler.is_compiling():
         draws = None if stream is None else list(stream.numbers)
         run = _launchers().fake_quantize_operator
-        return run(list(outs), list(weights), amax, global_amax, seed, format.to_json(), transposed, draws)
+        run(list(outs), list(weights), amax, global_amax, seed, format.to_json(), transposed, draws)
+        return
     run = _known_launchers().fake_quantize_triton
-    return run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
+    run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
 
 
 def _words(statics: _Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fq_transforms.formats import E4M3, Format
 from fq_transforms.ops.launch import (
-    Launched,
     Plan,
     Tile,
     call_key,
@@ -23,7 +22,6 @@ from fq_transforms.ops.launch import (
     launch,
     launch_again,
     matrices_of,
-    remember,
     results_for,
     shape_of,
     visit_plan,
@@ -62,7 +60,7 @@ def fake_quantize_triton(
     transposed: bool,
     stream: Stream | None = None,
     tile: Tile | None = None,
-) -> Launched | None:
+) -> None:
     """`fake_quantize_reference` of every expert of a group into `outs`, in one launch.
 
     Args:
@@ -75,18 +73,13 @@ def fake_quantize_triton(
         transposed: True if a matrix is stored [in, out].
         stream: Which random bits.
         tile: Another than the one chosen.
-
-    Returns:
-        The launch, if it can be made again.
     """
     key = None if tile is not None else call_key(outs, weights, (amax, global_amax, seed), format, transposed, stream)
-    if (launched := launch_again(key, outs[0])) is not None:
-        return launched
+    if launch_again(key, outs[0]):
+        return
     inputs = matrices_of(weights)
     plan = forward_plan(format, inputs.matrix, transposed, stream, seed is not None and seed.dim() > 0, tile)
-    launched = launch(plan, (inputs, matrices_of(outs, inputs.matrix)), (amax, global_amax, seed))
-    remember(key, launched)
-    return launched
+    launch(plan, (inputs, matrices_of(outs, inputs.matrix)), (amax, global_amax, seed), key)
 
 
 @cache
