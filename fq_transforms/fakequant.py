@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, is_read, local_group, weights_of
 from fq_transforms.dtensor import Layout, is_sharded, layout_of, local_values, position, sharded_tensors
-from fq_transforms.masters import Tensors, check_destinations, copy_into, count_up, tensors_of
+from fq_transforms.masters import Tensors, cast_all, count_up, planned_write, tensors_of
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
 from fq_transforms.rounding import Stochastic, Stream, check_rounding
 from fq_transforms.spec import Group, Spec
@@ -68,29 +68,23 @@ def _write(
     rounding: Stochastic | None,
 ) -> dict[str, Tensor]:
     """Fake weights into the tensors of `out`, everything else cast into them; all is checked before."""
-    selected = {name for group in spec.groups for name in group.names}
-    targets = check_destinations(masters, out, spec)
-    written = {target.name: target for target in targets if target.name in selected}
-    for name, target in written.items():
-        if target.is_master and not inplace:
-            raise ValueError(
-                f"out {name!r}: found the weight itself, wanted memory apart from it, or inplace=True, after which "
-                "its unquantized values are gone"
-            )
-        if out_dtype not in (None, target.out.dtype):
-            raise ValueError(f"out {name!r}: found {target.out.dtype}, wanted {out_dtype}, the Transform's out_dtype")
+    write = planned_write(masters, out, spec)
+    outs = [out[name] for name in masters]
     ready = [_ready(masters, group, state[group.key], rounding) for group in spec.groups]
-    outs = [[written[name].out for name in group.names] for group in spec.groups]
-    for group, tensors in zip(spec.groups, outs, strict=True):
-        for name, tensor in zip(group.names, tensors, strict=True):
-            if tensor.dtype != tensors[0].dtype:
-                raise ValueError(
-                    f"out {name!r}: found {tensor.dtype}, wanted {tensors[0].dtype} as {group.names[0]!r} in its group"
-                )
-    for group, tensors, one in zip(spec.groups, outs, ready, strict=True):
+    for group, places in zip(spec.groups, write.groups, strict=True):
+        if not inplace and (same := [i for i in places if write.is_inplace[i]]):
+            raise ValueError(
+                f"out {group.names[places.index(same[0])]!r}: found the weight itself, wanted memory apart from it, "
+                "or inplace=True, after which its unquantized values are gone"
+            )
+        dtype = outs[places[0]].dtype
+        if out_dtype not in (None, dtype):
+            raise ValueError(f"out {group.names[0]!r}: found {dtype}, wanted {out_dtype}, the Transform's out_dtype")
+    here = list(map(local_values, outs)) if write.are_sharded else outs
+    for group, places, one in zip(spec.groups, write.groups, ready, strict=True):
         if not one.is_empty:
             fake_quantize_into(
-                [local_values(tensor) for tensor in tensors],
+                [here[i] for i in places],
                 one.weights,
                 one.amax,
                 one.global_amax,
@@ -99,9 +93,12 @@ def _write(
                 seed=one.seed,
                 stream=one.stream,
             )
-    count_up([target.out for target in written.values()])
-    copy_into([target for target in targets if target.name not in selected])
-    return {name: out[name] for name in masters}
+    if write.are_sharded:
+        count_up([outs[i] for places in write.groups for i in places])
+    sources = list(masters.values())
+    for places in write.casts:
+        cast_all([sources[i] for i in places], [outs[i] for i in places], are_sharded=write.are_sharded)
+    return dict(zip(masters, outs, strict=True))
 
 
 def quantize_group(

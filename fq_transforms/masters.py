@@ -3,7 +3,7 @@
 Mixed-precision training has them anyway: fp32 where the model computes in bf16. docs/training.md has the whole loop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from fq_transforms.spec import Spec
 if TYPE_CHECKING:
     from fq_transforms.transform import Transform
 
-__all__ = ["Destination", "Tensors", "cast", "check_destinations", "copy_into", "count_up", "masters", "tensors_of"]
+__all__ = ["Tensors", "Write", "cast", "cast_all", "count_up", "masters", "planned_write", "tensors_of"]
 
 Tensors: TypeAlias = Mapping[str, Tensor] | Module
 
@@ -87,9 +87,11 @@ def cast(masters: Mapping[str, Tensor], *, out: Tensors) -> dict[str, Tensor]:
         tensor([1., 2.], dtype=torch.bfloat16)
     """
     tensors = tensors_of(out)
-    targets = check_destinations(masters, tensors)
-    copy_into(targets)
-    return {name: tensors[name] for name in masters}
+    write = planned_write(masters, tensors, None)
+    sources, outs = list(masters.values()), [tensors[name] for name in masters]
+    for places in write.casts:
+        cast_all([sources[i] for i in places], [outs[i] for i in places], are_sharded=write.are_sharded)
+    return dict(zip(masters, outs, strict=True))
 
 
 def tensors_of(tensors: Tensors, *, tied: bool = True) -> Mapping[str, Tensor]:
@@ -110,24 +112,24 @@ def tensors_of(tensors: Tensors, *, tied: bool = True) -> Mapping[str, Tensor]:
     return dict(tensors.named_parameters(remove_duplicate=not tied))
 
 
-class Destination(NamedTuple):
-    """Where a master is written to; `is_master` if it lies there itself."""
+class Write(NamedTuple):
+    """A write that was checked, and what follows from its tensors: which of them, by number, go where.
 
-    name: str
-    master: Tensor
-    out: Tensor
-    is_master: bool = False
+    Attributes:
+        groups: For each group of the spec, its weights.
+        casts: What is cast only, one list per pair of dtypes on a device.
+        is_inplace: For each, whether it is written where its master lies.
+        are_sharded: True if there is a DTensor.
+    """
+
+    groups: list[list[int]]
+    casts: list[list[int]]
+    is_inplace: list[bool]
+    are_sharded: bool
 
 
-def check_destinations(
-    masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec: Spec | None = None
-) -> list[Destination]:
-    """What is written where: each master and its tensor in `out`.
-
-    Args:
-        masters: Names to tensors.
-        out: At least their names.
-        spec: Of weights that a kernel writes, which takes contiguous ones only.
+def planned_write(masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec: Spec | None) -> Write:
+    """What is written where; `spec` says what a kernel writes, None that everything is cast.
 
     Raises:
         KeyError: A name is missing.
@@ -135,32 +137,29 @@ def check_destinations(
     """
     if is_transformed():
         raise ValueError("out: found a transform of torch.func, wanted none; call fakequant without out")
-    outs: list[Any] = []
-    for name in masters:
-        if (tensor := out.get(name)) is None:
-            raise KeyError(f"parameter {name!r} is not in out ({len(out)} entries)")
-        outs.append(tensor)
+    try:
+        outs = [out[name] for name in masters]
+    except KeyError as error:
+        raise KeyError(f"parameter {error.args[0]!r} is not in out ({len(out)} entries)") from error
     if torch.compiler.is_compiling():
-        return _checked(masters, outs, spec)
-    known = _CHECKED.get(id(spec))
-    tensors = [*masters.values(), *outs]
-    if known is None or known.spec is not spec or not known.match(list(masters), tensors):
-        found = _checked(masters, outs, spec)
-        if any(map(is_sharded, tensors)):
-            return found
-        known = _CheckedWrite(spec, list(masters), Guards(tensors), _addresses(tensors), _masters_among(found))
-        _CHECKED[id(spec)] = known
-    return list(map(Destination, masters, masters.values(), outs, known.are_masters))
+        return _plan(masters, outs, spec)
+    known, tensors = _PLANNED.get(id(spec)), [*masters.values(), *outs]
+    if known is not None and known.spec is spec and known.match(list(masters), tensors):
+        return known.write
+    write = _plan(masters, outs, spec)
+    if not write.are_sharded:
+        _PLANNED[id(spec)] = _Planned(spec, list(masters), Guards(tensors), _addresses(tensors), write)
+    return write
 
 
-class _CheckedWrite(NamedTuple):
-    """What a write was when it was last right: all that is checked of it follows from these."""
+class _Planned(NamedTuple):
+    """The last write of a spec: all that was checked of it follows from these."""
 
     spec: Spec | None
     names: list[str]
     guards: Guards
     addresses: list[int]
-    are_masters: list[bool]
+    write: Write
 
     def match(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
         """True if the same tensors, or others that lie where they lay, are written again."""
@@ -168,25 +167,40 @@ class _CheckedWrite(NamedTuple):
 
 
 # To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.
-_CHECKED: Bounded[int, _CheckedWrite] = Bounded(64)
+_PLANNED: Bounded[int, _Planned] = Bounded(64)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
 
 
-def _masters_among(destinations: Sequence[Destination]) -> list[bool]:
-    return [destination.is_master for destination in destinations]
-
-
-def _checked(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None) -> list[Destination]:
-    selected = set[str]() if spec is None else {name for group in spec.groups for name in group.names}
-    found: list[Destination] = []
-    for (name, master), target in zip(masters.items(), outs, strict=True):
-        if target is not master:
-            _check_target(name, master, target, name in selected)
-        found.append(Destination(name, master, target, target is master))
-    return found if torch.compiler.is_compiling() else _check_apart(found)
+def _plan(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None) -> Write:
+    groups = () if spec is None else spec.groups
+    selected = {name for group in groups for name in group.names}
+    for (name, master), out in zip(masters.items(), outs, strict=True):
+        if out is not master:
+            _check_target(name, master, out, name in selected)
+    is_inplace = [out is master for out, master in zip(outs, masters.values(), strict=True)]
+    if not torch.compiler.is_compiling():
+        is_inplace = _check_apart(masters, outs, selected)
+    place = {name: i for i, name in enumerate(masters)}
+    for group in groups:
+        dtypes = [outs[place[name]].dtype for name in group.names if name in place]
+        for name, dtype in zip(group.names, dtypes, strict=False):
+            if dtype != dtypes[0]:
+                raise ValueError(
+                    f"out {name!r}: found {dtype}, wanted {dtypes[0]} as {group.names[0]!r} in the same group"
+                )
+    kinds: dict[object, list[int]] = {}
+    for i, (name, master) in enumerate(masters.items()):
+        if name not in selected and not is_inplace[i]:
+            kinds.setdefault((master.dtype, outs[i].dtype, outs[i].device), []).append(i)
+    return Write(
+        [[place[name] for name in group.names if name in place] for group in groups],
+        list(kinds.values()),
+        is_inplace,
+        any(map(is_sharded, outs)),
+    )
 
 
 def _check_target(name: str, master: Tensor, target: Any, is_selected: bool) -> None:
@@ -213,18 +227,21 @@ def _check_target(name: str, master: Tensor, target: Any, is_selected: bool) -> 
         )
 
 
-def _check_apart(targets: Sequence[Destination]) -> list[Destination]:
-    """Raise ValueError if what is written overlaps anything else that is; `is_master` says where it is the master."""
+def _check_apart(masters: Mapping[str, Tensor], outs: Sequence[Tensor], selected: Set[str]) -> list[bool]:
+    """Raise ValueError if what is written overlaps anything else that is there; True for each that is its own master.
+
+    Tied names that are not written, because they are their masters and only cast, may overlap.
+    """
     spans: list[tuple[int, int, str, bool]] = []
-    found: list[Destination] = []
-    for name, master, out, is_same in targets:
+    found: list[bool] = []
+    for (name, master), out in zip(masters.items(), outs, strict=True):
         start, end = _span(out)
-        is_master = is_same or (start < end and _span(master) == (start, end) and _is_laid_out_as(out, master))
+        is_same = out is master or (start < end and _span(master) == (start, end) and _is_laid_out_as(out, master))
         if start < end:
-            spans.append((start, end, name, True))
-            if not is_master:
+            spans.append((start, end, name, not is_same or name in selected))
+            if not is_same:
                 spans.append((*_span(master), name, False))
-        found.append(Destination(name, master, out, is_master))
+        found.append(is_same)
     spans.sort()
     reach, before = 0, ("", True)
     for start, end, name, is_written in spans:
@@ -258,17 +275,13 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def copy_into(targets: Sequence[Destination]) -> None:
-    """Cast each master into its target: one call per pair of dtypes on a device, of DTensors their shards."""
-    kinds: dict[tuple[torch.dtype, torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for _, master, out, is_master in targets:
-        if not is_master:
-            outs, sources = kinds.setdefault((master.dtype, out.dtype, out.device), ([], []))
-            outs.append(local_values(out))
-            sources.append(local_values(master))
-    for outs, sources in kinds.values():
+def cast_all(sources: Sequence[Tensor], outs: Sequence[Tensor], *, are_sharded: bool) -> None:
+    """Cast each source into its out, of one pair of dtypes on a device: in one call, of DTensors their shards."""
+    if are_sharded:
+        copy_all(list(map(local_values, outs)), list(map(local_values, sources)))
+        count_up(outs)
+    else:
         copy_all(outs, sources)
-    count_up([out for _, _, out, is_master in targets if not is_master])
 
 
 def count_up(outs: Sequence[Tensor]) -> None:

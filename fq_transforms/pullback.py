@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fq_transforms.checks import DTYPES, check_state, local_group, weights_of
 from fq_transforms.distributed import sum_over
@@ -21,8 +22,9 @@ from fq_transforms.dtensor import (
     sharded_vectors,
     spread_of,
 )
-from fq_transforms.masters import Destination, Tensors, copy_into, tensors_of
-from fq_transforms.ops.private import add_all, is_transformed
+from fq_transforms.masters import Tensors, cast_all, tensors_of
+from fq_transforms.ops.launch import Bounded
+from fq_transforms.ops.private import Guards, add_all, is_transformed
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import GroupState, State
@@ -38,19 +40,19 @@ def pullback(
 ) -> tuple[dict[str, Tensor | None], StateGradients]:
     """`Transform.pullback`, with the options of the Transform given one by one."""
     check_state(state, spec, values=False)
-    for name, grad in grads.items():
-        if name not in masters:
-            raise KeyError(f"gradient {name!r} is of no master ({len(masters)} entries)")
-        if grad is not None:
-            _check_grad(name, grad, masters[name])
+    live = {name: grad for name, grad in grads.items() if grad is not None}
+    if len(masters) < len(grads) or not grads.keys() <= masters.keys():
+        unknown = next(name for name in grads if name not in masters)
+        raise KeyError(f"gradient {unknown!r} is of no master ({len(masters)} entries)")
+    are_sharded = _check_grads(masters, live, spec)
     # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
     is_differentiated = is_transformed() or any(grad is not None and grad.requires_grad for grad in grads.values())
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_differentiated):
-        return _pull(masters, state, grads, spec, backward)
+        return _pull(masters, state, grads, spec, backward, are_sharded)
 
 
 def _pull(
-    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
+    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward, are_sharded: bool
 ) -> tuple[dict[str, Tensor | None], StateGradients]:
     pulled: dict[str, Tensor | None] = {}
     of_state: StateGradients = {}
@@ -66,39 +68,57 @@ def _pull(
         if backward == "lsq":
             of_state[group.key] = of_leaves
     passed = {name: grad for name, grad in grads.items() if grad is not None and name not in pulled}
-    pulled.update(zip(passed, _cast([(grad, masters[name]) for name, grad in passed.items()]), strict=True))
+    cast = _cast(list(passed.values()), [masters[name] for name in passed], are_sharded)
+    pulled.update(zip(passed, cast, strict=True))
     return {name: pulled.get(name) for name in grads}, of_state
 
 
 def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:
     """`Transform.take_grads`, with the options of the Transform given one by one."""
-    tensors = tensors_of(params)
+    tensors: Mapping[str, Any] = tensors_of(params)
     taken: dict[str, Tensor | None] = {}
-    sources: dict[str, Any] = {}
+    fused: dict[str, Tensor] = {}
     for name, master in masters.items():
         param = tensors.get(name)
         if param is None:
             raise KeyError(f"parameter {name!r} is not in params ({len(tensors)} entries)")
-        if param.shape != master.shape:
-            raise ValueError(
-                f"parameter {name!r}: found shape {tuple(param.shape)}, wanted {tuple(master.shape)} as its master"
-            )
-        if param is not master or _main_grad(param) is not None:
-            taken[name] = _gradient(param, param is master)
-            sources[name] = param
+        if (main := _main_grad(param)) is not None:
+            fused[name], taken[name] = main, _fused_gradient(param, main, param is master)
+        elif param is not master:
+            taken[name] = param.grad
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
-        for name, param in sources.items():
-            if param is not masters[name] or _has_dummy(param):
-                param.grad = None
-        learned = [(state[key][leaf], grad) for key, leaves in of_state.items() for leaf, grad in leaves.items()]
-        mains = [main for param in sources.values() if (main := _main_grad(param)) is not None]
-        _add([(masters[name], grad) for name, grad in pulled.items()] + learned, borrowed=set(map(id, mains)))
-        for main in mains:
+        for name in taken:
+            if name not in fused or tensors[name] is not masters[name] or _has_dummy(tensors[name]):
+                tensors[name].grad = None
+        found = [(masters[name], grad, grad is taken[name], name in fused) for name, grad in pulled.items()]
+        found += [
+            (state[key][leaf], grad, False, False) for key, leaves in of_state.items() for leaf, grad in leaves.items()
+        ]
+        _add(found)
+        for name, main in fused.items():
             main.zero_()
-        for param in sources.values():
-            if _has_dummy(param):
-                param.grad_added_to_main_grad = False
+            if _has_dummy(tensors[name]):
+                tensors[name].grad_added_to_main_grad = False
+
+
+def _check_grads(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> bool:
+    """Raise ValueError unless each gradient fits its master; True if there are DTensors."""
+    tensors = [*map(masters.__getitem__, grads), *grads.values()]
+    if not torch.compiler.is_compiling() and not is_transformed():
+        known = _CHECKED.get(id(spec))
+        if known is not None and known[0] is spec and known[1].match(tensors):
+            return False
+    for name, grad in grads.items():
+        _check_grad(name, grad, masters[name])
+    are_sharded = any(map(is_sharded, tensors))
+    if not torch.compiler.is_compiling() and not is_transformed() and not are_sharded:
+        _CHECKED[id(spec)] = (spec, Guards(tensors))
+    return are_sharded
+
+
+# What the gradients of a spec were when they were last right: others like them are, too.
+_CHECKED: Bounded[int, tuple[Spec, Guards]] = Bounded(64)
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
@@ -157,19 +177,21 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
     return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
 
 
-def _cast(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor], are_sharded: bool) -> list[Tensor]:
     """Each gradient in its master's dtype, placed as it is: one call for all of a dtype, where nothing looks on."""
-    placed = [_placed(grad, master) for grad, master in pairs]
-    if is_transformed() or torch.compiler.is_compiling() or any(grad.requires_grad for grad in placed):
-        return [grad.to(master.dtype) for grad, (_, master) in zip(placed, pairs, strict=True)]
-    found: list[Tensor] = []
-    targets: list[Destination] = []
-    for grad, (_, master) in zip(placed, pairs, strict=True):
-        same = grad.dtype == master.dtype
-        found.append(grad if same else torch.empty_like(grad, dtype=master.dtype))
-        if not same:
-            targets.append(Destination("", grad, found[-1]))
-    copy_into(targets)
+    found = list(map(_placed, grads, masters)) if are_sharded else list(grads)
+    dtypes = [master.dtype for master in masters]
+    if is_transformed() or torch.compiler.is_compiling() or any(grad.requires_grad for grad in found):
+        return [grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=True)]
+    kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for i, (grad, dtype) in enumerate(zip(found, dtypes, strict=True)):
+        if grad.dtype != dtype:
+            found[i] = torch.empty_like(grad, dtype=dtype)
+            sources, outs = kinds.setdefault((grad.dtype, dtype, grad.device), ([], []))
+            sources.append(grad)
+            outs.append(found[i])
+    for sources, outs in kinds.values():
+        cast_all(sources, outs, are_sharded=are_sharded)
     return found
 
 
@@ -183,39 +205,38 @@ def _placed(grad: Any, master: Any) -> Tensor:
 
 def _main_grad(param: Any) -> Tensor | None:
     """The memory in which layers with fused accumulation add gradients up."""
-    return getattr(param, "main_grad", None)
+    # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
+    return vars(param).get("main_grad") if type(param) is Parameter else getattr(param, "main_grad", None)
 
 
 def _has_dummy(param: Any) -> bool:
     """True where the layer says that `main_grad` has what `grad` is a dummy of."""
-    return _main_grad(param) is not None and getattr(param, "grad_added_to_main_grad", False)
+    return getattr(param, "grad_added_to_main_grad", False)
 
 
-def _gradient(param: Any, is_master: bool) -> Tensor | None:
+def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
     """What the backward passes have left; of a master only what is not in its `grad` already."""
-    main = _main_grad(param)
-    if main is None:
-        return param.grad
     return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _add(pairs: Sequence[tuple[Tensor, Tensor | None]], borrowed: set[int]) -> None:
+def _add(found: Sequence[tuple[Tensor, Tensor | None, bool, bool]]) -> None:
     """Add gradients to what the tensors have in `grad`: one call for all that have some.
 
     Args:
-        pairs: Tensors and their gradients.
-        borrowed: Ids of gradients whose memory is not given away.
+        found: Tensors and their gradients; whether the gradient is a parameter's own; whether that is its `main_grad`.
     """
-    totals: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for tensor, grad in pairs:
+    totals: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, grad, is_moved, is_main in found:
         if grad is None:
             continue
-        if tensor.grad is None:
-            tensor.grad = grad if id(grad) not in borrowed and _fills_its_storage(grad) else grad.clone()
+        total = tensor.grad
+        if total is None:
+            is_borrowed = is_moved and (is_main or not _fills_its_storage(grad))
+            tensor.grad = grad.clone() if is_borrowed else grad
         else:
             sums, parts = totals.setdefault((grad.dtype, grad.device), ([], []))
-            sums.append(local_values(tensor.grad))
-            parts.append(local_values(_placed(grad, tensor.grad)))
+            sums.append(local_values(total))
+            parts.append(local_values(_placed(grad, total)))
     for sums, parts in totals.values():
         add_all(sums, parts)
 

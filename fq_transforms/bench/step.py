@@ -224,7 +224,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             *([] if worst is None else [_verdict(worst), ""]),
             "The write and the gradients' way alone. Whole calls are waited for, in turns with "
             "`torch._foreach_copy_` of the same weights; the device's time is of graph replays, beside one `copy_` of "
-            "as many weights from fp32 to bf16, at whose speed the scales are counted too. What was written equalled the reference bit for bit before.",
+            "as many weights from fp32 to bf16, at whose speed the scales are counted too. What was written equalled "
+            "the reference bit for bit before.",
             "",
             *_lines(writes),
             "",

@@ -355,7 +355,7 @@ class _Call(NamedTuple):
     tables: list[Tensor]
 
 
-# Launches by what they read; a group's results lie one behind the other, from an address on that 16 divides.
+# Launches by what they read; and by what they write, but for one allocation: its address takes the place of the last.
 _CALLS: Bounded[tuple[object, ...], _Call] = Bounded(4096)
 # Where the results' address stands among the arguments: behind the weights' address, table and stride.
 RESULT = 3
@@ -364,27 +364,33 @@ RESULT = 3
 def call_key(
     outs: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor | None], *statics: object
 ) -> tuple[object, ...] | None:
-    """What tells launches apart that differ in where their results go only; None where none is remembered.
+    """What tells launches apart, but for where one allocation for all results lies; None where none is remembered.
 
     Remembered are those over weights that are known to be contiguous, which come again; inputs come from anywhere.
     """
     first, out = weights[0], outs[0]
-    if type(weights) is not Contiguous or first.dim() != 2 or len(outs) > 1 or not first.is_cuda:
+    if type(weights) is not Contiguous or first.dim() != 2 or not first.is_cuda:
         return None
     index, leaves = first.device.index, [scale for scale in scales if scale is not None]
-    if index != torch.cuda.current_device() or out.data_ptr() % 16 or not all(map(Tensor.is_contiguous, leaves)):
+    is_one = len(outs) == 1
+    if index != torch.cuda.current_device() or (is_one and out.data_ptr() % 16):
         return None
-    what = (private.current_stream(index), first.shape, first.dtype, out.dtype, *statics)
-    return (*what, *map(Tensor.data_ptr, leaves), *map(Tensor.data_ptr, weights))
+    if not all(map(Tensor.is_contiguous, leaves)):
+        return None
+    what = (private.current_stream(index), first.shape, first.dtype, out.dtype, is_one, *statics)
+    where = [*leaves, *weights] if is_one else [*leaves, *weights, *outs]
+    return (*what, *map(Tensor.data_ptr, where))
 
 
-def launch_again(key: tuple[object, ...] | None, out: Tensor) -> bool:
-    """Make the launch that was remembered, into `out`; False if there is none."""
+def launch_again(key: tuple[object, ...] | None, outs: Sequence[Tensor]) -> bool:
+    """Make the launch that was remembered, into `outs`; False if there is none."""
     known = None if key is None else _CALLS.get(key)
     if known is None:
         return False
     compiled, grid, stream, arguments, tables = known
-    _run(compiled, grid, stream, (*arguments[:RESULT], out.data_ptr(), *arguments[RESULT + 1 :]))
+    if len(outs) == 1:
+        arguments = (*arguments[:RESULT], outs[0].data_ptr(), *arguments[RESULT + 1 :])
+    _run(compiled, grid, stream, arguments)
     if tables and torch.cuda.is_current_stream_capturing():
         CAPTURED.append(tables)
     return True

@@ -59,6 +59,7 @@ class Guards:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)  # for another the private check raises
         if _tensor_guards is None:
             self._facts = list(map(_facts, tensors))
             self._check = self._check_in_python
@@ -69,7 +70,7 @@ class Guards:
 
     def match(self, tensors: Sequence[Tensor]) -> bool:
         """True if these are as those were."""
-        return self._check(*tensors)
+        return len(tensors) == self._count and self._check(*tensors)
 
     def _check_in_python(self, *tensors: Tensor) -> bool:
         return list(map(_facts, tensors)) == self._facts
