@@ -4,7 +4,7 @@ A pure form, and one that moves gradients from a model's parameters to its maste
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,35 +40,20 @@ def pullback(
 ) -> tuple[dict[str, Tensor | None], StateGradients]:
     """`Transform.pullback`, with the options of the Transform given one by one."""
     check_state(state, spec, values=False)
-    live = {name: grad for name, grad in grads.items() if grad is not None}
-    if len(masters) < len(grads) or not grads.keys() <= masters.keys():
+    if not grads.keys() <= masters.keys():
         unknown = next(name for name in grads if name not in masters)
         raise KeyError(f"gradient {unknown!r} is of no master ({len(masters)} entries)")
-    are_sharded = _check_grads(masters, live, spec)
+    live = {name: grad for name, grad in grads.items() if grad is not None}
+    are_sharded = _check(masters, live, spec)
     # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
-    is_differentiated = is_transformed() or any(grad is not None and grad.requires_grad for grad in grads.values())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and is_differentiated):
-        return _pull(masters, state, grads, spec, backward, are_sharded)
-
-
-def _pull(
-    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward, are_sharded: bool
-) -> tuple[dict[str, Tensor | None], StateGradients]:
-    pulled: dict[str, Tensor | None] = {}
-    of_state: StateGradients = {}
-    for group in spec.groups:
-        weights = weights_of(masters, group)
-        passes = backward == "pass_through" or (backward == "clip" and not group.format.clips)
-        if passes or group.format.is_stateless:
-            of_leaves: dict[str, Tensor | None] = {}
-        else:
-            vectors = [grads.get(name) for name in group.names]
-            of_leaves, vectors = _pull_group(weights, group, state[group.key], vectors, backward)
-            pulled.update(zip(group.names, vectors, strict=True))
-        if backward == "lsq":
-            of_state[group.key] = of_leaves
-    passed = {name: grad for name, grad in grads.items() if grad is not None and name not in pulled}
-    cast = _cast(list(passed.values()), [masters[name] for name in passed], are_sharded)
+    is_seen = is_transformed() or any(grad.requires_grad for grad in live.values())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_seen):
+        pulled, of_state = _pull(masters, state, grads, spec, backward)
+        passed = {name: grad for name, grad in live.items() if name not in pulled} if pulled else live
+        wanted = [masters[name] for name in passed]
+        placed = list(map(_placed, passed.values(), wanted)) if are_sharded else list(passed.values())
+        is_seen = is_seen or torch.compiler.is_compiling()
+        cast = [g.to(m.dtype) for g, m in zip(placed, wanted, strict=True)] if is_seen else _cast(placed, wanted)
     pulled.update(zip(passed, cast, strict=True))
     return {name: pulled.get(name) for name in grads}, of_state
 
@@ -76,49 +61,64 @@ def _pull(
 def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:
     """`Transform.take_grads`, with the options of the Transform given one by one."""
     tensors: Mapping[str, Any] = tensors_of(params)
-    taken: dict[str, Tensor | None] = {}
-    fused: dict[str, Tensor] = {}
-    for name, master in masters.items():
-        param = tensors.get(name)
-        if param is None:
-            raise KeyError(f"parameter {name!r} is not in params ({len(tensors)} entries)")
-        if (main := _main_grad(param)) is not None:
-            fused[name], taken[name] = main, _fused_gradient(param, main, param is master)
-        elif param is not master:
-            taken[name] = param.grad
+    try:
+        sources = {name: tensors[name] for name in masters}
+    except KeyError as error:
+        raise KeyError(f"parameter {error.args[0]!r} is not in params ({len(tensors)} entries)") from error
+    taken = {name: param.grad for name, param in sources.items() if param is not masters[name]}
+    fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
+    for name, main in fused.items():
+        taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
         for name in taken:
-            if name not in fused or tensors[name] is not masters[name] or _has_dummy(tensors[name]):
-                tensors[name].grad = None
-        found = [(masters[name], grad, grad is taken[name], name in fused) for name, grad in pulled.items()]
-        found += [
-            (state[key][leaf], grad, False, False) for key, leaves in of_state.items() for leaf, grad in leaves.items()
-        ]
-        _add(found)
+            if name not in fused or sources[name] is not masters[name] or _has_dummy(sources[name]):
+                sources[name].grad = None
+        sums: list[tuple[Tensor, Tensor]] = []
+        for name, grad in pulled.items():
+            if grad is not None and grad is taken[name] and (name in fused or not _fills_its_storage(grad)):
+                grad = grad.clone()  # the memory is not ours to take  # noqa: PLW2901
+            _give(masters[name], grad, sums)
+        for key, leaves in of_state.items():
+            for leaf, grad in leaves.items():
+                _give(state[key][leaf], grad, sums)
+        _add(sums)
         for name, main in fused.items():
             main.zero_()
-            if _has_dummy(tensors[name]):
-                tensors[name].grad_added_to_main_grad = False
+            if _has_dummy(sources[name]):
+                sources[name].grad_added_to_main_grad = False
 
 
-def _check_grads(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> bool:
-    """Raise ValueError unless each gradient fits its master; True if there are DTensors."""
-    tensors = [*map(masters.__getitem__, grads), *grads.values()]
-    if not torch.compiler.is_compiling() and not is_transformed():
-        known = _CHECKED.get(id(spec))
-        if known is not None and known[0] is spec and known[1].match(tensors):
-            return False
+# Checks.
+
+
+class _Checked(NamedTuple):
+    """Masters and gradients of a spec when they were last right: others like them are, too."""
+
+    spec: Spec
+    names: tuple[list[str], list[str]]
+    guards: Guards
+
+
+# To check gradients anew at each step takes the host 2 us per weight, and it has none to spare behind a backward.
+_CHECKED: Bounded[int, _Checked] = Bounded(64)
+
+
+def _check(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> bool:
+    """Raise unless the masters fit the spec, and each gradient its master; True if there are DTensors."""
+    names, tensors = (list(masters), list(grads)), [*masters.values(), *grads.values()]
+    is_seen = torch.compiler.is_compiling() or is_transformed()
+    known = None if is_seen else _CHECKED.get(id(spec))
+    if known is not None and known.spec is spec and known.names == names and known.guards.match(tensors):
+        return False
+    for group in spec.groups:
+        weights_of(masters, group)
     for name, grad in grads.items():
         _check_grad(name, grad, masters[name])
     are_sharded = any(map(is_sharded, tensors))
-    if not torch.compiler.is_compiling() and not is_transformed() and not are_sharded:
-        _CHECKED[id(spec)] = (spec, Guards(tensors))
+    if not is_seen and not are_sharded:
+        _CHECKED[id(spec)] = _Checked(spec, names, Guards(tensors))
     return are_sharded
-
-
-# What the gradients of a spec were when they were last right: others like them are, too.
-_CHECKED: Bounded[int, tuple[Spec, Guards]] = Bounded(64)
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
@@ -133,6 +133,26 @@ def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
 
 
 # Pulling back.
+
+
+def _pull(
+    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
+) -> tuple[dict[str, Tensor | None], StateGradients]:
+    """Gradients of the groups whose rule is not the identity, and of the state under "lsq"."""
+    pulled: dict[str, Tensor | None] = {}
+    of_state: StateGradients = {}
+    if backward == "pass_through":
+        return pulled, of_state
+    for group in spec.groups:
+        of_leaves: dict[str, Tensor | None] = {}
+        if not group.format.is_stateless and (group.format.clips or backward == "lsq"):
+            vectors = [grads.get(name) for name in group.names]
+            weights = weights_of(masters, group)
+            of_leaves, vectors = _pull_group(weights, group, state[group.key], vectors, backward)
+            pulled.update(zip(group.names, vectors, strict=True))
+        if backward == "lsq":
+            of_state[group.key] = of_leaves
+    return pulled, of_state
 
 
 def _pull_group(
@@ -177,21 +197,21 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
     return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
 
 
-def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor], are_sharded: bool) -> list[Tensor]:
-    """Each gradient in its master's dtype, placed as it is: one call for all of a dtype, where nothing looks on."""
-    found = list(map(_placed, grads, masters)) if are_sharded else list(grads)
-    dtypes = [master.dtype for master in masters]
-    if is_transformed() or torch.compiler.is_compiling() or any(grad.requires_grad for grad in found):
-        return [grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=True)]
+def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient in its master's dtype: one call for all of a pair of dtypes, of DTensors their shards."""
+    found = list(grads)
     kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for i, (grad, dtype) in enumerate(zip(found, dtypes, strict=True)):
-        if grad.dtype != dtype:
-            found[i] = torch.empty_like(grad, dtype=dtype)
-            sources, outs = kinds.setdefault((grad.dtype, dtype, grad.device), ([], []))
+    for i, (grad, master) in enumerate(zip(grads, masters, strict=True)):
+        if (kind := (grad.dtype, master.dtype, grad.get_device())) not in kinds:
+            kinds[kind] = ([], [])
+        if grad.dtype != master.dtype:
+            found[i] = torch.empty_like(grad, dtype=master.dtype)
+            sources, outs = kinds[kind]
             sources.append(grad)
             outs.append(found[i])
     for sources, outs in kinds.values():
-        cast_all(sources, outs, are_sharded=are_sharded)
+        if sources:
+            cast_all(sources, outs, are_sharded=is_sharded(sources[0]))
     return found
 
 
@@ -219,26 +239,25 @@ def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
     return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _add(found: Sequence[tuple[Tensor, Tensor | None, bool, bool]]) -> None:
-    """Add gradients to what the tensors have in `grad`: one call for all that have some.
+def _give(tensor: Tensor, grad: Tensor | None, sums: list[tuple[Tensor, Tensor]]) -> None:
+    """Set a tensor's `grad`, or note what is to be added to it."""
+    if grad is None:
+        return
+    if (total := tensor.grad) is None:
+        tensor.grad = grad
+    else:
+        sums.append((local_values(total), local_values(_placed(grad, total))))
 
-    Args:
-        found: Tensors and their gradients; whether the gradient is a parameter's own; whether that is its `main_grad`.
-    """
-    totals: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for tensor, grad, is_moved, is_main in found:
-        if grad is None:
-            continue
-        total = tensor.grad
-        if total is None:
-            is_borrowed = is_moved and (is_main or not _fills_its_storage(grad))
-            tensor.grad = grad.clone() if is_borrowed else grad
-        else:
-            sums, parts = totals.setdefault((grad.dtype, grad.device), ([], []))
-            sums.append(local_values(total))
-            parts.append(local_values(_placed(grad, total)))
-    for sums, parts in totals.values():
-        add_all(sums, parts)
+
+def _add(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add each gradient to its sum: one call for all of a dtype."""
+    kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for total, grad in sums:
+        totals, parts = kinds.setdefault((total.dtype, total.device), ([], []))
+        totals.append(total)
+        parts.append(grad)
+    for totals, parts in kinds.values():
+        add_all(totals, parts)
 
 
 def _fills_its_storage(grad: Tensor) -> bool:
