@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import fq_transforms as fqt
 from tests.cases import experts, same_bits
@@ -84,6 +85,14 @@ def assert_untouched(recorded):
         if grad is not None:
             assert grad._version == grad_numbers[1]
             assert torch.equal(grad.nan_to_num(1.5), grad_numbers[0].nan_to_num(1.5))
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def leaves(params):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.func import grad, jvp, vjp, vmap
 
@@ -17,6 +16,7 @@ from tests.lens import (
     assert_same,
     assert_untouched,
     leaves,
+    mesh,  # noqa: F401 (a fixture)
     parameters,
     record,
     targets,
@@ -207,14 +207,7 @@ def test_the_write_is_refused_under_transforms_of_torch_func():
 # DTensors, on one rank: what ranks share is tested with real processes.
 
 
-@pytest.fixture
-def mesh():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_dtensors(mesh):
+def test_dtensors(mesh):  # noqa: F811
     """Masters are placed alike; a write counts up the wrapper's and the shard's version; a mixture is refused."""
     plain = parameters(dtype=BF16)
     params = {name: torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for name, p in plain.items() if p.dim()}
