@@ -100,6 +100,12 @@ def overlap_part(masters, out):
     return {"experts.0.w1": buffer[:3072].view(24, 128), "experts.1.w1": buffer[1000:4072].view(24, 128)}
 
 
+def around_a_master(masters, out):
+    buffer = torch.zeros(131)
+    masters["gain"] = buffer[100]
+    return {"norm.weight": buffer}
+
+
 def overlap_unselected(masters, out):
     return {"norm.weight": out["experts.2.w2"].detach().view(-1)[:131]}
 
@@ -118,6 +124,11 @@ WRONG_OUT = {
     "expanded": (lambda m, o: {"experts.2.w2": torch.zeros(256).expand(7, 256)}, ["'experts.2.w2'", "contiguous"]),
     "expanded, unselected": (lambda m, o: {"norm.weight": torch.zeros(1).expand(131)}, ["'norm.weight'"]),
     "one tensor twice": (lambda m, o: {"experts.2.w2": o["experts.0.w2"]}, ["'experts.2.w2'", "'experts.0.w2'"]),
+    "one memory twice": (
+        lambda m, o: {"experts.2.w2": torch.nn.Parameter(o["experts.0.w2"].data)},
+        ["'experts.2.w2'", "'experts.0.w2'"],
+    ),
+    "around a master": (around_a_master, ["'norm.weight'", "'gain'"]),
     "a part twice": (overlap_part, ["'experts.0.w1'", "'experts.1.w1'"]),
     "a part twice, unselected": (overlap_unselected, ["'experts.2.w2'", "'norm.weight'"]),
     "another's master": (lambda m, o: {"experts.2.w2": m["experts.0.w2"].data}, ["'experts.2.w2'", "shares"]),
