@@ -143,12 +143,16 @@ def check_destinations(
     if torch.compiler.is_compiling():
         return _checked(masters, outs, spec)
     known = _CHECKED.get(id(spec))
-    tensors = [*masters.values(), *outs]
-    if known is None or known.spec is not spec or not known.match(list(masters), tensors):
+    are_same = [tensor is master for tensor, master in zip(outs, masters.values(), strict=True)]
+    # Each once: guards match no tensor that comes twice.
+    tensors = [*masters.values(), *(tensor for tensor, same in zip(outs, are_same, strict=True) if not same)]
+    if known is None or known.spec is not spec or not known.match(list(masters), are_same, tensors):
         found = _checked(masters, outs, spec)
         if any(map(is_sharded, tensors)):
             return found
-        known = _CheckedWrite(spec, list(masters), Guards(tensors), _addresses(tensors), _masters_among(found))
+        known = _CheckedWrite(
+            spec, list(masters), are_same, Guards(tensors), _addresses(tensors), _masters_among(found)
+        )
         _CHECKED[id(spec)] = known
     return list(map(Destination, masters, masters.values(), outs, known.are_masters))
 
@@ -158,13 +162,19 @@ class _CheckedWrite(NamedTuple):
 
     spec: Spec | None
     names: list[str]
+    are_same: list[bool]
     guards: Guards
     addresses: list[int]
     are_masters: list[bool]
 
-    def match(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
+    def match(self, names: list[str], are_same: list[bool], tensors: Sequence[Tensor]) -> bool:
         """True if the same tensors, or others that lie where they lay, are written again."""
-        return names == self.names and self.guards.match(tensors) and _addresses(tensors) == self.addresses
+        return (
+            names == self.names
+            and are_same == self.are_same
+            and self.guards.match(tensors)
+            and _addresses(tensors) == self.addresses
+        )
 
 
 # To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.

@@ -7,18 +7,19 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.func import grad, jvp, vjp, vmap
 
 import fq_transforms as fqt
-from tests.cases import CORE_FORMATS, assert_names, message_of, name_of
+from tests.cases import assert_names, message_of, name_of
 from tests.lens import (
     BF16,
-    DEVICES,
     FP16,
     FP32,
     LAYOUTS,
     assert_same,
     assert_untouched,
+    dtypes_of,
     gradients,
     lower,
     mesh,  # noqa: F401 (a fixture)
+    on_each_case,
     parameters,
     record,
     setup,
@@ -26,8 +27,6 @@ from tests.lens import (
     transform_of,
 )
 
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_rule = pytest.mark.parametrize("backward", ["pass_through", "clip", "lsq"])
 
@@ -49,14 +48,12 @@ def by_vjp(fq, masters, state, grads):
     return pull({n: torch.zeros_like(w) if grads.get(n) is None else grads[n] for n, w in out.items()})
 
 
-@on_each_device
-@every_layout
-@every_format
+@on_each_case
 def test_the_pullback_is_that_of_fakequant(format, layout, device):
     """Bit for bit what `vjp` gives, for gradients of every dtype, NaN and infinities among them; and it is pure."""
     for backward in rules_of(format):
         masters, fq, state = setup(format, backward, layout, device)
-        for dtype in (BF16, FP16, FP32):
+        for dtype in dtypes_of(format, device):
             grads = gradients(masters, dtype)
             for g in grads.values():
                 g.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])[: g.numel()]
