@@ -143,12 +143,15 @@ def planned_write(masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec
         raise KeyError(f"parameter {error.args[0]!r} is not in out ({len(out)} entries)") from error
     if torch.compiler.is_compiling():
         return _plan(masters, outs, spec)
-    known, tensors = _PLANNED.get(id(spec)), [*masters.values(), *outs]
-    if known is not None and known.spec is spec and known.match(list(masters), tensors):
+    known, names = _PLANNED.get(id(spec)), list(masters)
+    are_same = [out is master for out, master in zip(outs, masters.values(), strict=True)]
+    # Each once: guards match no tensor that comes twice.
+    tensors = [*masters.values(), *(out for out, is_same in zip(outs, are_same, strict=True) if not is_same)]
+    if known is not None and known.spec is spec and known.match(names, are_same, tensors):
         return known.write
     write = _plan(masters, outs, spec)
     if not write.are_sharded:
-        _PLANNED[id(spec)] = _Planned(spec, list(masters), Guards(tensors), _addresses(tensors), write)
+        _PLANNED[id(spec)] = _Planned(spec, names, are_same, Guards(tensors), _addresses(tensors), write)
     return write
 
 
@@ -157,13 +160,19 @@ class _Planned(NamedTuple):
 
     spec: Spec | None
     names: list[str]
+    are_same: list[bool]
     guards: Guards
     addresses: list[int]
     write: Write
 
-    def match(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
+    def match(self, names: list[str], are_same: list[bool], tensors: Sequence[Tensor]) -> bool:
         """True if the same tensors, or others that lie where they lay, are written again."""
-        return names == self.names and self.guards.match(tensors) and _addresses(tensors) == self.addresses
+        return (
+            names == self.names
+            and are_same == self.are_same
+            and self.guards.match(tensors)
+            and _addresses(tensors) == self.addresses
+        )
 
 
 # To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.

@@ -2,13 +2,29 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import fq_transforms as fqt
-from tests.cases import experts, same_bits
+from tests.cases import CORE_FORMATS, ONE_OF_EACH_LEAF, experts, name_of, same_bits
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYOUTS = ["separate", "stacked", "transposed", "flat"]
+
+
+# A GPU compiles a kernel for each format, layout and pair of dtypes, so there the product is of a few formats only.
+_CASES = [(format, layout, "cpu") for format in CORE_FORMATS for layout in LAYOUTS]
+_CASES += [
+    pytest.param(format, layout, "cuda", marks=pytest.mark.gpu)
+    for format in CORE_FORMATS
+    for layout in LAYOUTS
+    if layout == "flat" or format in ONE_OF_EACH_LEAF
+]
+on_each_case = pytest.mark.parametrize(("format", "layout", "device"), _CASES, ids=name_of)
+
+
+def dtypes_of(format, device):
+    """All where it costs little, else the one that models have."""
+    return (BF16, FP16, FP32) if device == "cpu" or format in ONE_OF_EACH_LEAF else (BF16,)
 
 
 def parameters(layout="separate", dtype=torch.float32, device="cpu", seed=0):
@@ -84,6 +100,14 @@ def assert_untouched(recorded):
         if grad is not None:
             assert grad._version == grad_numbers[1]
             assert torch.equal(grad.nan_to_num(1.5), grad_numbers[0].nan_to_num(1.5))
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def leaves(params):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.func import grad, jvp, vjp, vmap
 
@@ -17,6 +16,7 @@ from tests.lens import (
     assert_same,
     assert_untouched,
     leaves,
+    mesh,  # noqa: F401 (a fixture)
     parameters,
     record,
     targets,
@@ -100,6 +100,12 @@ def overlap_part(masters, out):
     return {"experts.0.w1": buffer[:3072].view(24, 128), "experts.1.w1": buffer[1000:4072].view(24, 128)}
 
 
+def around_a_master(masters, out):
+    buffer = torch.zeros(131)
+    masters["gain"] = buffer[100]
+    return {"norm.weight": buffer}
+
+
 def overlap_unselected(masters, out):
     return {"norm.weight": out["experts.2.w2"].detach().view(-1)[:131]}
 
@@ -118,6 +124,11 @@ WRONG_OUT = {
     "expanded": (lambda m, o: {"experts.2.w2": torch.zeros(256).expand(7, 256)}, ["'experts.2.w2'", "contiguous"]),
     "expanded, unselected": (lambda m, o: {"norm.weight": torch.zeros(1).expand(131)}, ["'norm.weight'"]),
     "one tensor twice": (lambda m, o: {"experts.2.w2": o["experts.0.w2"]}, ["'experts.2.w2'", "'experts.0.w2'"]),
+    "one memory twice": (
+        lambda m, o: {"experts.2.w2": torch.nn.Parameter(o["experts.0.w2"].data)},
+        ["'experts.2.w2'", "'experts.0.w2'"],
+    ),
+    "around a master": (around_a_master, ["'norm.weight'", "'gain'"]),
     "a part twice": (overlap_part, ["'experts.0.w1'", "'experts.1.w1'"]),
     "a part twice, unselected": (overlap_unselected, ["'experts.2.w2'", "'norm.weight'"]),
     "another's master": (lambda m, o: {"experts.2.w2": m["experts.0.w2"].data}, ["'experts.2.w2'", "shares"]),
@@ -207,14 +218,7 @@ def test_the_write_is_refused_under_transforms_of_torch_func():
 # DTensors, on one rank: what ranks share is tested with real processes.
 
 
-@pytest.fixture
-def mesh():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_dtensors(mesh):
+def test_dtensors(mesh):  # noqa: F811
     """Masters are placed alike; a write counts up the wrapper's and the shard's version; a mixture is refused."""
     plain = parameters(dtype=BF16)
     params = {name: torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for name, p in plain.items() if p.dim()}

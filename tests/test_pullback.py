@@ -3,20 +3,23 @@
 import optree
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.func import grad, jvp, vjp, vmap
 
 import fq_transforms as fqt
-from tests.cases import CORE_FORMATS, assert_names, message_of, name_of
+from tests.cases import assert_names, message_of, name_of
 from tests.lens import (
     BF16,
-    DEVICES,
     FP16,
     FP32,
     LAYOUTS,
     assert_same,
     assert_untouched,
+    dtypes_of,
     gradients,
     lower,
+    mesh,  # noqa: F401 (a fixture)
+    on_each_case,
     parameters,
     record,
     setup,
@@ -24,8 +27,6 @@ from tests.lens import (
     transform_of,
 )
 
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_rule = pytest.mark.parametrize("backward", ["pass_through", "clip", "lsq"])
 
@@ -47,14 +48,12 @@ def by_vjp(fq, masters, state, grads):
     return pull({n: torch.zeros_like(w) if grads.get(n) is None else grads[n] for n, w in out.items()})
 
 
-@on_each_device
-@every_layout
-@every_format
+@on_each_case
 def test_the_pullback_is_that_of_fakequant(format, layout, device):
     """Bit for bit what `vjp` gives, for gradients of every dtype, NaN and infinities among them; and it is pure."""
     for backward in rules_of(format):
         masters, fq, state = setup(format, backward, layout, device)
-        for dtype in (BF16, FP16, FP32):
+        for dtype in dtypes_of(format, device):
             grads = gradients(masters, dtype)
             for g in grads.values():
                 g.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])[: g.numel()]
@@ -225,6 +224,30 @@ def test_what_does_not_fit_is_refused():
         assert_names(message_of(KeyError, fq.pullback, masters, lacking, grads), "'experts.*.w2'")
         lacking = {name: m for name, m in masters.items() if name != "experts.1.w2"}
         assert_names(message_of(KeyError, fq.pullback, lacking, state, grads), "'experts.1.w2'")
+
+
+@every_rule
+def test_gradients_of_dtensors(backward, mesh):  # noqa: F811
+    """Placed as their masters are, also where they came as parts of a sum, or None; a plain gradient is refused."""
+    plain, fq, plain_state = setup(backward=backward)
+    del plain["gain"]
+    grads = gradients(plain)
+    wanted, wanted_of_state = fq.pullback(plain, plain_state, grads)
+    masters = {name: distribute_tensor(m, mesh, [Shard(0)]) for name, m in plain.items()}
+    state = fq.calibrate(masters)
+    for key, found in state.items():
+        found["amax"].to_local().copy_(plain_state[key]["amax"])
+    sharded = {name: distribute_tensor(g, mesh, [Shard(0)]) for name, g in grads.items()}
+    parts = {name: DTensor.from_local(g, mesh, [Partial()]) for name, g in grads.items()}
+    for given in (sharded, parts, parts | {"experts.1.w1": sharded["experts.1.w1"]}):
+        found, of_state = fq.pullback(masters, state, given)
+        assert all(g.placements == (Shard(0),) for g in found.values())
+        assert_same({name: g.to_local() for name, g in found.items()}, wanted)
+        of_state = {name: leaf.full_tensor() for name, leaf in fqt.state.flatten(of_state).items()}
+        assert_same(of_state, fqt.state.flatten(wanted_of_state))
+    assert fq.pullback(masters, state, {"experts.1.w1": None})[0] == {"experts.1.w1": None}
+    for name in ("experts.1.w1", "norm.weight"):
+        assert_names(message_of(ValueError, fq.pullback, masters, state, sharded | {name: grads[name]}), repr(name))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The write of a step's fake weights into tensors that are there: `fakequant(out=)`."""
 
 from collections import Counter
+from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ import fq_transforms as fqt
 from tests.cases import CORE_FORMATS, assert_names, message_of, name_of
 from tests.lens import (
     BF16,
-    DEVICES,
     FP16,
     FP32,
-    LAYOUTS,
     Tied,
     assert_same,
     assert_untouched,
+    dtypes_of,
     lower,
+    on_each_case,
     parameters,
     record,
     targets,
@@ -25,18 +27,14 @@ from tests.lens import (
     written,
 )
 
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@on_each_device
-@every_layout
-@every_format
+@on_each_case
 def test_the_write_is_fakequant_bit_for_bit(format, layout, device):
     """In every dtype, rounded either way: the values of the functional form, the rest cast, nothing read changed."""
     masters = parameters(layout, device=device)
-    for dtype in (BF16, FP16, FP32):
+    for dtype in dtypes_of(format, device):
         fq = transform_of(masters, format)
         state = fq.calibrate(masters)
         in_out_dtype = transform_of(masters, format, out_dtype=dtype)
@@ -51,13 +49,10 @@ def test_the_write_is_fakequant_bit_for_bit(format, layout, device):
             assert_untouched(before)
 
 
-@on_each_device
-@every_layout
-@every_format
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
-def test_the_write_in_place_is_fakequant_bit_for_bit(format, layout, device, dtype):
+@on_each_case
+def test_the_write_in_place_is_fakequant_bit_for_bit(format, layout, device):
     """With `inplace`; what is not selected is the master itself, and is left alone, its version too."""
-    for rounding in (None, fqt.Stochastic(3, first_expert=5)):
+    for dtype, rounding in product(dtypes_of(format, device)[::2], (None, fqt.Stochastic(3, first_expert=5))):
         params = parameters(layout, dtype, device)
         fq = transform_of(params, format)
         state = fq.calibrate(params)
@@ -82,6 +77,18 @@ def test_a_write_that_was_right_before():
     out["norm.weight"].data.fill_(3.0)
     assert list(fq.fakequant(only, state, out=out)) == list(only)
     assert out["norm.weight"].eq(3.0).all()
+
+
+@pytest.mark.parametrize("case", ["apart", "shared", "in place"])
+def test_a_write_is_checked_once(case, monkeypatch):
+    """Also where entries of `out` are the masters: to check a weight costs more than to write it."""
+    masters, fq, state, out = written()
+    out |= {"apart": {}, "shared": {"norm.weight": masters["norm.weight"]}, "in place": masters}[case]
+    checked, module = [], import_module("fq_transforms.masters")
+    monkeypatch.setattr(module, "_check_apart", lambda *args, check=module._check_apart: checked.append(1) or check(*args))
+    for _ in range(3):
+        fq.fakequant(masters, state, out=out, inplace=case == "in place")
+    assert len(checked) == 1
 
 
 def test_in_place_only_with_the_flag():
