@@ -317,6 +317,48 @@ def test_functional_call_is_the_model_with_its_experts_overwritten(case, format)
 
 
 @pytest.mark.parametrize(("case", "experts_implementation"), IMPLEMENTATIONS, ids=name_of)
+def test_layerwise_and_value_and_grad_are_functional_call(case, experts_implementation):
+    """Logits and gradients. What a class asks of a weight outside its layer, such as its dtype, is answered."""
+    model, params = build(case)
+    model.set_experts_implementation(experts_implementation)
+    tokens = tokens_of(4)
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4}))
+    state = fq.calibrate(params)
+    loss = loss_of(functional_call(model, fq.fakequant(params, state), (tokens,)).logits)
+    wanted = dict(zip(params, torch.autograd.grad(loss, [*params.values()], allow_unused=True), strict=True))
+    with fqt.layerwise(fq, model, state):
+        found = loss_of(model(tokens).logits)
+        found.backward()
+    assert torch.equal(found, loss)
+    (stepped,), grads = fqt.value_and_grad(lambda m, ids: loss_of(m(ids).logits), fq, model)(params, state, [tokens])
+    assert torch.equal(stepped, loss)
+    for name, grad in wanted.items():
+        assert grad is None or torch.equal(params[name].grad, grad), name
+        assert torch.equal(grads[name], torch.zeros_like(params[name]) if grad is None else grad), name
+
+
+def test_dbrx_whose_parent_reads_its_experts_weights():
+    """Named bug: under `layerwise` its logits were those of the unquantized model. `value_and_grad` is right."""
+    ffn = {"moe_num_experts": EXPERTS, "moe_top_k": 2, "ffn_hidden_size": INNER}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    sizes = {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "vocab_size": VOCABULARY, "max_seq_len": 32}
+    config = transformers.DbrxConfig(ffn_config=ffn, attn_config=attention, attn_implementation="eager", **sizes)
+    model = transformers.DbrxForCausalLM(config).eval()
+    params, tokens = dict(model.named_parameters()), tokens_of(4)
+    fq = fqt.transform(fqt.select(params, {"*.experts.mlp.*": fqt.INT4_BLOCK32}))
+    state = fq.calibrate(params)
+    with (
+        pytest.raises(ValueError, match=r"experts\.mlp\..1'.*outside the forward of its layer, DbrxExpertGLU"),
+        fqt.layerwise(fq, model, state),
+    ):
+        model(tokens)
+    logits = functional_call(model, fq.fakequant(params, state), (tokens,)).logits
+    assert not torch.equal(logits, model(tokens).logits)
+    (loss,), _ = fqt.value_and_grad(lambda m, ids: loss_of(m(ids).logits), fq, model)(params, state, [tokens])
+    assert torch.equal(loss, loss_of(logits))
+
+
+@pytest.mark.parametrize(("case", "experts_implementation"), IMPLEMENTATIONS, ids=name_of)
 @pytest.mark.parametrize("sequences", [8, 0], ids=["every_expert", "one_token"])
 @granularities
 def test_exactly_the_experts_that_got_a_token_get_a_gradient(case, experts_implementation, sequences, format):
