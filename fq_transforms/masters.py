@@ -25,17 +25,17 @@ Tensors: TypeAlias = Mapping[str, Tensor] | Module
 
 
 def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tensor]:
-    """Leaves for an optimizer: of each trained parameter its values in fp32, in memory of its own.
+    """Leaves for an optimizer: the values of each parameter in fp32, in memory of its own.
 
     Args:
         params: Names to parameters, or a module, all of whose parameters are taken, a tied one once. Not yet
             fake-quantized.
-        fq: If given, parameters that it does not select and that need no copy, because they are fp32 or frozen, are
-            not copied: the same objects.
+        fq: If given, what needs no copy gets none: parameters that it does not select, if they are fp32 or frozen, are
+            the same objects, and groups that are frozen as a whole keep their dtype.
 
     Returns:
-        A new dict. Trained parameters give fp32 leaves that require a gradient; frozen ones keep their dtype and
-        require none. A DTensor gives one placed alike, with no collective.
+        A new dict of fp32 leaves, which require a gradient where their parameters do; integers keep their dtype. A
+        DTensor gives one placed alike, with no collective.
 
     Raises:
         ValueError: A trained parameter is not bf16, fp16 or fp32, or is on meta.
@@ -48,19 +48,28 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
         {'w': Parameter containing:
         tensor([1., 1.], requires_grad=True)}
     """
-    selected = None if fq is None else {name for group in fq.spec.groups for name in group.names}
+    tensors = tensors_of(params, tied=False)
+    dtypes = dict.fromkeys(tensors, torch.float32)
+    shared = set[str]()
+    if fq is not None:
+        shared = {name for name, param in tensors.items() if param.dtype == torch.float32 or not param.requires_grad}
+        for group in fq.spec.groups:
+            shared.difference_update(group.names)
+            weights = {name: tensors[name] for name in group.names if name in tensors}
+            if not any(weight.requires_grad for weight in weights.values()):  # one trained makes its whole group fp32
+                dtypes |= {name: weight.dtype for name, weight in weights.items()}
     made: dict[str, Tensor] = {}
-    for name, param in tensors_of(params, tied=False).items():
+    for name, param in tensors.items():
         if param.requires_grad and param.dtype not in DTYPES:
             raise ValueError(f"parameter {name!r}: found {param.dtype}, wanted bfloat16, float16 or float32")
         if param.is_meta:
             raise ValueError(f"parameter {name!r}: found it on meta, wanted values; materialize the model first")
-        is_kept = param.dtype == torch.float32 or not param.requires_grad
-        if selected is not None and name not in selected and is_kept:
+        if name in shared:
             made[name] = param
+        elif not param.dtype.is_floating_point:
+            made[name] = Parameter(param.detach().clone(), requires_grad=False)
         else:
-            dtype = torch.float32 if param.requires_grad else param.dtype
-            copied = param.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            copied = param.detach().to(dtypes[name], copy=True, memory_format=torch.contiguous_format)
             made[name] = Parameter(copied, param.requires_grad)
     return made
 

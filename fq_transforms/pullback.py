@@ -4,6 +4,7 @@ A pure form, and one that moves gradients from a model's parameters to its maste
 """
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,6 +35,8 @@ __all__ = ["pullback", "take_grads"]
 Gradients: TypeAlias = Mapping[str, Tensor | None]
 StateGradients: TypeAlias = dict[str, dict[str, Tensor | None]]
 
+_dtype = attrgetter("dtype")
+
 
 def pullback(
     masters: Mapping[str, Tensor], state: State, grads: Gradients, *, spec: Spec, backward: Backward
@@ -46,16 +49,18 @@ def pullback(
     live = {name: grad for name, grad in grads.items() if grad is not None}
     are_sharded = _check(masters, live, spec)
     # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
-    is_seen = is_transformed() or any(grad.requires_grad for grad in live.values())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and is_seen):
+    is_seen = is_transformed() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in live.values()))
+    with torch.set_grad_enabled(is_seen):
         pulled, of_state = _pull(masters, state, grads, spec, backward)
         passed = {name: grad for name, grad in live.items() if name not in pulled} if pulled else live
         wanted = [masters[name] for name in passed]
         placed = list(map(_placed, passed.values(), wanted)) if are_sharded else list(passed.values())
-        is_seen = is_seen or torch.compiler.is_compiling()
-        cast = [g.to(m.dtype) for g, m in zip(placed, wanted, strict=True)] if is_seen else _cast(placed, wanted)
+        if is_seen or torch.compiler.is_compiling():
+            cast = [grad.to(master.dtype) for grad, master in zip(placed, wanted, strict=True)]
+        else:
+            cast = _cast(placed, wanted, are_sharded)
     pulled.update(zip(passed, cast, strict=True))
-    return {name: pulled.get(name) for name in grads}, of_state
+    return pulled if len(pulled) == len(grads) else {name: pulled.get(name) for name in grads}, of_state
 
 
 def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:
@@ -72,16 +77,19 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
         for name in taken:
-            if name not in fused or sources[name] is not masters[name] or _has_dummy(sources[name]):
-                sources[name].grad = None
+            param = sources[name]
+            if not fused or name not in fused or param is not masters[name] or _has_dummy(param):
+                param.grad = None
         sums: list[tuple[Tensor, Tensor]] = []
         for name, grad in pulled.items():
             if grad is not None and grad is taken[name] and (name in fused or not _fills_its_storage(grad)):
                 grad = grad.clone()  # the memory is not ours to take  # noqa: PLW2901
-            _give(masters[name], grad, sums)
+            if grad is not None:
+                _give(masters[name], grad, sums)
         for key, leaves in of_state.items():
             for leaf, grad in leaves.items():
-                _give(state[key][leaf], grad, sums)
+                if grad is not None:
+                    _give(state[key][leaf], grad, sums)
         _add(sums)
         for name, main in fused.items():
             main.zero_()
@@ -197,21 +205,16 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
     return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
 
 
-def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor]) -> list[Tensor]:
+def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor], are_sharded: bool) -> list[Tensor]:
     """Each gradient in its master's dtype: one call for all of a pair of dtypes, of DTensors their shards."""
-    found = list(grads)
-    kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for i, (grad, master) in enumerate(zip(grads, masters, strict=True)):
-        if (kind := (grad.dtype, master.dtype, grad.get_device())) not in kinds:
-            kinds[kind] = ([], [])
-        if grad.dtype != master.dtype:
-            found[i] = torch.empty_like(grad, dtype=master.dtype)
-            sources, outs = kinds[kind]
-            sources.append(grad)
-            outs.append(found[i])
-    for sources, outs in kinds.values():
-        if sources:
-            cast_all(sources, outs, are_sharded=is_sharded(sources[0]))
+    found, pairs = list(grads), list(zip(map(_dtype, grads), map(_dtype, masters), strict=True))
+    for pair in dict.fromkeys(pairs):
+        if pair[0] != pair[1]:
+            places = [i for i, other in enumerate(pairs) if other == pair]
+            outs = [torch.empty_like(masters[i]) for i in places]
+            cast_all([grads[i] for i in places], outs, are_sharded=are_sharded)
+            for i, out in zip(places, outs, strict=True):
+                found[i] = out
     return found
 
 
@@ -239,10 +242,8 @@ def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
     return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _give(tensor: Tensor, grad: Tensor | None, sums: list[tuple[Tensor, Tensor]]) -> None:
+def _give(tensor: Tensor, grad: Tensor, sums: list[tuple[Tensor, Tensor]]) -> None:
     """Set a tensor's `grad`, or note what is to be added to it."""
-    if grad is None:
-        return
     if (total := tensor.grad) is None:
         tensor.grad = grad
     else:

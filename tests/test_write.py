@@ -85,7 +85,9 @@ def test_a_write_is_checked_once(case, monkeypatch):
     masters, fq, state, out = written()
     out |= {"apart": {}, "shared": {"norm.weight": masters["norm.weight"]}, "in place": masters}[case]
     checked, module = [], import_module("fq_transforms.masters")
-    monkeypatch.setattr(module, "_check_apart", lambda *args, check=module._check_apart: checked.append(1) or check(*args))
+    monkeypatch.setattr(
+        module, "_check_apart", lambda *args, check=module._check_apart: checked.append(1) or check(*args)
+    )
     for _ in range(3):
         fq.fakequant(masters, state, out=out, inplace=case == "in place")
     assert len(checked) == 1

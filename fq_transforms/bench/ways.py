@@ -56,13 +56,15 @@ class Training:
             for number, master in enumerate(self.masters.values()):
                 master.mul_(1.001 * 2.0 ** (number % 4 - 2))
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, fused=True)
+        self.in_a_row = 1
 
     def step(self, way: Way) -> None:
-        """One optimizer step, whose weights were written before."""
-        way.grads()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        way.write()
+        """An optimizer step, whose weights were written before; or some in a row."""
+        for _ in range(self.in_a_row):
+            way.grads()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            way.write()
 
     def loss(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Of one microbatch, whose own gradient is asked for too."""
