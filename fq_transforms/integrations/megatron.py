@@ -320,19 +320,19 @@ def _masters(
             "optimizer: found parameters that are not the model's, wanted those of this one model or chunk; virtual "
             "pipeline stages have several"
         )
-    selected = {name for group in fq.spec.groups for name in group.names}
-    masters: dict[str, Tensor] = {}
-    for name, param in params.items():
-        master = mains.get(id(param))
-        if master is None and name in selected:
+    masters = {name: mains.get(id(param), param) for name, param in params.items()}
+    for group in fq.spec.groups:
+        own = {name: params[name] for name in group.names if name in params}  # fakequant names the others
+        are_fp32 = any(id(param) in mains for param in own.values())  # as a group's weights have one dtype
+        for name, param in own.items():
             if not param.requires_grad:
-                master = param.detach().clone()
-            elif param.dtype == torch.float32 or not is_distributed:
+                dtype = torch.float32 if are_fp32 else param.dtype
+                masters[name] = param.detach().to(dtype, copy=True)
+            elif id(param) not in mains and (param.dtype == torch.float32 or not is_distributed):
                 raise ValueError(
                     f"parameter {name!r}: found {param.dtype} without a main parameter in the optimizer, wanted bf16 "
                     "or fp16, which has a master in fp32"
                 )
-        masters[name] = param if master is None else master
     return masters
 
 
