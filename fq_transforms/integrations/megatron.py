@@ -159,6 +159,8 @@ def attach(
             f"backward: found {fq.backward!r} with {type(parts[0]).__name__}, wanted 'pass_through'"
             + ("; or 'clip' with use_distributed_optimizer=False" if is_distributed else " or 'clip'")
         )
+    if seed is not None and (type(seed) is not int or not -(2**31) <= seed < 2**31):
+        raise ValueError(f"seed: found {seed!r}, wanted an int of 32 bits, which the number of the step follows")
     _check_masters_are_apart(parts)
     model = unwrap(model)
     params = dict(model.named_parameters())

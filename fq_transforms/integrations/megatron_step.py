@@ -123,9 +123,7 @@ class Attached:
         return done
 
     def _write(self) -> None:
-        rounding = self._rounding
-        if rounding is not None:
-            rounding = rounding._replace(seed=_seed_of(int(rounding.seed), self.step))
+        rounding = self._rounding and self._rounding._replace(seed=(int(self._rounding.seed) << 32) + self.step)
         self._fq.fakequant(
             self.masters, self.quantizer_state, rounding=rounding, out=self._params, inplace=self._is_distributed
         )
@@ -154,8 +152,3 @@ def _reloading(own: Callable[..., None]) -> Callable[..., None]:
         own(state_dict=state_dict)
 
     return reload
-
-
-def _seed_of(seed: int, step: int) -> int:
-    """A seed of 64 bits for each step of each seed of 32 bits."""
-    return ((seed << 32) + step + 2**63) % 2**64 - 2**63

@@ -348,9 +348,24 @@ def entries_of(ddp, optimizer, fq, state, distributed, **options):
     from fq_transforms.checkpoint import megatron as leaves
 
     model_sd = ddp.module.sharded_state_dict()
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if distributed else {}
+    metadata = {"distrib_optim_sharding_type": "dp_reshardable"} if distributed else {}
     optimizer_sd = optimizer.sharded_state_dict(model_sd, metadata=metadata, **options)
     return {"model": model_sd, "optimizer": optimizer_sd, "fq": leaves.sharded_state_dict(fq, state, model_sd)}
+
+
+def make_state(optimizer):
+    """DistributedOptimizer of 0.16.1 asks PyTorch's AdamW for the number of its last step before there is one."""
+    for part in optimizer.chained_optimizers:
+        for param in part.get_parameters():
+            param.grad = torch.zeros_like(param)
+        part.optimizer.step()
+
+
+def set_steps(optimizer, number):
+    """And loads this number for PyTorch's AdamW wrong, in one tensor that all parameters count up."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["step"] = torch.tensor(float(number))
 
 
 def _resumes(rank, size, folder, layout, distributed, first):
@@ -385,10 +400,14 @@ def _resumes(rank, size, folder, layout, distributed, first):
         options["recalibrate"] = every_third(fq, ddp)
         if first == "attach":
             attached = megatron.attach(fq, optimizer, ddp, megatron.calibrate(fq, ddp), **options)
+        if distributed:
+            make_state(optimizer)
         empty = fq.init(dict(ddp.module.named_parameters()))
         loaded = dist_checkpointing.load(entries_of(ddp, optimizer, fq, empty, distributed, is_loading=True), folder)
         ddp.module.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
+        if distributed:
+            set_steps(optimizer, 4)
         state = leaves.load_state(fq, loaded["fq"], empty)
         if first == "attach":
             attached.quantizer_state = state
@@ -462,7 +481,7 @@ def _clips_before_the_norm(rank, size):
         for backward in ("pass_through", "clip"):
             ddp = wrapped(Layout())
             fq = fqt.transform(megatron.select(ddp, dict.fromkeys(EXPERTS, fqt.FP8)), backward=backward)
-            optimizer = optimizer_of(ddp, clip_grad=1.0)
+            (optimizer,) = optimizer_of(ddp, clip_grad=1.0).chained_optimizers  # attached by itself
             state = halved(megatron.calibrate(fq, ddp))
             attached = megatron.attach(fq, optimizer, ddp, state)
             accumulate(ddp, 0)
@@ -489,7 +508,7 @@ def _mixes(rank, size, distributed):
     with megatrons_optimizers_on_a_cpu():
         ddp = wrapped(Layout(), distributed=distributed, change=_freeze_half)
         fq = fqt.transform(megatron.select(ddp, dict.fromkeys(EXPERTS, fqt.NVFP4)))
-        own, optimizer = values_of(ddp), optimizer_of(ddp)
+        own, (optimizer,) = values_of(ddp), optimizer_of(ddp).chained_optimizers  # attached by itself
         attached = megatron.attach(fq, optimizer, ddp, megatron.calibrate(fq, ddp), recalibrate=every_third(fq, ddp))
         for step in range(4):
             accumulate(ddp, step)
@@ -579,102 +598,97 @@ def test_detach_gives_megatrons_own_step_back(ranks, distributed):
         assert_names(said[name], "reload_model_params", "fake weights", "detach()", "attach")
 
 
-def _faults(rank, size):
+def in_fp32(ddp, optimizer):
+    return optimizer_of(wrapped(Layout(), dtype=torch.float32), bf16=False, params_dtype=torch.float32)
+
+
+def of_another_model(ddp, optimizer):
+    return optimizer_of(wrapped(Layout(), distributed=ddp.ddp_config.use_distributed_optimizer))
+
+
+def of_another_class(ddp, optimizer):
     from megatron.core.optimizer import ChainedOptimizer
 
+    class Chain(ChainedOptimizer):
+        pass
+
+    return Chain(optimizer.chained_optimizers)
+
+
+def with_a_tensor_class(ddp, optimizer):
+    class Held(torch.nn.Parameter):
+        pass
+
+    norm = ddp.module.decoder.final_layernorm
+    norm.weight = Held(norm.weight.detach())
+
+
+def without_masters(ddp, optimizer):
+    for part in optimizer.chained_optimizers:
+        part.float16_groups, part.fp32_from_float16_groups = [], []
+
+
+def configured(name, ddp, optimizer):
+    for part in optimizer.chained_optimizers:
+        setattr(part.config, name, True)
+
+
+def wrapped_with(name, ddp, optimizer):
+    setattr(ddp.ddp_config, name, True)
+
+
+def with_inputs(spec):
+    rules = [fqt.Rule(rule, fqt.FP8, inputs=fqt.FP8) for rule in EXPERTS]
+    return fqt.transform(megatron.select(wrapped(Layout()), rules))
+
+
+OFF = [
+    "overlap_param_gather",
+    "overlap_param_gather_with_optimizer_step",
+    "use_precision_aware_optimizer_no_fp8_or_ds_fp8",
+    "optimizer_cpu_offload",
+    "reuse_grad_buf_for_mxfp8_param_ag",
+]
+# What is changed, whether the optimizer is distributed, other options of `attach`, and what the error names.
+FAULTS = [
+    (in_fp32, False, {}, ["FP32Optimizer", "bf16=True"]),
+    (of_another_class, False, {}, ["found Chain", "Float16OptimizerWithFloat16Params"]),
+    *((of_another_model, distributed, {}, ["not the model's", "chunk"]) for distributed in (False, True)),
+    (with_a_tensor_class, False, {}, ["decoder.final_layernorm.weight", "found Held"]),
+    (without_masters, False, {}, ["linear_fc1.weight", "bfloat16", "without a main parameter"]),
+    *((partial(configured, name), True, {}, [f"found {name},", "wanted it off"]) for name in OFF),
+    *((partial(wrapped_with, name), True, {}, [f"found {name},"]) for name in (OFF[0], "use_megatron_fsdp")),
+    (None, False, {"fq": partial(fqt.transform, backward="lsq")}, ["found 'lsq'", "'pass_through' or 'clip'"]),
+    (None, True, {"fq": partial(fqt.transform, backward="clip")}, ["found 'clip'", "use_distributed_optimizer=False"]),
+    (None, False, {"fq": partial(fqt.transform, out_dtype=torch.float32)}, ["found torch.bfloat16", "float32"]),
+    (None, False, {"fq": with_inputs}, ["megatron.attach", "wanted weights only"]),
+    (None, False, {"state": {}}, ["linear_fc1"]),
+    (None, False, {"seed": 2**31}, ["found 2147483648", "32 bits"]),
+]
+
+
+def _faults(rank, size, number):
+    change, distributed, options, _ = FAULTS[number]
     share(Layout())
     with megatrons_optimizers_on_a_cpu():
-        said = {}
-
-        def refuse(name, change=lambda ddp, optimizer: None, *, distributed=False, fq=None, state=None, model=None):
-            ddp = wrapped(Layout(), distributed=distributed)
-            optimizer = optimizer_of(ddp)
-            spec = megatron.select(ddp, dict.fromkeys(EXPERTS, fqt.FP8))
-            given = fq(spec) if fq else fqt.transform(spec)
-            calibrated = megatron.calibrate(fqt.transform(spec), ddp)
-            optimizer = change(ddp, optimizer) or optimizer
-            before, parts = values_of(ddp), [optimizer, *getattr(optimizer, "chained_optimizers", ())]
-            attributes = [dict(vars(part)) for part in parts]
-            with pytest.raises((KeyError, ValueError)) as error:
-                megatron.attach(given, optimizer, model or ddp, calibrated if state is None else state)
-            said[name] = str(error.value)
-            assert not differing(values_of(ddp), before), name
-            assert [dict(vars(part)) for part in parts] == attributes, name
-
-        def configured(name, value=True):
-            def change(ddp, optimizer):
-                for part in optimizer.chained_optimizers:
-                    setattr(part.config, name, value)
-
-            return change
-
-        def in_fp32(ddp, optimizer):
-            with megatrons_optimizers_on_a_cpu():
-                return optimizer_of(wrapped(Layout(), dtype=torch.float32), bf16=False, params_dtype=torch.float32)
-
-        def of_another(ddp, optimizer):
-            return optimizer_of(wrapped(Layout()))
-
-        def inherited(ddp, optimizer):
-            class Chain(ChainedOptimizer):
-                pass
-
-            return Chain(optimizer.chained_optimizers)
-
-        class Held(torch.nn.Parameter):
-            pass
-
-        def held(ddp, optimizer):
-            norm = ddp.module.decoder.final_layernorm
-            norm.weight = Held(norm.weight.detach())
-
-        def without_masters(ddp, optimizer):
-            part = optimizer.chained_optimizers[0]
-            part.float16_groups, part.fp32_from_float16_groups = [], []
-
-        lsq = partial(fqt.transform, backward="lsq")
-        clip = partial(fqt.transform, backward="clip")
-        refuse("fp32", in_fp32)
-        refuse("another class", inherited)
-        refuse("another model", of_another)
-        refuse("another model, sharded", lambda *_: optimizer_of(wrapped(Layout(), distributed=True)), distributed=True)
-        refuse("lsq", fq=lsq)
-        refuse("clip", fq=clip, distributed=True)
-        refuse("out_dtype", fq=partial(fqt.transform, out_dtype=torch.float32))
-        refuse("parameter", held)
-        refuse("no master", without_masters)
-        refuse("state", state={})
-        for name in (
-            "overlap_param_gather",
-            "overlap_param_gather_with_optimizer_step",
-            "use_precision_aware_optimizer_no_fp8_or_ds_fp8",
-            "optimizer_cpu_offload",
-            "reuse_grad_buf_for_mxfp8_param_ag",
-        ):
-            refuse(name, configured(name), distributed=True)
-        for name in ("overlap_param_gather", "use_megatron_fsdp"):
-            refuse(f"ddp {name}", lambda ddp, _, name=name: setattr(ddp.ddp_config, name, True), distributed=True)
-        return said
+        ddp = wrapped(Layout(), distributed=distributed)
+        optimizer = optimizer_of(ddp)
+        spec = megatron.select(ddp, dict.fromkeys(EXPERTS, fqt.FP8))
+        options = {"fq": fqt.transform, "state": megatron.calibrate(fqt.transform(spec), ddp)} | options
+        options["fq"] = options["fq"](spec)
+        optimizer = (change and change(ddp, optimizer)) or optimizer
+        before, parts = values_of(ddp), [optimizer, *optimizer.chained_optimizers]
+        attributes = [dict(vars(part)) for part in parts]
+        with pytest.raises((KeyError, ValueError)) as error:
+            megatron.attach(optimizer=optimizer, model=ddp, **options)
+        assert not differing(values_of(ddp), before)
+        assert [dict(vars(part)) for part in parts] == attributes
+        return str(error.value)
 
 
 @pytest.mark.dist
-def test_faults(ranks):
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_faults(ranks, number):
     """Each is named, and leaves model and optimizer as they were."""
-    (said,) = ranks(_faults, size=1)
-    for name, *fragments in [
-        ("fp32", "FP32Optimizer", "bf16=True"),
-        ("another class", "found Chain", "Float16OptimizerWithFloat16Params"),
-        ("another model", "not the model's"),
-        ("another model, sharded", "not the model's"),
-        ("lsq", "found 'lsq' with Float16OptimizerWithFloat16Params", "'pass_through' or 'clip'"),
-        ("clip", "found 'clip' with DistributedOptimizer", "use_distributed_optimizer=False"),
-        ("out_dtype", "bfloat16", "float32"),
-        ("parameter", "decoder.final_layernorm.weight", "found Held"),
-        ("no master", "linear_fc1.weight", "bfloat16", "without a main parameter"),
-        ("state", "linear_fc1"),
-        ("ddp overlap_param_gather", "found overlap_param_gather,"),
-        ("ddp use_megatron_fsdp", "found use_megatron_fsdp"),
-    ]:
-        assert_names(said.pop(name), *fragments)
-    for name, message in said.items():
-        assert_names(message, f"found {name}", "wanted it off")
+    (said,) = ranks(_faults, number, size=1)
+    assert_names(said, *FAULTS[number][3])
