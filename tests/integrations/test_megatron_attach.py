@@ -4,8 +4,13 @@ The law: whatever Megatron's step leaves in the model is `fq.fakequant` of the m
 loop written by hand, which writes fake weights into the model itself and steps PyTorch's AdamW.
 """
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -692,3 +697,72 @@ def test_faults(ranks, number):
     """Each is named, and leaves model and optimizer as they were."""
     (said,) = ranks(_faults, number, size=1)
     assert_names(said, *FAULTS[number][3])
+
+
+# Two GPUs: against one.
+
+
+def trained(folder, ranks, *options, distributed):
+    """What each rank of attach_on_gpus.py has saved."""
+    script = Path(__file__).with_name("attach_on_gpus.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", script]
+    command = [*launcher, "--folder", folder, *options, *(["--distributed"] if distributed else [])]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{ranks}-{distributed}-{rank}.pt") for rank in range(ranks)]
+
+
+def joined(parts, layout):
+    """The whole model's tensors, of those of two ranks.
+
+    Rows of a gated fc1 lie as tensor parallelism cuts them, [gate, up, gate, up]: each row is quantized by itself.
+    """
+    first, second = parts
+    assert first.keys() == second.keys()
+    whole = {}
+    for name, tensor in first.items():
+        other, is_expert = second[name], ".experts." in name
+        if layout.ep == 2 and is_expert:
+            stem, number = re.fullmatch(r"(.*\.weight)(\d+)", name).groups()
+            experts = sum(each.startswith(stem) for each in first)
+            whole[name], whole[f"{stem}{int(number) + experts}"] = tensor, other
+        elif layout.tp == 2:
+            whole[name] = torch.cat([tensor, other], 0 if "linear_fc1" in name else 1)
+        else:
+            assert torch.equal(tensor, other), name
+            whole[name] = tensor
+    return whole
+
+
+@pytest.mark.gpu2
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "distributed"),
+    [(Layout(tp=2, etp=2), False), (Layout(ep=2), False), (Layout(ep=2), True), (Layout(), False), (Layout(), True)],
+)
+def test_two_gpus_have_the_fake_weights_of_one(tmp_path, layout, distributed):
+    """What two ranks have in their models is what one GPU makes of the whole masters, bit for bit, after 8 steps.
+
+    With two data-parallel ranks the masters are those of one GPU that trains on both ranks' microbatches, too: halves
+    of gradients are exact, and two are added alike. Tensor and expert parallelism sum in another order.
+    """
+    from tests.integrations.attach_on_gpus import RULES
+
+    count = "1" if layout.tp == 2 else "2"
+    (alone,) = trained(tmp_path, 1, "--microbatches", count, distributed=distributed)
+    options = ("--microbatches", count, "--tp", str(layout.tp), "--ep", str(layout.ep))
+    ranks = trained(tmp_path, 2, *options, distributed=distributed)
+    masters = {name: tensor.cuda() for name, tensor in joined([one["masters"] for one in ranks], layout).items()}
+    weights = joined([one["weights"] for one in ranks], layout)
+    assert weights.keys() == alone["weights"].keys()
+    fq = fqt.transform(fqt.select(masters, RULES))
+    fakes = fq.fakequant(masters, fq.calibrate(masters))
+    assert not differing(weights, {name: fake.bfloat16().cpu() for name, fake in fakes.items()})
+    assert differing(weights, {name: master.bfloat16().cpu() for name, master in masters.items()}) == list(weights)
+    losses = torch.tensor([one["losses"] for one in ranks]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(alone["losses"]), rtol=0.05, atol=0)
+    if layout == Layout():
+        assert not differing(weights, alone["weights"])
+        assert not differing(ranks[0]["masters"], alone["masters"])
