@@ -2,20 +2,21 @@
 """# A Megatron model with MoE layers, from the first step to the restored one
 
 A GPTModel at TP=2 and EP=2: build it, calibrate, train under fake quantization with Megatron's own data-parallel
-wrapper, save weights and amax in one distributed checkpoint, restore them into a model built on the meta device, and
-go on training.
+wrapper and optimizer, save weights and amax in one distributed checkpoint, restore them into a model built on the meta
+device, and go on training.
 
     torchrun --nproc-per-node=2 examples/03_megatron_moe.py --folder /tmp/moe
     torchrun --nproc-per-node=1 examples/03_megatron_moe.py --folder /tmp/moe --load    # the same checkpoints at EP=1
 
-With GPUs the experts are Transformer Engine's, gradients are accumulated by its matrix products, and the optimizer is
-Megatron's. Without, everything runs on two cores, with Megatron's own layers, in a minute.
+With GPUs the experts are Transformer Engine's, and gradients are accumulated by its matrix products. Without,
+everything runs on two cores, with Megatron's own layers, in a minute.
 """
 
 # %%
 import argparse
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import optree
@@ -47,6 +48,14 @@ def without_a_gpu():
     CudaRNGStatesTracker.fork = lambda self, name="": nullcontext()  # for dropout, of which there is none here
     moe_utils.te_general_gemm = None
 
+    # Its optimizers make their scalars on "cuda", and know bf16 parameters by the name of their type there.
+    def on_the_cpu(make, *args, device=None, **options):
+        return make(*args, device="cpu" if device == "cuda" else device, **options)
+
+    torch.tensor, torch.zeros = partial(on_the_cpu, torch.tensor), partial(on_the_cpu, torch.zeros)
+    type_of = torch.Tensor.type
+    torch.Tensor.type = lambda self, *to: type_of(self, *to) if to else type_of(self).replace("torch.", "torch.cuda.")
+
 
 def without_sequence_parallelism(model):
     """Megatron trains MoE under tensor parallelism with sequence parallelism only, whose norms need a GPU."""
@@ -72,7 +81,6 @@ def build(device=None):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     parallel = dist.get_world_size()
-    dtype = torch.bfloat16 if ON_GPU else torch.float32
     config = TransformerConfig(
         num_layers=2,
         hidden_size=HIDDEN,
@@ -85,9 +93,9 @@ def build(device=None):
         bias_dropout_fusion=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        bf16=ON_GPU,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
         use_cpu_initialization=not ON_GPU,
         init_model_with_meta_device=ON_GPU and device == "meta",
         perform_initialization=device != "meta",
@@ -102,7 +110,7 @@ def build(device=None):
         layers = gpt_layer_specs.get_gpt_layer_local_spec(EXPERTS, moe_grouped_gemm=False)
     with torch.device(device) if device else nullcontext():
         model = GPTModel(config, layers, vocab_size=VOCABULARY, max_sequence_length=LENGTH)
-    model = model.to(dtype)
+    model = model.bfloat16()
     if not ON_GPU:
         return without_sequence_parallelism(model)
     for module in model.modules():  # the config's switch would ask for APEX in Megatron's own output layer
@@ -112,30 +120,20 @@ def build(device=None):
 
 
 def trainer(model):
-    """Megatron's DistributedDataParallel, and an optimizer for its `main_grad`."""
+    """Megatron's DistributedDataParallel and optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    ddp = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=ON_GPU), model
-    )
-    if ON_GPU:
-        options = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, use_distributed_optimizer=True)
-        return ddp, get_megatron_optimizer(options, [ddp]).step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # Megatron's needs a GPU
-
-    def step():
-        for param in model.parameters():
-            param.grad = param.main_grad.to(param.dtype)
-        optimizer.step()
-
-    return ddp, step
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallel(model.config, config, model)
+    options = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, use_distributed_optimizer=True)
+    return ddp, get_megatron_optimizer(options, [ddp])
 
 
 # %% [markdown]
 # ## Steps of training
-# `megatron.layerwise` surrounds forward and backward: a layer's fake weights exist while it computes, and carry the
-# `main_grad` of its own weights.
+# `megatron.attach` makes the optimizer's own step leave fake weights in the model. Nothing else of a training loop
+# knows of it. Each amax is that of the masters after the step. `detach` leaves the masters' values, unquantized.
 
 
 # %%
@@ -149,25 +147,30 @@ def batch(seed):
     return ids[:, :-1].contiguous(), positions, mask, ids[:, 1:].contiguous()
 
 
-def train(fq, ddp, optimizer_step, steps):
+def train(fq, ddp, optimizer, steps):
     from megatron.core.distributed import finalize_model_grads
 
     from fq_transforms.integrations import megatron
 
+    def recalibrate(step, masters, state):
+        return megatron.calibrate(fq, ddp, masters=masters)
+
+    attached = megatron.attach(fq, optimizer, ddp, megatron.calibrate(fq, ddp), recalibrate=recalibrate)
+    losses = []
     for number in steps:
-        state = megatron.calibrate(fq, ddp)
         ddp.zero_grad_buffer()
         total = 0.0
-        with megatron.layerwise(fq, ddp, state):
-            for microbatch in range(MICROBATCHES):
-                ids, positions, mask, labels = batch(number * MICROBATCHES + microbatch)
-                loss = ddp(ids, positions, mask, labels=labels).float().mean() / MICROBATCHES
-                loss.backward()
-                total += loss.item()
+        for microbatch in range(MICROBATCHES):
+            ids, positions, mask, labels = batch(number * MICROBATCHES + microbatch)
+            loss = ddp(ids, positions, mask, labels=labels).float().mean() / MICROBATCHES
+            loss.backward()
+            total += loss.item()
         finalize_model_grads([ddp])
-        optimizer_step()
+        optimizer.step()
         say(f"step {number}: loss {total:.4f}")
-    return total
+        losses.append(total)
+    attached.detach()
+    return losses
 
 
 def transform_of(model, format):
@@ -228,11 +231,10 @@ def main():
             say(f"{format.name}: {count} experts at EP={size}, the amax of each is 0.9 of its own weights'")
     else:
         model = build()
-        ddp, optimizer_step = trainer(model)
+        ddp, optimizer = trainer(model)
         nvfp4 = transform_of(ddp, fqt.NVFP4)
         say(nvfp4.spec)
-        first = train(nvfp4, ddp, optimizer_step, range(1))
-        train(nvfp4, ddp, optimizer_step, range(1, STEPS))
+        first = train(nvfp4, ddp, optimizer, range(STEPS))[0]
         for format in FORMATS:
             fq = transform_of(ddp, format)
             state = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(fq, ddp))
@@ -243,10 +245,10 @@ def main():
             restored = megatron.load(options.folder / format.name, fq, fresh)
             assert all(map(torch.equal, optree.tree_leaves(restored), optree.tree_leaves(state)))
             model = fresh
-            ddp, optimizer_step = trainer(model)
+            ddp, optimizer = trainer(model)
             assert torch.equal(logits_of(fq, model, restored), logits)
             say(f"{format.name}: restored at TP={size}, EP={size} into a model on meta, the same state and logits")
-        last = train(nvfp4, ddp, optimizer_step, range(STEPS, 2 * STEPS))
+        last = train(nvfp4, ddp, optimizer, range(STEPS, 2 * STEPS))[-1]
         say(f"loss {first:.4f} to {last:.4f} over {2 * STEPS} steps under NVFP4, restored half way")
         assert last < first
     parallel_state.destroy_model_parallel()

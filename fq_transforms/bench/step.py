@@ -135,7 +135,13 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
             taken = {AGAIN: found[AGAIN]} | {way: found[key] for way in WAYS if (key := f"{way}, {name}") in found}
             lens, again = taken["lens"], taken[AGAIN]
             above = {"ratio": lens["ratio"] - again["ratio"], "error": hypot(lens["error"], again["error"])}
-            row = Row(kind="step", microbatches=number, format=name, bf16_ms=median(times) / 1e3, ways=taken)
+            row = Row(
+                kind="step",
+                microbatches=number,
+                format=name,
+                bf16_ms=median(times) / IN_A_ROW[number] / 1e3,
+                ways=taken,
+            )
             yield row | Row(above=above, reason=reasons.get(name))
     training.xs = every
 
@@ -213,7 +219,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"Two GroupedLinears, {' and '.join(map(str, SHAPES))}, {TOKENS} tokens per expert: forward and backward "
             "of each microbatch, gradients to the fp32 masters, AdamW (fused) on them, and the write of the next "
-            "step's weights; bf16 casts both ways by `torch._foreach_copy_`. Ratios are over the mean of bf16 just "
+            "step's weights; bf16 casts both ways by `torch._foreach_copy_`. Of one microbatch four steps are timed in "
+            "a row, of four one. Ratios are over the mean of bf16 just "
             "before and after: the median of all rounds, which the JSON has, with its standard error. The gradients "
             "equalled those of the reference's weights bit for bit before. MiB: the peak of memory above that of bf16 "
             "with masters, with what is kept between steps.",

@@ -2,8 +2,10 @@
 
     fq = fqt.transform(megatron.select(model, {"*.mlp.experts.*": fqt.NVFP4}))
     state = megatron.calibrate(fq, model)                                   # equal on ranks that share a weight
-    with megatron.layerwise(fq, model, state):                              # around forward_backward_func
-        losses = forward_backward_func(...)
+    attached = megatron.attach(fq, optimizer, model, state)                 # from now on the model has fake weights,
+    losses = forward_backward_func(...)                                     # whatever trains it
+    optimizer.step()                                                        # and Megatron's own step leaves new ones
+    attached.detach()                                                       # the masters' values, unquantized
     megatron.save(path, fq, model, state)                                   # weights and amax, one checkpoint
     state = megatron.load(path, fq, model)                                  # another model, another parallelism
 
@@ -12,7 +14,7 @@ Float16Module. Names are those of the innermost model, so that they do not depen
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +29,14 @@ from fq_transforms.calibrate import check_statistics, chosen_leaves, importance_
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
+from fq_transforms.integrations.megatron_step import Attached, Recalibrate
 from fq_transforms.methods import MAX, Max
 from fq_transforms.partition import DIMS, collapsed_dims
 from fq_transforms.rules import Rules
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
 
-__all__ = ["calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
+__all__ = ["Attached", "attach", "calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
 
 # Experts of an MoE layer; shared experts are parallel as dense layers are.
 _EXPERTS = re.compile(r"(?:^|\.)experts\.")
@@ -59,7 +62,13 @@ def select(model: Module, rules: Rules) -> Spec:
     return fqt.select(dict(unwrap(model).named_parameters()), rules)
 
 
-def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tensor] | None = None) -> State:
+def calibrate(
+    fq: fqt.Transform,
+    model: Module,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
+    masters: Mapping[str, Tensor] | None = None,
+) -> State:
     """The amax of every selected weight, where tensor parallelism splits it over all ranks that hold a part.
 
     At most two collectives, an all-reduce(max) of all leaves that need it: over the experts' tensor-parallel group and
@@ -72,6 +81,8 @@ def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tens
         model: As above.
         statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. Replicas
             of a weight have one state only if their statistics are equal: see docs/calibration.
+        masters: The values to calibrate on, by the model's names, where the model itself has fake weights: as in
+            `recalibrate=lambda step, masters, state: megatron.calibrate(fq, model, masters=masters)` for `attach`.
 
     Raises:
         KeyError, ValueError: As `fq.calibrate` and `fq.sync`; the method is not `Max`, and tensor parallelism splits a
@@ -84,7 +95,7 @@ def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tens
     model = unwrap(model)
     axes = leaves.split_axes(fq, _sharded_state_dict(model))
     _check_whole(fq, axes)
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters()) if masters is None else masters
     state = replace(fq, method=MAX).calibrate(params)
     experts: dict[str, Any] = {key: axis for key, axis in axes.items() if _EXPERTS.search(key)}
     dense: dict[str, Any] = {key: axis for key, axis in axes.items() if key not in experts}
@@ -96,6 +107,84 @@ def calibrate(fq: fqt.Transform, model: Module, *, statistics: Mapping[str, Tens
     # Last: ranks may differ in statistics, and none may wait for one that has raised.
     check_statistics(fq.method, statistics, fq.spec)
     return state if isinstance(fq.method, Max) else _chosen(fq, params, state, statistics)
+
+
+def attach(
+    fq: fqt.Transform,
+    optimizer: Any,
+    model: Module,
+    state: State,
+    *,
+    recalibrate: Recalibrate | None = None,
+    seed: int | None = None,
+) -> Attached:
+    """Make Megatron's own `optimizer.step()` leave fake weights in the model, which has them when this returns.
+
+    Float16OptimizerWithFloat16Params: fq.fakequant of the fp32 main parameters, in place of their cast. "clip" masks
+    their gradients before the norm is taken. DistributedOptimizer, whose flat shards cut rows and blocks: after its own
+    cast and all-gather, fq.fakequant of the 16-bit parameters in place; "pass_through" only. docs/training has more.
+
+    Args:
+        fq: Of a spec from `select`, without inputs.
+        optimizer: One of these two, or a ChainedOptimizer of them, as `get_megatron_optimizer` gives.
+        model: The one model that it trains, as above. Frozen selected weights are kept a second time.
+        state: From `calibrate`, before this call, or loaded.
+        recalibrate: `(step, masters, state) -> state | None`, after each step; equal on ranks that share a weight.
+        seed: Of 32 bits, equal on all ranks, for stochastic rounding; each step and each rank's experts draw anew.
+
+    Raises:
+        KeyError, ValueError: As `fq.fakequant`; "lsq"; another optimizer (FP32Optimizer's parameters are themselves
+            the masters: set bf16=True), or one that is attached or trains more than this model; a selected weight
+            without a main parameter; parameters in fp8, fp4 or of FSDP; parameters gathered while the model runs;
+            masters within the optimizer's kernel or on the CPU. Nothing is changed then.
+
+    Source: Megatron-Core 0.16.1 `MixedPrecisionOptimizer.step_with_ready_grads`.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Float16OptimizerWithFloat16Params
+
+    refuse_inputs(fq.spec, "integrations.megatron.attach")
+    parts: list[Any] = optimizer.chained_optimizers if type(optimizer) is ChainedOptimizer else [optimizer]
+    for part in parts:
+        if type(part) not in (Float16OptimizerWithFloat16Params, DistributedOptimizer):
+            raise ValueError(
+                f"optimizer: found {type(part).__name__}, wanted Float16OptimizerWithFloat16Params, "
+                "DistributedOptimizer or a ChainedOptimizer of them; set bf16=True in OptimizerConfig and in the model"
+            )
+    if "step_with_ready_grads" in vars(optimizer):
+        raise ValueError("optimizer: found it attached already, wanted attached.detach() first")
+    is_distributed = any(type(part) is DistributedOptimizer for part in parts)
+    if fq.backward == "lsq" or (fq.backward == "clip" and is_distributed):
+        raise ValueError(
+            f"backward: found {fq.backward!r} with {type(parts[0]).__name__}, wanted 'pass_through'"
+            + ("; or 'clip' with use_distributed_optimizer=False" if is_distributed else " or 'clip'")
+        )
+    if seed is not None and (type(seed) is not int or not -(2**31) <= seed < 2**31):
+        raise ValueError(f"seed: found {seed!r}, wanted an int of 32 bits, which the number of the step follows")
+    _check_masters_are_apart(parts)
+    model = unwrap(model)
+    params = dict(model.named_parameters())
+    for name, param in params.items():
+        if type(param) is not torch.nn.Parameter:
+            raise ValueError(
+                f"parameter {name!r}: found {type(param).__name__}, wanted a plain parameter in bf16 or fp16, without "
+                "fp8_param_gather and FSDP"
+            )
+    masters = _masters(fq, parts, model, params, is_distributed)
+    experts: int = getattr(model.config, "num_moe_experts", None) or 0
+    local = experts // parallel_state.get_expert_model_parallel_world_size()
+    first = local * parallel_state.get_expert_model_parallel_rank()
+    return Attached(
+        fq,
+        optimizer,
+        parts,
+        masters,
+        params,
+        state,
+        recalibrate=recalibrate,
+        rounding=None if seed is None else fqt.Stochastic(seed, first),
+        is_distributed=is_distributed,
+    )
 
 
 def fakequant(
@@ -193,6 +282,60 @@ def load(path: str | Path, fq: fqt.Transform, model: Module) -> State:
     state = leaves.load_state(fq, loaded, empty)
     model.load_state_dict({name: loaded[name] for name in entries})
     return state
+
+
+def _check_masters_are_apart(parts: Sequence[Any]) -> None:
+    """Raise ValueError where a Megatron optimizer does not keep its masters as tensors apart from the parameters."""
+    wanted = {
+        "overlap_param_gather": "under which parameters are gathered as their layer runs",
+        "overlap_param_gather_with_optimizer_step": "under which parameters are gathered as others step",
+        "reuse_grad_buf_for_mxfp8_param_ag": "under which parameters are fp8",
+        "use_precision_aware_optimizer_no_fp8_or_ds_fp8": "under which masters are the fused optimizer's own, or bits "
+        "of the parameters; set use_precision_aware_optimizer=False",
+        "optimizer_cpu_offload": "under which masters are on the CPU",
+        "use_megatron_fsdp": "which shards parameters",
+    }
+    for part in parts:
+        for config in (part.config, getattr(part, "ddp_config", None)):
+            for name, why in wanted.items():
+                if getattr(config, name, False):
+                    raise ValueError(f"optimizer: found {name}, {why}, wanted it off")
+
+
+def _masters(
+    fq: fqt.Transform, parts: Sequence[Any], model: Module, params: Mapping[str, Tensor], is_distributed: bool
+) -> dict[str, Tensor]:
+    """What each parameter's values are made of; DistributedOptimizer's parameters stand for themselves."""
+    mains: dict[int, Tensor] = {}
+    if is_distributed:
+        is_foreign = any(unwrap(chunk) is not model for part in parts for chunk in part.model_chunks)
+    else:
+        stepped: set[int] = set()
+        for part in parts:
+            if not part.is_stub_optimizer:
+                for half_group, main_group in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+                    mains.update((id(param), main) for param, main in zip(half_group, main_group, strict=True))
+                stepped.update(id(param) for group in part.fp32_from_fp32_groups for param in group)
+        is_foreign = not mains.keys() | stepped <= set(map(id, params.values()))
+    if is_foreign:
+        raise ValueError(
+            "optimizer: found parameters that are not the model's, wanted those of this one model or chunk; virtual "
+            "pipeline stages have several"
+        )
+    masters = {name: mains.get(id(param), param) for name, param in params.items()}
+    for group in fq.spec.groups:
+        own = {name: params[name] for name in group.names if name in params}  # fakequant names the others
+        are_fp32 = any(id(param) in mains for param in own.values())  # as a group's weights have one dtype
+        for name, param in own.items():
+            if not param.requires_grad:
+                dtype = torch.float32 if are_fp32 else param.dtype
+                masters[name] = param.detach().to(dtype, copy=True)
+            elif id(param) not in mains and (param.dtype == torch.float32 or not is_distributed):
+                raise ValueError(
+                    f"parameter {name!r}: found {param.dtype} without a main parameter in the optimizer, wanted bf16 "
+                    "or fp16, which has a master in fp32"
+                )
+    return masters
 
 
 def _check_whole(fq: fqt.Transform, axes: Mapping[str, str]) -> None:

@@ -171,6 +171,67 @@ def test_fused_accumulation_is_refused_under_clip(te, way):
         way(*arguments)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_lens(te, format, backward, fused):
+    """Masters, a write, the module as it is, gradients taken: as a module that has the fake weights, bit for bit.
+
+    Nothing is hooked and nothing refused, with `main_grad` neither: the mask of "clip" comes after all microbatches.
+    """
+    model, params, fq, state, xs, gs = setup(te, format, fused, backward=backward)
+    other = copied(model, params, fq, state)
+    masters = fqt.masters(params)
+    written = fq.fakequant(masters, state, out=params)
+    assert all(written[name] is param for name, param in params.items())
+    for name, param in other.named_parameters():
+        assert torch.equal(params[name], param), name
+    wanted = run(lambda x: other(x, SPLITS), xs, gs)
+    found = run(lambda x: model(x, SPLITS), xs, gs)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    fq.take_grads(params, masters, state)
+    grads = {name: param.main_grad if fused else param.grad for name, param in other.named_parameters()}
+    pulled, _ = fq.pullback(masters, state, grads)
+    for name, master in masters.items():
+        assert master.grad.dtype == torch.float32
+        assert torch.equal(master.grad, pulled[name]), name
+        assert params[name].grad is None
+        assert not fused or not params[name].main_grad.any()
+    assert any(grad.any() for grad in pulled.values())
+    if backward == "clip":
+        assert any(((pulled[name] == 0) & (grads[name] != 0)).any() for name in masters) == format.clips
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("recipe", ["DelayedScaling", "Float8CurrentScaling"])
+def test_lens_under_transformer_engines_autocast(te, recipe, fused):
+    """Its own FP8 over fake weights: as over a module that has them, and the fake weights stay as they were written."""
+    from transformer_engine.common import recipe as recipes
+
+    model, params, fq, state, xs, gs = setup(te, fused=fused)
+    other = copied(model, params, fq, state)
+    masters = fqt.masters(params)
+    fq.fakequant(masters, state, out=params)
+    splits = [TOKENS] * EXPERTS
+    plain = run(lambda x: model(x, splits), xs, gs)
+    fq.take_grads(params, masters, state)
+    outputs = []
+    for module in (model, other):
+        with te.autocast(enabled=True, recipe=getattr(recipes, recipe)()):
+            outputs.append(run(lambda x, module=module: module(x, splits), xs, gs))
+    found, wanted = outputs
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not torch.equal(found[0], plain[0])
+    for name, param in other.named_parameters():
+        assert torch.equal(params[name], param), name
+    for master in masters.values():
+        master.grad = None
+    fq.take_grads(params, masters, state)
+    for name, param in other.named_parameters():
+        grad = param.main_grad if fused else param.grad
+        assert torch.equal(masters[name].grad, grad.float()), name
+
+
 @pytest.mark.parametrize("flags", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_fused_accumulation(te, way, flags):
@@ -468,7 +529,7 @@ def loss_of(model, seed):
     return model(ids, positions, mask, labels=labels).float().mean()
 
 
-def trainer(model, distributed):
+def trainer(model, distributed, **options):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -476,10 +537,8 @@ def trainer(model, distributed):
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
     )
     ddp = DistributedDataParallel(model.config, config, model)
-    options = OptimizerConfig(
-        optimizer="adam", lr=2e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=distributed
-    )
-    return ddp, get_megatron_optimizer(options, [ddp])
+    options |= {"optimizer": "adam", "lr": 2e-3, "bf16": True, "params_dtype": torch.bfloat16}
+    return ddp, get_megatron_optimizer(OptimizerConfig(use_distributed_optimizer=distributed, **options), [ddp])
 
 
 STEPS = 24
@@ -526,6 +585,92 @@ def test_megatron_trains(parallel, distributed):
     for way, found in losses.items():
         assert found == losses["whole"], way
     assert sum(losses["whole"][-8:]) < 0.7 * sum(losses["whole"][:8])
+
+
+def train_attached(ddp, optimizer, fq, state, steps):
+    """Losses, and the fake weights after the last step."""
+    from fq_transforms.integrations import megatron
+
+    def recalibrate(step, masters, state):
+        return megatron.calibrate(fq, ddp, masters=masters) if step % 3 == 0 else None
+
+    attached = megatron.attach(fq, optimizer, ddp, state, recalibrate=recalibrate)
+    losses = [train_step(ddp, optimizer, step) for step in range(steps)]
+    weights = {name: param.detach().clone() for name, param in megatron.unwrap(ddp).named_parameters()}
+    attached.detach()
+    return losses, weights
+
+
+def train_by_hand(ddp, optimizer, fq, state, steps, distributed):
+    """The same of an optimizer left alone: after its cast, its masters' fake weights are copied into the model."""
+    from fq_transforms.integrations import megatron
+
+    params = dict(megatron.unwrap(ddp).named_parameters())
+
+    def values():
+        return params if distributed else {name: param.main_param for name, param in params.items()}
+
+    def write():
+        with torch.no_grad():
+            for name, fake in fq.fakequant(values(), state).items():
+                params[name].copy_(fake)
+
+    write()
+    losses = []
+    for step in range(steps):
+        losses.append(train_step(ddp, optimizer, step))
+        if (step + 1) % 3 == 0:
+            state = megatron.calibrate(fq, ddp, masters=values())
+        write()
+    return losses, {name: param.detach().clone() for name, param in params.items()}
+
+
+def train_step(ddp, optimizer, step):
+    ddp.zero_grad_buffer()
+    optimizer.zero_grad()
+    total = 0.0
+    for microbatch in range(2):
+        loss = loss_of(ddp, 2 * step + microbatch) / 2
+        loss.backward()
+        total += loss.item()
+    ddp.finish_grad_sync()
+    assert optimizer.step()[0]
+    return total
+
+
+@pytest.mark.parametrize("format", [fqt.NVFP4, fqt.INT8_PER_CHANNEL], ids=name_of)
+@pytest.mark.parametrize("distributed", [False, True])
+def test_megatron_attached(parallel, distributed, format):
+    """24 steps of Megatron's fused Adam, norm clipping and fused accumulation on: as fake weights copied by hand."""
+    from megatron.core import tensor_parallel
+
+    from fq_transforms.integrations import megatron
+
+    found = []
+    for way in (train_attached, lambda *args: train_by_hand(*args, distributed)):
+        torch.manual_seed(3)
+        tensor_parallel.model_parallel_cuda_manual_seed(7)
+        ddp, optimizer = trainer(gpt(fused=True), distributed)
+        fq = fqt.transform(megatron.select(ddp, {"*.mlp.experts.*": format}))
+        losses, weights = way(ddp, optimizer, fq, megatron.calibrate(fq, ddp), STEPS)
+        mains = {name: p.main_param.clone() for name, p in megatron.unwrap(ddp).named_parameters()}
+        found.append((losses, weights, mains))
+    (losses, weights, mains), (wanted_losses, wanted_weights, wanted_mains) = found
+    assert losses == wanted_losses
+    for name, weight in wanted_weights.items():
+        assert torch.equal(weights[name], weight), name
+        assert torch.equal(mains[name], wanted_mains[name]), name
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+def test_megatron_refuses_masters_within_the_fused_optimizer(parallel):
+    """By Megatron's own configuration; test_megatron_attach.py has the other refusals."""
+    from fq_transforms.integrations import megatron
+
+    ddp, optimizer = trainer(gpt(fused=True), True, use_precision_aware_optimizer=True)
+    fq = fqt.transform(megatron.select(ddp, {"*.mlp.experts.*": fqt.NVFP4}))
+    with pytest.raises(ValueError, match="use_precision_aware_optimizer"):
+        megatron.attach(fq, optimizer, ddp, megatron.calibrate(fq, ddp))
 
 
 @pytest.mark.parametrize("format", [fqt.FP8, fqt.NVFP4, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32], ids=name_of)
