@@ -60,7 +60,7 @@ def pullback(
         else:
             cast = _cast(placed, wanted, are_sharded)
     pulled.update(zip(passed, cast, strict=True))
-    return pulled if len(pulled) == len(grads) else {name: pulled.get(name) for name in grads}, of_state
+    return pulled if list(pulled) == list(grads) else {name: pulled.get(name) for name in grads}, of_state
 
 
 def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:

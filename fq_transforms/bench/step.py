@@ -31,7 +31,7 @@ EXPERTS, HIDDEN, FFN, TOKENS = 32, 2688, 1856, 512  # Nemotron-3-Nano at EP=4
 SHAPES = [Shape(EXPERTS, FFN, HIDDEN, ""), Shape(EXPERTS, HIDDEN, FFN, "")]
 FORMATS = [format for format in ALL if all(fits(format, shape) for shape in SHAPES)]
 ROUNDS = {1: 120, 4: 60}  # by microbatches: of the lens, and of bf16 against itself
-IN_A_ROW = {1: 4, 4: 1}  # steps that are timed at a time: a training loop does not wait for each
+IN_A_ROW = {1: 4}  # by microbatches, else 1: steps that are timed at a time: a training loop does not wait for each
 OTHER_ROUNDS = 5  # of the other ways, which are slower and have no limit
 WRITE_ROUNDS, DEVICE_ROUNDS = 50, 5
 WARM_UPS = 2
@@ -127,7 +127,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
             (often if name == "lens" else seldom)[key] = turn
     every = training.xs
     for number, rounds in progress(ROUNDS.items(), desc="steps"):
-        training.xs, training.in_a_row = every[:number], IN_A_ROW[number]
+        training.xs, training.in_a_row = every[:number], IN_A_ROW.get(number, 1)
         ratios, times = in_turns(base, often, rounds)
         ratios |= in_turns(base, seldom, OTHER_ROUNDS)[0]
         found = {key: _summary(values) | {"mib": mib[key]} for key, values in ratios.items()}
@@ -139,7 +139,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
                 kind="step",
                 microbatches=number,
                 format=name,
-                bf16_ms=median(times) / IN_A_ROW[number] / 1e3,
+                bf16_ms=median(times) / IN_A_ROW.get(number, 1) / 1e3,
                 ways=taken,
             )
             yield row | Row(above=above, reason=reasons.get(name))
