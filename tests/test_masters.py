@@ -57,14 +57,22 @@ def test_masters_share_what_is_neither_selected_nor_in_need_of_a_copy():
     assert all(m.untyped_storage().data_ptr() not in storages for n, m in masters.items() if n.startswith("experts"))
 
 
-def test_masters_of_a_frozen_parameter_keep_its_dtype():
-    """A frozen bf16 parameter gives no fp32 copy, and one of integers is no error."""
-    params = {"w": torch.ones(2, dtype=BF16), "i": torch.ones(2, dtype=torch.int8)}
-    masters = fqt.masters(params)
-    assert {name: (m.dtype, m.requires_grad) for name, m in masters.items()} == {
-        "w": (BF16, False),
-        "i": (torch.int8, False),
-    }
+def test_masters_of_frozen_parameters():
+    """fp32 like all others, so that a group has one dtype; with `fq`, a group that is frozen whole keeps its own."""
+    params = {f"experts.{i}.w": torch.nn.Parameter(torch.ones(2, 2, dtype=BF16), i == 2) for i in range(3)}
+    params |= {"a": torch.ones(2, 2, dtype=BF16), "i": torch.ones(2, dtype=torch.int8)}
+    fq = fqt.transform(fqt.select(params, {"experts.*": fqt.FP8, "a": fqt.FP8}))
+
+    def dtypes(masters):
+        return {name: (m.dtype, m.requires_grad) for name, m in masters.items()}
+
+    experts = {f"experts.{i}.w": (torch.float32, i == 2) for i in range(3)}
+    integers = {"i": (torch.int8, False)}
+    assert dtypes(fqt.masters(params)) == experts | {"a": (torch.float32, False)} | integers
+    found = fqt.masters(params, fq=fq)
+    assert dtypes(found) == experts | {"a": (BF16, False)} | integers
+    assert found["i"] is params["i"]
+    assert found["a"] is not params["a"]
 
 
 def test_masters_of_a_module_have_a_tied_parameter_once():
