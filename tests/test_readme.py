@@ -42,5 +42,8 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 128)
-    assert set(names["grads"]) == set(names["params"])
+    assert set(names["masters"]) == set(names["params"])
+    assert not torch.equal(
+        names["masters"]["layers.0.experts.0.w1.weight"], names["params"]["layers.0.experts.0.w1.weight"]
+    )
     assert "quantized" in capsys.readouterr().out
