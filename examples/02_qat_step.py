@@ -1,11 +1,13 @@
 # %% [markdown]
 """# Quantization-aware training: what a step looks like, and what it costs
 
-A small Mixture-of-Experts model learns under NVFP4 fake quantization, in three ways that give the same gradients:
+A small Mixture-of-Experts model learns under NVFP4 fake quantization. The training loop is a lens around the optimizer
+step: fake weights are written into an ordinary bf16 model, and its gradients are taken to fp32 master weights. Three
+other ways give the same gradients, bit for bit:
 
-1. `functional_call` with new fake weights at every microbatch: the plain form.
-2. `fqt.value_and_grad`: fake weights and their pullback once per optimizer step, however many microbatches.
-3. `fqt.layerwise`: a layer's fake weights exist while it computes, and are made again in backward.
+1. `functional_call` with new fake weights at every microbatch: the plain form, for experiments.
+2. `fqt.value_and_grad`: fake weights and their pullback once per optimizer step, without masters.
+3. `fqt.layerwise`: a layer's fake weights exist while it computes, without masters.
 
 `python examples/02_qat_step.py` runs on a GPU if there is one, else on a CPU, where it takes some seconds on two cores;
 with `--small` it is over sooner.
@@ -35,7 +37,7 @@ torch.manual_seed(0)
 
 
 # %% [markdown]
-# ## A model that knows nothing of quantization
+# ## A bf16 model that knows nothing of quantization
 # Each token goes to two experts. The second layer's activations are checkpointed: made again in backward.
 
 
@@ -63,30 +65,40 @@ class Model(nn.Module):
 
 
 teacher = nn.Sequential(nn.Linear(SIZES.hidden, 256), nn.Tanh(), nn.Linear(256, SIZES.hidden))
-teacher = teacher.to(DEVICE).requires_grad_(False)
+teacher = teacher.to(DEVICE, torch.bfloat16).requires_grad_(False)
 
 
 def microbatches(step):
     """Random tokens, and what a fixed network makes of them."""
     generator = torch.Generator().manual_seed(step)
-    inputs = torch.randn(MICROBATCHES, TOKENS, SIZES.hidden, generator=generator).to(DEVICE)
+    inputs = torch.randn(MICROBATCHES, TOKENS, SIZES.hidden, generator=generator).to(DEVICE, torch.bfloat16)
     return list(zip(inputs, teacher(inputs), strict=True))
 
 
 def loss_fn(model, microbatch):
     inputs, targets = microbatch
-    return F.mse_loss(model(inputs), targets) / MICROBATCHES
+    return F.mse_loss(model(inputs).float(), targets.float()) / MICROBATCHES
 
 
-model = Model().to(DEVICE)
+model = Model().to(DEVICE, torch.bfloat16)
 params = dict(model.named_parameters())
-fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4}))
+
+# %% [markdown]
+# ## What the lens needs
+# Masters are fp32 leaves, which mixed-precision training has anyway: the optimizer steps them, and amax is calibrated
+# from them, never from the model's own parameters, which are quantized from the first write on.
+
+# %%
+masters = fqt.masters(model)
+fq = fqt.transform(fqt.select(masters, {"*.experts.*": fqt.NVFP4}))
+state = fq.calibrate(masters)
 print(fq.spec)
 
 # %% [markdown]
-# ## Three ways to the same gradients
-# `.backward()` is called with the fake weights in place. With a checkpointed layer it must be: outside, that layer
-# would run again with its own weights, and its gradients would be silently incorrect.
+# ## Four ways to the same gradients
+# The lens and the others, at the same weights. For the others `.backward()` is called with the fake weights in place.
+# With a checkpointed layer it must be: outside, that layer would run again with its own weights, and its gradients
+# would be silently incorrect. Under the lens the model's own weights are the fake ones, so there is no outside.
 
 # %%
 
@@ -102,63 +114,83 @@ class Step(nn.Module):
         loss_fn(self.model, microbatch).backward()
 
 
-def taken():
-    """The gradients that autograd left on the parameters."""
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
-    model.zero_grad()
+def taken(tensors):
+    """The gradients that autograd left, as new tensors in fp32."""
+    grads = {name: tensor.grad.float() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.grad = None
     return grads
 
 
-def plain(state, batch):
+def plain(batch):
     for microbatch in batch:
         weights = fq.fakequant(params, state)
         functional_call(Step(model), {f"model.{name}": weight for name, weight in weights.items()}, (microbatch,))
-    return taken()
+    return taken(params)
 
 
-def once(state, batch):
+def once(batch):
     _, grads = fqt.value_and_grad(loss_fn, fq, model)(params, state, batch)
-    return grads
+    return {name: grad.float() for name, grad in grads.items()}
 
 
-def layerwise(state, batch):
+def layerwise(batch):
     with fqt.layerwise(fq, model, state):
         for microbatch in batch:
             loss_fn(model, microbatch).backward()
-    return taken()
+    return taken(params)
 
 
-state, batch = fq.calibrate(params), microbatches(0)
-wanted = plain(state, batch)
-for way in (plain, once, layerwise):
-    way(state, batch)  # compiles, on a GPU
+def lens(batch):
+    fq.fakequant(masters, state, out=model)
+    for microbatch in batch:
+        loss_fn(model, microbatch).backward()
+    fq.take_grads(model, masters, state)
+    return taken(masters)
+
+
+def unquantized(batch):
+    fqt.cast(masters, out=model)
+    for microbatch in batch:
+        loss_fn(model, microbatch).backward()
+    return taken(params)
+
+
+batch = microbatches(0)
+wanted = plain(batch)
+for way in (unquantized, plain, once, layerwise, lens):  # the lens is last: it leaves fake weights in the model
+    way(batch)  # compiles, on a GPU
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    grads = way(state, batch)
+    grads = way(batch)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     took = (time.perf_counter() - started) * 1e3
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if DEVICE == "cuda" else ""
     equal = all(torch.equal(grads[name], grad) for name, grad in wanted.items())
-    print(f"{way.__name__:10} {took:7.1f} ms per step{peak}; gradients equal: {equal}")
-    assert equal
+    print(f"{way.__name__:12} {took:7.1f} ms per step{peak}; gradients equal: {equal}")
+    assert equal == (way != unquantized)
 
 # %% [markdown]
 # ## Training
-# The amax follows the weights: it is calibrated anew at every step, which costs one read of them. The optimizer sees
-# the parameters and their gradients, and nothing of quantization.
+# The whole loop. Any optimizer will do, any wrapper of the model, and any number of microbatches.
 
 # %%
-optimizer = torch.optim.AdamW(params.values(), lr=3e-3)
-step = fqt.value_and_grad(loss_fn, fq, model)
+optimizer = torch.optim.AdamW(masters.values(), lr=3e-3)
 history = []
 for number in (bar := trange(STEPS, desc="QAT")):
-    losses, grads = step(params, fq.calibrate(params), microbatches(number))
-    for name, param in params.items():
-        param.grad = grads[name]
+    state = fq.calibrate(masters)
+    fq.fakequant(masters, state, out=model)  # in place of a cast from fp32 to bf16
+    losses = []
+    for microbatch in microbatches(number):
+        loss = loss_fn(model, microbatch)
+        loss.backward()
+        losses.append(loss.detach())
+    fq.take_grads(model, masters, state)
     optimizer.step()
-    history.append(losses.sum().item())
+    optimizer.zero_grad()
+    history.append(sum(losses).item())
     bar.set_postfix(loss=f"{history[-1]:.4f}")
 
 first, last = sum(history[:5]) / 5, sum(history[-5:]) / 5

@@ -34,9 +34,10 @@ def test_quickstart_has_every_format_and_the_same_logits_after_loading():
 
 
 def test_qat_step_gives_equal_gradients_and_learns():
-    """The script itself compares the gradients of its three ways, and asserts that the loss went down."""
+    """The script itself compares the gradients of its four ways, and asserts that the loss went down."""
     lines = said("02_qat_step.py", "--small")
-    assert [line.split()[0] for line in lines if "gradients equal: True" in line] == ["plain", "once", "layerwise"]
+    ways = [line.split()[0] for line in lines if "gradients equal: True" in line]
+    assert ways == ["plain", "once", "layerwise", "lens"]
     assert "loss" in lines[-1]
 
 
@@ -104,3 +105,26 @@ def test_sensitivity_chooses_a_spec_under_its_budget():
     assert size["4 bits for all"] < size["mixed, by group (a spec)"] <= budget
     assert size["mixed, by expert (a state)"] <= budget
     assert any(line.startswith("group ") and "SQNR dB" in line for line in lines)
+
+
+def test_distillation_brings_the_student_back_to_its_teacher():
+    """The script itself asserts that the teacher's logits are the same bits while the student's weights are in place.
+
+    A teacher in either form takes back most of the divergence from it (0.7 when this was written) and lowers the loss
+    that quantization has raised; labels alone move the student further away.
+    """
+    lines = said("08_distill.py", "--small", "--formats", "MXFP4")
+    increase, divergence = {}, {}
+    for line in lines:
+        if line.startswith("MXFP4 "):
+            way, figures = line[14:34].strip(), line[34:].replace("±", "").split()
+            increase[way] = float(figures[1])
+            divergence[way] = float(figures[-3 if "%" in line else -2])
+    assert list(increase) == ["PTQ after the steps", "QAT", "PTQ", "QAD", "QAD, 16 logits"]
+    for way in ("QAD", "QAD, 16 logits"):
+        assert divergence[way] < 0.7 * divergence["PTQ"] < divergence["QAT"]
+        assert increase[way] < increase["PTQ"]
+    weights, tokens = 164_672, 40 * 16 * 32
+    assert f"teacher, a frozen copy: {4 * weights:,} bytes, whatever it is asked" in lines
+    cached = f"{tokens * 50:,} bytes for {tokens:,} tokens, {17 * 2 + 16} for each"
+    assert f"teacher, 16 cached logits: {cached}" in lines
