@@ -25,6 +25,7 @@ from fq_transforms.spec import Spec
 from fq_transforms.state import merge, tie
 from fq_transforms.training.layerwise import layerwise
 from fq_transforms.training.main_grad import carry_main_grad
+from fq_transforms.training.optimizer import FakeQuantOptimizer
 from fq_transforms.training.value_and_grad import value_and_grad
 from fq_transforms.transform import Transform, transform
 
@@ -44,6 +45,7 @@ __all__ = [
     "MXFP8",
     "NVFP4",
     "NVFP4_STATIC",
+    "FakeQuantOptimizer",
     "Format",
     "Rule",
     "Spec",

@@ -1,0 +1,467 @@
+"""`FakeQuantOptimizer`: a torch optimizer that steps fp32 masters and leaves their fake weights in the model.
+
+Whatever drives a torch optimizer drives it, because its `param_groups` hold the model's parameters. What to know:
+
+- A step takes the model's gradients away, as `zero_grad()` after it would.
+- Clipping norms on the model's parameters sees gradients before the pullback. A hook on the inner optimizer,
+  `opt.optimizer.register_step_pre_hook`, sees the masters with theirs in `.grad`.
+- Whatever reads the model sees fake weights, moving averages and `save_pretrained` too. Within `opt.unquantized()` it
+  holds the masters, cast.
+- torch DCP's `get_optimizer_state_dict` keeps what belongs to parameters: masters, the inner optimizer's state and the
+  number of the step, all of which it reshards. Save `opt.quantizer_state` beside it, and set it after loading.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import contextmanager
+from itertools import chain, count
+from operator import is_
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from fq_transforms.checks import check_same_spread, check_state, check_tensor, is_read
+from fq_transforms.dtensor import local_values
+from fq_transforms.masters import cast, masters, tensors_of
+from fq_transforms.rounding import Stochastic, check_rounding
+from fq_transforms.spec import Group, Spec
+from fq_transforms.state import State, flatten
+from fq_transforms.transform import Transform
+
+__all__ = ["FakeQuantOptimizer", "Recalibrate", "StateOptimizer"]
+
+Recalibrate: TypeAlias = Callable[[int, dict[str, Tensor], State], State | None]
+StateOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
+
+STEP = "fake_quant_step"  # a key of the param groups, which every way to save an optimizer keeps
+LEAST_AMAX = torch.finfo(torch.float32).tiny  # at zero an amax would have no gradient; below it lie subnormals
+
+
+class FakeQuantOptimizer(Optimizer):
+    """An optimizer around another one, which steps fp32 masters; each step leaves their fake weights in the model.
+
+        masters <- optimizer(masters, pullback(gradients of the model));  model <- fakequant(masters, state)
+
+    The model has fake weights as soon as this is made. `masters` (by name), `optimizer`, the inner one, and
+    `quantizer_state` are attributes. What to know when training with it is written at the head of this module.
+
+    Args:
+        fq: What is quantized, and how.
+        optimizer: Any torch optimizer over the model's parameters. It becomes the inner one, with the state it has.
+        model: The module that `fq` was selected on, none that wraps it. FSDP2 comes first.
+        state: From `fq.calibrate`, of the unquantized weights.
+        recalibrate: `recalibrate(step, masters, state)`, pure, called after inner step number `step` (from 1) and
+            before the write. It returns a new state, or None to keep the old one.
+        seed: Round at random, anew in each step; a `Stochastic` where a rank has a `first_expert`.
+        state_optimizer: With "lsq", what trains the state, as `functools.partial(torch.optim.Adam, lr=1e-4)`: given a
+            list of leaves, an optimizer of them. An amax is kept at 2**-126 or above.
+
+    Raises:
+        KeyError: A group is missing from the state.
+        ValueError: An argument does not fit the others; the message names it. Nothing is changed then.
+
+    Example:
+        >>> import fq_transforms as fqt
+        >>> model = torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+        >>> params = dict(model.named_parameters())
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+        >>> opt = FakeQuantOptimizer(fq, torch.optim.SGD(params.values(), lr=0.1), model, fq.calibrate(params))
+    """
+
+    def __init__(
+        self,
+        fq: Transform,
+        optimizer: Optimizer,
+        model: Module,
+        state: State,
+        *,
+        recalibrate: Recalibrate | None = None,
+        seed: int | Stochastic | None = None,
+        state_optimizer: StateOptimizer | None = None,
+    ) -> None:
+        _check_options(fq, optimizer, model, recalibrate, seed, state_optimizer)
+        check_state(state, fq.spec, values=is_read)
+        self.fq, self.optimizer, self.model, self.recalibrate = fq, optimizer, model, recalibrate
+        self.rounding = Stochastic(seed) if isinstance(seed, int) else seed
+
+        params = _one_name_each(tensors_of(model))
+        self._names = _names_by_group(params, optimizer, fq.spec)
+        kept = {*chain(*self._names), *_selected(fq.spec.groups)}
+        self._params = {name: param for name, param in params.items() if name in kept}
+        self.masters = masters(self._params, fq=fq)
+        # Weights that are frozen are written once for each state, not in each step.
+        frozen = [group for group in fq.spec.groups if not any(self.masters[n].requires_grad for n in group.names)]
+        self._frozen = self._part(frozen, _selected(frozen))
+        trained = [group for group in fq.spec.groups if group not in frozen]
+        self._trained = self._part(trained, self.masters.keys() - _selected(frozen))
+
+        self._is_made = self._has_state = False
+        groups = [{STEP: 0, **group, "params": list(group["params"])} for group in optimizer.param_groups]
+        super().__init__(groups, optimizer.defaults)
+        self._is_made = True
+
+        self._state, self.state_optimizer = state, None
+        if state_optimizer is not None:
+            self._state = _mapped(_trained, state)
+            self.state_optimizer = state_optimizer([*flatten(self._state).values()])
+            self._keep_positive()
+        self.write()
+
+        # Last, so that an error leaves the given optimizer as it was.
+        saved = optimizer.state_dict()
+        for group, names in zip(optimizer.param_groups, self._names, strict=True):
+            group["params"][:] = [self.masters[name] for name in names]  # in place: LBFGS holds on to this list
+        if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
+            optimizer.state.clear()
+            optimizer.load_state_dict(saved)
+            self._has_state = True
+
+    def _part(self, groups: Sequence[Group], names: Set[str]) -> "_Part":
+        only = Transform(Spec(tuple(groups)), out_dtype=self.fq.out_dtype)
+        return _Part(only, {name: master for name, master in self.masters.items() if name in names})
+
+    # The model's weights.
+
+    def write(self) -> None:
+        """Write the fake weights of the masters into the model, after something else was written there."""
+        self._write(self._frozen, 0)
+        self._write(self._trained, self._step)
+
+    def _write(self, part: "_Part", step: int) -> None:
+        if part.masters:
+            state = {group.key: self._state[group.key] for group in part.fq.spec.groups}
+            rounding = self.rounding and self.rounding._replace(seed=(self.rounding.seed << 32) + step)
+            part.fq.fakequant(part.masters, state, rounding=rounding, out=self.model)
+
+    @contextmanager
+    def unquantized(self) -> Generator[None]:
+        """Within, the model holds its unquantized weights, cast to its dtypes: to evaluate, average or save it."""
+        cast(self.masters, out=self.model)
+        try:
+            yield
+        finally:
+            self.write()
+
+    @property
+    def quantizer_state(self) -> State:
+        """What the model's fake weights are made with. Setting it writes them. Of "lsq", detached leaves."""
+        return self._state if self.state_optimizer is None else _mapped(Tensor.detach, self._state)
+
+    @quantizer_state.setter
+    def quantizer_state(self, state: State) -> None:
+        check_state(state, self.fq.spec, values=is_read)
+        self._set_state(state)
+        self.write()
+
+    @torch.no_grad()
+    def _set_state(self, state: State) -> None:
+        if self.state_optimizer is None:
+            self._state = state
+        else:  # whose leaves stay the same tensors
+            _mapped(Tensor.copy_, self._state, state)
+            self._keep_positive()
+
+    @torch.no_grad()
+    def _keep_positive(self) -> None:
+        for leaf in flatten(self._state).values():
+            leaf.clamp_(min=LEAST_AMAX)
+
+    # A step.
+
+    def take_grads(self) -> None:
+        """Move the model's gradients to the masters, as each step does first; after each microbatch to add in fp32."""
+        self.fq.take_grads(self._params, self.masters, self._state)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take the gradients, step the masters, recalibrate, and write the fake weights.
+
+        Args:
+            closure: Evaluates the model, with gradients, before they are taken. Where an optimizer calls it again, as
+                LBFGS does, the model has the fake weights of the masters as they are then.
+
+        Returns:
+            What the inner optimizer returns, the loss of a closure.
+
+        Raises:
+            ValueError: The parameters are no longer those that this was made with, or no longer frozen.
+        """
+        self._check_params()
+        if float(getattr(self, "found_inf", 0.0)):
+            return None
+        is_counted = closure is not None or not self._is_asked_for_state()
+        _copy_options(self.param_groups, self.optimizer.param_groups)
+        if closure is None:
+            self.take_grads()
+            self._unscale()
+            loss = self.optimizer.step()
+        else:
+            loss = self.optimizer.step(self._evaluation(closure))
+        _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
+        self._has_state = True
+        if is_counted:
+            self._advance()
+        for leaf in self._leaves():
+            leaf.grad = None
+        return loss
+
+    def _advance(self) -> None:
+        """All of a step that comes after the masters."""
+        if self.state_optimizer is not None:
+            self.state_optimizer.step()
+            self._keep_positive()
+        for group in self.param_groups:
+            group[STEP] += 1
+        state = None if self.recalibrate is None else self.recalibrate(self._step, self.masters, self._state)
+        if state is None:
+            self._write(self._trained, self._step)
+        else:
+            self.quantizer_state = state
+
+    def _evaluation(self, closure: Callable[[], float]) -> Callable[[], float]:
+        calls = count()
+
+        def evaluate() -> float:
+            if next(calls):
+                self._write(self._trained, self._step)
+            with torch.enable_grad():
+                loss = closure()
+            self.take_grads()
+            return loss
+
+        return evaluate
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the model's parameters, and of the masters what `take_grads` has moved there."""
+        super().zero_grad(set_to_none)
+        for leaf in self._leaves():
+            if set_to_none:
+                leaf.grad = None
+            elif leaf.grad is not None:
+                leaf.grad.zero_()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise ValueError: which parameters are trained is settled when this is made."""
+        if self._is_made:
+            raise ValueError("add_param_group: found a new param group, wanted none; make a new FakeQuantOptimizer")
+        super().add_param_group(param_group)
+
+    @property
+    def _step(self) -> int:
+        return self.param_groups[0][STEP]
+
+    def _leaves(self) -> list[Tensor]:
+        """All that gradients are moved to."""
+        learned = () if self.state_optimizer is None else flatten(self._state).values()
+        return [*self.masters.values(), *learned]
+
+    def _check_params(self) -> None:
+        names = [*chain(*self._names)]
+        found = [*chain(*(group["params"] for group in self.param_groups))]
+        if len(found) != len(names) or not all(map(is_, found, (self._params[name] for name in names))):
+            raise ValueError(
+                "param_groups: found other parameters than the optimizer was made with, wanted the same ones; shard or "
+                "replace a model's parameters first, and make the optimizer after that"
+            )
+        for name, param in zip(names, found, strict=True):
+            if param.grad is not None and not self.masters[name].requires_grad:
+                raise ValueError(
+                    f"parameter {name!r}: found a gradient, wanted none, as it was frozen when the optimizer was made; "
+                    "make a new one"
+                )
+
+    # GradScaler. It refuses to unscale fp16 gradients; of an optimizer with this attribute it looks for infinities
+    # only, and sets `grad_scale` and `found_inf` for the step. Everything else it unscales itself, and skips the step.
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return any(param.dtype == torch.float16 for param in self._params.values())
+
+    def _unscale(self) -> None:
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for grad in [leaf.grad for leaf in self._leaves() if leaf.grad is not None]:
+                local_values(grad).mul_(1.0 / float(scale))
+
+    # Saving and loading.
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (made when asked for: torch sets it once)
+        """Each parameter's master, beside the inner optimizer's state for it; nothing before there is such state.
+
+        Then torch DCP makes it, before it saves or loads, by a step of zero gradients with lr 0.
+        """
+        params, inner = [*chain(*(group["params"] for group in self.param_groups))], self.optimizer.state
+        named = zip(params, (self.masters[name] for name in chain(*self._names)), strict=True)
+        return {p: {"master": master, **inner.get(master, {})} for p, master in named} if self._has_state else {}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """For PyTorch's constructor."""
+
+    def _is_asked_for_state(self) -> bool:
+        lrs = [group["lr"] for group in self.param_groups if "lr" in group]
+        if self._has_state or not lrs or any(map(float, lrs)):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return all(grad is not None and not local_values(grad).any() for grad in grads)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, with a "master" in each parameter's state, and "quantizer" beside.
+
+        The latter has the quantizer's "state", masters of "frozen" weights, and the "optimizer" of "lsq".
+        """
+        packed = super().state_dict()
+        names = [*chain(*self._names)]
+        state = self.optimizer.state_dict()["state"]
+        packed["state"] = state | {i: {"master": self.masters[n], **state.get(i, {})} for i, n in enumerate(names)}
+        frozen = {name: master for name, master in self.masters.items() if name not in names}
+        packed["quantizer"] = {"state": self.quantizer_state, "frozen": frozen}
+        if self.state_optimizer is not None:
+            packed["quantizer"]["optimizer"] = self.state_optimizer.state_dict()
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, bit for bit; the model has the fake weights of then.
+
+        Without "quantizer", as from torch DCP, the state stays the present one: set `quantizer_state`.
+
+        Raises:
+            KeyError: A group is missing from the quantizer's state.
+            ValueError: A master is missing, or has another shape or sharding; nothing is loaded then. Or as of PyTorch.
+        """
+        groups, quantizer = state_dict["param_groups"], state_dict.get("quantizer", {})
+        keys = [*chain(*(group["params"] for group in groups))]
+        inner = {key: dict(of) for key, of in state_dict["state"].items()}
+        loaded = {
+            name: inner.get(key, {}).pop("master", None) for name, key in zip(chain(*self._names), keys, strict=False)
+        }  # PyTorch checks
+        loaded |= quantizer.get("frozen", {})
+        loaded = {name: value for name, value in loaded.items() if self._is_loaded(name, value)}
+        if quantizer:
+            check_state(quantizer["state"], self.fq.spec, values=is_read)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
+        for name, value in loaded.items():
+            self.masters[name].copy_(value)
+        if quantizer:
+            self._set_state(_mapped(_moved, quantizer["state"], self._state))
+            if self.state_optimizer is not None:
+                self.state_optimizer.load_state_dict(quantizer["optimizer"])
+        self._has_state = self._step > 0 or bool(self.optimizer.state)
+        self.write()
+
+    def _is_loaded(self, name: str, value: Any) -> bool:
+        """False for what DCP leaves out, the state of what is frozen; raises unless anything else fits its master."""
+        what, master = f"state_dict: master of {name!r}", self.masters.get(name)
+        if master is None:
+            raise ValueError(f"{what}: found one, wanted none, as the model has no such parameter in this optimizer")
+        if value is None and not master.requires_grad:
+            return False
+        check_tensor(what, value, tuple(master.shape), master.dtype)
+        check_same_spread(what, value, master)
+        return True
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{self.fq!r}, masters of {type(self.optimizer).__name__}: {len(self.masters)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("FakeQuantOptimizer: found a copy or a pickle of it, wanted its state_dict()")
+
+
+class _Part(NamedTuple):
+    """Masters that are written at the same times."""
+
+    fq: Transform
+    masters: dict[str, Tensor]
+
+
+def _mapped(function: Callable[..., Tensor], state: State, *others: State) -> State:
+    """A state of what the function makes of each leaf, and of its like in the others."""
+    return {
+        key: {name: function(leaf, *(other[key][name] for other in others)) for name, leaf in leaves.items()}
+        for key, leaves in state.items()
+    }
+
+
+def _trained(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_()
+
+
+def _moved(leaf: Tensor, like: Tensor) -> Tensor:
+    return leaf.to(like.device)
+
+
+def _selected(groups: Iterable[Group]) -> set[str]:
+    return {name for group in groups for name in group.names}
+
+
+def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    for one, other in zip(source, target, strict=True):
+        other.update({key: value for key, value in one.items() if key not in ("params", STEP)})
+
+
+def _names_by_group(params: dict[str, Tensor], optimizer: Optimizer, spec: Spec) -> list[list[str]]:
+    """The names of the parameters of each param group; raises where optimizer, model and spec do not fit."""
+    selected = _selected(spec.groups)
+    for name in selected - params.keys():
+        raise ValueError(
+            f"model: found no parameter {name!r}, which fq selects, among {len(params)} such as "
+            f"{next(iter(params))!r}, wanted the model that it was selected on; of a wrapper give what it wraps, "
+            "as model.module"
+        )
+    names = {param: name for name, param in params.items()}
+    found: list[list[str]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if param not in names:
+                raise ValueError(
+                    f"optimizer: found a tensor of shape {tuple(param.shape)} in param group {number} that is no "
+                    "parameter of the model, wanted an optimizer over model.parameters() as they are now"
+                )
+        if "initial_lr" in group:
+            raise ValueError(
+                f"optimizer: found param group {number} with a learning rate scheduler, wanted none; schedule the "
+                "FakeQuantOptimizer"
+            )
+        found.append([names[param] for param in group["params"]])
+    for name in selected - {*chain(*found)}:
+        if params[name].requires_grad:
+            raise ValueError(
+                f"optimizer: found {name!r}, which fq selects and which is trained, in no param group, wanted it in "
+                "one, or frozen"
+            )
+    return found
+
+
+def _one_name_each(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second names of tied parameters."""
+    first: dict[Tensor, str] = {}
+    for name, param in params.items():
+        first.setdefault(param, name)
+    return {name: param for param, name in first.items()}
+
+
+def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: Any, state_optimizer: Any) -> None:
+    for name, value, kind in (
+        ("fq", fq, Transform),
+        ("optimizer", optimizer, Optimizer),
+        ("model", model, Module),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: found {type(value).__name__}, wanted a {kind.__name__}")
+    if isinstance(optimizer, FakeQuantOptimizer):
+        raise ValueError("optimizer: found a FakeQuantOptimizer, wanted the one that it is made around")
+    if seed is not None:
+        check_rounding(seed if isinstance(seed, Stochastic) else Stochastic(seed))
+        number = seed.seed if isinstance(seed, Stochastic) else seed
+        if isinstance(number, Tensor) or not -(2**31) <= number < 2**31:
+            raise ValueError(f"seed: found {number!r}, wanted an int of 32 bits, which the number of the step follows")
+    if (fq.backward == "lsq") != (state_optimizer is not None):
+        wanted = "one, as functools.partial(torch.optim.Adam, lr=1e-4)" if fq.backward == "lsq" else "None"
+        raise ValueError(f"state_optimizer: found {state_optimizer!r} with backward={fq.backward!r}, wanted {wanted}")
+    if recalibrate is not None and fq.backward == "lsq":
+        raise ValueError("recalibrate: found one with backward='lsq', which trains the state, wanted None")
