@@ -295,7 +295,9 @@ class FakeQuantOptimizer(Optimizer):
         """
         params, inner = [*chain(*(group["params"] for group in self.param_groups))], self.optimizer.state
         named = zip(params, (self.masters[name] for name in chain(*self._names)), strict=True)
-        return {p: {"master": master, **inner.get(master, {})} for p, master in named} if self._has_state else {}
+        return (
+            {p: {"master": master.detach(), **inner.get(master, {})} for p, master in named} if self._has_state else {}
+        )
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -316,7 +318,9 @@ class FakeQuantOptimizer(Optimizer):
         packed = super().state_dict()
         names = [*chain(*self._names)]
         state = self.optimizer.state_dict()["state"]
-        packed["state"] = state | {i: {"master": self.masters[n], **state.get(i, {})} for i, n in enumerate(names)}
+        packed["state"] = state | {
+            i: {"master": self.masters[n].detach(), **state.get(i, {})} for i, n in enumerate(names)
+        }
         frozen = {name: master for name, master in self.masters.items() if name not in names}
         packed["quantizer"] = {"state": self.quantizer_state, "frozen": frozen}
         if self.state_optimizer is not None:
@@ -338,7 +342,7 @@ class FakeQuantOptimizer(Optimizer):
         inner = {key: dict(of) for key, of in state_dict["state"].items()}
         loaded = {
             name: inner.get(key, {}).pop("master", None) for name, key in zip(chain(*self._names), keys, strict=False)
-        }  # PyTorch checks
+        }
         loaded |= quantizer.get("frozen", {})
         loaded = {name: value for name, value in loaded.items() if self._is_loaded(name, value)}
         if quantizer:
