@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from fq_transforms.checks import check_same_spread, check_state, check_tensor, is_read
 from fq_transforms.dtensor import local_values
 from fq_transforms.masters import cast, masters, tensors_of
+from fq_transforms.ops.quantize.reference import TINY_AMAX
 from fq_transforms.rounding import Stochastic, check_rounding
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State, flatten
@@ -36,7 +37,9 @@ Recalibrate: TypeAlias = Callable[[int, dict[str, Tensor], State], State | None]
 StateOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
 
 STEP = "fake_quant_step"  # a key of the param groups, which every way to save an optimizer keeps
-LEAST_AMAX = torch.finfo(torch.float32).tiny  # at zero an amax would have no gradient; below it lie subnormals
+LEAST_AMAX = (
+    2 * TINY_AMAX
+)  # of a learned one: formats do not divide by less, which has no gradient then, and would stay
 
 
 class FakeQuantOptimizer(Optimizer):
@@ -56,7 +59,7 @@ class FakeQuantOptimizer(Optimizer):
             before the write. It returns a new state, or None to keep the old one.
         seed: Round at random, anew in each step; a `Stochastic` where a rank has a `first_expert`.
         state_optimizer: With "lsq", what trains the state, as `functools.partial(torch.optim.Adam, lr=1e-4)`: given a
-            list of leaves, an optimizer of them. An amax is kept at 2**-126 or above.
+            list of leaves, an optimizer of them. An amax is kept at 2**-23 or above.
 
     Raises:
         KeyError: A group is missing from the state.
@@ -87,12 +90,13 @@ class FakeQuantOptimizer(Optimizer):
         self.rounding = Stochastic(seed) if isinstance(seed, int) else seed
 
         params = _one_name_each(tensors_of(model))
-        self._names = _names_by_group(params, optimizer, fq.spec)
-        kept = {*chain(*self._names), *_selected(fq.spec.groups)}
+        self._names = _names_of(optimizer, params, fq.spec)
+        kept = {*self._names.values(), *_selected(fq.spec.groups)}
         self._params = {name: param for name, param in params.items() if name in kept}
         self.masters = masters(self._params, fq=fq)
+        self._untrained = {name for name, master in self.masters.items() if not master.requires_grad}
         # Weights that are frozen are written once for each state, not in each step.
-        frozen = [group for group in fq.spec.groups if not any(self.masters[n].requires_grad for n in group.names)]
+        frozen = [group for group in fq.spec.groups if self._untrained.issuperset(group.names)]
         self._frozen = self._part(frozen, _selected(frozen))
         trained = [group for group in fq.spec.groups if group not in frozen]
         self._trained = self._part(trained, self.masters.keys() - _selected(frozen))
@@ -104,15 +108,15 @@ class FakeQuantOptimizer(Optimizer):
 
         self._state, self.state_optimizer = state, None
         if state_optimizer is not None:
-            self._state = _mapped(_trained, state)
+            self._state = _mapped(_leaf, state)
             self.state_optimizer = state_optimizer([*flatten(self._state).values()])
             self._keep_positive()
         self.write()
 
         # Last, so that an error leaves the given optimizer as it was.
         saved = optimizer.state_dict()
-        for group, names in zip(optimizer.param_groups, self._names, strict=True):
-            group["params"][:] = [self.masters[name] for name in names]  # in place: LBFGS holds on to this list
+        for group in optimizer.param_groups:  # in place: LBFGS holds on to its list
+            group["params"][:] = [self.masters[self._names[param]] for param in group["params"]]
         if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
             optimizer.state.clear()
             optimizer.load_state_dict(saved)
@@ -258,15 +262,14 @@ class FakeQuantOptimizer(Optimizer):
         return [*self.masters.values(), *learned]
 
     def _check_params(self) -> None:
-        names = [*chain(*self._names)]
         found = [*chain(*(group["params"] for group in self.param_groups))]
-        if len(found) != len(names) or not all(map(is_, found, (self._params[name] for name in names))):
+        if len(found) != len(self._names) or not all(map(is_, found, self._names)):
             raise ValueError(
                 "param_groups: found other parameters than the optimizer was made with, wanted the same ones; shard or "
                 "replace a model's parameters first, and make the optimizer after that"
             )
-        for name, param in zip(names, found, strict=True):
-            if param.grad is not None and not self.masters[name].requires_grad:
+        for param, name in self._names.items():
+            if param.grad is not None and name in self._untrained:
                 raise ValueError(
                     f"parameter {name!r}: found a gradient, wanted none, as it was frozen when the optimizer was made; "
                     "make a new one"
@@ -288,26 +291,25 @@ class FakeQuantOptimizer(Optimizer):
     # Saving and loading.
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (made when asked for: torch sets it once)
+    def state(self) -> Any:
         """Each parameter's master, beside the inner optimizer's state for it; nothing before there is such state.
 
         Then torch DCP makes it, before it saves or loads, by a step of zero gradients with lr 0.
         """
-        params, inner = [*chain(*(group["params"] for group in self.param_groups))], self.optimizer.state
-        named = zip(params, (self.masters[name] for name in chain(*self._names)), strict=True)
-        return (
-            {p: {"master": master.detach(), **inner.get(master, {})} for p, master in named} if self._has_state else {}
-        )
+        inner, named = self.optimizer.state, self._names.items() if self._has_state else ()
+        return {
+            param: {"master": self.masters[name].detach(), **inner.get(self.masters[name], {})} for param, name in named
+        }
 
     @state.setter
-    def state(self, value: Any) -> None:
-        """For PyTorch's constructor."""
+    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What PyTorch's constructor sets is not kept: the state is made where it is asked for."""
 
     def _is_asked_for_state(self) -> bool:
         lrs = [group["lr"] for group in self.param_groups if "lr" in group]
         if self._has_state or not lrs or any(map(float, lrs)):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        grads = [param.grad for param in self._names if param.requires_grad]
         return all(grad is not None and not local_values(grad).any() for grad in grads)
 
     def state_dict(self) -> dict[str, Any]:
@@ -316,12 +318,11 @@ class FakeQuantOptimizer(Optimizer):
         The latter has the quantizer's "state", masters of "frozen" weights, and the "optimizer" of "lsq".
         """
         packed = super().state_dict()
-        names = [*chain(*self._names)]
         state = self.optimizer.state_dict()["state"]
-        packed["state"] = state | {
-            i: {"master": self.masters[n].detach(), **state.get(i, {})} for i, n in enumerate(names)
-        }
-        frozen = {name: master for name, master in self.masters.items() if name not in names}
+        for i, name in enumerate(self._names.values()):
+            state[i] = {"master": self.masters[name].detach(), **state.get(i, {})}
+        packed["state"] = state
+        frozen = {name: master.detach() for name, master in self.masters.items() if name not in self._names.values()}
         packed["quantizer"] = {"state": self.quantizer_state, "frozen": frozen}
         if self.state_optimizer is not None:
             packed["quantizer"]["optimizer"] = self.state_optimizer.state_dict()
@@ -340,13 +341,12 @@ class FakeQuantOptimizer(Optimizer):
         groups, quantizer = state_dict["param_groups"], state_dict.get("quantizer", {})
         keys = [*chain(*(group["params"] for group in groups))]
         inner = {key: dict(of) for key, of in state_dict["state"].items()}
-        loaded = {
-            name: inner.get(key, {}).pop("master", None) for name, key in zip(chain(*self._names), keys, strict=False)
-        }
-        loaded |= quantizer.get("frozen", {})
-        loaded = {name: value for name, value in loaded.items() if self._is_loaded(name, value)}
-        if quantizer:
-            check_state(quantizer["state"], self.fq.spec, values=is_read)
+        loaded: dict[str, Any] = dict(quantizer.get("frozen", {}))
+        for name, key in zip(self._names.values(), keys, strict=False):
+            master = inner.get(key, {}).pop("master", None)
+            if master is not None or name not in self._untrained:  # DCP leaves out what is frozen
+                loaded[name] = master
+        self._check_loaded(loaded, quantizer)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
         for name, value in loaded.items():
@@ -358,16 +358,18 @@ class FakeQuantOptimizer(Optimizer):
         self._has_state = self._step > 0 or bool(self.optimizer.state)
         self.write()
 
-    def _is_loaded(self, name: str, value: Any) -> bool:
-        """False for what DCP leaves out, the state of what is frozen; raises unless anything else fits its master."""
-        what, master = f"state_dict: master of {name!r}", self.masters.get(name)
-        if master is None:
-            raise ValueError(f"{what}: found one, wanted none, as the model has no such parameter in this optimizer")
-        if value is None and not master.requires_grad:
-            return False
-        check_tensor(what, value, tuple(master.shape), master.dtype)
-        check_same_spread(what, value, master)
-        return True
+    def _check_loaded(self, loaded: dict[str, Any], quantizer: dict[str, Any]) -> None:
+        for name, value in loaded.items():
+            what = f"state_dict: master of {name!r}"
+            if name not in self.masters:
+                raise ValueError(f"{what}: found one, wanted none, as this optimizer has no such master")
+            check_tensor(what, value, tuple(self.masters[name].shape), self.masters[name].dtype)
+            check_same_spread(what, value, self.masters[name])
+        if quantizer:
+            check_state(quantizer["state"], self.fq.spec, values=is_read)
+            if ("optimizer" in quantizer) != (self.state_optimizer is not None):
+                found = "one" if "optimizer" in quantizer else "none"
+                raise ValueError(f"state_dict: state_optimizer: found {found} with backward={self.fq.backward!r}")
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.fq!r}, masters of {type(self.optimizer).__name__}: {len(self.masters)}"
@@ -391,7 +393,7 @@ def _mapped(function: Callable[..., Tensor], state: State, *others: State) -> St
     }
 
 
-def _trained(leaf: Tensor) -> Tensor:
+def _leaf(leaf: Tensor) -> Tensor:
     return leaf.detach().clone().requires_grad_()
 
 
@@ -408,32 +410,33 @@ def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) ->
         other.update({key: value for key, value in one.items() if key not in ("params", STEP)})
 
 
-def _names_by_group(params: dict[str, Tensor], optimizer: Optimizer, spec: Spec) -> list[list[str]]:
-    """The names of the parameters of each param group; raises where optimizer, model and spec do not fit."""
-    selected = _selected(spec.groups)
-    for name in selected - params.keys():
-        raise ValueError(
-            f"model: found no parameter {name!r}, which fq selects, among {len(params)} such as "
-            f"{next(iter(params))!r}, wanted the model that it was selected on; of a wrapper give what it wraps, "
-            "as model.module"
-        )
+def _names_of(optimizer: Optimizer, params: dict[str, Tensor], spec: Spec) -> dict[Tensor, str]:
+    """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit."""
+    for group in spec.groups:
+        for name in group.names:
+            if name not in params:
+                raise ValueError(
+                    f"model: found no parameter {name!r}, which fq selects, among {len(params)} such as "
+                    f"{next(iter(params), None)!r}, wanted the model that it was selected on; of a wrapper give what "
+                    "it wraps, as model.module"
+                )
     names = {param: name for name, param in params.items()}
-    found: list[list[str]] = []
+    found: dict[Tensor, str] = {}
     for number, group in enumerate(optimizer.param_groups):
+        if "initial_lr" in group:
+            raise ValueError(
+                f"optimizer: found param group {number} with a learning rate scheduler, wanted none; schedule the "
+                "FakeQuantOptimizer"
+            )
         for param in group["params"]:
             if param not in names:
                 raise ValueError(
                     f"optimizer: found a tensor of shape {tuple(param.shape)} in param group {number} that is no "
                     "parameter of the model, wanted an optimizer over model.parameters() as they are now"
                 )
-        if "initial_lr" in group:
-            raise ValueError(
-                f"optimizer: found param group {number} with a learning rate scheduler, wanted none; schedule the "
-                "FakeQuantOptimizer"
-            )
-        found.append([names[param] for param in group["params"]])
-    for name in selected - {*chain(*found)}:
-        if params[name].requires_grad:
+            found[param] = names[param]
+    for name in _selected(spec.groups):
+        if params[name].requires_grad and params[name] not in found:
             raise ValueError(
                 f"optimizer: found {name!r}, which fq selects and which is trained, in no param group, wanted it in "
                 "one, or frozen"
@@ -450,13 +453,11 @@ def _one_name_each(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: Any, state_optimizer: Any) -> None:
-    for name, value, kind in (
-        ("fq", fq, Transform),
-        ("optimizer", optimizer, Optimizer),
-        ("model", model, Module),
-    ):
+    for name, value, kind in (("fq", fq, Transform), ("optimizer", optimizer, Optimizer), ("model", model, Module)):
         if not isinstance(value, kind):
-            raise ValueError(f"{name}: found {type(value).__name__}, wanted a {kind.__name__}")
+            raise ValueError(
+                f"{name}: found {type(value).__name__}, wanted {kind.__module__.split('.')[0]}.{kind.__name__}"
+            )
     if isinstance(optimizer, FakeQuantOptimizer):
         raise ValueError("optimizer: found a FakeQuantOptimizer, wanted the one that it is made around")
     if seed is not None:
