@@ -229,7 +229,9 @@ def _placed(grad: Any, master: Any) -> Tensor:
 def _main_grad(param: Any) -> Tensor | None:
     """The memory in which layers with fused accumulation add gradients up."""
     # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
-    return vars(param).get("main_grad") if type(param) is Parameter else getattr(param, "main_grad", None)
+    if type(param) is not Parameter or torch.compiler.is_compiling():  # which cannot trace the dict of a parameter
+        return getattr(param, "main_grad", None)
+    return vars(param).get("main_grad")
 
 
 def _has_dummy(param: Any) -> bool:

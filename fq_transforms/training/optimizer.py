@@ -238,8 +238,11 @@ class FakeQuantOptimizer(Optimizer):
         return evaluate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the model's parameters, and of the masters what `take_grads` has moved there."""
+        """Clear the gradients of the model's parameters, in `main_grad` too, and what `take_grads` has moved already."""
         super().zero_grad(set_to_none)
+        for param in self._names:
+            if (main := getattr(param, "main_grad", None)) is not None:
+                main.zero_()
         for leaf in self._leaves():
             if set_to_none:
                 leaf.grad = None

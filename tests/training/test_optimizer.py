@@ -173,6 +173,7 @@ def test_gradients_taken_after_each_microbatch_add_up_in_fp32():
 
 
 def test_zero_grad_clears_what_was_taken():
+    """And `main_grad`, which a step that was skipped has left."""
     for set_to_none in (True, False):
         model, fq, state = setup()
         opt = make(model, fq, state)
@@ -182,6 +183,9 @@ def test_zero_grad_clears_what_was_taken():
         opt.zero_grad(set_to_none=set_to_none)
         grads = [master.grad for master in opt.masters.values()]
         assert all(grad is None for grad in grads) if set_to_none else not any(g.any() for g in grads if g is not None)
+    model.lm_head.weight.main_grad = torch.ones_like(opt.masters["lm_head.weight"])
+    opt.zero_grad()
+    assert not model.lm_head.weight.main_grad.any()
 
 
 def test_fp32_parameters_that_are_not_selected_are_their_own_masters():
@@ -783,6 +787,27 @@ def test_accelerate_trains_and_resumes_bit_for_bit(tmp_path):
     run(*second, range(3, 6))
     same_training((straight[2], straight[1]), (second[2], second[1]))
     assert straight[1].param_groups[0]["fake_quant_step"] == 6
+
+
+# torch.compile.
+
+
+@pytest.mark.parametrize(("backward", "given"), [("clip", {"seed": 3}), ("lsq", {})], ids=str)
+def test_a_compiled_step_is_the_same_bit_for_bit(backward, given):
+    """Of an optimizer that is: AdamW computes in another order when it is compiled."""
+    (model, opt), (other, compiled) = (
+        (model, make(model, fq, state, torch.optim.SGD, {"lr": 0.1}, **given))
+        for model, fq, state in (setup(fqt.FP8, backward), setup(fqt.FP8, backward))
+    )
+    torch._dynamo.reset()
+    step = torch.compile(compiled.step, backend="aot_eager")
+    train(model, opt, 3)
+    for number in range(3):
+        for batch in batches_of(number):
+            loss_of(other(batch), batch).backward()
+        step()
+    same_training((model, opt), (other, compiled))
+    assert compiled.param_groups[0]["fake_quant_step"] == 3
 
 
 # Bad input.
