@@ -238,7 +238,7 @@ class FakeQuantOptimizer(Optimizer):
         return evaluate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the model's parameters, in `main_grad` too, and what `take_grads` has moved already."""
+        """Clear the gradients of the model's parameters, `main_grad` too, and what `take_grads` has moved already."""
         super().zero_grad(set_to_none)
         for param in self._names:
             if (main := getattr(param, "main_grad", None)) is not None:

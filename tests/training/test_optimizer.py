@@ -792,7 +792,12 @@ def test_accelerate_trains_and_resumes_bit_for_bit(tmp_path):
 # torch.compile.
 
 
-@pytest.mark.parametrize(("backward", "given"), [("clip", {"seed": 3}), ("lsq", {})], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backward", "given"),
+    [("clip", {"seed": 3}), ("lsq", {"state_optimizer": partial(torch.optim.SGD, lr=1e-3)})],
+    ids=["clip", "lsq"],
+)
 def test_a_compiled_step_is_the_same_bit_for_bit(backward, given):
     """Of an optimizer that is: AdamW computes in another order when it is compiled."""
     (model, opt), (other, compiled) = (
