@@ -89,7 +89,7 @@ class FakeQuantOptimizer(Optimizer):
         self.fq, self.optimizer, self.model, self.recalibrate = fq, optimizer, model, recalibrate
         self.rounding = Stochastic(seed) if isinstance(seed, int) else seed
 
-        params = _one_name_each(tensors_of(model))
+        params = tensors_of(model, tied=False)
         self._names = _names_of(optimizer, params, fq.spec)
         kept = {*self._names.values(), *_selected(fq.spec.groups)}
         self._params = {name: param for name, param in params.items() if name in kept}
@@ -413,7 +413,7 @@ def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) ->
         other.update({key: value for key, value in one.items() if key not in ("params", STEP)})
 
 
-def _names_of(optimizer: Optimizer, params: dict[str, Tensor], spec: Spec) -> dict[Tensor, str]:
+def _names_of(optimizer: Optimizer, params: Mapping[str, Tensor], spec: Spec) -> dict[Tensor, str]:
     """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit."""
     for group in spec.groups:
         for name in group.names:
@@ -445,14 +445,6 @@ def _names_of(optimizer: Optimizer, params: dict[str, Tensor], spec: Spec) -> di
                 "one, or frozen"
             )
     return found
-
-
-def _one_name_each(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second names of tied parameters."""
-    first: dict[Tensor, str] = {}
-    for name, param in params.items():
-        first.setdefault(param, name)
-    return {name: param for param, name in first.items()}
 
 
 def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: Any, state_optimizer: Any) -> None:

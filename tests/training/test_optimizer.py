@@ -662,6 +662,40 @@ def test_frozen_weights_are_written_once_for_each_state():
     same(dict(other.named_parameters()), params)
 
 
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_experts_that_are_frozen_among_others_stay_as_they_are(in_groups, tmp_path):
+    """Their group is written in each step, their masters never change, and the others train and resume."""
+
+    def begin():
+        model, fq, state = setup(fqt.INT4_BLOCK32, "clip")
+        for param in model.layers[0].mlp.experts[1].parameters():
+            param.requires_grad_(False)
+        params = [param for param in model.parameters() if in_groups or param.requires_grad]
+        return model, fqt.FakeQuantOptimizer(fq, torch.optim.AdamW(params, **ADAMW), model, state)
+
+    (model, opt), second = begin(), begin()
+    frozen = {name: master.clone() for name, master in opt.masters.items() if ".experts.1." in name}
+    train(model, opt, 2)
+    same({name: opt.masters[name] for name in frozen}, frozen)
+    assert any(not torch.equal(master, second[1].masters[name]) for name, master in opt.masters.items())
+    second[1].load_state_dict(through_a_file(opt.state_dict(), tmp_path))
+    train(model, opt, 2, 2)
+    train(*second, 2, 2)
+    same(second[1].masters, opt.masters)
+    same(dict(second[0].named_parameters()), dict(model.named_parameters()))
+
+
+def test_tied_weights_have_one_master():
+    """A head that is the embedding: one name, and both sides see what is written."""
+    model, fq, state = setup()
+    model.lm_head.weight = model.embed.weight
+    opt = make(model, fq, state)
+    train(model, opt, 2)
+    assert "lm_head.weight" not in opt.masters
+    assert model.lm_head.weight is model.embed.weight
+    assert torch.equal(model.lm_head.weight, opt.masters["embed.weight"].bfloat16())
+
+
 def test_parameters_of_another_optimizer_are_left_alone():
     model, fq, state = setup()
     ours = [param for name, param in model.named_parameters() if name != "lm_head.weight"]
