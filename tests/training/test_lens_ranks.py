@@ -1,0 +1,331 @@
+"""The lens over ranks, in real processes: whatever splits the model, its masters become those of one process.
+
+One process trains in the plain form: `functional_call` on `fakequant` of the masters detached as leaves, `.backward()`,
+one pullback. Gradients are added up in the same dtype, in the same order, and so everything is equal bit for bit.
+"""
+
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+import fq_transforms as fqt
+from tests.cases import message_of, same_bits
+from tests.training import toy
+
+pytestmark = pytest.mark.dist
+
+BF16, FP32 = torch.bfloat16, torch.float32
+HOW = (("local", "pass_through"), ("reduced", "clip"), ("taken", "lsq"))  # see toy.plain_grads
+ROUNDING = fqt.Stochastic(7)
+
+
+def whole(tensor):
+    """All of a DTensor, from all ranks."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def everything(tensors):
+    return optree.tree_map(whole, dict(tensors))
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Setup(NamedTuple):
+    """A model that is split over ranks.
+
+    Attributes:
+        out: What is written to.
+        call: What is called, if a whole batch goes in.
+        rank: Whose tokens this rank has.
+        ranks: How many share a microbatch.
+        without_sync: A context in which gradients are not reduced.
+        pipeline: `pipeline(step)` makes the gradients of a step, in place of all these.
+    """
+
+    out: Any
+    call: Any = None
+    rank: int = 0
+    ranks: int = 1
+    without_sync: Any = nullcontext
+    pipeline: Any = None
+
+
+class Trained(NamedTuple):
+    """What training gives: names to tensors, whole."""
+
+    masters: dict
+    state: dict
+    first: dict  # fake weights
+    last: dict
+    drawn: dict  # by stochastic rounding
+    losses: list  # of evaluations in between, on what was then in the model
+
+
+EVALUATED = (1, 5)  # before the first write, at these steps, and after the last
+
+
+def loss_at(step, call):
+    """On a microbatch that is not trained on, and that all ranks see whole."""
+    x, y = toy.batch(step, toy.MICROBATCHES)
+    with torch.no_grad():
+        return toy.loss_of(call(x), y).item()
+
+
+def write(fq, masters, state, out):
+    """The write counts up the versions of parameters and of their shards, and asks no other rank."""
+    params = dict(out.named_parameters())
+    before = {name: (p._version, local(p)._version) for name, p in params.items()}
+    fq.fakequant(masters, state, out=out)
+    for name, p in params.items():
+        assert p._version > before[name][0], name
+        assert local(p)._version > before[name][1] or not local(p).numel(), name
+    with CommDebugMode() as collectives:
+        fq.fakequant(masters, state, out=out)
+    assert collectives.get_total_counts() == 0
+
+
+def gradients(setup, step, accumulate, take):
+    """Gradients of a step's microbatches, taken once, or from each."""
+    if setup.pipeline:
+        setup.pipeline(step)
+    for i in range(0 if setup.pipeline else toy.MICROBATCHES):
+        is_last = i == toy.MICROBATCHES - 1
+        x, y = toy.batch(step, i, setup.rank, setup.ranks)
+        with nullcontext() if accumulate != "local" or is_last else setup.without_sync():
+            toy.loss_of(setup.call(x), y).backward()
+        if accumulate == "taken" and not is_last:
+            take()
+    take()
+
+
+def train(setup, accumulate, backward):
+    """Train with the lens."""
+    masters = fqt.masters(setup.out)
+    fq = toy.transform(masters, backward)
+    with torch.no_grad():
+        state = toy.start(fq, masters)
+    optimizer = toy.optimizer_of(masters, state)
+    losses = []
+
+    def evaluate(step):
+        if setup.call:  # FSDP2's root stays gathered after this
+            losses.append(loss_at(step, setup.call))
+
+    evaluate(0)
+    first = everything(fq.fakequant(masters, state, out=setup.out))
+    for step in range(toy.STEPS):
+        if step in EVALUATED:
+            evaluate(step)
+            fqt.cast(masters, out=setup.out)
+            evaluate(step)
+            fq.fakequant(masters, state, out=setup.out)
+        gradients(setup, step, accumulate, lambda: fq.take_grads(setup.out, masters, state))
+        assert all(p.grad is None for p in setup.out.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        toy.clamp(state)
+        if step in (0, toy.STEPS - 1):
+            write(fq, masters, state, setup.out)
+        else:
+            fq.fakequant(masters, state, out=setup.out)
+    evaluate(toy.STEPS)
+    last = everything(fq.fakequant(masters, state, out=setup.out))
+    drawn = everything(fq.fakequant(masters, state, out=setup.out, rounding=ROUNDING))
+    for leaf in optree.tree_leaves(state):
+        check_replicas(leaf)
+    return Trained(everything(masters), everything(fqt.state.flatten(state)), first, last, drawn, losses)
+
+
+def check_replicas(tensor):
+    """A DTensor that is replicated over an axis of its mesh is the same there."""
+    for axis, placement in enumerate(tensor.placements if isinstance(tensor, DTensor) else ()):
+        if placement.is_replicate():
+            group, here = tensor.device_mesh.get_group(axis), tensor.to_local().detach().contiguous()
+            parts = [torch.empty_like(here) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, here, group)
+            assert all(torch.equal(part, here) for part in parts)
+
+
+@cache
+def plain(accumulate, backward, ranks, sums, dtype):
+    """What one process gives."""
+    model = toy.toy(dtype)
+    fq = toy.transform(dict(model.named_parameters()), backward)
+    initial = dict(model.named_parameters())
+    masters, state, seen = toy.train_plainly(model, fq, accumulate, ranks, sums)
+    there = [(0, initial), *((step, weights) for step in EVALUATED for weights in seen[step]), (toy.STEPS, seen[-1][0])]
+    losses = [
+        loss_at(step, lambda x, w=weights: functional_call(model, {name: p.bfloat16() for name, p in w.items()}, (x,)))
+        for step, weights in there
+    ]
+    fq = toy.transform(initial, "clip")  # stochastic rounding has no gradient to learn from
+    drawn = fq.fakequant({name: m.detach() for name, m in masters.items()}, state, rounding=ROUNDING)
+    drawn = {name: w.to(dtype) for name, w in drawn.items()}
+    masters, state = everything(masters), everything(fqt.state.flatten(state))
+    return Trained(masters, state, seen[0][0], seen[-1][0], everything(drawn), losses)
+
+
+def check_same(found, *how):
+    """All that one process gives, bit for bit; losses but for the order of summation in fp64."""
+    wanted = plain(*how)
+    for what in ("first", "masters", "state", "last", "drawn"):
+        mine, whole = getattr(found, what), getattr(wanted, what)
+        assert mine.keys() == whole.keys()
+        wrong = {name: (t.double() - whole[name]).abs().max() for name, t in mine.items() if not t.equal(whole[name])}
+        assert not wrong, (what, how)
+    if found.losses:
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-12)
+
+
+def merged(results):
+    """What the ranks of a pipeline have, together."""
+    return Trained(
+        *({k: v for each in part for k, v in each.items()} for part in list(zip(*results, strict=True))[:-1]), []
+    )
+
+
+def shard(module, mesh, **placements):
+    """Make DTensors of a module's own parameters."""
+    for name, placement in placements.items():
+        p = getattr(module, name)
+        setattr(module, name, torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [placement], src_data_rank=None)))
+
+
+# Data parallel.
+
+
+def ddp(rank, size):
+    model = toy.toy()
+    call = DistributedDataParallel(model, find_unused_parameters=True)
+    return Setup(model, call, rank, size, call.no_sync)
+
+
+DDP_HOW = (("local", "pass_through"), ("local", "clip"), ("taken", "lsq"))
+
+
+def train_ddp(rank, size):
+    return [train(ddp(rank, size), *how) for how in DDP_HOW]
+
+
+def test_ddp(ranks):
+    for how, found in zip(DDP_HOW, ranks(train_ddp, size=2)[0], strict=True):
+        check_same(found, *how, 2, BF16, BF16)
+
+
+# Fully sharded.
+
+
+def fsdp_setup(model, rank, size):
+    @contextmanager
+    def without_sync():
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return Setup(model, model, rank, size, without_sync)
+
+
+SUMS_IN_FP32 = MixedPrecisionPolicy(reduce_dtype=FP32, cast_forward_inputs=False)
+COMPUTES_IN_BF16 = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32, cast_forward_inputs=False)
+
+
+def train_fsdp(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    found = []
+    for how, dtype, reshards in zip(HOW, (BF16, BF16, FP32), (True, False, size // 2 > 1 and 2), strict=True):
+        model = toy.toy(dtype)
+        for layer in (model.stacked, model.listed, model.transposed, model):
+            policy = COMPUTES_IN_BF16 if dtype == FP32 else SUMS_IN_FP32
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+        found.append(train(fsdp_setup(model, rank, size), *how))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_fsdp(ranks, size):
+    """Per block and root: all ways to reshard, gradients synchronized or not, parameters in bf16, and in fp32."""
+    for how, dtype, found in zip(HOW, (BF16, BF16, FP32), ranks(train_fsdp, size=size)[0], strict=True):
+        check_same(found, *how, size, FP32, dtype)
+
+
+def train_ep_fsdp(rank, size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
+    found = []
+    for how in HOW:
+        model = toy.toy()
+        for layer in (model.stacked, model.transposed):
+            shard(layer, mesh["ep"], up=Shard(0), down=Shard(0))
+            layer.mesh, layer.first = mesh["ep"], 3 * (rank % 2)
+        for layer in (model.stacked, model.listed, model.transposed, model):
+            dim = 1 if layer is model.stacked else 0
+            rows = {"shard_placement_fn": lambda p, dim=dim: Shard(dim if p.dim() == 3 else 0)}
+            fully_shard(layer, mesh=mesh["fsdp"], mp_policy=SUMS_IN_FP32, **rows)
+        found.append(train(fsdp_setup(model, rank // 2, 2), *how))
+    return found
+
+
+def test_ep_with_fsdp(ranks):
+    """On one mesh: experts over one axis, and over the other these again, or their rows."""
+    for how, found in zip(HOW, ranks(train_ep_fsdp)[0], strict=True):
+        check_same(found, *how, 2, FP32, BF16)
+
+
+# Tensor parallel, and pipelines.
+
+
+def train_tp(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    found = []
+    for how in HOW:
+        model = toy.toy()
+        for expert in model.listed.experts:
+            parallelize_module(expert, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+        shard(model.stacked, mesh, up=Shard(1), down=Shard(2))
+        shard(model.transposed, mesh, up=Shard(2), down=Shard(1))
+        model.stacked.mesh = model.transposed.mesh = mesh
+        found.append(train(Setup(model, model), *how))
+    return found
+
+
+def test_tp(ranks):
+    """Column and row parallel; the head has two rows on one rank, and one on the other."""
+    for how, found in zip(HOW, ranks(train_tp, size=2)[0], strict=True):
+        check_same(found, *how, 1, BF16, BF16)
+
+
+def train_pipeline(rank, size):
+    found = []
+    for _, backward in HOW:
+        model = toy.toy()
+        for name in [("transposed", "head"), ("stacked", "listed")][rank]:
+            setattr(model, name, None)
+        stage = PipelineStage(model, rank, size, torch.device("cpu"))
+        schedule = Schedule1F1B(stage, toy.MICROBATCHES, loss_fn=toy.loss_of, scale_grads=False)
+
+        def run(step, rank=rank, schedule=schedule):
+            x, y = (torch.cat(t) for t in zip(*(toy.batch(step, i) for i in range(toy.MICROBATCHES)), strict=True))
+            schedule.step(x) if rank == 0 else schedule.step(target=y)
+
+        found.append(train(Setup(model, pipeline=run), "local", backward))
+    return found
+
+
+def test_pipeline(ranks):
+    """1F1B over two stages, each with masters, a spec and a state of its own."""
+    for (_, backward), *found in zip(HOW, *ranks(train_pipeline, size=2), strict=True):
+        check_same(merged(found), "local", backward, 1, BF16, BF16)
