@@ -21,6 +21,7 @@ from fq_transforms.dtensor import (
     local_vectors,
     sharded_tensors,
     sharded_vectors,
+    spread_in_words,
     spread_of,
 )
 from fq_transforms.masters import Tensors, cast_all, tensors_of
@@ -74,6 +75,13 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
     for name, main in fused.items():
         taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
+    for name, grad in taken.items():
+        # FSDP2's gathered parameters have no gradient; their shards, which are elsewhere, may have.
+        if grad is None and is_sharded(masters[name]) and not is_sharded(sources[name]):
+            raise ValueError(
+                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(masters[name]))} as its "
+                "master is placed; give the module itself, whose gathered parameters are resharded first"
+            )
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
         for name in taken:

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import fq_transforms as fqt
+from tests import cases
 from tests.cases import message_of, same_bits
 from tests.training import toy
 
@@ -179,16 +180,27 @@ def plain(accumulate, backward, ranks, sums, dtype):
     return Trained(masters, state, seen[0][0], seen[-1][0], everything(drawn), losses)
 
 
-def check_same(found, *how):
-    """All that one process gives, bit for bit; losses but for the order of summation in fp64."""
+def check_same(found, *how, cut=False):
+    """All that one process gives, bit for bit; losses but for the order of summation in fp64.
+
+    NOTE cut granules: where ranks hold parts of what a learned scale covers, its gradient is summed in another order,
+    and it may come out one bit off. That may round a fake weight the other way, and this then moves what follows it.
+    Held to a hundredth of a step of the optimizer.
+    """
     wanted = plain(*how)
+    is_exact = not cut or how[1] != "lsq"
     for what in ("first", "masters", "state", "last", "drawn"):
         mine, whole = getattr(found, what), getattr(wanted, what)
         assert mine.keys() == whole.keys()
-        wrong = {name: (t.double() - whole[name]).abs().max() for name, t in mine.items() if not t.equal(whole[name])}
+        wrong = {}
+        for name, tensor in mine.items():
+            off = (tensor.double() - whole[name].double()).abs()
+            rate = toy.STATE_RATE if what == "state" else toy.RATE
+            if off.max() > 0 if is_exact else (off > rate / 100).double().mean() > 1e-3:
+                wrong[name] = off.max()
         assert not wrong, (what, how)
     if found.losses:
-        assert found.losses == pytest.approx(wanted.losses, rel=1e-12)
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-12 if is_exact else 1e-4)
 
 
 def merged(results):
@@ -259,7 +271,7 @@ def train_fsdp(rank, size):
 def test_fsdp(ranks, size):
     """Per block and root: all ways to reshard, gradients synchronized or not, parameters in bf16, and in fp32."""
     for how, dtype, found in zip(HOW, (BF16, BF16, FP32), ranks(train_fsdp, size=size)[0], strict=True):
-        check_same(found, *how, size, FP32, dtype)
+        check_same(found, *how, size, FP32, dtype, cut=True)
 
 
 def train_ep_fsdp(rank, size):
@@ -281,7 +293,7 @@ def train_ep_fsdp(rank, size):
 def test_ep_with_fsdp(ranks):
     """On one mesh: experts over one axis, and over the other these again, or their rows."""
     for how, found in zip(HOW, ranks(train_ep_fsdp)[0], strict=True):
-        check_same(found, *how, 2, FP32, BF16)
+        check_same(found, *how, 2, FP32, BF16, cut=True)
 
 
 # Tensor parallel, and pipelines.
@@ -305,7 +317,7 @@ def train_tp(rank, size):
 def test_tp(ranks):
     """Column and row parallel; the head has two rows on one rank, and one on the other."""
     for how, found in zip(HOW, ranks(train_tp, size=2)[0], strict=True):
-        check_same(found, *how, 1, BF16, BF16)
+        check_same(found, *how, 1, BF16, BF16, cut=True)
 
 
 def train_pipeline(rank, size):
@@ -329,3 +341,105 @@ def test_pipeline(ranks):
     """1F1B over two stages, each with masters, a spec and a state of its own."""
     for (_, backward), *found in zip(HOW, *ranks(train_pipeline, size=2), strict=True):
         check_same(merged(found), "local", backward, 1, BF16, BF16)
+
+
+# Faults by name.
+
+
+def reduced_gradient(rank, _, as_views, dtype):
+    """Rank 0 has tokens of 0, rank 1 of 1, 2 and 4: three microbatches, each taken."""
+    model = torch.nn.Linear(32, 1, bias=False).to(dtype)
+    call = DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+    masters = fqt.masters(model)
+    fq = fqt.transform(fqt.select(masters, {"*": fqt.INT8}))
+    state = fq.calibrate(masters)
+    fq.fakequant(masters, state, out=model)
+    found = []
+    for size in (1, 2, 4):  # DDP makes its buckets anew after the first
+        call(torch.full((1, 32), float(rank * size), dtype=dtype)).sum().backward()
+        fq.take_grads(model, masters, state)
+        found.append(masters["weight"].grad.clone())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("as_views", [False, True])
+def test_ddp_reduces_gradients(ranks, as_views, dtype):
+    """`value_and_grad` on a DDP module left rank 0 with 0.0 and rank 1 with 1.0; the mean is 0.5.
+
+    Gradients that are views of DDP's buckets are written over by the next backward pass: they are not kept.
+    """
+    for found in ranks(reduced_gradient, as_views, dtype, size=2):
+        assert [grad.unique().tolist() for grad in found] == [[0.5], [1.5], [3.5]]
+
+
+def after_an_evaluation(rank, size):
+    """FSDP2's root stays gathered, its layers do not: a mapping has both."""
+    mesh = init_device_mesh("cpu", (size,))
+    model = toy.toy()
+    for layer in (model.stacked, model.listed, model):
+        fully_shard(layer, mesh=mesh)
+    masters = fqt.masters(model)
+    fq = toy.transform(masters)
+    state = fq.calibrate(masters)
+    before = everything(model.named_parameters())
+    toy.loss_of(model(toy.batch(0, 0)[0]), 0).item()
+    mixed = dict(model.named_parameters())
+    assert {isinstance(p, DTensor) for p in mixed.values()} == {True, False}
+    versions = {name: (p._version, local(p)._version) for name, p in mixed.items()}
+    found = [
+        message_of(ValueError, fq.fakequant, masters, state, out=mixed),
+        message_of(ValueError, fqt.cast, masters, out=mixed),
+        message_of(ValueError, fq.take_grads, mixed, masters, state),
+    ]
+    assert versions == {name: (p._version, local(p)._version) for name, p in mixed.items()}
+    written = fq.fakequant(masters, state, out=model)
+    params = dict(model.named_parameters())
+    assert all(written[name] is p for name, p in params.items())
+    assert all(isinstance(p, DTensor) for p in params.values())
+    for name, whole_before in everything(params).items():
+        assert same_bits(whole_before, before[name]) == (name not in {n for g in fq.spec.groups for n in g.names})
+    return found
+
+
+def test_a_mixture_of_gathered_and_sharded_is_refused(ranks):
+    """On every rank, before anything is written or taken; the module itself is resharded first."""
+    for messages in ranks(after_an_evaluation, size=2):
+        for message in messages:
+            cases.assert_names(message, "'transposed.up'", "found a plain tensor", "wanted a DTensor")
+        cases.assert_names(messages[0], "give the module itself")
+
+
+def partial(rank, size):
+    """Gradients as they are without a reduction: parts of a sum, one on each rank."""
+    mesh = init_device_mesh("cpu", (size,))
+    whole = {"w": cases.experts(1, (8, 32))[0], "norm": torch.ones(32)}
+    for dtype, backward in ((BF16, "clip"), (FP32, "pass_through"), (BF16, "lsq")):
+        params = {
+            name: torch.nn.Parameter(distribute_tensor(t.to(dtype), mesh, [Replicate()], src_data_rank=None))
+            for name, t in whole.items()
+        }
+        masters = fqt.masters(params)
+        fq = fqt.transform(fqt.select(params, {"w": fqt.FP8}), backward=backward)
+        state = optree.tree_map(lambda leaf: leaf * 0.5, fq.calibrate(masters))
+        fq.fakequant(masters, state, out=params)
+        x = torch.arange(size * 32.0).view(size, 32).to(dtype)
+        tokens = DTensor.from_local(x[rank : rank + 1], mesh, [Shard(0)])
+        for _ in range(2):
+            ((tokens * params["norm"]) @ params["w"].mT).sum().backward()
+            assert params["w"].grad.placements == (Partial(),)
+            fq.take_grads(params, masters, state)
+        alone = {name: p.full_tensor().detach().requires_grad_() for name, p in params.items()}
+        ((x * alone["norm"]) @ alone["w"].mT).sum().backward()
+        gathered = optree.tree_map(lambda t: t.full_tensor().detach(), (masters, state))
+        grads, of_state = fq.pullback(*gathered, {name: p.grad for name, p in alone.items()})
+        for name, master in masters.items():
+            assert master.grad.placements == (Replicate(),)
+            assert torch.equal(master.grad.to_local(), 2 * grads[name]), name
+        if backward == "lsq":
+            assert torch.equal(state["w"]["amax"].grad.to_local(), 2 * of_state["w"]["amax"])
+
+
+def test_partial_gradients_are_summed(ranks):
+    """A parameter that is the same everywhere, with other tokens on each rank, and nobody who reduces gradients."""
+    ranks(partial, size=2)

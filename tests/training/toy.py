@@ -20,6 +20,7 @@ from tests import cases
 # Of five experts the last never gets a token: on four ranks they are 2, 2, 1 and none.
 EXPERTS, HIDDEN, INNER, OUT = 5, 32, 64, 3
 TOKENS, MICROBATCHES, STEPS = 16, 4, 20
+RATE, STATE_RATE = 3e-3, 1e-4
 
 RULES = {
     "stacked.up": fqt.NVFP4,
@@ -161,7 +162,8 @@ def start(fq, masters):
 def optimizer_of(masters, state):
     leaves = [leaf for leaf in optree.tree_leaves(state) if leaf.requires_grad]
     groups = [{"params": [m for m in masters.values() if m.requires_grad]}]
-    return torch.optim.AdamW(groups + [{"params": leaves, "lr": 1e-4, "weight_decay": 0.0}] * bool(leaves), lr=3e-3)
+    learned = {"params": leaves, "lr": STATE_RATE, "weight_decay": 0.0}
+    return torch.optim.AdamW(groups + [learned] * bool(leaves), lr=RATE)
 
 
 @torch.no_grad()
