@@ -4,8 +4,12 @@ One process trains in the plain form: `functional_call` on `fakequant` of the ma
 one pullback. Gradients are added up in the same dtype, in the same order, and so everything is equal bit for bit.
 """
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optree
@@ -521,3 +525,17 @@ def test_a_layer_without_tokens_has_no_gradient(ranks):
     """Nor has its state, where ranks sum the gradients of scales: an optimizer would step it all the same."""
     first, second = ranks(without_tokens, size=2)
     assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu2)])
+def test_fsdp_is_one_device(kind):
+    """By torchrun, over NCCL too: fake weights bit for bit, and logits of three steps but for bf16's roundings."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "tests.training.two_ranks", kind]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if "one device's" in line] == ["pass_through", "clip"]
