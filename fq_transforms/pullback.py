@@ -21,11 +21,12 @@ from fq_transforms.dtensor import (
     local_vectors,
     sharded_tensors,
     sharded_vectors,
+    spread_in_words,
     spread_of,
 )
 from fq_transforms.masters import Tensors, cast_all, tensors_of
 from fq_transforms.ops.launch import Bounded
-from fq_transforms.ops.private import Guards, add_all, is_transformed
+from fq_transforms.ops.private import Guards, add_all, is_transformed, may_be_view
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import GroupState, State
@@ -74,6 +75,13 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
     for name, main in fused.items():
         taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
+    for name, grad in taken.items():
+        # FSDP2's gathered parameters have no gradient; their shards, which are elsewhere, may have.
+        if grad is None and is_sharded(masters[name]) and not is_sharded(sources[name]):
+            raise ValueError(
+                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(masters[name]))} as its "
+                "master is placed; give the module itself, whose gathered parameters are resharded first"
+            )
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
         for name in taken:
@@ -82,7 +90,7 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
                 param.grad = None
         sums: list[tuple[Tensor, Tensor]] = []
         for name, grad in pulled.items():
-            if grad is not None and grad is taken[name] and (name in fused or not _fills_its_storage(grad)):
+            if grad is not None and grad is taken[name] and (name in fused or not _owns_its_memory(grad)):
                 grad = grad.clone()  # the memory is not ours to take  # noqa: PLW2901
             if grad is not None:
                 _give(masters[name], grad, sums)
@@ -200,8 +208,10 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
     for axis in layout.leaves[name].reduced:
         if layout.mesh.size(axis) > 1:
             part = torch.zeros_like(leaf) if of_leaf is None else of_leaf
-            (total,) = sum_over(layout.mesh.get_group(axis), [part.double()])
-            of_leaf = total.float()
+            found = torch.full((), of_leaf is not None, dtype=torch.float64, device=leaf.device)
+            total, count = sum_over(layout.mesh.get_group(axis), [part.double(), found])
+            if of_leaf is not None or count.item():  # read only where this rank has none, since it waits for the device
+                of_leaf = total.float()
     return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
 
 
@@ -263,7 +273,10 @@ def _add(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         add_all(totals, parts)
 
 
-def _fills_its_storage(grad: Tensor) -> bool:
-    """False for an expanded tensor, and for a view of a buffer, which its owner fills anew: DDP's buckets."""
+def _owns_its_memory(grad: Tensor) -> bool:
+    """False for an expanded tensor, and for a view of a buffer, which its owner fills anew.
+
+    One of DDP's buckets may be just as large as the one gradient in it.
+    """
     here = local_values(grad)
-    return here.untyped_storage().nbytes() == here.numel() * here.element_size()
+    return not may_be_view(here) and here.untyped_storage().nbytes() == here.numel() * here.element_size()

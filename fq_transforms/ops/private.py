@@ -21,6 +21,7 @@ __all__ = [
     "is_in_compiled",
     "is_mapped",
     "is_transformed",
+    "may_be_view",
     "saved_tensors_hooks",
     "unwrapped",
 ]
@@ -45,6 +46,7 @@ _functorch_active: Callable[[], bool] | None = _find("torch._C", "_are_functorch
 _forward_level: Callable[[], int] | None = _level if hasattr(forward_ad, "_current_level") else None
 _top_hooks: Any = _find("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _frame_callback: Any = _find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")
+_is_view: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
 _copy_all: Callable[..., None] | None = _find("torch", "_foreach_copy_")
 _add_all: Callable[..., None] | None = _find("torch", "_foreach_add_")
 
@@ -189,6 +191,11 @@ def saved_tensors_hooks() -> Any:
             "that does (2.11 to 2.14); use fq.fakequant with functional_call, or layerwise(recompute=False)"
         )
     return _top_hooks(True)
+
+
+def may_be_view(tensor: Tensor) -> bool:
+    """False only for a tensor that autograd does not know as a view of another; True where it cannot be asked."""
+    return _is_view is None or _is_view(tensor)
 
 
 # Many tensors at once.

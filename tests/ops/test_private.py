@@ -19,6 +19,7 @@ PRIVATE = [
     "_raw_stream",
     "_functorch_active",
     "_forward_level",
+    "_is_view",
     "_copy_all",
     "_add_all",
 ]
