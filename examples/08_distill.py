@@ -10,7 +10,8 @@ are fake-quantized. Then it is tuned for some steps, in three ways that see the 
 3. QAD from a cache: the same from the teacher's largest logits, which are kept beforehand. No copy is needed.
 
 For each format: the loss on text that was held out, the divergence from the teacher, and which part of both increases
-is recovered. Four minutes on two cores, after `pip install -e '.[examples]'`; with `--small` some seconds.
+is recovered. About four minutes on two cores, after `pip install -e '.[examples]'`; with `--small` some seconds. Other
+formats are named by `--formats`.
 """
 
 # %%
@@ -28,7 +29,7 @@ IS_SCRIPT = "__file__" in globals()  # a notebook has no file
 parser = argparse.ArgumentParser(description="Distillation of a model into its own fake-quantized copy.")
 parser.add_argument("--small", action="store_true", help="a smaller model, for fewer steps")
 parser.add_argument("--steps", type=int, help="steps of each tuning")
-parser.add_argument("--formats", nargs="+", default=["MXFP4", "NVFP4", "INT4_BLOCK32"], metavar="NAME")
+parser.add_argument("--formats", nargs="+", default=["MXFP4", "NVFP4"], metavar="NAME")
 options = parser.parse_args(None if IS_SCRIPT else [])
 
 SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
