@@ -71,17 +71,8 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
         sources = {name: tensors[name] for name in masters}
     except KeyError as error:
         raise KeyError(f"parameter {error.args[0]!r} is not in params ({len(tensors)} entries)") from error
-    taken = {name: param.grad for name, param in sources.items() if param is not masters[name]}
     fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
-    for name, main in fused.items():
-        taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
-    for name, grad in taken.items():
-        # FSDP2's gathered parameters have no gradient; their shards, which are elsewhere, may have.
-        if grad is None and is_sharded(masters[name]) and not is_sharded(sources[name]):
-            raise ValueError(
-                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(masters[name]))} as its "
-                "master is placed; give the module itself, whose gathered parameters are resharded first"
-            )
+    taken = _left_behind(sources, masters, fused)
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
         for name in taken:
@@ -247,6 +238,23 @@ def _main_grad(param: Any) -> Tensor | None:
 def _has_dummy(param: Any) -> bool:
     """True where the layer says that `main_grad` has what `grad` is a dummy of."""
     return getattr(param, "grad_added_to_main_grad", False)
+
+
+def _left_behind(
+    sources: Mapping[str, Any], masters: Mapping[str, Tensor], fused: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """What the backward passes have left at the parameters, but for what is in the `grad` of a master already."""
+    taken = {name: param.grad for name, param in sources.items() if param is not masters[name]}
+    for name, main in fused.items():
+        taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
+    for name, grad in taken.items():
+        # FSDP2's gathered parameters have no gradient; their shards, which are elsewhere, may have.
+        if grad is None and is_sharded(masters[name]) and not is_sharded(sources[name]):
+            raise ValueError(
+                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(masters[name]))} as its "
+                "master is placed; give the module itself, whose gathered parameters are resharded first"
+            )
+    return taken
 
 
 def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
