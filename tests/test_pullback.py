@@ -260,6 +260,8 @@ def test_a_compiled_step_writes_and_pulls_back(format, device):
     torch.compiler.reset()
     names = ["experts.0.w1", "experts.1.w1", "norm.weight"]
     masters = {name: parameters(device=device)[name] for name in names}
+    # Inductor leaves out the rounding to bf16 between operations that it fuses, also where nothing is ours.
+    masters["norm.weight"] = masters["norm.weight"].bfloat16().float()
     fq = transform_of(masters, format, backward="clip")
     state = lower(fq.calibrate(masters))
     x = torch.randn(128, device=device, dtype=BF16)
