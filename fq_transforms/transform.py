@@ -256,7 +256,7 @@ class Transform:
             state: What `fakequant` was given.
 
         Raises:
-            KeyError, ValueError: As `pullback`; a parameter is missing. Nothing is moved then.
+            KeyError, ValueError: As `pullback`; a parameter is missing, or gathered by FSDP2. Nothing is moved then.
 
         Example:
             >>> import fq_transforms as fqt

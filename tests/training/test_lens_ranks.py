@@ -264,11 +264,11 @@ def train_fsdp(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     hybrid = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
     found = []
-    for how, dtype, reshards in zip(HOW, (BF16, BF16, FP32), (True, False, size // 2 > 1 and 2), strict=True):
+    for how, dtype, reshards in zip(HOW, (BF16, BF16, FP32), (True, False, 2 if size == 4 else True), strict=True):
         model = toy.toy(dtype)
         for layer in (model.stacked, model.listed, model.transposed, model):
             policy = COMPUTES_IN_BF16 if dtype == FP32 else SUMS_IN_FP32
-            on = hybrid if reshards is True else mesh
+            on = hybrid if size == 4 and reshards is True else mesh
             fully_shard(layer, mesh=on, mp_policy=policy, reshard_after_forward=reshards)
         found.append(train(fsdp_setup(model, rank, size), *how))
     return found
