@@ -707,7 +707,8 @@ def trained(folder, ranks, *options, distributed):
     script = Path(__file__).with_name("attach_on_gpus.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", script]
     command = [*launcher, "--folder", folder, *options, *(["--distributed"] if distributed else [])]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    root, paths = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *([paths] if paths else [])])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{ranks}-{distributed}-{rank}.pt") for rank in range(ranks)]
