@@ -46,6 +46,7 @@ def test_every_way_is_checked_and_timed(training):
     assert [(row["kind"], row["format"]) for row in found[:3]] == [
         ("fakequant(out=)", "FP8"),
         ("fakequant(out=)", "NVFP4"),
+        ("fakequant(inplace=True)", "NVFP4"),
         ("take_grads", "pass-through"),
     ]
     assert [(row["microbatches"], row["format"]) for row in found[3:]] == [
