@@ -56,6 +56,10 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
     """
     try:
         weights = [params[name] for name in group.names]
+    except TypeError as error:
+        raise ValueError(
+            f"params: found {type(params).__name__}, wanted names to tensors, such as dict(model.named_parameters())"
+        ) from error
     except KeyError as error:
         raise KeyError(
             f"parameter {error.args[0]!r} of group {group.key!r} is not in params ({len(params)} entries)"
@@ -212,8 +216,10 @@ def check_state(
 def _check_expected(state: Mapping[str, Any], groups: Sequence[Group]) -> None:
     unexpected = state.keys() - {group.key for group in groups}
     if unexpected:
+        more = f" and {len(unexpected) - 4} more" if len(unexpected) > 4 else ""
         raise ValueError(
-            f"state has unexpected groups: {sorted(unexpected)}; calibrate with this spec, or leave them out"
+            f"state has unexpected groups: {sorted(unexpected)[:4]}{more}; calibrate with this spec, or leave them "
+            "out; if these are parameters, give those first and the state behind them"
         )
 
 

@@ -41,7 +41,7 @@ def fakequant(
     if inplace:
         raise ValueError("inplace: found True without out, wanted out=params, the tensors to write to")
 
-    quantized = dict(params)
+    quantized: dict[str, Tensor] = {}
     for group in spec.groups:
         outs = quantize_group(
             params,
@@ -53,7 +53,7 @@ def fakequant(
             rounding=rounding,
         )
         quantized.update(zip(group.names, outs, strict=True))
-    return quantized
+    return dict(params) | quantized
 
 
 @torch.no_grad()

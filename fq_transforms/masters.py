@@ -19,7 +19,17 @@ from fq_transforms.spec import Spec
 if TYPE_CHECKING:
     from fq_transforms.transform import Transform
 
-__all__ = ["Tensors", "Write", "cast", "cast_all", "count_up", "masters", "planned_write", "tensors_of"]
+__all__ = [
+    "Tensors",
+    "Write",
+    "cast",
+    "cast_all",
+    "count_up",
+    "masters",
+    "missing_in_words",
+    "planned_write",
+    "tensors_of",
+]
 
 Tensors: TypeAlias = Mapping[str, Tensor] | Module
 
@@ -121,6 +131,21 @@ def tensors_of(tensors: Tensors, *, tied: bool = True) -> Mapping[str, Tensor]:
     return dict(tensors.named_parameters(remove_duplicate=not tied))
 
 
+def missing_in_words(name: str, tensors: Mapping[str, Tensor], where: str) -> str:
+    """That a name is missing, for a message, and what to give where wrappers have put something before the names."""
+    found = f"parameter {name!r} is not in {where} ({len(tensors)} entries)"
+    for other in tensors:
+        if other.endswith(f".{name}"):
+            prefix = other.removesuffix(name)
+            return f"{found}, but {other!r} is; give the module within the wrapper, whose names lack {prefix!r}"
+        if name.endswith(f".{other}"):
+            prefix = name.removesuffix(other)
+            return (
+                f"{found}, but {other!r} is; make masters and spec of the module within the wrapper, without {prefix!r}"
+            )
+    return f"{found}, such as {next(iter(tensors))!r}" if tensors else found
+
+
 class Write(NamedTuple):
     """A write that was checked, and what follows from its tensors: which of them, by number, go where.
 
@@ -149,7 +174,7 @@ def planned_write(masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec
     try:
         outs = [out[name] for name in masters]
     except KeyError as error:
-        raise KeyError(f"parameter {error.args[0]!r} is not in out ({len(out)} entries)") from error
+        raise KeyError(missing_in_words(error.args[0], out, "out")) from error
     if torch.compiler.is_compiling():
         return _plan(masters, outs, spec)
     known, names = _PLANNED.get(id(spec)), list(masters)

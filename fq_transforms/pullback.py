@@ -24,7 +24,7 @@ from fq_transforms.dtensor import (
     spread_in_words,
     spread_of,
 )
-from fq_transforms.masters import Tensors, cast_all, tensors_of
+from fq_transforms.masters import Tensors, cast_all, missing_in_words, tensors_of
 from fq_transforms.ops.launch import Bounded
 from fq_transforms.ops.private import Guards, add_all, is_transformed, may_be_view
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
@@ -70,7 +70,7 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     try:
         sources = {name: tensors[name] for name in masters}
     except KeyError as error:
-        raise KeyError(f"parameter {error.args[0]!r} is not in params ({len(tensors)} entries)") from error
+        raise KeyError(missing_in_words(error.args[0], tensors, "params")) from error
     fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
     taken = _left_behind(sources, masters, fused)
     with torch.no_grad():

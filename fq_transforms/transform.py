@@ -36,7 +36,9 @@ BACKWARD: tuple[Backward, ...] = ("pass_through", "clip", "lsq")
 
 @dataclass(frozen=True, repr=False)
 class Transform:
-    """What is quantized, and how: statics only, frozen and hashable. Its methods are pure functions.
+    """What is quantized, and how: statics only, frozen and hashable.
+
+    Its methods are pure functions, but for the two that write: `fakequant` with `out`, and `take_grads`.
 
     Tensors and models are given where they are used, so a Transform pickles, and is the same on all ranks. What takes a
     Transform takes no spec, backward rule, method or dtype besides.

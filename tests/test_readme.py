@@ -34,7 +34,7 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
         "tokens": tokens,
         "torch": torch,
         "optree": optree,
-        "microbatches": [(tokens, tokens)],
+        "steps": [[(tokens, tokens)]],
         "loss_fn": torch.nn.functional.mse_loss,
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -225,8 +225,8 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             f"Two GroupedLinears, {' and '.join(map(str, SHAPES))}, {TOKENS} tokens per expert: forward and backward "
             "of each microbatch, gradients to the fp32 masters, AdamW (fused) on them, and the write of the next "
-            "step's weights; bf16 casts both ways by `torch._foreach_copy_`. Of one microbatch eight steps are timed in "
-            "a row, of four two. Ratios are over the mean of bf16 just "
+            "step's weights; bf16 casts both ways by `torch._foreach_copy_`. Of one microbatch eight steps are timed "
+            "in a row, of four two. Ratios are over the mean of bf16 just "
             "before and after: the median of all rounds, which the JSON has, with its standard error. The gradients "
             "equalled those of the reference's weights bit for bit before. MiB: the peak of memory above that of bf16 "
             "with masters, with what is kept between steps.",
