@@ -44,8 +44,8 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
             the same objects, and groups that are frozen as a whole keep their dtype.
 
     Returns:
-        A new dict of fp32 leaves, which require a gradient where their parameters do; integers keep their dtype. A
-        DTensor gives one placed alike, with no collective.
+        A new dict of fp32 leaves, which require a gradient where their parameters do; frozen ones of other dtypes than
+        bf16, fp16 and fp32 keep theirs. A DTensor gives one placed alike, with no collective.
 
     Raises:
         ValueError: A trained parameter is not bf16, fp16 or fp32, or is on meta.
@@ -76,7 +76,7 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
             raise ValueError(f"parameter {name!r}: found it on meta, wanted values; materialize the model first")
         if name in shared:
             made[name] = param
-        elif not param.dtype.is_floating_point:
+        elif param.dtype not in DTYPES:
             made[name] = Parameter(param.detach().clone(), requires_grad=False)
         else:
             copied = param.detach().to(dtypes[name], copy=True, memory_format=torch.contiguous_format)
@@ -221,19 +221,17 @@ def _plan(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None)
     groups = () if spec is None else spec.groups
     selected = {name for group in groups for name in group.names}
     for (name, master), out in zip(masters.items(), outs, strict=True):
-        if out is not master:
+        if out is not master or name in selected:
             _check_target(name, master, out, name in selected)
     is_inplace = [out is master for out, master in zip(outs, masters.values(), strict=True)]
     if not torch.compiler.is_compiling():
         is_inplace = _check_apart(masters, outs, selected)
     place = {name: i for i, name in enumerate(masters)}
     for group in groups:
-        dtypes = [outs[place[name]].dtype for name in group.names if name in place]
-        for name, dtype in zip(group.names, dtypes, strict=False):
-            if dtype != dtypes[0]:
-                raise ValueError(
-                    f"out {name!r}: found {dtype}, wanted {dtypes[0]} as {group.names[0]!r} in the same group"
-                )
+        dtypes = {name: outs[place[name]].dtype for name in group.names if name in place}
+        for name, dtype in dtypes.items():
+            if dtype != (wanted := next(iter(dtypes.values()))):
+                raise ValueError(f"out {name!r}: found {dtype}, wanted {wanted} as the others in its group")
     kinds: dict[object, list[int]] = {}
     for i, (name, master) in enumerate(masters.items()):
         if name not in selected and not is_inplace[i]:

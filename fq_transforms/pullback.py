@@ -64,7 +64,15 @@ def pullback(
     return pulled if list(pulled) == list(grads) else {name: pulled.get(name) for name in grads}, of_state
 
 
-def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward) -> None:
+def take_grads(
+    params: Tensors,
+    masters: Mapping[str, Tensor],
+    state: State,
+    *,
+    spec: Spec,
+    backward: Backward,
+    set_to_none: bool = True,
+) -> None:
     """`Transform.take_grads`, with the options of the Transform given one by one."""
     tensors: Mapping[str, Any] = tensors_of(params)
     try:
@@ -75,14 +83,15 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
     taken = _left_behind(sources, masters, fused)
     with torch.no_grad():
         pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
-        for name in taken:
+        for name in taken if set_to_none else ():
             param = sources[name]
-            if not fused or name not in fused or param is not masters[name] or _has_dummy(param):
+            if name not in fused or param is not masters[name] or _has_dummy(param):
                 param.grad = None
         sums: list[tuple[Tensor, Tensor]] = []
         for name, grad in pulled.items():
-            if grad is not None and grad is taken[name] and (name in fused or not _owns_its_memory(grad)):
-                grad = grad.clone()  # the memory is not ours to take  # noqa: PLW2901
+            if grad is not None and grad is taken[name]:
+                is_ours = set_to_none and name not in fused and _owns_its_memory(grad)
+                grad = grad if is_ours else grad.clone()  # noqa: PLW2901
             if grad is not None:
                 _give(masters[name], grad, sums)
         for key, leaves in of_state.items():
@@ -90,10 +99,11 @@ def take_grads(params: Tensors, masters: Mapping[str, Tensor], state: State, *, 
                 if grad is not None:
                     _give(state[key][leaf], grad, sums)
         _add(sums)
-        for name, main in fused.items():
-            main.zero_()
-            if _has_dummy(sources[name]):
-                sources[name].grad_added_to_main_grad = False
+        kept = [] if set_to_none else [grad for name, grad in taken.items() if name not in fused]
+        for buffer in [*fused.values(), *(grad for grad in kept if grad is not None)]:
+            buffer.zero_()
+        for param in filter(_has_dummy, map(sources.__getitem__, fused)):
+            param.grad_added_to_main_grad = False
 
 
 # Checks.

@@ -1,6 +1,7 @@
 """`Transform`: everything static about a quantization, and the pure functions that follow from it."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,10 @@ from torch.nn import Module
 from fq_transforms.activations.apply import apply
 from fq_transforms.activations.fill_unseen import fill_unseen
 from fq_transforms.activations.observe import Forward
+from fq_transforms.activations.quantize import quantized_inputs
 from fq_transforms.activations.second_moments import Unseen, input_second_moments
 from fq_transforms.calibrate import calibrate, check_method
-from fq_transforms.checks import DTYPES
+from fq_transforms.checks import DTYPES, check_state, is_read
 from fq_transforms.fakequant import check_learnable, fakequant
 from fq_transforms.masters import Tensors
 from fq_transforms.methods import MAX, Method
@@ -245,7 +247,9 @@ class Transform:
         """
         return pullback(masters, state, grads, spec=self.spec, backward=self.backward)
 
-    def take_grads(self, params: Tensors, masters: Mapping[str, Tensor], state: State) -> None:
+    def take_grads(
+        self, params: Tensors, masters: Mapping[str, Tensor], state: State, *, set_to_none: bool = True
+    ) -> None:
         """Move the gradients of a model's parameters through `pullback` into `grad` of the masters, where they add up.
 
         Once per optimizer step, or once per microbatch, whose gradients then add up in the dtype of the masters. Under
@@ -256,6 +260,7 @@ class Transform:
                 gradients up themselves, is taken in its place, and is zero afterwards.
             masters: Names to masters. One that is the parameter itself keeps its `grad`, as do parameters of no master.
             state: What `fakequant` was given.
+            set_to_none: False for gradients that must stay where they are, as a CUDA graph's: zeros instead.
 
         Raises:
             KeyError, ValueError: As `pullback`; a parameter is missing, or gathered by FSDP2. Nothing is moved then.
@@ -270,7 +275,31 @@ class Transform:
             >>> params["w"].grad, masters["w"].grad
             (None, tensor([[1., 1.]]))
         """
-        take_grads(params, masters, state, spec=self.spec, backward=self.backward)
+        take_grads(params, masters, state, spec=self.spec, backward=self.backward, set_to_none=set_to_none)
+
+    def quantized_inputs(self, model: Module, state: State) -> AbstractContextManager[None]:
+        """Within, a model computes with each input that the spec selects quantized: the inputs' half of `apply`.
+
+        For training with masters, whose fake weights the model has already: around forward and backward, under DDP of
+        the module within. Differentiable as `apply` is.
+
+        Raises:
+            KeyError: A group is missing from the state.
+            ValueError: As `apply`; on leaving, for a layer that never ran.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> _ = model.weight.data.fill_(1.0)
+            >>> fq = fqt.transform(fqt.select(dict(model.named_parameters()), [fqt.Rule("*", fqt.FP8, fqt.INT8)]))
+            >>> state = fq.calibrate(dict(model.named_parameters()), torch.tensor([[1.0, -2.0]]), model=model)
+            >>> with fq.quantized_inputs(model, state):
+            ...     model(torch.tensor([[0.5, 3.0]]))
+            tensor([[2.5039]], grad_fn=<MmBackward0>)
+        """
+        check_state(state, self.spec, values=is_read)
+        params = dict(model.named_parameters())
+        return quantized_inputs(model, params, state, spec=self.spec, backward=self.backward)
 
     def apply(self, model: Module, params: Mapping[str, Tensor], state: State, /, *args: Any, **kwargs: Any) -> Any:
         """`functional_call(model, fakequant(params, state), args, kwargs)`, inputs quantized where the spec has some.

@@ -244,3 +244,23 @@ def add_plain(fq, masters, state, weights):
         w.grad = None
     for name, grad in kept.items():
         masters[name].grad = grad  # autograd gives zeros to the rest of a group
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
+def test_gradients_can_stay_where_they_are(dtype):
+    """A CUDA graph writes its own gradients, in their own memory, at each replay: taken, they are zeros there."""
+    masters, fq, state, params = trained(dtype=dtype)
+    wanted = {}
+    for _ in range(2):
+        for name, grad in gradients(masters, dtype).items():
+            if params[name].grad is None:
+                params[name].grad = torch.zeros_like(params[name])
+            params[name].grad.copy_(grad)
+        memory = {name: p.grad for name, p in params.items()}
+        pulled, _ = fq.pullback(masters, state, memory)
+        wanted = {name: grad + wanted.get(name, 0) for name, grad in pulled.items()}
+        fq.take_grads(params, masters, state, set_to_none=False)
+        for name, param in params.items():
+            assert param.grad is memory[name]
+            assert not param.grad.any()
+            assert torch.equal(masters[name].grad, wanted[name]), name

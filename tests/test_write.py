@@ -278,3 +278,12 @@ def test_a_cuda_graph_of_the_write_replays(format):
         graph.replay()
         torch.cuda.synchronize()
         assert_same({n: out[n] for n in masters}, {n: w.bfloat16() for n, w in fq.fakequant(masters, state).items()})
+
+
+def test_a_group_that_is_not_contiguous_is_refused_in_place_before_anything_is_written():
+    """Bug: the first group was overwritten, and its unquantized values gone, when the second raised."""
+    params = {"a": torch.randn(4, 32), "b": torch.randn(32, 4).mT}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    state, before = fq.calibrate(params), record(params)
+    assert_names(message_of(ValueError, fq.fakequant, params, state, out=params, inplace=True), "out 'b'", "contiguous")
+    assert_untouched(before)

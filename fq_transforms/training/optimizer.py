@@ -27,7 +27,7 @@ from fq_transforms.dtensor import local_values
 from fq_transforms.masters import cast, masters, tensors_of
 from fq_transforms.ops.quantize.reference import TINY_AMAX
 from fq_transforms.rounding import Stochastic, check_rounding
-from fq_transforms.spec import Group, Spec
+from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import State, flatten
 from fq_transforms.transform import Transform
 
@@ -37,9 +37,8 @@ Recalibrate: TypeAlias = Callable[[int, dict[str, Tensor], State], State | None]
 StateOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
 
 STEP = "fake_quant_step"  # a key of the param groups, which every way to save an optimizer keeps
-LEAST_AMAX = (
-    2 * TINY_AMAX
-)  # of a learned one: formats do not divide by less, which has no gradient then, and would stay
+# Of a learned amax: formats do not divide by less, which has no gradient then, and would stay.
+LEAST_AMAX = 2 * TINY_AMAX
 
 
 class FakeQuantOptimizer(Optimizer):
@@ -101,7 +100,8 @@ class FakeQuantOptimizer(Optimizer):
         trained = [group for group in fq.spec.groups if group not in frozen]
         self._trained = self._part(trained, self.masters.keys() - _selected(frozen))
 
-        self._is_made = self._has_state = False
+        self._is_made = self._has_state = self._has_taken = False
+        self._versions: dict[str, int] = {}
         groups = [{STEP: 0, **group, "params": list(group["params"])} for group in optimizer.param_groups]
         super().__init__(groups, optimizer.defaults)
         self._is_made = True
@@ -135,9 +135,44 @@ class FakeQuantOptimizer(Optimizer):
 
     def _write(self, part: "_Part", step: int) -> None:
         if part.masters:
-            state = {group.key: self._state[group.key] for group in part.fq.spec.groups}
-            rounding = self.rounding and self.rounding._replace(seed=(self.rounding.seed << 32) + step)
-            part.fq.fakequant(part.masters, state, rounding=rounding, out=self.model)
+            part.fq.fakequant(part.masters, **self._arguments(part, step), out=self._model_params())
+            self._versions |= {name: self._params[name]._version for name in part.masters}
+
+    def _arguments(self, part: "_Part", step: int) -> dict[str, Any]:
+        state = {group.key: self._state[group.key] for group in part.fq.spec.groups}
+        rounding = self.rounding and self.rounding._replace(seed=(self.rounding.seed << 32) + step)
+        return {"state": state, "rounding": rounding}
+
+    def _model_params(self) -> dict[str, Tensor]:
+        """The model's parameters, FSDP2's shards, which must be those that this was made with."""
+        found = tensors_of(self.model)
+        for name, param in self._params.items():
+            if found.get(name) is not param:
+                raise ValueError(
+                    f"parameter {name!r}: found another tensor in the model than when the optimizer was made, wanted "
+                    "the same one; shard or replace a model's parameters first, and make the optimizer after that"
+                )
+        return self._params
+
+    def _check_written(self) -> None:
+        """Raise ValueError if a parameter does not hold what was written: the next write would undo what does.
+
+        DDP, which is often made later, writes the first rank's values into all: the same ones, if all began alike.
+        """
+        for part, step in ((self._frozen, 0), (self._trained, self._step)):
+            moved = [name for name in part.masters if self._params[name]._version != self._versions[name]]
+            if not moved:
+                continue
+            wanted = part.fq.fakequant(part.masters, **self._arguments(part, step))
+            for name in moved:
+                here = local_values(self._params[name])
+                if not local_values(wanted[name]).to(here.dtype).equal(here):
+                    raise ValueError(
+                        f"parameter {name!r}: found other values than the last write's, wanted those, as the next "
+                        "write takes their place; load weights, or wrap the model where ranks differ, before the "
+                        "optimizer is made; after an evaluation call write()"
+                    )
+                self._versions[name] = self._params[name]._version
 
     @contextmanager
     def unquantized(self) -> Generator[None]:
@@ -177,6 +212,7 @@ class FakeQuantOptimizer(Optimizer):
     def take_grads(self) -> None:
         """Move the model's gradients to the masters, as each step does first; after each microbatch to add in fp32."""
         self.fq.take_grads(self._params, self.masters, self._state)
+        self._has_taken = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -193,6 +229,12 @@ class FakeQuantOptimizer(Optimizer):
             ValueError: The parameters are no longer those that this was made with, or no longer frozen.
         """
         self._check_params()
+        self._check_written()
+        if self._has_taken and hasattr(self, "found_inf"):
+            raise ValueError(
+                "take_grads: found a call before the step of a GradScaler, which has not seen those gradients, wanted "
+                "none; the step takes them"
+            )
         if float(getattr(self, "found_inf", 0.0)):
             return None
         is_counted = closure is not None or not self._is_asked_for_state()
@@ -204,25 +246,30 @@ class FakeQuantOptimizer(Optimizer):
         else:
             loss = self.optimizer.step(self._evaluation(closure))
         _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
-        self._has_state = True
-        if is_counted:
-            self._advance()
+        self._has_state, self._has_taken = True, False
+        if is_counted and self.state_optimizer is not None:
+            self.state_optimizer.step()
+            self._keep_positive()
         for leaf in self._leaves():
             leaf.grad = None
+        if is_counted:
+            self._advance()
         return loss
 
     def _advance(self) -> None:
-        """All of a step that comes after the masters."""
-        if self.state_optimizer is not None:
-            self.state_optimizer.step()
-            self._keep_positive()
+        """All of a step that comes after masters and state; the model is written though a recalibration fails."""
         for group in self.param_groups:
             group[STEP] += 1
-        state = None if self.recalibrate is None else self.recalibrate(self._step, self.masters, self._state)
-        if state is None:
+        state = None
+        try:
+            if self.recalibrate is not None:
+                state = self.recalibrate(self._step, self.masters, self._state)
+            if state is not None:
+                check_state(state, self.fq.spec, values=is_read)
+                self._set_state(state)
+                self._write(self._frozen, 0)
+        finally:
             self._write(self._trained, self._step)
-        else:
-            self.quantizer_state = state
 
     def _evaluation(self, closure: Callable[[], float]) -> Callable[[], float]:
         calls = count()
@@ -239,6 +286,7 @@ class FakeQuantOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the model's parameters, `main_grad` too, and what `take_grads` has moved already."""
+        self._has_taken = False
         super().zero_grad(set_to_none)
         for param in self._names:
             if (main := getattr(param, "main_grad", None)) is not None:
@@ -278,12 +326,9 @@ class FakeQuantOptimizer(Optimizer):
                     "make a new one"
                 )
 
-    # GradScaler. It refuses to unscale fp16 gradients; of an optimizer with this attribute it looks for infinities
-    # only, and sets `grad_scale` and `found_inf` for the step. Everything else it unscales itself, and skips the step.
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return any(param.dtype == torch.float16 for param in self._params.values())
+    # GradScaler: of an optimizer with this attribute it looks for infinities only, and sets `grad_scale` and
+    # `found_inf` for the step. fp16 gradients it would refuse to unscale.
+    _step_supports_amp_scaling = True
 
     def _unscale(self) -> None:
         scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -453,6 +498,7 @@ def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: 
             raise ValueError(
                 f"{name}: found {type(value).__name__}, wanted {kind.__module__.split('.')[0]}.{kind.__name__}"
             )
+    refuse_inputs(fq.spec, "FakeQuantOptimizer")
     if isinstance(optimizer, FakeQuantOptimizer):
         raise ValueError("optimizer: found a FakeQuantOptimizer, wanted the one that it is made around")
     if seed is not None:

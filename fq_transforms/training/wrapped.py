@@ -39,7 +39,10 @@ def _wrapper(module: Module) -> str | None:
             return reason
     if isinstance(module, torch.jit.ScriptModule):
         return "which TorchScript has compiled"
-    if getattr(module, "_compiled_call_impl", None) or hasattr(module.forward, "_torchdynamo_orig_callable"):
+    is_compiled = hasattr(module.forward, "_torchdynamo_orig_callable")
+    if is_compiled and getattr(module.forward, "_torchdynamo_disable", False):  # of torch.compiler.disable
+        is_compiled = False
+    if getattr(module, "_compiled_call_impl", None) or is_compiled:
         return "which torch.compile has compiled"
     # A hook that does not say whether it offloads, such as CpuOffload, moves weights.
     if hasattr(module, "_hf_hook") and getattr(module._hf_hook, "offload", True):

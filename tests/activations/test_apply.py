@@ -214,6 +214,26 @@ def test_gradients_equal_those_of_quantized_layers(backward, per_expert):
     assert not torch.equal(differ["embed.weight"], found["embed.weight"])
 
 
+@pytest.mark.parametrize("backward", ["pass_through", "clip"])
+def test_inputs_of_a_model_whose_weights_are_written(backward):
+    """`quantized_inputs` around a model that holds fake weights: outputs and gradients of `apply` on its masters."""
+    model, params, fq, state = prepared(backward=backward)
+    state = {k: v | {"amax": v["amax"] / 4} if "tokens" in v else v for k, v in state.items()}
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    wanted = fq.apply(model, leaves, state, BATCHES[0])
+    (wanted**2).sum().backward()
+    masters = fqt.masters(model)
+    fq.fakequant(masters, state, out=model)
+    with fq.quantized_inputs(model, state):
+        found = model(BATCHES[0])
+        (found**2).sum().backward()
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, model(BATCHES[0]))
+    fq.take_grads(model, masters, state)
+    for name, leaf in leaves.items():
+        assert torch.equal(masters[name].grad, leaf.grad), name
+
+
 def test_the_result_is_that_of_quantized_layers():
     """One number for all, and one an expert."""
     for per_expert in (False, True):

@@ -951,6 +951,62 @@ def test_parameters_that_change_later_are_refused_at_the_step():
     assert_names(message_of(TypeError, copy.deepcopy, opt), "FakeQuantOptimizer: found a copy", "state_dict()")
 
 
+def test_what_else_writes_the_parameters_is_no_fault_if_it_writes_the_same():
+    """Bug: DDP made later copies rank 0's parameters to all, and the next write took them back: ranks drifted apart.
+
+    So did weights that were loaded into the model.
+    """
+    model, fq, state = setup()
+    opt = make(model, fq, state)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.clone())
+    train(model, opt, 1)
+    fqt.cast(opt.masters, out=model)
+    assert_names(message_of(ValueError, opt.step), "found other values than the last write's", EXPERT, "write()")
+    opt.write()
+    train(model, opt, 1, first=1)
+    before = {name: master.detach().clone() for name, master in opt.masters.items()}
+    model.load_state_dict({name: param + 1 for name, param in model.state_dict().items()})
+    assert_names(message_of(ValueError, opt.step), "load weights", "before the optimizer")
+    same(opt.masters, before)
+    model, fq, state = setup()
+    opt = make(model, fq, state)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert_names(message_of(ValueError, opt.write), "found another tensor in the model")
+
+
+def test_gradients_that_a_grad_scaler_has_not_seen_are_refused():
+    """Bug: taken early they stayed scaled, and infinities among them were not found."""
+    model, fq, state = setup()
+    opt, scaler, batch = make(model, fq, state), torch.amp.GradScaler("cpu", init_scale=4.0), batches_of(0)[0]
+    scaler.scale(loss_of(model(batch), batch)).backward()
+    opt.take_grads()
+    scaler.scale(loss_of(model(batch), batch)).backward()
+    assert_names(message_of(ValueError, scaler.step, opt), "take_grads: found a call before the step of a GradScaler")
+
+
+def test_the_model_is_written_though_a_recalibration_fails():
+    """Bug: the masters had stepped, the model had not, and their gradients were added to those of the next step."""
+
+    def fails(step, masters, state):
+        raise RuntimeError("no batches")
+
+    model, fq, state = setup()
+    opt = make(model, fq, state, recalibrate=fails)
+    with pytest.raises(RuntimeError, match="no batches"):
+        train(model, opt, 1)
+    same(dict(model.named_parameters()), fake_weights(fq, opt.masters, state))
+    assert all(master.grad is None for master in opt.masters.values())
+
+
+def test_inputs_are_refused():
+    """Only their weights would be quantized."""
+    model, _, _ = setup()
+    fq = fqt.transform(fqt.select(dict(model.named_parameters()), [fqt.Rule("*.experts.*", fqt.FP8, fqt.FP8)]))
+    refused(ValueError, "FakeQuantOptimizer: found the inputs of", fq=fq)
+
+
 def test_a_state_dict_that_does_not_fit_is_refused_before_anything_is_loaded():
     model, fq, state = setup(fqt.FP8)
     opt = make(model, fq, state)
