@@ -131,6 +131,7 @@ def attach(
         state: From `calibrate`, before this call, or loaded.
         recalibrate: `(step, masters, state) -> state | None`, after each step; equal on ranks that share a weight.
         seed: Of 32 bits, equal on all ranks, for stochastic rounding; each step and each rank's experts draw anew.
+            Slices of tensor parallelism, and layers of the same number in two pipeline stages, draw the same bits.
 
     Raises:
         KeyError, ValueError: As `fq.fakequant`; "lsq"; another optimizer (FP32Optimizer's parameters are themselves
