@@ -70,11 +70,13 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
         _check_weights(group, weights, [unwrapped(weight) for weight in weights])
     else:
         known = _CHECKED.get(id(group))
-        if known is not None and known.group is group and known.guards.match(weights):
-            return Contiguous(weights) if known.are_contiguous else weights
-        _check_weights(group, weights, weights)
-        if not is_sharded(weights[0]):
-            _CHECKED[id(group)] = _Checked(group, Guards(weights), all(map(Tensor.is_contiguous, weights)))
+        if known is None or known.group is not group or not known.guards.match(weights):
+            _check_weights(group, weights, weights)
+            if is_sharded(weights[0]):
+                return weights
+            known = _Checked(group, Guards(weights), all(map(Tensor.is_contiguous, weights)))
+            _CHECKED[id(group)] = known
+        return Contiguous(weights) if known.are_contiguous else weights
     return weights
 
 

@@ -68,9 +68,11 @@ def _write(
     rounding: Stochastic | None,
 ) -> dict[str, Tensor]:
     """Fake weights into the tensors of `out`, everything else cast into them; all is checked before."""
-    write = planned_write(masters, out, spec)
-    outs = [out[name] for name in masters]
-    ready = [_ready(masters, group, state[group.key], rounding) for group in spec.groups]
+    write, sources, outs = planned_write(masters, out, spec)
+    ready = [
+        _ready(write.weights(number, sources), group, state[group.key], rounding)
+        for number, group in enumerate(spec.groups)
+    ]
     for group, places in zip(spec.groups, write.groups, strict=True):
         if not inplace and (same := [i for i in places if write.is_inplace[i]]):
             raise ValueError(
@@ -95,7 +97,6 @@ def _write(
             )
     if write.are_sharded:
         count_up([outs[i] for places in write.groups for i in places])
-    sources = list(masters.values())
     for places in write.casts:
         cast_all([sources[i] for i in places], [outs[i] for i in places], are_sharded=write.are_sharded)
     return dict(zip(masters, outs, strict=True))
@@ -112,7 +113,7 @@ def quantize_group(
     rounding: Stochastic | None = None,
 ) -> Sequence[Tensor]:
     """`fakequant` of one group, in the order of its names, with a state and options that are known to be right."""
-    ready = _ready(params, group, scales, rounding)
+    ready = _ready(weights_of(params, group), group, scales, rounding)
     weights, layout = ready.weights, ready.layout
     if backward == "lsq" and layout is not None:
         _check_whole_granules(group, layout)
@@ -150,8 +151,7 @@ class _Ready(NamedTuple):
         return self.layout is not None and self.layout.is_empty
 
 
-def _ready(params: Mapping[str, Tensor], group: Group, scales: GroupState, rounding: Stochastic | None) -> _Ready:
-    weights = weights_of(params, group)
+def _ready(weights: Sequence[Tensor], group: Group, scales: GroupState, rounding: Stochastic | None) -> _Ready:
     _check_device(group, scales, weights[0].device)
     layout = layout_of(group, weights)
     seed = stream = None

@@ -4,15 +4,16 @@ Mixed-precision training has them anyway: fp32 where the model computes in bf16.
 """
 
 from collections.abc import Mapping, Sequence, Set
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from fq_transforms.checks import DTYPES
+from fq_transforms.checks import DTYPES, weights_of
 from fq_transforms.dtensor import is_sharded, local_values, spread_in_words, spread_of
-from fq_transforms.ops.launch import Bounded
+from fq_transforms.ops.launch import Bounded, Contiguous
 from fq_transforms.ops.private import Guards, copy_all, is_transformed
 from fq_transforms.spec import Spec
 
@@ -105,9 +106,7 @@ def cast(masters: Mapping[str, Tensor], *, out: Tensors) -> dict[str, Tensor]:
         >>> weight
         tensor([1., 2.], dtype=torch.bfloat16)
     """
-    tensors = tensors_of(out)
-    write = planned_write(masters, tensors, None)
-    sources, outs = list(masters.values()), [tensors[name] for name in masters]
+    write, sources, outs = planned_write(masters, tensors_of(out), None)
     for places in write.casts:
         cast_all([sources[i] for i in places], [outs[i] for i in places], are_sharded=write.are_sharded)
     return dict(zip(masters, outs, strict=True))
@@ -154,16 +153,31 @@ class Write(NamedTuple):
         casts: What is cast only, one list per pair of dtypes on a device.
         is_inplace: For each, whether it is written where its master lies.
         are_sharded: True if there is a DTensor.
+        are_contiguous: For each group, whether its weights are known to be plain and contiguous.
+        known: For each group what stands for it, if this write is remembered: see `Contiguous`.
     """
 
     groups: list[list[int]]
     casts: list[list[int]]
     is_inplace: list[bool]
     are_sharded: bool
+    are_contiguous: list[bool]
+    known: list[object] | None = None
+
+    def weights(self, group: int, masters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights of a group, out of all masters."""
+        found = [masters[i] for i in self.groups[group]]
+        if not self.are_contiguous[group]:
+            return found
+        weights = Contiguous(found)
+        weights.known = None if self.known is None else self.known[group]
+        return weights
 
 
-def planned_write(masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec: Spec | None) -> Write:
-    """What is written where; `spec` says what a kernel writes, None that everything is cast.
+def planned_write(
+    masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec: Spec | None
+) -> tuple[Write, list[Tensor], list[Tensor]]:
+    """What is written where, out of which masters; `spec` says what a kernel writes, None that everything is cast.
 
     Raises:
         KeyError: A name is missing.
@@ -175,18 +189,21 @@ def planned_write(masters: Mapping[str, Tensor], out: Mapping[str, Tensor], spec
         outs = [out[name] for name in masters]
     except KeyError as error:
         raise KeyError(missing_in_words(error.args[0], out, "out")) from error
+    sources = list(masters.values())
     if torch.compiler.is_compiling():
-        return _plan(masters, outs, spec)
+        return _plan(masters, outs, spec), sources, outs
     known, names = _PLANNED.get(id(spec)), list(masters)
-    are_same = [out is master for out, master in zip(outs, masters.values(), strict=True)]
-    # Each once: guards match no tensor that comes twice.
-    tensors = [*masters.values(), *(out for out, is_same in zip(outs, are_same, strict=True) if not is_same)]
+    are_same = list(map(is_, outs, sources))
+    tensors = sources + outs
+    if any(are_same):  # guards match no tensor that comes twice
+        tensors = sources + [out for out, is_same in zip(outs, are_same, strict=True) if not is_same]
     if known is not None and known.spec is spec and known.match(names, are_same, tensors):
-        return known.write
+        return known.write, sources, outs
     write = _plan(masters, outs, spec)
     if not write.are_sharded:
+        write = write._replace(known=[object() for _ in write.groups])
         _PLANNED[id(spec)] = _Planned(spec, names, are_same, Guards(tensors), _addresses(tensors), write)
-    return write
+    return write, sources, outs
 
 
 class _Planned(NamedTuple):
@@ -214,7 +231,7 @@ _PLANNED: Bounded[int, _Planned] = Bounded(64)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _plan(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None) -> Write:
@@ -236,11 +253,13 @@ def _plan(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None)
     for i, (name, master) in enumerate(masters.items()):
         if name not in selected and not is_inplace[i]:
             kinds.setdefault((master.dtype, outs[i].dtype, outs[i].device), []).append(i)
+    weights = [weights_of(masters, group) for group in groups]
     return Write(
-        [[place[name] for name in group.names if name in place] for group in groups],
+        [[place[name] for name in group.names] for group in groups],
         list(kinds.values()),
         is_inplace,
         any(map(is_sharded, outs)),
+        [type(of_group) is Contiguous for of_group in weights],
     )
 
 

@@ -4,7 +4,6 @@ A pure form, and one that moves gradients from a model's parameters to its maste
 """
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -25,7 +24,7 @@ from fq_transforms.dtensor import (
     spread_of,
 )
 from fq_transforms.masters import Tensors, cast_all, missing_in_words, tensors_of
-from fq_transforms.ops.launch import Bounded
+from fq_transforms.ops.launch import Bounded, results_for, unstacked
 from fq_transforms.ops.private import Guards, add_all, is_transformed, may_be_view
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
 from fq_transforms.spec import Group, Spec
@@ -36,32 +35,15 @@ __all__ = ["pullback", "take_grads"]
 Gradients: TypeAlias = Mapping[str, Tensor | None]
 StateGradients: TypeAlias = dict[str, dict[str, Tensor | None]]
 
-_dtype = attrgetter("dtype")
-
 
 def pullback(
     masters: Mapping[str, Tensor], state: State, grads: Gradients, *, spec: Spec, backward: Backward
 ) -> tuple[dict[str, Tensor | None], StateGradients]:
     """`Transform.pullback`, with the options of the Transform given one by one."""
-    check_state(state, spec, values=False)
     if not grads.keys() <= masters.keys():
         unknown = next(name for name in grads if name not in masters)
         raise KeyError(f"gradient {unknown!r} is of no master ({len(masters)} entries)")
-    live = {name: grad for name, grad in grads.items() if grad is not None}
-    are_sharded = _check(masters, live, spec)
-    # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
-    is_seen = is_transformed() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in live.values()))
-    with torch.set_grad_enabled(is_seen):
-        pulled, of_state = _pull(masters, state, grads, spec, backward)
-        passed = {name: grad for name, grad in live.items() if name not in pulled} if pulled else live
-        wanted = [masters[name] for name in passed]
-        placed = list(map(_placed, passed.values(), wanted)) if are_sharded else list(passed.values())
-        if is_seen or torch.compiler.is_compiling():
-            cast = [grad.to(master.dtype) for grad, master in zip(placed, wanted, strict=True)]
-        else:
-            cast = _cast(placed, wanted, are_sharded)
-    pulled.update(zip(passed, cast, strict=True))
-    return pulled if list(pulled) == list(grads) else {name: pulled.get(name) for name in grads}, of_state
+    return _pulled(masters, state, grads, spec, backward)
 
 
 def take_grads(
@@ -79,26 +61,21 @@ def take_grads(
         sources = {name: tensors[name] for name in masters}
     except KeyError as error:
         raise KeyError(missing_in_words(error.args[0], tensors, "params")) from error
-    fused = {name: main for name, param in sources.items() if (main := _main_grad(param)) is not None}
+    fused = _fused(sources)
     taken = _left_behind(sources, masters, fused)
     with torch.no_grad():
-        pulled, of_state = pullback(masters, state, taken, spec=spec, backward=backward)
+        pulled, of_state = _pulled(masters, state, taken, spec, backward)
         for name in taken if set_to_none else ():
             param = sources[name]
             if name not in fused or param is not masters[name] or _has_dummy(param):
                 param.grad = None
-        sums: list[tuple[Tensor, Tensor]] = []
-        for name, grad in pulled.items():
-            if grad is not None and grad is taken[name]:
+        for name, grad in taken.items():
+            if grad is not None and grad is pulled[name]:
                 is_ours = set_to_none and name not in fused and _owns_its_memory(grad)
-                grad = grad if is_ours else grad.clone()  # noqa: PLW2901
-            if grad is not None:
-                _give(masters[name], grad, sums)
-        for key, leaves in of_state.items():
-            for leaf, grad in leaves.items():
-                if grad is not None:
-                    _give(state[key][leaf], grad, sums)
-        _add(sums)
+                pulled[name] = grad if is_ours else grad.clone()
+        pairs = [(masters[name], grad) for name, grad in pulled.items()]
+        pairs += [(state[key][leaf], grad) for key, leaves in of_state.items() for leaf, grad in leaves.items()]
+        _give(pairs)
         kept = [] if set_to_none else [grad for name, grad in taken.items() if name not in fused]
         for buffer in [*fused.values(), *(grad for grad in kept if grad is not None)]:
             buffer.zero_()
@@ -110,32 +87,52 @@ def take_grads(
 
 
 class _Checked(NamedTuple):
-    """Masters and gradients of a spec when they were last right: others like them are, too."""
+    """Masters and gradients of a spec when they were last right: others like them are, too.
+
+    Attributes:
+        spec: The spec.
+        names: Of masters, and of gradients.
+        guards: What the tensors were; None where that is not remembered.
+        casts: What is cast, one list per dtype of a gradient and of its master: names of those of one shape, and
+            whether all their masters are contiguous matrices.
+        are_sharded: True if there are DTensors.
+    """
 
     spec: Spec
     names: tuple[list[str], list[str]]
-    guards: Guards
+    guards: Guards | None
+    casts: list[list[tuple[list[str], bool]]]
+    are_sharded: bool
 
 
 # To check gradients anew at each step takes the host 2 us per weight, and it has none to spare behind a backward.
 _CHECKED: Bounded[int, _Checked] = Bounded(64)
 
 
-def _check(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> bool:
-    """Raise unless the masters fit the spec, and each gradient its master; True if there are DTensors."""
+def _checked(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> _Checked:
+    """What follows from masters that fit the spec, and gradients that each fit its master; raises for others."""
     names, tensors = (list(masters), list(grads)), [*masters.values(), *grads.values()]
     is_seen = torch.compiler.is_compiling() or is_transformed()
     known = None if is_seen else _CHECKED.get(id(spec))
-    if known is not None and known.spec is spec and known.names == names and known.guards.match(tensors):
-        return False
+    if known is not None and known.spec is spec and known.names == names:
+        assert known.guards is not None
+        if known.guards.match(tensors):
+            return known
     for group in spec.groups:
         weights_of(masters, group)
+    casts: dict[object, dict[object, list[str]]] = {}
     for name, grad in grads.items():
-        _check_grad(name, grad, masters[name])
+        _check_grad(name, grad, master := masters[name])
+        if grad.dtype != master.dtype:
+            of_pair = casts.setdefault((grad.dtype, master.dtype), {})
+            of_pair.setdefault((master.shape, master.device), []).append(name)
     are_sharded = any(map(is_sharded, tensors))
-    if not is_seen and not are_sharded:
-        _CHECKED[id(spec)] = _Checked(spec, names, Guards(tensors))
-    return are_sharded
+    guards = None if is_seen or are_sharded else Guards(tensors)
+    lists = [[(one, _are_matrices(masters, one)) for one in of_pair.values()] for of_pair in casts.values()]
+    checked = _Checked(spec, names, guards, lists, are_sharded)
+    if guards is not None:
+        _CHECKED[id(spec)] = checked
+    return checked
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
@@ -150,6 +147,25 @@ def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
 
 
 # Pulling back.
+
+
+def _pulled(
+    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
+) -> tuple[dict[str, Tensor | None], StateGradients]:
+    """`pullback` of gradients that are all of masters."""
+    check_state(state, spec, values=False)
+    live = {name: grad for name, grad in grads.items() if grad is not None}
+    checked = _checked(masters, live, spec)
+    # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
+    is_seen = is_transformed() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in live.values()))
+    with torch.set_grad_enabled(is_seen):
+        pulled, of_state = _pull(masters, state, grads, spec, backward)
+        if is_seen or torch.compiler.is_compiling():
+            rest = {name: _placed(grad, masters[name]) for name, grad in live.items() if name not in pulled}
+            pulled |= {name: grad.to(masters[name].dtype) for name, grad in rest.items()}
+        else:
+            pulled = _cast(masters, live, pulled, checked)
+    return pulled if list(pulled) == list(grads) else {name: pulled.get(name) for name in grads}, of_state
 
 
 def _pull(
@@ -216,17 +232,37 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
     return None if of_leaf is None else sharded_tensors(layout, [of_leaf], name)[0]
 
 
-def _cast(grads: Sequence[Tensor], masters: Sequence[Tensor], are_sharded: bool) -> list[Tensor]:
-    """Each gradient in its master's dtype: one call for all of a pair of dtypes, of DTensors their shards."""
-    found, pairs = list(grads), list(zip(map(_dtype, grads), map(_dtype, masters), strict=True))
-    for pair in dict.fromkeys(pairs):
-        if pair[0] != pair[1]:
-            places = [i for i, other in enumerate(pairs) if other == pair]
-            outs = [torch.empty_like(masters[i]) for i in places]
-            cast_all([grads[i] for i in places], outs, are_sharded=are_sharded)
-            for i, out in zip(places, outs, strict=True):
-                found[i] = out
+def _cast(
+    masters: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    pulled: Mapping[str, Tensor | None],
+    checked: _Checked,
+) -> dict[str, Tensor | None]:
+    """What was pulled, and of the others each gradient in its master's dtype: one call for all of a pair of dtypes."""
+    placed = dict(grads)
+    if checked.are_sharded:
+        placed |= {name: _placed(grad, masters[name]) for name, grad in grads.items() if name not in pulled}
+    found: dict[str, Tensor | None] = {**placed, **pulled}
+    for same_dtypes in checked.casts:
+        parts: list[Tensor] = []
+        outs: list[Tensor] = []
+        for same_shapes, are_matrices in same_dtypes:
+            names = [name for name in same_shapes if name not in pulled] if pulled else same_shapes
+            like = [masters[name] for name in names]
+            # One allocation, as `fakequant` makes for its results.
+            is_one = are_matrices and len(like) > 1
+            made = unstacked(results_for(like, like[0].dtype), like) if is_one else list(map(torch.empty_like, like))
+            parts += [placed[name] for name in names]
+            outs += made
+            found.update(zip(names, made, strict=True))
+        if parts:
+            cast_all(parts, outs, are_sharded=checked.are_sharded)
     return found
+
+
+def _are_matrices(masters: Mapping[str, Tensor], names: Sequence[str]) -> bool:
+    tensors = [masters[name] for name in names]
+    return all(t.dim() == 2 and not is_sharded(t) and t.is_contiguous() for t in tensors)
 
 
 def _placed(grad: Any, master: Any) -> Tensor:
@@ -237,12 +273,14 @@ def _placed(grad: Any, master: Any) -> Tensor:
 # Moving.
 
 
-def _main_grad(param: Any) -> Tensor | None:
-    """The memory in which layers with fused accumulation add gradients up."""
-    # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
-    if type(param) is not Parameter or torch.compiler.is_compiling():  # which cannot trace the dict of a parameter
-        return getattr(param, "main_grad", None)
-    return vars(param).get("main_grad")
+def _fused(sources: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The memory in which layers with fused accumulation add gradients up, of the parameters that have any."""
+    if not torch.compiler.is_compiling():  # which cannot trace the dict of a parameter
+        # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
+        sources = {
+            name: param for name, param in sources.items() if type(param) is not Parameter or "main_grad" in vars(param)
+        }
+    return {name: main for name, param in sources.items() if (main := getattr(param, "main_grad", None)) is not None}
 
 
 def _has_dummy(param: Any) -> bool:
@@ -272,21 +310,18 @@ def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
     return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _give(tensor: Tensor, grad: Tensor, sums: list[tuple[Tensor, Tensor]]) -> None:
-    """Set a tensor's `grad`, or note what is to be added to it."""
-    if (total := tensor.grad) is None:
-        tensor.grad = grad
-    else:
-        sums.append((local_values(total), local_values(_placed(grad, total))))
-
-
-def _add(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add each gradient to its sum: one call for all of a dtype."""
+def _give(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Add each gradient to its tensor's: one call for all of a dtype."""
     kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for total, grad in sums:
-        totals, parts = kinds.setdefault((total.dtype, total.device), ([], []))
-        totals.append(total)
-        parts.append(grad)
+    for tensor, grad in pairs:
+        if grad is None:
+            continue
+        if (total := tensor.grad) is None:
+            tensor.grad = grad
+        else:
+            totals, parts = kinds.setdefault((total.dtype, total.device), ([], []))
+            totals.append(local_values(total))
+            parts.append(local_values(_placed(grad, total)))
     for totals, parts in kinds.values():
         add_all(totals, parts)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from tests.cases import CORE_FORMATS, experts, name_of
+from tests.cases import CORE_FORMATS, ONE_OF_EACH_LEAF, experts, name_of
 
 # Dynamo makes an instance of an autograd.Function when it traces one, and PyTorch warns that nobody should.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -31,9 +31,13 @@ def assert_same(found, wanted):
         assert torch.equal(found[name], wanted[name]), name
 
 
-@pytest.mark.parametrize("backward", ["pass_through", "clip"])
 @pytest.mark.parametrize("device", DEVICES)
-@every_format
+@pytest.mark.parametrize(
+    ("format", "backward"),
+    [(format, "clip" if format.clips else "pass_through") for format in CORE_FORMATS]
+    + [(format, "pass_through") for format in ONE_OF_EACH_LEAF if format.clips],
+    ids=name_of,
+)
 def test_fullgraph_fakequant(format, device, backward):
     """One graph, no break: values and gradients of the compiled function are the eager ones, bit for bit."""
     torch.compiler.reset()

@@ -79,6 +79,41 @@ def test_a_write_that_was_right_before():
     assert out["norm.weight"].eq(3.0).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["separate", "stacked", "flat"])
+def test_a_launch_that_is_remembered_is_one_of_what_lies_there(layout):
+    """Whatever of masters, targets, state, seed or stream is another at the next call, alone or together."""
+    masters = parameters(layout, device="cuda")
+    fq = transform_of(masters, fqt.NVFP4_STATIC)
+    state, outs = fq.calibrate(masters), [targets(layout, BF16, "cuda") for _ in range(2)]
+    moved = next(name for name in masters if name.startswith("experts"))
+
+    def move():
+        masters[moved].data = masters[moved].data.flip(0).contiguous()
+
+    changes = {
+        "nothing": lambda: None,
+        "the target": outs.reverse,
+        "its memory": lambda: setattr(outs[0][moved], "data", torch.empty_like(outs[0][moved])),
+        "a master's memory": move,
+        "its values": lambda: masters[moved].mul_(1.25),
+        "the state": lambda: state.update(lower(state, 0.9)),
+        "its values in place": lambda: [leaf.mul_(1.1) for leaves in state.values() for leaf in leaves.values()],
+    }
+    for change in [*changes, *reversed(changes)]:
+        changes[change]()
+        torch.cuda.synchronize()
+        for rounding in (None, fqt.Stochastic(3), fqt.Stochastic(4), fqt.Stochastic(4, first_expert=1), None):
+            wanted = {name: w.bfloat16() for name, w in fq.fakequant(masters, state, rounding=rounding).items()}
+            for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+                with torch.cuda.stream(stream):
+                    for out in outs[0].values():
+                        out.fill_(torch.nan)
+                    found = fq.fakequant(masters, state, rounding=rounding, out=outs[0])
+                stream.synchronize()
+                assert_same(found, wanted)
+
+
 @pytest.mark.parametrize("case", ["apart", "shared", "in place"])
 def test_a_write_is_checked_once(case, monkeypatch):
     """Also where entries of `out` are the masters: to check a weight costs more than to write it."""

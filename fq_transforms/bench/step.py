@@ -17,7 +17,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench.cases import ALL, Shape, check_same, fits
 from fq_transforms.bench.peers import modelopt_model
-from fq_transforms.bench.timing import Turn, device_us, in_turns, median_and_error, turn_us
+from fq_transforms.bench.timing import Queue, Turn, device_us, in_turns, median_and_error, turn_us
 from fq_transforms.bench.ways import GroupedMLP, Training, Way
 from fq_transforms.formats import Format
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
@@ -32,6 +32,7 @@ SHAPES = [Shape(EXPERTS, FFN, HIDDEN, ""), Shape(EXPERTS, HIDDEN, FFN, "")]
 FORMATS = [format for format in ALL if all(fits(format, shape) for shape in SHAPES)]
 ROUNDS = {1: 40, 4: 40}  # by microbatches: of the lens, and of bf16 against itself
 IN_A_ROW = {1: 8, 4: 2}  # steps that are timed at a time, by microbatches: a training loop does not wait for each
+QUEUED_ROUNDS = {1: 20, 4: 10}  # of a step whose launches wait for the device, by microbatches
 OTHER_ROUNDS = 5  # of the other ways, which are slower and have no limit
 WRITE_ROUNDS, DEVICE_ROUNDS = 50, 5
 WARM_UPS = 2
@@ -136,11 +137,11 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
         training.xs, training.in_a_row = every[:number], IN_A_ROW.get(number, 1)
         ratios, times = in_turns(base, often, rounds)
         ratios |= in_turns(base, seldom, OTHER_ROUNDS)[0]
+        training.in_a_row = 1
+        queued, device_times = in_turns(base, often, QUEUED_ROUNDS.get(number, 0), partial(_queued_us, training))
         found = {key: _summary(values) | {"mib": mib[key]} for key, values in ratios.items()}
         for name in (format.name for format in FORMATS):
             taken = {AGAIN: found[AGAIN]} | {way: found[key] for way in WAYS if (key := f"{way}, {name}") in found}
-            lens, again = taken["lens"], taken[AGAIN]
-            above = {"ratio": lens["ratio"] - again["ratio"], "error": hypot(lens["error"], again["error"])}
             row = Row(
                 kind="step",
                 microbatches=number,
@@ -148,7 +149,12 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
                 bf16_ms=median(times) / IN_A_ROW.get(number, 1) / 1e3,
                 ways=taken,
             )
-            yield row | Row(above=above, reason=reasons.get(name))
+            row |= Row(above=_above(taken["lens"], taken[AGAIN]), reason=reasons.get(name))
+            if device_times:
+                lens, again = (_summary(queued[key]) for key in (f"lens, {name}", AGAIN))
+                row |= Row(device_ms=median(device_times) / 1e3, device=lens, device_again=again)
+                row |= Row(device_above=_above(lens, again))
+            yield row
     training.xs = every
 
 
@@ -159,6 +165,15 @@ def _transform(training: Training, format: Format) -> tuple[fqt.Transform, State
 
 def _turn(training: Training, way: Way) -> Turn:
     return Turn(partial(training.step, way), way.write)
+
+
+def _queued_us(training: Training, turn: Turn) -> float:
+    turn.before()
+    with Queue() as queue:
+        training.between = queue.cut
+        turn.call()
+    training.between = lambda: None
+    return queue.us
 
 
 def _rounded(training: Training) -> dict[str, Tensor]:
@@ -196,6 +211,10 @@ def _peak(turn: Turn) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
+def _above(lens: Mapping[str, float], again: Mapping[str, float]) -> dict[str, float]:
+    return {"ratio": lens["ratio"] - again["ratio"], "error": hypot(lens["error"], again["error"])}
+
+
 def _summary(ratios: list[float]) -> dict[str, Any]:
     value, error = median_and_error(ratios)
     return {"ratio": value, "error": error, "ratios": ratios}
@@ -206,16 +225,19 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     steps = [row for row in rows if row["kind"] == "step"]
     table = [["microbatches", "format", "bf16 ms", *WAYS, f"lens above {AGAIN}", *(f"{way}, MiB" for way in WAYS)]]
+    queued = [["microbatches", "format", "bf16 ms", AGAIN, "lens", f"lens above {AGAIN}"]]
     for row in steps:
         ways = [row["ways"].get(way) for way in WAYS]
         line = [str(row["microbatches"]), row["format"], f"{row['bf16_ms']:.2f}", *map(_cell, ways)]
         table.append([*line, _cell(row["above"]), *("" if way is None else f"{way['mib']:.0f}" for way in ways)])
+        if "device" in row:
+            line = [*line[:2], f"{row['device_ms']:.2f}"]
+            queued.append([*line, *(_cell(row[key]) for key in ("device_again", "device", "device_above"))])
     writes = [["call", "format", "plain us", "ours over it, whole calls", "copy_ us", "copy_ over ours, device"]]
     for row in (row for row in rows if row["kind"] != "step"):
         copied = f"{row['copy_us']:.0f}" if "copy_us" in row else ""
         line = [row["kind"], row["format"], f"{row['plain_us']:.0f}", _cell(row["wall"])]
         writes.append([*line, copied, _cell(row.get("device"))])
-    worst = max(steps, key=lambda row: row["above"]["ratio"], default=None)
     reasons = sorted({f"{row['format']}: {row['reason']}" for row in steps if row["reason"]})
     return "\n".join(
         [
@@ -235,7 +257,13 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             *_lines(table),
             "",
-            *([] if worst is None else [_verdict(worst), ""]),
+            *_verdict(steps, "above"),
+            "The device's time of a step, a microbatch at a time, of which all launches were there when it began, as "
+            "where the host is ahead.",
+            "",
+            *_lines(queued),
+            "",
+            *_verdict(steps, "device_above"),
             "The write and the gradients' way alone. Whole calls are waited for, in turns with "
             "`torch._foreach_copy_` of the same weights; the device's time is of graph replays, beside one `copy_` of "
             "as many weights from fp32 to bf16, at whose speed the scales are counted too. What was written equalled "
@@ -248,9 +276,12 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
     )
 
 
-def _verdict(worst: Row) -> str:
+def _verdict(steps: list[Row], what: str) -> list[str]:
+    worst = max((row for row in steps if what in row), key=lambda row: row[what]["ratio"], default=None)
+    if worst is None:
+        return []
     where = f"{worst['format']}, microbatches: {worst['microbatches']}"
-    return f"The lens is at most {_cell(worst['above'])} above {AGAIN} ({where}); the limit is {LIMIT}."
+    return [f"The lens is at most {_cell(worst[what])} above {AGAIN} ({where}); the limit is {LIMIT}.", ""]
 
 
 def _lines(table: list[list[str]]) -> list[str]:

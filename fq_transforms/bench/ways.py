@@ -57,6 +57,7 @@ class Training:
                 master.mul_(1.001 * 2.0 ** (number % 4 - 2))
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, fused=True)
         self.in_a_row = 1
+        self.between: Callable[[], None] = lambda: None  # of two microbatches
 
     def step(self, way: Way) -> None:
         """An optimizer step, whose weights were written before; or some in a row."""
@@ -72,7 +73,9 @@ class Training:
 
     def backward(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Forward and backward of all microbatches."""
-        for x in self.xs:
+        for number, x in enumerate(self.xs):
+            if number:
+                self.between()
             self.loss(forward, x).backward()
 
     def take(self, weights: Sequence[Tensor]) -> None:

@@ -83,7 +83,14 @@ class Bounded(dict[K, V]):
 
 
 class Contiguous(list[Tensor]):
-    """Tensors of which each is known to be contiguous, which spares 2 us of asking 32 of them."""
+    """Tensors of which each is known to be contiguous, which spares 2 us of asking 32 of them.
+
+    Attributes:
+        known: Stands for these tensors and what is made of them, where both are known to lie where they lay: all of a
+            launch but its scales and its random bits follows from it.
+    """
+
+    known: object | None = None
 
 
 def has_kernel(weights: Sequence[Tensor]) -> bool:
@@ -355,7 +362,7 @@ class _Call(NamedTuple):
     tables: list[Tensor]
 
 
-# Launches by what they read; and by what they write, but for one allocation: its address takes the place of the last.
+# Launches by what they read; the address of one allocation for the results takes the place of the last.
 _CALLS: Bounded[tuple[object, ...], _Call] = Bounded(4096)
 # Where the results' address stands among the arguments: behind the weights' address, table and stride.
 RESULT = 3
@@ -369,17 +376,18 @@ def call_key(
     Remembered are those over weights that are known to be contiguous, which come again; inputs come from anywhere.
     """
     first, out = weights[0], outs[0]
-    if type(weights) is not Contiguous or first.dim() != 2 or not first.is_cuda:
+    if type(weights) is not Contiguous or not first.is_cuda:
         return None
     index, leaves = first.device.index, [scale for scale in scales if scale is not None]
-    is_one = len(outs) == 1
-    if index != torch.cuda.current_device() or (is_one and out.data_ptr() % 16):
+    if index != torch.cuda.current_device() or not all(map(Tensor.is_contiguous, leaves)):
         return None
-    if not all(map(Tensor.is_contiguous, leaves)):
+    stream = private.current_stream(index)
+    if weights.known is not None:
+        return (weights.known, stream, *statics, *map(Tensor.data_ptr, leaves))
+    if len(outs) > 1 or first.dim() != 2 or out.data_ptr() % 16:
         return None
-    what = (private.current_stream(index), first.shape, first.dtype, out.dtype, is_one, *statics)
-    where = [*leaves, *weights] if is_one else [*leaves, *weights, *outs]
-    return (*what, *map(Tensor.data_ptr, where))
+    what = (stream, first.shape, first.dtype, out.dtype, *statics)
+    return (*what, *map(Tensor.data_ptr, [*leaves, *weights]))
 
 
 def launch_again(key: tuple[object, ...] | None, outs: Sequence[Tensor]) -> bool:
@@ -388,7 +396,7 @@ def launch_again(key: tuple[object, ...] | None, outs: Sequence[Tensor]) -> bool
     if known is None:
         return False
     compiled, grid, stream, arguments, tables = known
-    if len(outs) == 1:
+    if len(outs) == 1:  # of a known one, too, it is the one that it was
         arguments = (*arguments[:RESULT], outs[0].data_ptr(), *arguments[RESULT + 1 :])
     _run(compiled, grid, stream, arguments)
     if tables and torch.cuda.is_current_stream_capturing():

@@ -2,6 +2,8 @@
 
 import gc
 from math import isnan
+from statistics import median
+from time import sleep
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import fq_transforms as fqt
 from fq_transforms.bench import step
 from fq_transforms.bench.step import AGAIN, WAYS, page, step_rows, write_rows
-from fq_transforms.bench.timing import Turn, in_turns, median_and_error
+from fq_transforms.bench.timing import Queue, Turn, in_turns, median_and_error, turn_us
 from fq_transforms.bench.ways import Training, Way, _Given
 from tests.training.ways import EXPERTS, HIDDEN, GroupedMLP
 
@@ -25,6 +27,8 @@ def training(monkeypatch):
         "OTHER_ROUNDS": 2,
         "WRITE_ROUNDS": 3,
         "DEVICE_ROUNDS": 2,
+        "QUEUED_ROUNDS": {1: 4},
+        "_queued_us": lambda training, turn: turn_us(turn),
         "device_us": lambda call: 1.0 if call() is not None else 0.0,
     }.items():
         monkeypatch.setattr(step, name, value)
@@ -57,6 +61,8 @@ def test_every_way_is_checked_and_timed(training):
         assert all(way["ratio"] > 0 and way["mib"] == 0 for way in row["ways"].values())
         assert len(row["ways"]["lens"]["ratios"]) == step.ROUNDS[row["microbatches"]]
         assert len(row["ways"]["layerwise"]["ratios"]) == step.OTHER_ROUNDS
+        assert ("device" in row) == (row["microbatches"] == 1)
+    assert len(found[4]["device"]["ratios"]) == len(found[4]["device_again"]["ratios"]) == 4
     assert len(training.xs) == 2
     assert all(param.grad is None for param in training.params.values())
     for name, master in training.masters.items():
@@ -108,6 +114,36 @@ def test_ways_are_left_out(training, monkeypatch):
     found = list(step_rows(training, untouched, peers=False))
     assert all(set(row["ways"]) == {AGAIN, "lens"} for row in found)
     assert "layerwise" not in page({"date": "today"}, found)
+
+
+@pytest.mark.gpu
+def test_a_queue_times_the_device_without_the_host():
+    """A host that sleeps between launches is not seen, nor is a cut; more launches than a queue takes are an error."""
+    x = torch.randn(4096, 4096, device="cuda")
+
+    def took(pause=0.0, is_cut=False, times=4):
+        with Queue() as queue:
+            for number in range(times):
+                if is_cut and number == 2:
+                    queue.cut()
+                x @ x
+                sleep(pause)
+        return queue.us
+
+    fast, slow, cut = (median(took(*how) for _ in range(5)) for how in ((), (0.003,), (0.0, True)))
+    assert fast > 500
+    assert abs(slow / fast - 1) < 0.1
+    assert abs(cut / fast - 1) < 0.1
+    with pytest.raises(SystemExit, match="parts of fewer launches"):
+        took(times=20_000)
+
+
+def test_microbatches_are_cut_apart(training):
+    """As often as there are others after one, whatever the way."""
+    cuts = []
+    training.between = lambda: cuts.append(1)
+    training.step(training.bf16())
+    assert len(cuts) == len(training.xs) - 1
 
 
 def test_a_step_steps(training):

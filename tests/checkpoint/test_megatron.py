@@ -33,6 +33,7 @@ from fq_transforms.formats import (
 )
 from tests.cases import assert_names
 from tests.checkpoint.samples import assert_same, like_of
+from tests.full import FULL
 
 # Errors of Megatron's come back from the workers as such, and importing Megatron warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,12 +86,13 @@ RULES = {"state": EVERY, "packed": EXPERTS_ONLY, "packed in squares": EXPERTS_ON
 
 # All of expert parallelism to all; the others from 4 and to 1, and to each other in a ring.
 OTHERS = range(3, len(LAYOUTS))
-PAIRS = {
-    *itertools.product(range(3), repeat=2),
-    *((2, other) for other in OTHERS),
-    *((other, 0) for other in OTHERS),
-    *zip(OTHERS, [*OTHERS[1:], OTHERS[0]], strict=True),
-}
+PAIRS = {(0, 0), (2, 3), (4, 0), *zip(OTHERS, [*OTHERS[1:], OTHERS[0]], strict=True)}
+if FULL:
+    PAIRS |= {
+        *itertools.product(range(3), repeat=2),
+        *((2, other) for other in OTHERS),
+        *((other, 0) for other in OTHERS),
+    }
 
 
 def share(layout):
@@ -280,7 +282,7 @@ def same(a, b):
 
 # Eight ranks: EP 4 and TP 2 at once, to and from others.
 LAYOUTS_OF_EIGHT = [Layout(ep=4, etp=2, tp=2), Layout(ep=2, etp=1, tp=2), Layout()]
-PAIRS_OF_EIGHT = {(0, 0), (0, 1), (1, 0), (0, 2), (2, 0)}
+PAIRS_OF_EIGHT = {(0, 1), (1, 0), (0, 2), (2, 0)}
 
 
 def _any_to_any(rank, size, folder, layouts, pairs):

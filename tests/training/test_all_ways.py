@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import fq_transforms as fqt
 from tests.cases import CORE_FORMATS, name_of
+from tests.full import FULL
 from tests.training.ways import CARRYING, KINDS, WAYS, assert_untouched, functional, numbers_of, setup
 
 # The dtype of the parameters, and `out_dtype`.
@@ -62,9 +64,18 @@ def check(ways, refused, format, dtypes, backward, main_grad):
     return model, fq, state, x, outputs, wanted
 
 
-@pytest.mark.parametrize("backward", ["pass_through", "clip"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda two: "-".join(map(name_of, two)))
-@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+# Every format in one pair of dtypes; the others, of which a format knows nothing, with some.
+CASES = [(format, dtypes) for dtypes in DTYPES for format in CORE_FORMATS if FULL or dtypes == DTYPES[0]]
+CASES += [(format, dtypes) for dtypes in DTYPES[1:] for format in (fqt.NVFP4, fqt.INT8) if not FULL]
+
+
+def in_every_format(test):
+    params = [pytest.param(f, dtypes, id="-".join(map(name_of, (f, *dtypes)))) for f, dtypes in CASES]
+    by_format = pytest.mark.parametrize(("format", "dtypes"), params)
+    return pytest.mark.parametrize("backward", ["pass_through", "clip"])(by_format(test))
+
+
+@in_every_format
 def test_every_way_gives_what_functional_call_gives(format, dtypes, backward):
     """In every format; and where a format clips, the gradients of weights beyond their amax are zero, and no others."""
     model, fq, state, x, outputs, wanted = check(WAYS, {}, format, dtypes, backward, main_grad=False)
@@ -80,9 +91,7 @@ def test_every_way_gives_what_functional_call_gives(format, dtypes, backward):
         assert (zeroed > 0) == format.clips
 
 
-@pytest.mark.parametrize("backward", ["pass_through", "clip"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda two: "-".join(map(name_of, two)))
-@pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
+@in_every_format
 def test_fused_accumulation_adds_what_functional_call_gives(format, dtypes, backward):
     """`main_grad` of layers that add to it themselves; "clip" is refused in every format, also if it never clips."""
     check(CARRYING, REFUSED_WITH_MAIN_GRAD, format, dtypes, backward, main_grad=True)

@@ -125,7 +125,6 @@ def fake_quantize_into(
     backward.
     """
     check_not_empty(weights)
-    assert all(map(Tensor.is_contiguous, outs)), "a copy of an out would be written in its place"
     statics = _statics(weights, stream, format, transposed, outs[0].dtype)
     if has_kernel(weights):
         _write(statics, outs, seed, amax, global_amax, weights)

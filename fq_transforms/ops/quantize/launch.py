@@ -77,6 +77,7 @@ def fake_quantize_triton(
     key = None if tile is not None else call_key(outs, weights, (amax, global_amax, seed), format, transposed, stream)
     if launch_again(key, outs):
         return
+    assert all(map(Tensor.is_contiguous, outs)), "a copy of an out would be written in its place"
     inputs = matrices_of(weights)
     plan = forward_plan(format, inputs.matrix, transposed, stream, seed is not None and seed.dim() > 0, tile)
     launch(plan, (inputs, matrices_of(outs, inputs.matrix)), (amax, global_amax, seed), key)

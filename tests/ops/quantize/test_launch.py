@@ -9,6 +9,7 @@ from fq_transforms.formats import INT8, MXFP4, NVFP4, NVFP4_STATIC
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.quantize import autograd
 from fq_transforms.ops.quantize.autograd import fake_quantize, fake_quantize_into
+from fq_transforms.ops.quantize.launch import fake_quantize_triton
 from fq_transforms.rounding import Stream
 from tests.cases import experts, name_of, same_bits
 from tests.conftest import HAS_GPU
@@ -106,7 +107,7 @@ def test_into_what_is_not_contiguous_is_an_error():
     """A copy would be written in its place, and nobody would see it."""
     weight = torch.randn(4, 8)
     with pytest.raises(AssertionError, match="a copy of an out"):
-        fake_quantize_into([torch.empty(8, 4).mT], [weight], torch.tensor([1.0]), None, format=INT8)
+        fake_quantize_triton([torch.empty(8, 4).mT], [weight], torch.tensor([1.0]), None, format=INT8, transposed=False)
 
 
 @CPU

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch.func import grad, jvp, vjp, vmap
 
 import fq_transforms as fqt
-from fq_transforms.formats import FP8, INT8, NVFP4_STATIC
+from fq_transforms.formats import FP8, INT8, MXFP4, NVFP4_STATIC
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.ops.quantize.launch import STOCHASTIC, fake_quantize_triton
@@ -26,6 +26,7 @@ from tests.cases import (
     same_bits,
     shapes_of,
 )
+from tests.conftest import HAS_GPU
 from tests.variants import CPU, by_kernel, on_each_kernel, stored, variants
 
 on_each_device = pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_bad_seeds_are_named(rounding, fragments):
 
 
 @on_each_device
-@pytest.mark.parametrize("format", ONE_OF_EACH_LEAF, ids=name_of)
+@pytest.mark.parametrize("format", ONE_OF_EACH_LEAF if HAS_GPU else [FP8, NVFP4_STATIC, MXFP4], ids=name_of)
 def test_fullgraph_with_a_seed_that_changes(format, device):
     """One graph for all seeds, if the seed is a tensor: values and gradients are the eager ones; once by inductor."""
     torch.compiler.reset()

@@ -52,8 +52,10 @@ def test_equals_reference(format, dtype, transposed, device):
     weights = experts(3, shape, dtype, device=device)
     importance = torch.rand(3, shape[1], device=device) * 2
     for search in searches_of(format):
-        found = assert_equals_reference(weights, format, transposed, search)
         assert_equals_reference(weights, format, transposed, search, importance)
+        if device == "cpu" and (transposed or dtype != torch.float32):  # as slow again, and no other branch
+            continue
+        found = assert_equals_reference(weights, format, transposed, search)
         if format.has_blocks_along_in:
             assert not torch.equal(found, expert_amax(weights, format=format)[0])
 
