@@ -43,7 +43,9 @@ def pullback(
     if not grads.keys() <= masters.keys():
         unknown = next(name for name in grads if name not in masters)
         raise KeyError(f"gradient {unknown!r} is of no master ({len(masters)} entries)")
-    return _pulled(masters, state, grads, spec, backward)
+    pulled, of_state = _pulled(masters, state, [grads.get(name) for name in masters], spec, backward)
+    found = dict(zip(masters, pulled, strict=True))
+    return {name: found[name] for name in grads}, of_state
 
 
 def take_grads(
@@ -58,32 +60,33 @@ def take_grads(
     """`Transform.take_grads`, with the options of the Transform given one by one."""
     tensors: Mapping[str, Any] = tensors_of(params)
     try:
-        sources = {name: tensors[name] for name in masters}
+        sources = [tensors[name] for name in masters]
     except KeyError as error:
         raise KeyError(missing_in_words(error.args[0], tensors, "params")) from error
+    leaves = list(masters.values())
     fused = _fused(sources)
-    taken = _left_behind(sources, masters, fused)
+    taken = _left_behind(masters, sources, fused)
     with torch.no_grad():
         pulled, of_state = _pulled(masters, state, taken, spec, backward)
-        for name in taken if set_to_none else ():
-            param = sources[name]
-            if name not in fused or param is not masters[name] or _has_dummy(param):
+        for i, param in enumerate(sources) if set_to_none else ():
+            if param is not leaves[i] or (i in fused and _has_dummy(param)):
                 param.grad = None
-        for name, grad in taken.items():
-            if grad is not None and grad is pulled[name]:
-                is_ours = set_to_none and name not in fused and _owns_its_memory(grad)
-                pulled[name] = grad if is_ours else grad.clone()
-        pairs = [(masters[name], grad) for name, grad in pulled.items()]
-        pairs += [(state[key][leaf], grad) for key, leaves in of_state.items() for leaf, grad in leaves.items()]
-        _give(pairs)
-        kept = [] if set_to_none else [grad for name, grad in taken.items() if name not in fused]
-        for buffer in [*fused.values(), *(grad for grad in kept if grad is not None)]:
+        for i, grad in enumerate(taken):
+            if grad is not None and grad is pulled[i]:
+                is_ours = set_to_none and i not in fused and _owns_its_memory(grad)
+                pulled[i] = grad if is_ours else grad.clone()
+        _give(leaves, pulled)
+        for key, of_leaves in of_state.items():
+            _give(list(map(state[key].__getitem__, of_leaves)), list(of_leaves.values()))
+        kept = [] if set_to_none else [grad for i, grad in enumerate(taken) if grad is not None and i not in fused]
+        for buffer in [*fused.values(), *kept]:
             buffer.zero_()
-        for param in filter(_has_dummy, map(sources.__getitem__, fused)):
-            param.grad_added_to_main_grad = False
+        for i in fused:
+            if _has_dummy(sources[i]):
+                sources[i].grad_added_to_main_grad = False
 
 
-# Checks.
+# Checks. Gradients are in the order of the masters, None for those without.
 
 
 class _Checked(NamedTuple):
@@ -91,17 +94,19 @@ class _Checked(NamedTuple):
 
     Attributes:
         spec: The spec.
-        names: Of masters, and of gradients.
+        names: Of the masters.
+        are_live: For each whether it has a gradient.
         guards: What the tensors were; None where that is not remembered.
-        casts: What is cast, one list per dtype of a gradient and of its master: names of those of one shape, and
+        casts: What is cast, one list per dtype of a gradient and of its master: numbers of those of one shape, and
             whether all their masters are contiguous matrices.
         are_sharded: True if there are DTensors.
     """
 
     spec: Spec
-    names: tuple[list[str], list[str]]
+    names: list[str]
+    are_live: list[bool]
     guards: Guards | None
-    casts: list[list[tuple[list[str], bool]]]
+    casts: list[list[tuple[list[int], bool]]]
     are_sharded: bool
 
 
@@ -109,30 +114,38 @@ class _Checked(NamedTuple):
 _CHECKED: Bounded[int, _Checked] = Bounded(64)
 
 
-def _checked(masters: Mapping[str, Tensor], grads: Mapping[str, Tensor], spec: Spec) -> _Checked:
+def _checked(masters: Mapping[str, Tensor], grads: Sequence[Tensor | None], spec: Spec) -> _Checked:
     """What follows from masters that fit the spec, and gradients that each fit its master; raises for others."""
-    names, tensors = (list(masters), list(grads)), [*masters.values(), *grads.values()]
+    names, are_live = list(masters), [grad is not None for grad in grads]
+    tensors = [*masters.values(), *(grad for grad in grads if grad is not None)]
     is_seen = torch.compiler.is_compiling() or is_transformed()
     known = None if is_seen else _CHECKED.get(id(spec))
-    if known is not None and known.spec is spec and known.names == names:
+    if known is not None and known.spec is spec and known.names == names and known.are_live == are_live:
         assert known.guards is not None
         if known.guards.match(tensors):
             return known
     for group in spec.groups:
         weights_of(masters, group)
-    casts: dict[object, dict[object, list[str]]] = {}
-    for name, grad in grads.items():
-        _check_grad(name, grad, master := masters[name])
+    casts: dict[object, dict[object, list[int]]] = {}
+    for i, (name, grad) in enumerate(zip(names, grads, strict=True)):
+        master = masters[name]
+        if grad is None:
+            continue
+        _check_grad(name, grad, master)
         if grad.dtype != master.dtype:
             of_pair = casts.setdefault((grad.dtype, master.dtype), {})
-            of_pair.setdefault((master.shape, master.device), []).append(name)
+            of_pair.setdefault((master.shape, master.device), []).append(i)
     are_sharded = any(map(is_sharded, tensors))
     guards = None if is_seen or are_sharded else Guards(tensors)
-    lists = [[(one, _are_matrices(masters, one)) for one in of_pair.values()] for of_pair in casts.values()]
-    checked = _Checked(spec, names, guards, lists, are_sharded)
+    lists = [[(one, _are_matrices([tensors[i] for i in one])) for one in each.values()] for each in casts.values()]
+    checked = _Checked(spec, names, are_live, guards, lists, are_sharded)
     if guards is not None:
         _CHECKED[id(spec)] = checked
     return checked
+
+
+def _are_matrices(masters: Sequence[Tensor]) -> bool:
+    return all(master.dim() == 2 and not is_sharded(master) and master.is_contiguous() for master in masters)
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
@@ -150,39 +163,47 @@ def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
 
 
 def _pulled(
-    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
-) -> tuple[dict[str, Tensor | None], StateGradients]:
-    """`pullback` of gradients that are all of masters."""
+    masters: Mapping[str, Tensor], state: State, grads: Sequence[Tensor | None], spec: Spec, backward: Backward
+) -> tuple[list[Tensor | None], StateGradients]:
+    """`pullback`, of gradients in the order of the masters."""
     check_state(state, spec, values=False)
-    live = {name: grad for name, grad in grads.items() if grad is not None}
-    checked = _checked(masters, live, spec)
+    checked = _checked(masters, grads, spec)
     # Masters are leaves, and a graph of theirs would be kept by whatever is added to their `grad`.
-    is_seen = is_transformed() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in live.values()))
+    is_seen = is_transformed() or (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads))
     with torch.set_grad_enabled(is_seen):
         pulled, of_state = _pull(masters, state, grads, spec, backward)
-        if is_seen or torch.compiler.is_compiling():
-            rest = {name: _placed(grad, masters[name]) for name, grad in live.items() if name not in pulled}
-            pulled |= {name: grad.to(masters[name].dtype) for name, grad in rest.items()}
-        else:
-            pulled = _cast(masters, live, pulled, checked)
-    return pulled if list(pulled) == list(grads) else {name: pulled.get(name) for name in grads}, of_state
+        leaves, found = list(masters.values()), list(grads)
+        for i in range(len(found)) if checked.are_sharded else ():
+            if i not in pulled and (grad := found[i]) is not None:
+                found[i] = _placed(grad, leaves[i])
+        for same_dtypes in checked.casts:
+            if is_seen or torch.compiler.is_compiling():
+                for i in (i for same_shapes, _ in same_dtypes for i in same_shapes if i not in pulled):
+                    found[i] = found[i].to(leaves[i].dtype)  # pyright: ignore[reportOptionalMemberAccess] (is there)
+            else:
+                _cast(leaves, found, same_dtypes, pulled, checked.are_sharded)
+    for i, grad in pulled.items():
+        found[i] = grad
+    return found, of_state
 
 
 def _pull(
-    masters: Mapping[str, Tensor], state: State, grads: Gradients, spec: Spec, backward: Backward
-) -> tuple[dict[str, Tensor | None], StateGradients]:
-    """Gradients of the groups whose rule is not the identity, and of the state under "lsq"."""
-    pulled: dict[str, Tensor | None] = {}
+    masters: Mapping[str, Tensor], state: State, grads: Sequence[Tensor | None], spec: Spec, backward: Backward
+) -> tuple[dict[int, Tensor | None], StateGradients]:
+    """Gradients of the groups whose rule is not the identity, by number, and of the state under "lsq"."""
+    pulled: dict[int, Tensor | None] = {}
     of_state: StateGradients = {}
     if backward == "pass_through":
         return pulled, of_state
+    place = {name: i for i, name in enumerate(masters)}
     for group in spec.groups:
         of_leaves: dict[str, Tensor | None] = {}
         if not group.format.is_stateless and (group.format.clips or backward == "lsq"):
-            vectors = [grads.get(name) for name in group.names]
+            places = [place[name] for name in group.names]
             weights = weights_of(masters, group)
+            vectors = [grads[i] for i in places]
             of_leaves, vectors = _pull_group(weights, group, state[group.key], vectors, backward)
-            pulled.update(zip(group.names, vectors, strict=True))
+            pulled.update(zip(places, vectors, strict=True))
         if backward == "lsq":
             of_state[group.key] = of_leaves
     return pulled, of_state
@@ -233,36 +254,28 @@ def _summed(layout: Layout, name: str, of_leaf: Tensor | None, leaf: Tensor) -> 
 
 
 def _cast(
-    masters: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    pulled: Mapping[str, Tensor | None],
-    checked: _Checked,
-) -> dict[str, Tensor | None]:
-    """What was pulled, and of the others each gradient in its master's dtype: one call for all of a pair of dtypes."""
-    placed = dict(grads)
-    if checked.are_sharded:
-        placed |= {name: _placed(grad, masters[name]) for name, grad in grads.items() if name not in pulled}
-    found: dict[str, Tensor | None] = {**placed, **pulled}
-    for same_dtypes in checked.casts:
-        parts: list[Tensor] = []
-        outs: list[Tensor] = []
-        for same_shapes, are_matrices in same_dtypes:
-            names = [name for name in same_shapes if name not in pulled] if pulled else same_shapes
-            like = [masters[name] for name in names]
-            # One allocation, as `fakequant` makes for its results.
-            is_one = are_matrices and len(like) > 1
-            made = unstacked(results_for(like, like[0].dtype), like) if is_one else list(map(torch.empty_like, like))
-            parts += [placed[name] for name in names]
-            outs += made
-            found.update(zip(names, made, strict=True))
-        if parts:
-            cast_all(parts, outs, are_sharded=checked.are_sharded)
-    return found
-
-
-def _are_matrices(masters: Mapping[str, Tensor], names: Sequence[str]) -> bool:
-    tensors = [masters[name] for name in names]
-    return all(t.dim() == 2 and not is_sharded(t) and t.is_contiguous() for t in tensors)
+    masters: Sequence[Tensor],
+    grads: list[Any],
+    same_dtypes: Sequence[tuple[list[int], bool]],
+    pulled: Mapping[int, object],
+    are_sharded: bool,
+) -> None:
+    """Cast gradients of one dtype to their masters', in the list, in one call, but for those that were pulled."""
+    parts: list[Tensor] = []
+    outs: list[Tensor] = []
+    for same_shapes, are_matrices in same_dtypes:
+        places = [i for i in same_shapes if i not in pulled] if pulled else same_shapes
+        like = [masters[i] for i in places]
+        if are_matrices and len(like) > 1:  # one allocation, as `fakequant` makes for its results
+            made: Sequence[Tensor] = unstacked(results_for(like, like[0].dtype), like)
+        else:
+            made = list(map(torch.empty_like, like))
+        parts += [grads[i] for i in places]
+        outs += made
+        for i, out in zip(places, made, strict=True):
+            grads[i] = out
+    if parts:
+        cast_all(parts, outs, are_sharded=are_sharded)
 
 
 def _placed(grad: Any, master: Any) -> Tensor:
@@ -273,14 +286,13 @@ def _placed(grad: Any, master: Any) -> Tensor:
 # Moving.
 
 
-def _fused(sources: Mapping[str, Any]) -> dict[str, Tensor]:
+def _fused(sources: Sequence[Any]) -> dict[int, Tensor]:
     """The memory in which layers with fused accumulation add gradients up, of the parameters that have any."""
+    some = range(len(sources))
     if not torch.compiler.is_compiling():  # which cannot trace the dict of a parameter
         # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
-        sources = {
-            name: param for name, param in sources.items() if type(param) is not Parameter or "main_grad" in vars(param)
-        }
-    return {name: main for name, param in sources.items() if (main := getattr(param, "main_grad", None)) is not None}
+        some = [i for i, p in enumerate(sources) if type(p) is not Parameter or "main_grad" in vars(p)]
+    return {i: main for i in some if (main := getattr(sources[i], "main_grad", None)) is not None}
 
 
 def _has_dummy(param: Any) -> bool:
@@ -289,17 +301,21 @@ def _has_dummy(param: Any) -> bool:
 
 
 def _left_behind(
-    sources: Mapping[str, Any], masters: Mapping[str, Tensor], fused: Mapping[str, Tensor]
-) -> dict[str, Tensor | None]:
+    masters: Mapping[str, Tensor], sources: Sequence[Any], fused: Mapping[int, Tensor]
+) -> list[Tensor | None]:
     """What the backward passes have left at the parameters, but for what is in the `grad` of a master already."""
-    taken = {name: param.grad for name, param in sources.items() if param is not masters[name]}
-    for name, main in fused.items():
-        taken[name] = _fused_gradient(sources[name], main, sources[name] is masters[name])
-    for name, grad in taken.items():
+    taken: list[Tensor | None] = [
+        None if param is master else param.grad for param, master in zip(sources, masters.values(), strict=True)
+    ]
+    if not fused and all(grad is not None for grad in taken):
+        return taken
+    for i, (name, master) in enumerate(masters.items()):
+        if i in fused:
+            taken[i] = _fused_gradient(sources[i], fused[i], sources[i] is master)
         # FSDP2's gathered parameters have no gradient; their shards, which are elsewhere, may have.
-        if grad is None and is_sharded(masters[name]) and not is_sharded(sources[name]):
+        elif taken[i] is None and is_sharded(master) and not is_sharded(sources[i]):
             raise ValueError(
-                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(masters[name]))} as its "
+                f"parameter {name!r}: found a plain tensor, wanted {spread_in_words(spread_of(master))} as its "
                 "master is placed; give the module itself, whose gathered parameters are resharded first"
             )
     return taken
@@ -310,10 +326,10 @@ def _fused_gradient(param: Any, main: Tensor, is_master: bool) -> Tensor:
     return main if param.grad is None or is_master or _has_dummy(param) else main + param.grad
 
 
-def _give(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+def _give(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Add each gradient to its tensor's: one call for all of a dtype."""
     kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for tensor, grad in pairs:
+    for tensor, grad in zip(tensors, grads, strict=True):
         if grad is None:
             continue
         if (total := tensor.grad) is None:

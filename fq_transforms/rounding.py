@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-__all__ = ["Stochastic", "Stream", "check_rounding"]
+__all__ = ["Stochastic", "Stream", "check_rounding", "check_seed_of_steps", "of_step"]
 
 
 class Stochastic(NamedTuple):
@@ -86,3 +86,14 @@ def check_rounding(rounding: Any) -> None:
         raise ValueError(f"seed: found {seed!r}, wanted an int of 64 bits or an int64 tensor")
     if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < 2**31:
         raise ValueError(f"first_expert: found {first!r}, wanted an int >= 0")
+
+
+def check_seed_of_steps(seed: Any) -> None:
+    """Raise ValueError unless it is an int that leaves 32 bits of a seed to the number of a step."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**31) <= seed < 2**31:
+        raise ValueError(f"seed: found {seed!r}, wanted an int of 32 bits, which the number of the step follows")
+
+
+def of_step(rounding: Stochastic | None, step: int) -> Stochastic | None:
+    """The rounding of a step of training: other bits at each step, the same ones when it is resumed."""
+    return rounding and rounding._replace(seed=(rounding.seed << 32) + step)

@@ -29,12 +29,14 @@ from fq_transforms.calibrate import check_statistics, chosen_leaves, importance_
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
-from fq_transforms.integrations.megatron_step import Attached, Recalibrate
+from fq_transforms.integrations.megatron_step import Attached
 from fq_transforms.methods import MAX, Max
 from fq_transforms.partition import DIMS, collapsed_dims
+from fq_transforms.rounding import check_seed_of_steps
 from fq_transforms.rules import Rules
 from fq_transforms.spec import Spec, refuse_inputs
 from fq_transforms.state import State
+from fq_transforms.training.optimizer import Recalibrate
 
 __all__ = ["Attached", "attach", "calibrate", "fakequant", "layerwise", "load", "save", "select", "unwrap"]
 
@@ -160,8 +162,8 @@ def attach(
             f"backward: found {fq.backward!r} with {type(parts[0]).__name__}, wanted 'pass_through'"
             + ("; or 'clip' with use_distributed_optimizer=False" if is_distributed else " or 'clip'")
         )
-    if seed is not None and (type(seed) is not int or not -(2**31) <= seed < 2**31):
-        raise ValueError(f"seed: found {seed!r}, wanted an int of 32 bits, which the number of the step follows")
+    if seed is not None:
+        check_seed_of_steps(seed)
     _check_masters_are_apart(parts)
     model = unwrap(model)
     params = dict(model.named_parameters())

@@ -9,18 +9,17 @@ and under "clip" `prepare_grads`, after which main parameters have their gradien
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fq_transforms as fqt
+from fq_transforms.rounding import of_step
 from fq_transforms.state import State
+from fq_transforms.training.optimizer import Recalibrate
 
-__all__ = ["Attached", "Recalibrate"]
-
-# (step, masters, state) -> the state of the next forward, or None for the same. Pure; called on all ranks.
-Recalibrate: TypeAlias = Callable[[int, Mapping[str, Tensor], State], State | None]
+__all__ = ["Attached"]
 
 _STEP, _PREPARE = "step_with_ready_grads", "prepare_grads"
 _CAST, _RELOAD = "_copy_main_params_to_model_params", "_copy_model_params_to_main_params"
@@ -123,7 +122,7 @@ class Attached:
         return done
 
     def _write(self) -> None:
-        rounding = self._rounding and self._rounding._replace(seed=(int(self._rounding.seed) << 32) + self.step)
+        rounding = of_step(self._rounding, self.step)
         self._fq.fakequant(
             self.masters, self.quantizer_state, rounding=rounding, out=self._params, inplace=self._is_distributed
         )

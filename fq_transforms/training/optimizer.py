@@ -26,14 +26,15 @@ from fq_transforms.checks import check_same_spread, check_state, check_tensor, i
 from fq_transforms.dtensor import local_values
 from fq_transforms.masters import cast, masters, tensors_of
 from fq_transforms.ops.quantize.reference import TINY_AMAX
-from fq_transforms.rounding import Stochastic, check_rounding
+from fq_transforms.rounding import Stochastic, check_rounding, check_seed_of_steps, of_step
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import State, flatten
 from fq_transforms.transform import Transform
 
 __all__ = ["FakeQuantOptimizer", "Recalibrate", "StateOptimizer"]
 
-Recalibrate: TypeAlias = Callable[[int, dict[str, Tensor], State], State | None]
+# (step, masters, state) -> the state of the next forward, or None for the same. Pure; called on all ranks.
+Recalibrate: TypeAlias = Callable[[int, Mapping[str, Tensor], State], State | None]
 StateOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
 
 STEP = "fake_quant_step"  # a key of the param groups, which every way to save an optimizer keeps
@@ -140,8 +141,7 @@ class FakeQuantOptimizer(Optimizer):
 
     def _arguments(self, part: "_Part", step: int) -> dict[str, Any]:
         state = {group.key: self._state[group.key] for group in part.fq.spec.groups}
-        rounding = self.rounding and self.rounding._replace(seed=(self.rounding.seed << 32) + step)
-        return {"state": state, "rounding": rounding}
+        return {"state": state, "rounding": of_step(self.rounding, step)}
 
     def _model_params(self) -> dict[str, Tensor]:
         """The model's parameters, FSDP2's shards, which must be those that this was made with."""
@@ -503,9 +503,7 @@ def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: 
         raise ValueError("optimizer: found a FakeQuantOptimizer, wanted the one that it is made around")
     if seed is not None:
         check_rounding(seed if isinstance(seed, Stochastic) else Stochastic(seed))
-        number = seed.seed if isinstance(seed, Stochastic) else seed
-        if isinstance(number, Tensor) or not -(2**31) <= number < 2**31:
-            raise ValueError(f"seed: found {number!r}, wanted an int of 32 bits, which the number of the step follows")
+        check_seed_of_steps(seed.seed if isinstance(seed, Stochastic) else seed)
     if (fq.backward == "lsq") != (state_optimizer is not None):
         wanted = "one, as functools.partial(torch.optim.Adam, lr=1e-4)" if fq.backward == "lsq" else "None"
         raise ValueError(f"state_optimizer: found {state_optimizer!r} with backward={fq.backward!r}, wanted {wanted}")
