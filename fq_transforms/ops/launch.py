@@ -8,8 +8,9 @@ NOTE addresses: a kernel reaches expert e at `base + e * stride` if the experts 
 one allocation), else through a table of addresses on the device.
 
 NOTE what is remembered: a plan keeps the kernels that were compiled for it, `_PLACES` where groups lay, with their
-tables, and `_CALLS` whole launches but for where their results go. Places and calls are found by addresses, so they are
-never stale: a tensor that moves has another address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
+tables, and `_CALLS` whole launches but for where their results go. Places and calls are found by addresses, or by what
+stands for addresses that were compared (`Contiguous.known`), so they are never stale: a tensor that moves has another
+address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
 median over six formats and three runs, at commit 1e02380, which remembered the same; the limits are 80 and 200.
 
                                                     32 experts    128 experts
