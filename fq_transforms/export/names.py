@@ -11,7 +11,7 @@ Lists of experts, and whatever is no expert in transformers, have the same names
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,16 @@ from torch import Tensor
 
 from fq_transforms.spec import Group, Inputs
 
-__all__ = ["MODEL_TYPES", "FileTensor", "Source", "check_config", "file_names", "file_tensors", "module_of"]
+__all__ = [
+    "MODEL_TYPES",
+    "FileTensor",
+    "Source",
+    "check_accounted",
+    "check_config",
+    "file_names",
+    "file_tensors",
+    "module_of",
+]
 
 
 class Family(NamedTuple):
@@ -91,8 +100,15 @@ _NOT_IN_FILES = re.compile(
     r"module\.|(?:.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     r"|(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|mtp|embedding|output_layer)\."
 )
-_IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?:.*\.experts\.(?P<expert>\d+)\.)?")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# A model of several parts, as of images and text, has layers under several prefixes.
+_IN_LAYER = re.compile(
+    r"(?P<prefix>(?:.*?\.)?)(?P<word>layers|h|blocks)\.(?P<layer>\d+)\.(?:.*\.experts\.(?P<expert>\d+)\.)?"
+)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+# Of models of several parts, the part that has experts.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+# Layers behind the last, which predict more than the next token.
+_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 # Model types whose router adds a trained buffer.
 ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
 _STACKED = re.compile(r"(?P<parent>(?:.*\.)?)mlp\.experts\.(?P<role>gate_up_proj|down_proj)")
@@ -209,47 +225,122 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def check_accounted(sources: Sequence[Source]) -> None:
+    """Raise ValueError unless all of each source goes to the files once, and each name in the files has one source.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> whole = FileTensor("moe.down_proj.weight", slice(None))
+        >>> check_accounted([Source("moe.down_proj.weight", None, None, (4, 4), 8, [whole])])
+        >>> group = Group("moe.down_proj.weight", ("moe.down_proj.weight",), FP8, 8, (4, 4), stacked=True)
+        >>> check_accounted([Source(group.key, group, None, (4, 4), 8, [whole])])
+        Traceback (most recent call last):
+        ...
+        ValueError: group 'moe.down_proj.weight': found the name 'moe.down_proj.weight' in files for all of its 8
+        experts, of which one would be left, wanted a name for each; give experts separate parameters, or call the stack
+        mlp.experts.gate_up_proj or mlp.experts.down_proj
+    """
+    taken: dict[str, str] = {}
+    for source in sources:
+        group, rows = source.group, source.shape[0] if source.shape else 1
+        count = torch.zeros(rows, dtype=torch.int64)
+        for tensor in source.tensors:
+            count[tensor.rows] += 1
+            if group is not None and group.experts > 1 and "*" not in tensor.name:
+                raise ValueError(
+                    f"group {group.key!r}: found the name {tensor.name!r} in files for all of its {group.experts} "
+                    "experts, of which one would be left, wanted a name for each; give experts separate parameters, "
+                    "or call the stack mlp.experts.gate_up_proj or mlp.experts.down_proj"
+                )
+        if not bool((count == 1).all()):
+            raise ValueError(f"parameter {source.name!r}: found rows of it in files other than once, wanted each once")
+        for name in source.names:
+            if name in taken:
+                raise ValueError(
+                    f"parameters {taken[name]!r} and {source.name!r}: found {name!r} for both in files, wanted two "
+                    "names"
+                )
+            taken[name] = source.name
+    quantized = {module_of(name): source.name for source in sources if source.group for name in source.names}
+    for name, parameter in taken.items():
+        module, _, last = name.rpartition(".")
+        if module in quantized and last not in ("weight", "bias"):
+            raise ValueError(
+                f"parameter {parameter!r}: found {name!r} for it in files, beside the codes and scales of "
+                f"{quantized[module]!r}, wanted none; leave it out of params"
+            )
+
+
 def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
     """Raise ValueError unless the files have the layers, experts, vocabulary and routing biases that config says.
 
-    A part of a model, such as one rank's, has names like those of a whole one. What config does not say is not checked.
+    A part of a model, such as one rank's, has names like those of a whole one. What config does not say is not checked,
+    but that experts count from zero without a gap, alike in all layers that have any.
     """
+    text = config
+    for key in _TEXT_CONFIGS:
+        text = text[key] if isinstance(text.get(key), Mapping) else text
     rows: dict[str, int] = {}
     for source in sources:
         of_source = torch.arange(source.shape[0] if source.shape else 1)
         for tensor in source.tensors:
             rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
-    _check_layers_and_experts(rows, config)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if config.get("vocab_size") and rows.get(name, config["vocab_size"]) != config["vocab_size"]:
+    _check_layers_and_experts(rows, text)
+    for name in rows:
+        is_head = name == "lm_head.weight" or name.endswith("embed_tokens.weight")
+        if is_head and text.get("vocab_size") and rows[name] != text["vocab_size"]:
             raise ValueError(
-                f"parameter {name!r}: found {rows[name]} rows, wanted {config['vocab_size']}, as vocab_size in config "
+                f"parameter {name!r}: found {rows[name]} rows, wanted {text['vocab_size']}, as vocab_size in config "
                 "says; cut the padding off"
             )
-    for name in rows if config.get("model_type") in ROUTED_WITH_BIAS else ():
+    for name in rows if text.get("model_type") in ROUTED_WITH_BIAS else ():
         bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
         if name.endswith(".mlp.gate.weight") and bias not in rows:
             raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
 
 
 def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    layers: dict[int, set[int]] = {}
+    stacks: dict[str, dict[int, set[int]]] = {}  # by what is before the number of the layer
+    names = list(names)
     for name in names:
         if match := _IN_LAYER.match(name):
-            experts = layers.setdefault(int(match["layer"]), set())
+            experts = stacks.setdefault(f"{match['prefix']}{match['word']}", {}).setdefault(int(match["layer"]), set())
             if match["expert"]:
                 experts.add(int(match["expert"]))
-    depth = config.get("num_hidden_layers")
-    missing = sorted({*range(depth or 0)} - layers.keys())
-    if layers and missing:
-        raise ValueError(f"params: found no layer {missing[0]}, wanted {depth}, as num_hidden_layers in config says")
-    key = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
-    for layer, experts in layers.items():
-        if key and experts and experts != {*range(config[key])}:
+    # Where there are experts, that is the model; else it is what transformers calls so.
+    of_text = {prefix: layers for prefix, layers in stacks.items() if any(layers.values())}
+    depth, key = config.get("num_hidden_layers"), next((key for key in _EXPERT_COUNTS if config.get(key)), None)
+    for prefix, layers in (of_text or {p: layers for p, layers in stacks.items() if p == "model.layers"}).items():
+        if prefix.startswith("mtp."):
+            continue
+        missing = sorted({*range(depth or 0)} - layers.keys())
+        if missing:
             raise ValueError(
-                f"params: found {len(experts)} experts in layer {layer}, wanted {config[key]}, as {key} in config "
-                "says; gather the experts of all ranks"
+                f"params: found no layer {missing[0]} of {prefix!r}, wanted {depth}, as num_hidden_layers in config "
+                "says"
             )
+        most = config[key] if key else max((max(found, default=-1) for found in layers.values()), default=-1) + 1
+        said = f"as {key} in config says" if key else "as in another layer, or up to the last that is there"
+        for layer, experts in layers.items():
+            if experts and experts != {*range(most)}:
+                raise ValueError(
+                    f"params: found {len(experts)} experts in layer {layer} of {prefix!r}, wanted {most}, {said}; "
+                    "gather the experts of all ranks"
+                )
+    _check_promised(names, stacks, config)
+
+
+def _check_promised(
+    names: Iterable[str], stacks: Mapping[str, Mapping[int, object]], config: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if config says that there are layers for more tokens, and there are none."""
+    key = next((key for key in _MTP_COUNTS if config.get(key)), None)
+    depth = config.get("num_hidden_layers") or 0
+    if key and not any("mtp" in name.split(".") for name in names) and not any(depth in of for of in stacks.values()):
+        raise ValueError(
+            f"params: found no layer {depth} and none of 'mtp', wanted {config[key]}, as {key} in config says; "
+            f"transformers leaves them out: add them from the model's own files, or give a config with {key}=0"
+        )
 
 
 def _names_in_layer(name: str, inside: str, family: Family, is_latent: bool) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +13,7 @@ from torch import Tensor
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.files import bytes_of, check_free, progress, write
-from fq_transforms.export.names import FileTensor, Source, check_config, file_tensors, module_of
+from fq_transforms.export.names import FileTensor, Source, check_accounted, check_config, file_tensors, module_of
 from fq_transforms.export.ties import check_ties
 from fq_transforms.formats import Format, IntElement, code_bits
 from fq_transforms.pack import check_packable, pack
@@ -27,11 +28,7 @@ FormatKey: TypeAlias = tuple[str, str, str]
 # Of weights and of their inputs, None if these are not quantized.
 FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
 
-EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "embedding.word_embeddings.weight",
-    "module.embedding.word_embeddings.weight",
-)
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embed_in|wte)\.weight")
 
 
 class CodedWeight(NamedTuple):
@@ -186,6 +183,7 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
         )
     dtype = fq.out_dtype or next(iter(dtypes))
     sources = _sources(params, spec.groups, inputs, entries)
+    check_accounted(sources)
     check_ties(state, sources)
     check_config(sources, entries)
     return ExportPlan(params, state, sources, entries | {"dtype": str(dtype).removeprefix("torch.")}, dtype)
@@ -278,7 +276,6 @@ def _sources(
     """What each group and each other parameter becomes. A group stands where its first parameter is."""
     group_of = {name: group for group in groups for name in group.names}
     sources: dict[str, Source] = {}
-    taken: dict[str, str] = {}
     for parameter, tensor in params.items():
         group = group_of.get(parameter)
         name = group.key if group else parameter
@@ -290,11 +287,6 @@ def _sources(
         if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
             _check_is_embedding(source, params)
             continue  # transformers does not store it either
-        for in_files in source.names:
-            if (other := taken.setdefault(in_files, name)) != name:
-                raise ValueError(
-                    f"parameters {other!r} and {name!r}: found {in_files!r} for both in files, wanted two names"
-                )
         if group:
             for part in source.tensors:
                 _check_cut(group, part)
@@ -308,12 +300,12 @@ def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:
             f"group {head.name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted a "
             "head of its own to quantize; exclude it with a rule to None"
         )
-    for name in EMBEDDINGS:
-        if name in params and not torch.equal(params[head.name], params[name]):
-            raise ValueError(
-                f"parameter {head.name!r}: found other numbers than in {name!r}, and tie_word_embeddings in config, by "
-                "which one of the two would be lost, wanted tie_word_embeddings=False"
-            )
+    embeddings = [name for name in params if EMBEDDING.fullmatch(name)]
+    if not any(torch.equal(params[head.name], params[name]) for name in embeddings):
+        raise ValueError(
+            f"parameter {head.name!r}: found other numbers than in {embeddings}, and tie_word_embeddings in config, by "
+            "which it would be lost, wanted tie_word_embeddings=False"
+        )
 
 
 def _check_cut(group: Group, part: FileTensor) -> None:

@@ -44,6 +44,7 @@ MODELS = {
             "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8,
             "v_head_dim": 8,
+            "num_nextn_predict_layers": 0,  # transformers has 1 by default, and leaves the layer out
         },
     ),
 }

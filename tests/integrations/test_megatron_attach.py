@@ -26,7 +26,7 @@ from tests.training.ways import halved
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS, MICROBATCHES, LR = 10 if FULL else 4, 2, 1e-3
+STEPS, MICROBATCHES, LR = 10, 2, 1e-3
 EXPERTS = ("*.mlp.experts.*",)
 RULES = (*EXPERTS, "*.linear_qkv.weight", "*.linear_proj.weight")
 FORMATS = [fqt.NVFP4, fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.MXFP4]

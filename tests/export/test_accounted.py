@@ -1,0 +1,177 @@
+"""The law of every export: all of each parameter goes to the files once, or nothing is written."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fq_transforms as fqt
+from tests.cases import assert_names
+from tests.export.models import TARGETS, read
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
+
+HIDDEN, INNER = 32, 64
+PREFIXES = ["model.", "", "model.language_model.", "language_model.model.", "transformer.", "base_model.model.model."]
+BLOCKS = ["mlp", "block_sparse_moe", "moe", "feed_forward", "mixer"]
+# Stacks whose names do not say so, for `select`.
+STACKED = r".*\.(?:up|down)_proj(?:\.base_layer)?\.weight"
+LAYOUTS = ["list", "stacks", "fused stacks", "stacks with .weight", "base_layer"]
+COUNTS = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", None]
+MODEL_TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "step3p5", "unknown"]
+
+
+def experts_of(block, layout, experts):
+    """Parameters of the experts of a layer, no two rows alike."""
+    up, down = torch.randn(2 * experts, INNER, HIDDEN), torch.randn(experts, HIDDEN, INNER)
+    gate, up = up[:experts], up[experts:]
+    if layout == "list":
+        roles = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        return {f"{block}.experts.{e}.{role}.weight": w[e] for role, w in roles.items() for e in range(experts)}
+    if layout == "fused stacks":
+        return {f"{block}.experts.gate_up_proj": torch.cat([gate, up], 1), f"{block}.experts.down_proj": down}
+    end = {"stacks": "", "stacks with .weight": ".weight", "base_layer": ".base_layer.weight"}[layout]
+    inside = block if end else f"{block}.experts"
+    return {f"{inside}.{role}{end}": w for role, w in (("up_proj", up), ("down_proj", down))}
+
+
+def rows_of(tensors):
+    """All rows of all matrices: their bytes, and how often."""
+    found = Counter()
+    for tensor in tensors.values():
+        if tensor.dim() > 1:
+            found.update(row.numpy().tobytes() for row in tensor.float().flatten(0, -2))
+    return found
+
+
+@st.composite
+def models(draw, layouts=LAYOUTS, fewest=1):
+    """Parameters and a config of what a model may look like, and how `select` finds its experts."""
+    prefix, block = draw(st.sampled_from(PREFIXES)), draw(st.sampled_from(BLOCKS))
+    layout, key = draw(st.sampled_from(layouts)), draw(st.sampled_from(COUNTS))
+    experts, layers = draw(st.integers(fewest, 4)), draw(st.integers(1, 2))
+    config = {"model_type": draw(st.sampled_from(MODEL_TYPES)), "architectures": ["X"], "num_hidden_layers": layers}
+    torch.manual_seed(0)
+    params = {f"{prefix}embed_tokens.weight": torch.randn(8, HIDDEN), f"{prefix}norm.weight": torch.randn(HIDDEN)}
+    for layer in range(layers):
+        params |= experts_of(f"{prefix}layers.{layer}.{block}", layout, experts)
+    if key:
+        config[key] = experts
+    return params, config, experts, {"experts": STACKED} if ".weight" in layout or layout == "base_layer" else {}
+
+
+@TARGETS
+@settings(max_examples=60, deadline=None)
+@given(model=models())
+def test_each_row_is_in_the_files_once_or_nothing_is_written(target, tmp_path_factory, model):
+    """Whatever layout, prefix and model: codes and plain rows are as many as the model has, and the same ones."""
+    params, config, _, options = model
+    fq = fqt.transform(fqt.select(params, {"*layers.*": fqt.NVFP4}, **options))
+    state = fq.calibrate(params)
+    for key in list(state):
+        if "gate_proj" in key:  # engines want these alike
+            amax = torch.maximum(state[key]["amax"], state[key.replace("gate", "up")]["amax"])
+            state[key]["amax"], state[key.replace("gate", "up")]["amax"] = amax, amax.clone()
+    folder = tmp_path_factory.mktemp("export") / "a"
+    try:
+        target(folder, fq, params, state, config=config)
+    except ValueError as error:
+        assert_names(str(error), "found", "wanted")
+        assert not folder.exists()
+        return
+    found = read(folder)
+    packed = fq.pack(params, state)
+    wanted = Counter()
+    for group in fq.spec.groups:
+        wanted.update(row.numpy().tobytes() for row in packed[group.key]["codes"].flatten(0, -2))
+    codes = {n: t for n, t in found.items() if t.dtype == torch.uint8}
+    assert Counter(row.numpy().tobytes() for t in codes.values() for row in t) == wanted
+    selected = {name for group in fq.spec.groups for name in group.names}
+    assert rows_of({n: t for n, t in found.items() if t.dtype == torch.float32 and t.dim() > 1}) == rows_of(
+        {n: p for n, p in params.items() if n not in selected}
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=models(["list"], fewest=2), number=st.integers(0, 11))
+def test_a_rank_without_some_experts_is_refused(tmp_path_factory, model, number):
+    """Under every prefix and every name of the count, if config has one; without one, what is no range from zero."""
+    params, config, experts, options = model
+    is_told = any(key in config for key in COUNTS if key)
+    left_out = number % (experts if is_told else experts - 1)
+    rest = {name: p for name, p in params.items() if f".experts.{left_out}." not in name}
+    parent = tmp_path_factory.mktemp("export")
+
+    def written(params, name):
+        fq = fqt.transform(fqt.select(params, {"*layers.*": fqt.MXFP4}, **options))
+        fqt.export.compressed_tensors(parent / name, fq, params, fq.calibrate(params), config=config)
+
+    try:
+        written(params, "whole")
+    except ValueError:
+        return
+    with pytest.raises(ValueError) as caught:
+        written(rest, "part")
+    if "each once" not in str(caught.value):  # as `select` says, where the last one is not the missing one
+        assert_names(str(caught.value), "experts in layer", "found", "wanted", "gather the experts of all ranks")
+    assert not (parent / "part").exists()
+
+
+@TARGETS
+def test_what_is_written_beside_codes_is_refused(target, tmp_path):
+    """A scale that a quantized file has left in params would take the place of ours, or ours of it."""
+    params = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(32, 32) for e in range(2)}
+    params["model.layers.0.mlp.experts.1.down_proj.weight_scale"] = torch.ones(1)
+    fq = fqt.transform(fqt.select(params, {"*.weight": fqt.NVFP4}))
+    config = {"model_type": "qwen3_moe", "architectures": ["X"]}
+    with pytest.raises(ValueError) as caught:
+        target(tmp_path / "a", fq, params, fq.calibrate(params), config=config)
+    assert_names(str(caught.value), "experts.1.down_proj.weight_scale", "beside the codes", "found", "wanted")
+    assert not list(tmp_path.iterdir())
+
+
+@TARGETS
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "mtp_num_hidden_layers"])
+def test_layers_that_config_promises_are_there(target, key, tmp_path):
+    """Behind the last layer, or under `mtp`; transformers leaves them out, and an engine would look for them."""
+    params = {
+        f"model.layers.{n}.mlp.experts.{e}.down_proj.weight": torch.randn(32, 32) for n in (0, 1) for e in range(2)
+    }
+    config = {"model_type": "qwen3_moe", "architectures": ["X"], "num_hidden_layers": 2, "num_experts": 2, key: 1}
+    more = {f"mtp.layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(32, 32) for e in range(2)}
+    behind = {name.replace("mtp.layers.0", "model.layers.2"): weight for name, weight in more.items()}
+
+    def written(params, name, config=config):
+        fq = fqt.transform(fqt.select(params, {"model.layers.[01].*": fqt.NVFP4}))
+        target(tmp_path / name, fq, params, fq.calibrate(params), config=config)
+        return read(tmp_path / name)
+
+    with pytest.raises(ValueError) as caught:
+        written(params, "a")
+    assert_names(str(caught.value), "found no layer 2", "wanted 1", key, f"{key}=0")
+    assert not list(tmp_path.iterdir())
+    assert written(params | behind, "b").keys() >= behind.keys()
+    written(params, "c", config | {key: 0})
+
+
+def test_a_tied_head_is_left_out_only_if_its_numbers_are_there(tmp_path):
+    """Also where the embedding has another prefix; a head whose embedding is not there would be lost."""
+    weights = {f"model.text.layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(32, 32) for e in range(2)}
+    fq = fqt.transform(fqt.select(weights, {"*": fqt.NVFP4}))
+    config = {"model_type": "qwen3_moe", "architectures": ["X"], "tie_word_embeddings": True}
+    head = torch.randn(8, 32)
+
+    def written(name, **others):
+        params = weights | {"lm_head.weight": head} | {key.replace("__", "."): value for key, value in others.items()}
+        fqt.export.compressed_tensors(tmp_path / name, fq, params, fq.calibrate(params), config=config)
+        return read(tmp_path / name)
+
+    found = written("a", model__text__embed_tokens__weight=head.clone())
+    assert "lm_head.weight" not in found
+    assert torch.equal(found["model.text.embed_tokens.weight"], head)
+    for name, others in (("b", {}), ("c", {"model__text__embed_tokens__weight": head + 1})):
+        with pytest.raises(ValueError, match="by which it would be lost"):
+            written(name, **others)
+        assert not (tmp_path / name).exists()
