@@ -54,7 +54,7 @@ _INT8_ROWS: FormatKey = ("int8", "channel", "fp32")
 _OF_FP8: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 _OF_NVFP4: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 ALGORITHMS: dict[FormatKeys, Algorithm] = {
-    (_FP8, None): Algorithm("FP8", weights=_OF_FP8, inputs=_OF_FP8),
+    # None without inputs: engines then make up a scale of inputs, and compute other numbers without a word.
     (_FP8, _FP8): Algorithm("FP8", weights=_OF_FP8, inputs=_OF_FP8),
     (_FP8_ROWS, None): Algorithm("FP8_PER_CHANNEL_PER_TOKEN"),
     (_FP8_ROWS, _FP8_ROWS): Algorithm("FP8_PER_CHANNEL_PER_TOKEN"),
@@ -84,7 +84,8 @@ def modelopt_hf(
     Codes and scales are those of `fq.pack`; calibrated inputs become `input_scale`. Arguments: `compressed_tensors`.
 
     | weights               | inputs beside them, or none |
-    | FP8, MXFP8            | in the same format |
+    | FP8                   | FP8, always: engines make up a scale where there is none |
+    | MXFP8                 | MXFP8 |
     | FP8_PER_CHANNEL       | FP8_PER_CHANNEL, scaled per token |
     | NVFP4, NVFP4_STATIC   | NVFP4 |
     | INT8_PER_CHANNEL      | INT8 |
@@ -92,8 +93,8 @@ def modelopt_hf(
 
     Raises:
         KeyError: As `compressed_tensors`.
-        ValueError: As there; inputs without weights, or in another format than the table's; experts of a layer, or
-            weights in FP8, of which some have inputs and some have none; an input amax whose scale is not normal.
+        ValueError: As there; inputs without weights, or in another format than the table's; FP8 without inputs; an
+            input amax whose scale is not normal.
         ImportError: As there.
         OSError: As there.
 
@@ -114,7 +115,7 @@ def modelopt_hf(
 
 
 def _check_inputs(plan: ExportPlan) -> None:
-    """Raise ValueError where engines would find no scale that they can divide by, or for some modules none."""
+    """Raise ValueError where engines would find no scale that they can divide by."""
     for inputs in (source.inputs for source in plan.sources):
         amax = plan.state[inputs.key].get("amax") if inputs else None
         if inputs is None or amax is None:
@@ -128,19 +129,6 @@ def _check_inputs(plan: ExportPlan) -> None:
                 f"{scale[wrong[0]].item()} engines cannot divide by, wanted more; calibrate with inputs that are not "
                 f"all zero, or set it: state | {{{inputs.key!r}: state[{inputs.key!r}] | {{'amax': ...}}}}"
             )
-    alike: dict[str, tuple[str, Format | None]] = {}
-    for module, (format, of_inputs) in plan.formats.items():
-        block, is_expert, _ = module.partition(".experts.")
-        places = [f"experts of {block!r}"] if is_expert else []
-        places += ["modules in FP8"] if format_key(format) == _FP8 else []
-        for place in places:
-            first, wanted = alike.setdefault(place, (module, of_inputs))
-            if of_inputs != wanted:
-                names = [other.name if other else "none" for other in (wanted, of_inputs)]
-                raise ValueError(
-                    f"inputs of {first!r} and {module!r}: found {names[0]} and {names[1]}, wanted one format, or none, "
-                    f"for all {place}, which engines treat alike; change the rules of the inputs"
-                )
 
 
 def _encode(coded: CodedWeight) -> dict[str, Tensor]:

@@ -174,6 +174,14 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
             )
         weights_of(params, group)
     inputs = _inputs(target, spec)
+    for group in spec.groups:
+        key = format_key(group.format)
+        if group.key not in inputs and (key, None) not in target.formats:
+            wanted = sorted(of_inputs for weights, of_inputs in target.formats if weights == key and of_inputs)
+            raise ValueError(
+                f"group {group.key!r}: found {group.format.name} without inputs, which engines that read {target.name} "
+                f"compute otherwise, wanted inputs in {wanted} too: Rule(pattern, weights, inputs); or another layout"
+            )
     for name, tensor in params.items():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
@@ -186,6 +194,7 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
     check_accounted(sources)
     check_ties(state, sources)
     check_config(sources, entries)
+    _check_layers(sources)
     return ExportPlan(params, state, sources, entries | {"dtype": str(dtype).removeprefix("torch.")}, dtype)
 
 
@@ -292,6 +301,28 @@ def _sources(
                 _check_cut(group, part)
         sources[name] = source
     return list(sources.values())
+
+
+def _check_layers(sources: Iterable[Source]) -> None:
+    """Raise ValueError for a layer whose experts' roles are not alike: engines compute them in one kernel."""
+    found: dict[str, dict[tuple[str | None, str | None], str]] = {}
+    for source in sources:
+        group, inputs = source.group, source.inputs
+        kind = group.format.name if group else None, inputs.format.name if inputs else None
+        for tensor in source.tensors:
+            block, is_expert, _ = tensor.name.partition(".experts.")
+            if is_expert and len(source.shape) > 1:
+                found.setdefault(block, {}).setdefault(kind, source.name)
+    for block, kinds in found.items():
+        if len(kinds) > 1:
+            said = ", ".join(
+                f"{name!r} {format or 'not quantized'}" + (f" with inputs in {of_inputs}" if of_inputs else "")
+                for (format, of_inputs), name in kinds.items()
+            )
+            raise ValueError(
+                f"experts of {block!r}: found {said}, wanted one format for all roles of a layer, which engines "
+                "compute together; let the rules treat them alike"
+            )
 
 
 def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:

@@ -49,13 +49,13 @@ MODELS = {
     ),
 }
 TOKENS = torch.arange(VOCABULARY)[None]
-# All that compressed-tensors has a name for, and all that ModelOpt has.
+# All that compressed-tensors has a name for, and all that ModelOpt has without inputs.
 COMPRESSED = [
     *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.INT4_BLOCK32, fqt.INT4_BLOCK128, fqt.INT8, fqt.INT8_PER_CHANNEL),
     *(fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.MXFP6_E2M3, fqt.MXFP4),
 ]
 MODELOPT = [
-    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.INT8_PER_CHANNEL),
+    *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.INT8_PER_CHANNEL),
 ]
 TARGETS = pytest.mark.parametrize("target", [fqt.export.compressed_tensors, fqt.export.modelopt_hf], ids=["ct", "mo"])
 GATE_UP = [("gate_proj", "up_proj")]

@@ -165,7 +165,7 @@ def test_ragged_square_blocks(tmp_path):
 def test_several_formats(tmp_path):
     """One scheme per format, each with the modules that it is for: the decompressed weights are right for all."""
     model, params = build()
-    rules = {"*.experts.gate_up*": fqt.NVFP4, "*.experts.down*": fqt.FP8, "*o_proj*": fqt.MXFP4, "lm_head*": fqt.INT8}
+    rules = {"*.0.mlp.experts.*": fqt.NVFP4, "*.1.mlp.experts.*": fqt.FP8, "*o_proj*": fqt.MXFP4, "lm_head*": fqt.INT8}
     fq = fqt.transform(fqt.select(params, rules))
     state = fq.calibrate(params)
     fqt.export.compressed_tensors(tmp_path / "a", fq, params, state, config=model.config)
@@ -174,7 +174,7 @@ def test_several_formats(tmp_path):
     assert [group["targets"][0] for group in about["config_groups"].values()] == [
         r"re:^model\.layers\.0\.self_attn\.o_proj$",
         r"re:^model\.layers\.0\.mlp\.experts\.\d+\.gate_proj$",
-        r"re:^model\.layers\.0\.mlp\.experts\.\d+\.down_proj$",
+        r"re:^model\.layers\.1\.mlp\.experts\.\d+\.gate_proj$",
         r"re:^lm_head$",
     ]
     assert_equal(decompressed(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict()))

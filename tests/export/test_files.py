@@ -96,7 +96,7 @@ def test_importing_the_package_imports_no_engine():
 def test_a_folder_that_is_not_empty_is_refused(target, tmp_path):
     """What lies there stays; an empty folder is taken."""
     model, params = build()
-    fq, state = calibrated(params, fqt.FP8)
+    fq, state = calibrated(params, fqt.NVFP4)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError) as caught:

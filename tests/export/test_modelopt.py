@@ -163,7 +163,7 @@ def test_it_writes_the_same_input_scales_of_whole_models(name, mtq, exporter, tm
         assert torch.equal(bits_of(ours[tensor]), bits_of(theirs[tensor])), tensor
 
 
-@pytest.mark.parametrize("format", [fqt.FP8, fqt.FP8_PER_CHANNEL], ids=name_of)
+@pytest.mark.parametrize("format", [fqt.FP8_PER_CHANNEL], ids=name_of)
 def test_where_it_differs_under_any_amax(format, mtq, exporter, tmp_path):
     """Its scale amax / 448 is at most a step of fp32 from ours; its codes, of bf16 quotients, at most a step."""
     model, params = built()
@@ -262,11 +262,11 @@ def test_mixed_inputs(tmp_path):
 def test_mixed_precision(tmp_path):
     """Several formats: each module by its name, with its algorithm."""
     model, params = build()
-    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*o_proj*": fqt.FP8}))
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*o_proj*": fqt.MXFP8}))
     fqt.export.modelopt_hf(tmp_path / "a", fq, params, fq.calibrate(params), config=model.config)
     own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
     assert own["quant_algo"] == "MIXED_PRECISION"
-    assert own["quantized_layers"]["model.layers.1.self_attn.o_proj"] == {"quant_algo": "FP8"}
+    assert own["quantized_layers"]["model.layers.1.self_attn.o_proj"] == {"quant_algo": "MXFP8", "group_size": 32}
     nvfp4 = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
     assert own["quantized_layers"]["model.layers.1.mlp.experts.2.up_proj"] == nvfp4
     assert len(own["quantized_layers"]) == 2 + 2 * 3 * EXPERTS
@@ -296,7 +296,9 @@ def faults_of_inputs():
 
     both = {"weights": fp8, "inputs": fp8}
     other = after(fp8, pattern="*.experts.*", weights=fp8, inputs=fqt.NVFP4)
-    gate_only, up_only, down_only = (after(fp8, pattern=f"*{role}_proj*", **both) for role in ("gate", "up", "down"))
+    down_only = after(fp8, pattern="*down_proj*", **both)
+    nvfp4 = {"weights": fqt.NVFP4, "inputs": fqt.NVFP4}
+    gate_only, up_only = (after(fqt.NVFP4, pattern=f"*{role}_proj*", **nvfp4) for role in ("gate", "up"))
     alone = after(None, fp8, pattern="*down_proj*", **both)
     first_layer = after(fp8, pattern="*layers.0.*.experts.*", **both)
     mixed = after(fp8, fp8, pattern="*up_proj*", **both, per_expert_inputs=True)
@@ -311,14 +313,21 @@ def faults_of_inputs():
         "zero for one": (each, one_is_zero, f"{down}.amax", "found 0.0 for expert 1 of 3"),
         "too small": (fq, with_amax(1e-38, gate, up), f"{gate}.amax", "cannot divide by", "'amax': ..."),
         "one beside one per expert": (mixed, of_mixed, "gate_proj.weight.input", "found 1 and 3 amax", "per_expert"),
-        "inputs of some weights": (first_layer, state, "layers.0", "layers.1", "FP8 and none", "all modules in FP8"),
+        "inputs of some weights": (
+            first_layer,
+            state,
+            "layers.1",
+            "FP8 without inputs",
+            "Rule(pattern, weights, inputs)",
+        ),
+        "no inputs": (weights_only(fq), state, "layers.0", "FP8 without inputs", "('e4m3', 'tensor', 'fp32')"),
         "never calibrated": (fq, with_amax(-torch.inf, up), up, "no token"),
         "no name for the pair": (other, state, "NVFP4", "beside weights in FP8", "no name"),
         "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
-        "inputs of some roles": (down_only, state, "gate_proj", "down_proj", "none and FP8", "all experts of"),
+        "inputs of some roles": (down_only, state, "gate_proj", "FP8 without inputs"),
         "no weights at all": (no_weights, state, "found no weights in the spec", "inputs of 6 groups"),
-        "the first of what is fused": (gate_only, state, "up_proj.weight.input'", "FP8 and not quantized"),
-        "the second of what is fused": (up_only, state, "up_proj.weight.input'", "not quantized and FP8"),
+        "the first of what is fused": (gate_only, state, "up_proj.weight.input'", "NVFP4 and not quantized"),
+        "the second of what is fused": (up_only, state, "up_proj.weight.input'", "not quantized and NVFP4"),
     }
 
 

@@ -36,7 +36,7 @@ def test_one_group_is_packed_at_a_time(tmp_path, monkeypatch):
 @TARGETS
 def test_a_parameter_that_is_no_tensor(target, tmp_path):
     model, params = build()
-    fq, state = calibrated(params, fqt.FP8)
+    fq, state = calibrated(params, fqt.NVFP4)
     for wrong, found in ((None, "NoneType"), (torch.ones(2, 2).to_sparse(), "torch.sparse_coo")):
         with pytest.raises(ValueError) as caught:
             target(tmp_path / "a", fq, params | {"model.norm.weight": wrong}, state, config=model.config)
@@ -50,11 +50,11 @@ def faults():
     lists = in_lists(params)
     deepseek_model, deepseek = build("deepseek_v3")
     config = model.config.to_dict()
-    fq, nan = calibrated(params, fqt.FP8)
+    fq, nan = calibrated(params, fqt.NVFP4)
     nan["model.layers.1.mlp.experts.down_proj"]["amax"][2] = torch.nan
     int4 = replace(fqt.INT8, name="INT4", element=IntElement(7, -8, 7))
     odd = {"model.odd.weight": torch.ones(4, 5)}
-    ours = {"format": fqt.FP8, "params": params, "rules": "*.experts.*", "config": config}
+    ours = {"format": fqt.NVFP4, "params": params, "rules": "*.experts.*", "config": config}
     small = {"vocab_size": 8, "hidden_size": 64, "moe_intermediate_size": 96}
     other_names = {"blocks.0.experts.w": torch.ones(2, 32, 32)}
     untold = {**config, "model_type": "gpt_oss"}

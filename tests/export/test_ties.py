@@ -6,12 +6,18 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from tests.cases import assert_names, name_of
+from tests.cases import assert_names
 from tests.export.models import EXPERTS, GATE_UP, TARGETS, build, in_lists, of_each_expert, read, weights_only
 
 
-@TARGETS
-@pytest.mark.parametrize("format", [fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8], ids=name_of)
+@pytest.mark.parametrize(
+    ("target", "format"),
+    [
+        *((fqt.export.compressed_tensors, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8)),
+        *((fqt.export.modelopt_hf, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or value.name,
+)
 def test_untied_roles_are_refused(format, target, tmp_path):
     """Gate and up with an amax each: the error names both, the values, the expert and the call; tied, it is written."""
     model, params = build()
