@@ -192,7 +192,8 @@ def planned_write(
     sources = list(masters.values())
     if torch.compiler.is_compiling():
         return _plan(masters, outs, spec), sources, outs
-    known, names = _PLANNED.get(id(spec)), list(masters)
+    key = id(spec), id(outs[0]) if outs else 0  # of two models that are written in turns each has its own
+    known, names = _PLANNED.get(key), list(masters)
     are_same = list(map(is_, outs, sources))
     tensors = sources + outs
     if any(are_same):  # guards match no tensor that comes twice
@@ -200,9 +201,9 @@ def planned_write(
     if known is not None and known.spec is spec and known.match(names, are_same, tensors):
         return known.write, sources, outs
     write = _plan(masters, outs, spec)
-    if not write.are_sharded:
+    if not write.are_sharded and len(set(map(id, tensors))) == len(tensors):
         write = write._replace(known=[object() for _ in write.groups])
-        _PLANNED[id(spec)] = _Planned(spec, names, are_same, Guards(tensors), _addresses(tensors), write)
+        _PLANNED[key] = _Planned(spec, names, are_same, Guards(tensors), _addresses(tensors), write)
     return write, sources, outs
 
 
@@ -227,7 +228,7 @@ class _Planned(NamedTuple):
 
 
 # To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.
-_PLANNED: Bounded[int, _Planned] = Bounded(64)
+_PLANNED: Bounded[tuple[int, int], _Planned] = Bounded(64)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

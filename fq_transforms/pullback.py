@@ -37,13 +37,19 @@ StateGradients: TypeAlias = dict[str, dict[str, Tensor | None]]
 
 
 def pullback(
-    masters: Mapping[str, Tensor], state: State, grads: Gradients, *, spec: Spec, backward: Backward
+    masters: Mapping[str, Tensor],
+    state: State,
+    grads: Gradients,
+    *,
+    spec: Spec,
+    backward: Backward,
+    separate: bool = False,
 ) -> tuple[dict[str, Tensor | None], StateGradients]:
     """`Transform.pullback`, with the options of the Transform given one by one."""
     if not grads.keys() <= masters.keys():
         unknown = next(name for name in grads if name not in masters)
         raise KeyError(f"gradient {unknown!r} is of no master ({len(masters)} entries)")
-    pulled, of_state = _pulled(masters, state, [grads.get(name) for name in masters], spec, backward)
+    pulled, of_state = _pulled(masters, state, [grads.get(name) for name in masters], spec, backward, separate)
     found = dict(zip(masters, pulled, strict=True))
     return {name: found[name] for name in grads}, of_state
 
@@ -55,6 +61,7 @@ def take_grads(
     *,
     spec: Spec,
     backward: Backward,
+    separate: bool = False,
     set_to_none: bool = True,
 ) -> None:
     """`Transform.take_grads`, with the options of the Transform given one by one."""
@@ -67,14 +74,16 @@ def take_grads(
     fused = _fused(sources)
     taken = _left_behind(masters, sources, fused)
     with torch.no_grad():
-        pulled, of_state = _pulled(masters, state, taken, spec, backward)
+        pulled, of_state = _pulled(masters, state, taken, spec, backward, separate)
+        given = set[int]()
+        for i, grad in enumerate(taken):
+            if grad is not None and grad is pulled[i]:
+                is_ours = set_to_none and i not in fused and id(grad) not in given and _owns_its_memory(grad)
+                pulled[i] = grad if is_ours else grad.clone()
+                given.add(id(grad))
         for i, param in enumerate(sources) if set_to_none else ():
             if param is not leaves[i] or (i in fused and _has_dummy(param)):
                 param.grad = None
-        for i, grad in enumerate(taken):
-            if grad is not None and grad is pulled[i]:
-                is_ours = set_to_none and i not in fused and _owns_its_memory(grad)
-                pulled[i] = grad if is_ours else grad.clone()
         _give(leaves, pulled)
         for key, of_leaves in of_state.items():
             _give(list(map(state[key].__getitem__, of_leaves)), list(of_leaves.values()))
@@ -97,8 +106,8 @@ class _Checked(NamedTuple):
         names: Of the masters.
         are_live: For each whether it has a gradient.
         guards: What the tensors were; None where that is not remembered.
-        casts: What is cast, one list per dtype of a gradient and of its master: numbers of those of one shape, and
-            whether all their masters are contiguous matrices.
+        casts: What is cast, one list per dtype of a gradient and of its master: numbers of those of a group, and
+            whether all their masters are contiguous matrices; of what no group has one by one.
         are_sharded: True if there are DTensors.
     """
 
@@ -126,6 +135,7 @@ def _checked(masters: Mapping[str, Tensor], grads: Sequence[Tensor | None], spec
             return known
     for group in spec.groups:
         weights_of(masters, group)
+    group_of = {name: group.key for group in spec.groups for name in group.names}
     casts: dict[object, dict[object, list[int]]] = {}
     for i, (name, grad) in enumerate(zip(names, grads, strict=True)):
         master = masters[name]
@@ -134,7 +144,7 @@ def _checked(masters: Mapping[str, Tensor], grads: Sequence[Tensor | None], spec
         _check_grad(name, grad, master)
         if grad.dtype != master.dtype:
             of_pair = casts.setdefault((grad.dtype, master.dtype), {})
-            of_pair.setdefault((master.shape, master.device), []).append(i)
+            of_pair.setdefault(group_of.get(name, i), []).append(i)
     are_sharded = any(map(is_sharded, tensors))
     guards = None if is_seen or are_sharded else Guards(tensors)
     lists = [[(one, _are_matrices([tensors[i] for i in one])) for one in each.values()] for each in casts.values()]
@@ -149,6 +159,8 @@ def _are_matrices(masters: Sequence[Tensor]) -> bool:
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"gradient {name!r}: found {grad.layout}, wanted a dense tensor; make no sparse gradients")
     if grad.shape != master.shape or grad.device != master.device or grad.dtype not in DTYPES:
         raise ValueError(
             f"gradient {name!r}: found {tuple(grad.shape)} {grad.dtype} on {grad.device}, wanted "
@@ -163,7 +175,12 @@ def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
 
 
 def _pulled(
-    masters: Mapping[str, Tensor], state: State, grads: Sequence[Tensor | None], spec: Spec, backward: Backward
+    masters: Mapping[str, Tensor],
+    state: State,
+    grads: Sequence[Tensor | None],
+    spec: Spec,
+    backward: Backward,
+    separate: bool,
 ) -> tuple[list[Tensor | None], StateGradients]:
     """`pullback`, of gradients in the order of the masters."""
     check_state(state, spec, values=False)
@@ -178,10 +195,10 @@ def _pulled(
                 found[i] = _placed(grad, leaves[i])
         for same_dtypes in checked.casts:
             if is_seen or torch.compiler.is_compiling():
-                for i in (i for same_shapes, _ in same_dtypes for i in same_shapes if i not in pulled):
+                for i in (i for of_group, _ in same_dtypes for i in of_group if i not in pulled):
                     found[i] = found[i].to(leaves[i].dtype)  # pyright: ignore[reportOptionalMemberAccess] (is there)
             else:
-                _cast(leaves, found, same_dtypes, pulled, checked.are_sharded)
+                _cast(leaves, found, same_dtypes, pulled, checked.are_sharded, separate)
     for i, grad in pulled.items():
         found[i] = grad
     return found, of_state
@@ -259,14 +276,15 @@ def _cast(
     same_dtypes: Sequence[tuple[list[int], bool]],
     pulled: Mapping[int, object],
     are_sharded: bool,
+    separate: bool,
 ) -> None:
     """Cast gradients of one dtype to their masters', in the list, in one call, but for those that were pulled."""
     parts: list[Tensor] = []
     outs: list[Tensor] = []
-    for same_shapes, are_matrices in same_dtypes:
-        places = [i for i in same_shapes if i not in pulled] if pulled else same_shapes
+    for of_group, are_matrices in same_dtypes:
+        places = [i for i in of_group if i not in pulled] if pulled else of_group
         like = [masters[i] for i in places]
-        if are_matrices and len(like) > 1:  # one allocation, as `fakequant` makes for its results
+        if are_matrices and len(like) > 1 and not separate:  # one allocation, as for a group's results
             made: Sequence[Tensor] = unstacked(results_for(like, like[0].dtype), like)
         else:
             made = list(map(torch.empty_like, like))
@@ -289,7 +307,8 @@ def _placed(grad: Any, master: Any) -> Tensor:
 def _fused(sources: Sequence[Any]) -> dict[int, Tensor]:
     """The memory in which layers with fused accumulation add gradients up, of the parameters that have any."""
     some = range(len(sources))
-    if not torch.compiler.is_compiling():  # which cannot trace the dict of a parameter
+    # Not within torch.compile, which cannot trace the dict of a parameter, nor where the class itself has a property.
+    if not torch.compiler.is_compiling() and not hasattr(Parameter, "main_grad"):
         # Of a plain parameter it is an attribute of its own; to ask for one that is not there takes ten times as long.
         some = [i for i, p in enumerate(sources) if type(p) is not Parameter or "main_grad" in vars(p)]
     return {i: main for i in some if (main := getattr(sources[i], "main_grad", None)) is not None}

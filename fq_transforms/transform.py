@@ -51,8 +51,9 @@ class Transform:
         backward: The gradient of `fakequant`. "pass_through": that of the identity. "clip": zero where abs(w) > amax;
             dynamic formats pass every gradient. "lsq": as "clip", and a gradient to the state: see docs/learned-scales.
         out_dtype: bf16, fp16 or fp32 for fake-quantized weights; their own dtype if None.
-        separate: Give each fake-quantized weight memory of its own on a GPU. Without, those of a group share one
-            allocation, which is faster to make, and which one weight that is kept alive keeps whole.
+        separate: Give each fake-quantized weight memory of its own on a GPU, and each gradient that `take_grads` casts.
+            Without, those of a group share one allocation, which is faster to make, and which one that is kept alive
+            keeps whole.
 
     Raises:
         ValueError: An option is not one of its choices, or a format has no amax that the method could choose.
@@ -245,7 +246,7 @@ class Transform:
             >>> fq.pullback(masters, {"w": {"amax": torch.tensor([1.5])}}, {"w": torch.ones(1, 2).bfloat16()})
             ({'w': tensor([[1., 0.]])}, {})
         """
-        return pullback(masters, state, grads, spec=self.spec, backward=self.backward)
+        return pullback(masters, state, grads, spec=self.spec, backward=self.backward, separate=self.separate)
 
     def take_grads(
         self, params: Tensors, masters: Mapping[str, Tensor], state: State, *, set_to_none: bool = True
@@ -275,7 +276,15 @@ class Transform:
             >>> params["w"].grad, masters["w"].grad
             (None, tensor([[1., 1.]]))
         """
-        take_grads(params, masters, state, spec=self.spec, backward=self.backward, set_to_none=set_to_none)
+        take_grads(
+            params,
+            masters,
+            state,
+            spec=self.spec,
+            backward=self.backward,
+            separate=self.separate,
+            set_to_none=set_to_none,
+        )
 
     def quantized_inputs(self, model: Module, state: State) -> AbstractContextManager[None]:
         """Within, a model computes with each input that the spec selects quantized: the inputs' half of `apply`.

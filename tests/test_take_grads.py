@@ -264,3 +264,52 @@ def test_gradients_can_stay_where_they_are(dtype):
             assert param.grad is memory[name]
             assert not param.grad.any()
             assert torch.equal(masters[name].grad, wanted[name]), name
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_gradients_of_a_group_share_an_allocation_and_no_others(separate):
+    """Bug: all of one shape in the model did, so that none could be freed by itself."""
+    params = {f"{n}.experts.{e}.w": torch.nn.Parameter(torch.ones(4, 8, dtype=BF16)) for n in "ab" for e in range(3)}
+    params |= {f"{n}.attention": torch.nn.Parameter(torch.ones(4, 8, dtype=BF16)) for n in "ab"}
+    masters = fqt.masters(params)
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.INT8}), separate=separate)
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    fq.take_grads(params, masters, fq.calibrate(masters))
+    storages = [master.grad.untyped_storage().data_ptr() for master in masters.values()]
+    assert len(set(storages)) == (8 if separate else 2 + 2)
+    assert all(master.grad.eq(1).all() for master in masters.values())
+
+
+def test_a_sparse_gradient_is_refused_before_any_is_moved():
+    """Bug: gradients were taken from the parameters, and then it raised."""
+    params = {"w": torch.nn.Parameter(torch.ones(4, 8)), "e": torch.nn.Parameter(torch.ones(4, 8))}
+    masters = fqt.masters(params)
+    fq = fqt.transform(fqt.select(params, {"w": fqt.INT8}))
+    params["w"].grad, params["e"].grad = torch.ones(4, 8), torch.ones(4, 8).to_sparse()
+    message = message_of(ValueError, fq.take_grads, params, masters, fq.calibrate(masters))
+    assert_names(message, "gradient 'e'", "torch.sparse_coo", "wanted a dense tensor")
+    assert params["w"].grad is not None
+    assert all(master.grad is None for master in masters.values())
+
+
+def test_one_gradient_of_two_parameters_becomes_two():
+    """Bug: both masters had it, and what was added to one was added to the other."""
+    params = {"v": torch.nn.Parameter(torch.ones(4, 8)), "w": torch.nn.Parameter(torch.ones(4, 8))}
+    masters = fqt.masters(params)
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    params["v"].grad = params["w"].grad = torch.ones(4, 8)
+    fq.take_grads(params, masters, fq.calibrate(masters))
+    masters["v"].grad.add_(1)
+    assert masters["w"].grad.eq(1).all()
+
+
+def test_main_grad_that_the_class_has_is_found(monkeypatch):
+    """As Megatron's FSDP gives it to parameters: a property, of no parameter's own."""
+    params = {"w": torch.nn.Parameter(torch.ones(4, 8, dtype=BF16))}
+    masters, buffer = fqt.masters(params), torch.full((4, 8), 3.0)
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    monkeypatch.setattr(torch.nn.Parameter, "main_grad", property(lambda self: buffer), raising=False)
+    fq.take_grads(params, masters, fq.calibrate(masters))
+    assert masters["w"].grad.eq(3).all()
+    assert not buffer.any()

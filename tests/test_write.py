@@ -128,6 +128,20 @@ def test_a_write_is_checked_once(case, monkeypatch):
     assert len(checked) == 1
 
 
+def test_two_models_written_in_turns_are_each_checked_once(monkeypatch):
+    """By one Transform, as a model and its average are."""
+    masters, fq, state, out = written()
+    others = {name: tensor.clone() for name, tensor in out.items()}
+    checked, module = [], import_module("fq_transforms.masters")
+    monkeypatch.setattr(
+        module, "_check_apart", lambda *args, check=module._check_apart: checked.append(1) or check(*args)
+    )
+    for _ in range(3):
+        for target in (out, others):
+            assert_same(fq.fakequant(masters, state, out=target), fq.fakequant(masters, state, out=out))
+    assert len(checked) == 2
+
+
 def test_in_place_only_with_the_flag():
     """Neither `out=masters`, nor a view of the same memory, nor part of it, loses the unquantized values unasked."""
     masters, fq, state, _ = written()

@@ -10,8 +10,8 @@ one allocation), else through a table of addresses on the device.
 NOTE what is remembered: a plan keeps the kernels that were compiled for it, `_PLACES` where groups lay, with their
 tables, and `_CALLS` whole launches but for where their results go. Places and calls are found by addresses, or by what
 stands for addresses that were compared (`Contiguous.known`), so they are never stale: a tensor that moves has another
-address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the
-median over six formats and three runs, at commit 1e02380, which remembered the same; the limits are 80 and 200.
+address. Why: host us per call of `fakequant` on an H200 on 2026-11-28, the median over six formats and three runs, at
+commit 1e02380, which remembered the same; the limits are 80 and 200.
 
                                                     32 experts    128 experts
     with all that is remembered                             65            160
@@ -397,7 +397,7 @@ def launch_again(key: tuple[object, ...] | None, outs: Sequence[Tensor]) -> bool
     if known is None:
         return False
     compiled, grid, stream, arguments, tables = known
-    if len(outs) == 1:  # of a known one, too, it is the one that it was
+    if len(outs) == 1:  # a write that is remembered has the address of before anyway
         arguments = (*arguments[:RESULT], outs[0].data_ptr(), *arguments[RESULT + 1 :])
     _run(compiled, grid, stream, arguments)
     if tables and torch.cuda.is_current_stream_capturing():
