@@ -84,8 +84,7 @@ def modelopt_hf(
     Codes and scales are those of `fq.pack`; calibrated inputs become `input_scale`. Arguments: `compressed_tensors`.
 
     | weights               | inputs beside them, or none |
-    | FP8                   | FP8, always: engines make up a scale where there is none |
-    | MXFP8                 | MXFP8 |
+    | FP8 (never none), MXFP8 | in the same format |
     | FP8_PER_CHANNEL       | FP8_PER_CHANNEL, scaled per token |
     | NVFP4, NVFP4_STATIC   | NVFP4 |
     | INT8_PER_CHANNEL      | INT8 |

@@ -96,16 +96,22 @@ _MEGATRON_TOP = {
     "output_layer.weight": ("lm_head.weight",),
 }
 _MEGATRON_NAME = re.compile(r"(?:module\.)*(?:decoder\.layers\.(?P<layer>\d+)\.(?P<inside>.+)|(?P<top>[^.]+\..+))")
+_OF_A_WRAPPER = re.compile(
+    r"(?:module|base_model\.model)\.|(?:.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
+    r"|lora_\w+|parametrizations)\."
+)
 _NOT_IN_FILES = re.compile(
-    r"module\.|(?:.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-    r"|(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|mtp|embedding|output_layer)\."
+    r"(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|embedding|output_layer)\."
+    r"|mtp\.layers\.\d+\.(?:eh_proj|enorm|hnorm|final_layernorm|transformer_layer)\."
 )
-# A model of several parts, as of images and text, has layers under several prefixes.
-_IN_LAYER = re.compile(
-    r"(?P<prefix>(?:.*?\.)?)(?P<word>layers|h|blocks)\.(?P<layer>\d+)\.(?:.*\.experts\.(?P<expert>\d+)\.)?"
-)
+_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)", re.DOTALL)
+_EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
+_ROUTER = re.compile(r"(?:mlp|moe|feed_forward|block_sparse_moe)\.gate\.weight")
+# Parts of a model that config counts elsewhere than the text's layers.
+_BESIDE_THE_TEXT = re.compile(r"(?:.*\.)?(?:mtp\w*|\w*(?:vision|visual|audio|image|talker|speech)\w*|encoder)\.")
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-# Of models of several parts, the part that has experts.
+# Of models of several parts, the part that has experts; one may be within another.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 # Layers behind the last, which predict more than the next token.
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
@@ -190,6 +196,13 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         >>> file_names("model.layers.0.mlp.experts.3.up_proj.weight", {"model_type": "any other"})
         ('model.layers.0.mlp.experts.3.up_proj.weight',)
     """
+    megatron = _MEGATRON_NAME.fullmatch(name)
+    is_megatron = megatron is not None and bool(megatron["inside"] or megatron["top"] in _MEGATRON_TOP)
+    if _OF_A_WRAPPER.match(name) and not is_megatron:
+        raise ValueError(
+            f"parameter {name!r}: found a wrapper's prefix, wanted names as the model itself has them; give the module "
+            "within the wrapper, merged, or leave it out of params"
+        )
     if match := _STACKED.fullmatch(name):
         family = _family(name, config)
         roles = (family.down,) if match["role"] == "down_proj" else (family.gate, family.up)
@@ -199,7 +212,6 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
             f"parameter {name!r}: found stacked experts of a role that is not known in files of "
             f"{config.get('model_type')!r}, wanted mlp.experts.gate_up_proj or mlp.experts.down_proj"
         )
-    megatron = _MEGATRON_NAME.fullmatch(name)
     if megatron and megatron["inside"]:
         inside = _names_in_layer(name, megatron["inside"], _family(name, config), bool(config.get("kv_lora_rank")))
         return tuple(f"model.layers.{megatron['layer']}.{n}" for n in inside)
@@ -207,12 +219,18 @@ def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         return _MEGATRON_TOP[megatron["top"]]
     if _NOT_IN_FILES.match(name):
         raise ValueError(
-            f"parameter {name!r}: found a wrapper's prefix, or a name of Megatron's whose name in transformers is not "
-            "known, wanted names as the model itself has them; rename it, or leave it out of params"
+            f"parameter {name!r}: found a name of Megatron's whose name in transformers is not known, wanted names as "
+            "the model itself has them; rename it, or leave it out of params"
         )
     # transformers keeps Mixtral's block of experts as `mlp` in memory.
     family = MODEL_TYPES.get(str(config.get("model_type")), Family())
-    return (name if family.moe == "mlp" else name.replace(".mlp.", f".{family.moe}."),)
+    if family.moe == "mlp":
+        return (name,)
+    roles = {"gate_proj": family.gate, "up_proj": family.up, "down_proj": family.down}
+    in_files = name.replace(".mlp.", f".{family.moe}.")
+    if match := re.fullmatch(r"(.*\.experts\.(?:\d+|\*)\.)(gate_proj|up_proj|down_proj)(\..*)", in_files):
+        in_files = match[1] + roles[match[2]] + match[3]
+    return (in_files,)
 
 
 def module_of(name: str) -> str:
@@ -255,6 +273,7 @@ def check_accounted(sources: Sequence[Source]) -> None:
         if not bool((count == 1).all()):
             raise ValueError(f"parameter {source.name!r}: found rows of it in files other than once, wanted each once")
         for name in source.names:
+            name = name if group is None else f"{module_of(name)}.weight"  # noqa: PLW2901 (as codes are called, or near)
             if name in taken:
                 raise ValueError(
                     f"parameters {taken[name]!r} and {source.name!r}: found {name!r} for both in files, wanted two "
@@ -278,8 +297,8 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
     but that experts count from zero without a gap, alike in all layers that have any.
     """
     text = config
-    for key in _TEXT_CONFIGS:
-        text = text[key] if isinstance(text.get(key), Mapping) else text
+    while inner := next((text[key] for key in _TEXT_CONFIGS if isinstance(text.get(key), Mapping)), None):
+        text = inner
     rows: dict[str, int] = {}
     for source in sources:
         of_source = torch.arange(source.shape[0] if source.shape else 1)
@@ -287,8 +306,10 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
             rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
     _check_layers_and_experts(rows, text)
     for name in rows:
-        is_head = name == "lm_head.weight" or name.endswith("embed_tokens.weight")
-        if is_head and text.get("vocab_size") and rows[name] != text["vocab_size"]:
+        is_of_words = name == "lm_head.weight" or name.endswith("embed_tokens.weight")
+        if not is_of_words or _BESIDE_THE_TEXT.match(name) or not text.get("vocab_size"):
+            continue
+        if rows[name] != text["vocab_size"]:
             raise ValueError(
                 f"parameter {name!r}: found {rows[name]} rows, wanted {text['vocab_size']}, as vocab_size in config "
                 "says; cut the padding off"
@@ -299,46 +320,74 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
             raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
 
 
-def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    stacks: dict[str, dict[int, set[int]]] = {}  # by what is before the number of the layer
-    names = list(names)
+class _Layer(NamedTuple):
+    """What a layer has: for each role of its experts their numbers, and whether there is a router."""
+
+    experts: dict[str, set[int]]
+    routers: list[str]
+
+
+def _layers_of(names: Iterable[str]) -> dict[str, dict[int, _Layer]]:
+    """All layers, by what is before their number, and by number."""
+    stacks: dict[str, dict[int, _Layer]] = {}
     for name in names:
         if match := _IN_LAYER.match(name):
-            experts = stacks.setdefault(f"{match['prefix']}{match['word']}", {}).setdefault(int(match["layer"]), set())
-            if match["expert"]:
-                experts.add(int(match["expert"]))
-    # Where there are experts, that is the model; else it is what transformers calls so.
-    of_text = {prefix: layers for prefix, layers in stacks.items() if any(layers.values())}
-    depth, key = config.get("num_hidden_layers"), next((key for key in _EXPERT_COUNTS if config.get(key)), None)
-    for prefix, layers in (of_text or {p: layers for p, layers in stacks.items() if p == "model.layers"}).items():
-        if prefix.startswith("mtp."):
-            continue
-        missing = sorted({*range(depth or 0)} - layers.keys())
-        if missing:
+            layer = stacks.setdefault(match["stack"], {}).setdefault(int(match["layer"]), _Layer({}, []))
+            if expert := _EXPERT.fullmatch(match["inside"]):
+                role = expert["before"] + "*" + expert["after"]
+                layer.experts.setdefault(role, set()).add(int(expert["expert"]))
+            elif _ROUTER.fullmatch(match["inside"]):
+                layer.routers.append(name)
+    return stacks
+
+
+def _count(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int]:
+    """The first of some numbers that config has, with its name; no name and 0 for none, or one for each layer."""
+    found = ((key, config[key]) for key in keys if config.get(key))
+    return next(((key, number) for key, number in found if isinstance(number, int)), ("", 0))
+
+
+def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    names = list(names)
+    stacks = _layers_of(names)
+    of_depth, depth = _count(config, _DEPTHS)
+    of_experts, told = _count(config, _EXPERT_COUNTS)
+    for stack, layers in stacks.items():
+        is_text = not _BESIDE_THE_TEXT.match(f"{stack}.")
+        has_experts = any(layer.experts or layer.routers for layer in layers.values())
+        missing = sorted({*range(depth)} - layers.keys())
+        if missing and is_text and (has_experts or stack == "model.layers"):
             raise ValueError(
-                f"params: found no layer {missing[0]} of {prefix!r}, wanted {depth}, as num_hidden_layers in config "
-                "says"
+                f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
             )
-        most = config[key] if key else max((max(found, default=-1) for found in layers.values()), default=-1) + 1
-        said = f"as {key} in config says" if key else "as in another layer, or up to the last that is there"
-        for layer, experts in layers.items():
-            if experts and experts != {*range(most)}:
+        most = max((max(found) + 1 for layer in layers.values() for found in layer.experts.values()), default=0)
+        wanted = told if told and is_text else most
+        said = f"as {of_experts} in config says" if told and is_text else "as another role or layer has"
+        for number, layer in layers.items():
+            if layer.routers and not layer.experts:
                 raise ValueError(
-                    f"params: found {len(experts)} experts in layer {layer} of {prefix!r}, wanted {most}, {said}; "
-                    "gather the experts of all ranks"
+                    f"params: found the router {layer.routers[0]!r} and no experts in layer {number} of {stack!r}, "
+                    f"wanted {wanted}; gather the experts of all ranks"
                 )
-    _check_promised(names, stacks, config)
+            for role, found in layer.experts.items():
+                if found != {*range(wanted)}:
+                    raise ValueError(
+                        f"params: found {len(found)} experts in layer {number} of {stack!r}, {role!r}, wanted "
+                        f"{wanted}, {said}; gather the experts of all ranks"
+                    )
+    _check_promised(names, stacks, config, depth)
 
 
 def _check_promised(
-    names: Iterable[str], stacks: Mapping[str, Mapping[int, object]], config: Mapping[str, Any]
+    names: Iterable[str], stacks: Mapping[str, Mapping[int, object]], config: Mapping[str, Any], depth: int
 ) -> None:
-    """Raise ValueError if config says that there are layers for more tokens, and there are none."""
-    key = next((key for key in _MTP_COUNTS if config.get(key)), None)
-    depth = config.get("num_hidden_layers") or 0
-    if key and not any("mtp" in name.split(".") for name in names) and not any(depth in of for of in stacks.values()):
+    """Raise ValueError if config says that there are layers for more tokens, and there are fewer."""
+    key, count = _count(config, _MTP_COUNTS)
+    text = [layers for stack, layers in stacks.items() if not _BESIDE_THE_TEXT.match(f"{stack}.")]
+    is_there = any({*range(depth, depth + count)} <= layers.keys() for layers in text)
+    if key and not is_there and not any(re.search(r"(?:^|\.)mtp\w*\.\w*\.?\d", name) for name in names):
         raise ValueError(
-            f"params: found no layer {depth} and none of 'mtp', wanted {config[key]}, as {key} in config says; "
+            f"params: found no layer {depth} and none of 'mtp', wanted {count}, as {key} in config says; "
             f"transformers leaves them out: add them from the model's own files, or give a config with {key}=0"
         )
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -294,7 +294,7 @@ def _sources(
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
         source = Source(name, group, inputs.get(name), shape, experts, file_tensors(name, shape, config))
         if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
-            _check_is_embedding(source, params)
+            _check_is_embedding(source, params, group_of.keys())
             continue  # transformers does not store it either
         if group:
             for part in source.tensors:
@@ -325,17 +325,23 @@ def _check_layers(sources: Iterable[Source]) -> None:
             )
 
 
-def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:
+def _check_is_embedding(head: Source, params: Mapping[str, Tensor], quantized: Set[str]) -> None:
     if head.group:
         raise ValueError(
             f"group {head.name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted a "
             "head of its own to quantize; exclude it with a rule to None"
         )
-    embeddings = [name for name in params if EMBEDDING.fullmatch(name)]
-    if not any(torch.equal(params[head.name], params[name]) for name in embeddings):
+    own = params[head.name]
+    embeddings = [name for name in params if EMBEDDING.fullmatch(name) and params[name].shape == own.shape]
+    if not embeddings or not all(torch.equal(own.float(), params[name].float()) for name in embeddings):
         raise ValueError(
             f"parameter {head.name!r}: found other numbers than in {embeddings}, and tie_word_embeddings in config, by "
             "which it would be lost, wanted tie_word_embeddings=False"
+        )
+    for name in set(embeddings) & quantized:
+        raise ValueError(
+            f"group {name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted it not "
+            "quantized, or a head of its own; exclude it with a rule to None"
         )
 
 

@@ -175,3 +175,131 @@ def test_a_tied_head_is_left_out_only_if_its_numbers_are_there(tmp_path):
         with pytest.raises(ValueError, match="by which it would be lost"):
             written(name, **others)
         assert not (tmp_path / name).exists()
+
+
+CONFIG = {"model_type": "qwen3_moe", "architectures": ["X"], "num_hidden_layers": 1, "num_experts": 2}
+
+
+def of_layer(prefix="model.layers.0.mlp", experts=2, roles=("up_proj", "down_proj")):
+    return {f"{prefix}.experts.{e}.{role}.weight": torch.randn(32, 32) for role in roles for e in range(experts)}
+
+
+def written(tmp_path, params, config=None, rules="*.experts.*", target=fqt.export.compressed_tensors):
+    fq = fqt.transform(fqt.select(params, {rules: fqt.NVFP4}))
+    target(tmp_path / "a", fq, params, fq.calibrate(params), config=CONFIG | (config or {}))
+    return read(tmp_path / "a")
+
+
+EMBEDDING = torch.randn(8, 32)
+TIED = {"tie_word_embeddings": True}
+LOST = {
+    "codes and a plain weight of one name": (
+        {"a.router": torch.randn(32, 32), "a.router.weight": torch.ones(32, 32), **of_layer()},
+        {},
+        "a.router",
+        "found 'a.router.weight' for both in files",
+    ),
+    "a head whose embedding is quantized": (
+        {**of_layer(), "model.embed_tokens.weight": EMBEDDING, "lm_head.weight": EMBEDDING.clone()},
+        TIED,
+        "model.embed_*",
+        "not quantized",
+    ),
+    "a head that is another part's embedding": (
+        of_layer()
+        | {"model.embed_tokens.weight": EMBEDDING + 1, "a.embed_tokens.weight": EMBEDDING, "lm_head.weight": EMBEDDING},
+        TIED,
+        "*.experts.*",
+        "it would be lost",
+    ),
+    "a stack within a wrapper": (
+        {"model.layers.0._orig_mod.mlp.experts.gate_up_proj": torch.randn(2, 64, 32)},
+        {},
+        "*",
+        "a wrapper's prefix",
+    ),
+    "PEFT's prefix": (of_layer("base_model.model.model.layers.0.mlp"), {}, "*", "a wrapper's prefix"),
+    "an adapter": (
+        of_layer() | {"model.layers.0.mlp.experts.0.up_proj.lora_A.default.weight": torch.randn(4, 32)},
+        {},
+        "*_proj.weight",
+        "a wrapper's prefix",
+    ),
+    "a role with fewer experts": (
+        of_layer(roles=["up_proj"]) | of_layer(experts=1, roles=["down_proj"]),
+        {},
+        "*",
+        "experts.*.down_proj.weight",
+    ),
+    "a layer whose experts are missing": (
+        of_layer() | {"model.layers.1.mlp.gate.weight": torch.randn(2, 32)},
+        {"num_hidden_layers": 2},
+        "*.experts.*",
+        "no experts in layer 1",
+    ),
+    "a nested config": (
+        of_layer("thinker.model.layers.0.mlp"),
+        {"num_experts": None, "num_hidden_layers": None, "thinker_config": {"text_config": {"num_experts": 4}}},
+        "*",
+        "wanted 4",
+    ),
+    "fewer layers for more tokens": (
+        of_layer() | of_layer("model.layers.1.mlp"),
+        {"num_nextn_predict_layers": 3},
+        "*",
+        "wanted 3",
+    ),
+    "layers of an image in their place": (
+        of_layer() | {"visual.blocks.1.w": torch.randn(32, 32)},
+        {"num_nextn_predict_layers": 1},
+        "*.experts.*",
+        "found no layer 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "config", "rules", "said"), [pytest.param(*case, id=name) for name, case in LOST.items()]
+)
+def test_what_would_be_lost_is_refused(params, config, rules, said, tmp_path):
+    """Each was written once, without a word."""
+    with pytest.raises(ValueError) as caught:
+        written(tmp_path, params, config, rules)
+    assert_names(str(caught.value), said, "found", "wanted")
+    assert not list(tmp_path.iterdir())
+
+
+WHOLE = {
+    "Qwen3-Next's layers for more tokens": (of_layer() | of_layer("mtp.layers.0.mlp"), {"num_nextn_predict_layers": 1}),
+    "under the model": (of_layer() | of_layer("model.mtp.layers.0.mlp"), {"num_nextn_predict_layers": 1}),
+    "in blocks": (of_layer() | {"model.mtp_block.0.w": torch.randn(4, 4)}, {"num_nextn_predict_layers": 1}),
+    "another stack of another depth": (
+        of_layer() | of_layer("talker.model.layers.0.mlp", 3) | of_layer("model.vision_tower.layers.0.mlp", 1),
+        {},
+    ),
+    "a number of experts for each layer": (of_layer(), {"num_experts": [2]}),
+    "another part's vocabulary": (
+        of_layer()
+        | {"model.embed_tokens.weight": EMBEDDING, "model.audio_tower.decoder.embed_tokens.weight": EMBEDDING[:4]},
+        {"vocab_size": 8},
+    ),
+    "a head in another dtype": (
+        of_layer()
+        | {"model.embed_tokens.weight": EMBEDDING.bfloat16().float(), "lm_head.weight": EMBEDDING.bfloat16()},
+        TIED,
+    ),
+}
+
+
+@pytest.mark.parametrize(("params", "config"), [pytest.param(*case, id=name) for name, case in WHOLE.items()])
+def test_whole_models_are_written(params, config, tmp_path):
+    """Each was refused once, or had a message about something else."""
+    found = written(tmp_path, params, config)
+    assert len([name for name in found if name.endswith(".weight_packed")]) == sum(".experts." in n for n in params)
+
+
+def test_mixtrals_lists_have_the_names_of_its_files(tmp_path):
+    """As its stacks have; not the block's name alone."""
+    found = written(tmp_path, of_layer(), {"model_type": "mixtral"})
+    names = {name.removesuffix(".weight_packed") for name in found if name.endswith(".weight_packed")}
+    assert names == {f"model.layers.0.block_sparse_moe.experts.{e}.{w}" for e in range(2) for w in ("w2", "w3")}
