@@ -208,7 +208,7 @@ def planned_write(
 
 
 class _Planned(NamedTuple):
-    """The last write of a spec: all that was checked of it follows from these."""
+    """A write of a spec into some tensors: all that was checked of it follows from these."""
 
     spec: Spec | None
     names: list[str]
@@ -228,7 +228,7 @@ class _Planned(NamedTuple):
 
 
 # To check a write anew at each step takes the host 12 us per weight, which is more than the device takes to make it.
-_PLANNED: Bounded[tuple[int, int], _Planned] = Bounded(64)
+_PLANNED: Bounded[tuple[int, int], _Planned] = Bounded(16)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

@@ -78,9 +78,10 @@ def take_grads(
         given = set[int]()
         for i, grad in enumerate(taken):
             if grad is not None and grad is pulled[i]:
-                is_ours = set_to_none and i not in fused and id(grad) not in given and _owns_its_memory(grad)
-                pulled[i] = grad if is_ours else grad.clone()
-                given.add(id(grad))
+                is_ours = set_to_none and i not in fused and _owns_its_memory(grad)
+                address = local_values(grad).data_ptr()
+                pulled[i] = grad if is_ours and address not in given else grad.clone()
+                given.add(address)
         for i, param in enumerate(sources) if set_to_none else ():
             if param is not leaves[i] or (i in fused and _has_dummy(param)):
                 param.grad = None

@@ -1,4 +1,4 @@
-"""Laws of many cases are tried in all of them with FULL=1, as `.ci/full` sets it; else in fewer, for CI's time."""
+"""Laws of many cases: with the environment variable FULL=1, as in `.ci/full`, all that a test knows, else fewer."""
 
 import os
 

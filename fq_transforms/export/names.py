@@ -98,7 +98,7 @@ _MEGATRON_TOP = {
 _MEGATRON_NAME = re.compile(r"(?:module\.)*(?:decoder\.layers\.(?P<layer>\d+)\.(?P<inside>.+)|(?P<top>[^.]+\..+))")
 _OF_A_WRAPPER = re.compile(
     r"(?:module|base_model\.model)\.|(?:.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
-    r"|lora_\w+|parametrizations)\."
+    r"|lora_\w+)\."
 )
 _NOT_IN_FILES = re.compile(
     r"(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|embedding|output_layer)\."
@@ -305,11 +305,8 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
         for tensor in source.tensors:
             rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
     _check_layers_and_experts(rows, text)
-    for name in rows:
-        is_of_words = name == "lm_head.weight" or name.endswith("embed_tokens.weight")
-        if not is_of_words or _BESIDE_THE_TEXT.match(name) or not text.get("vocab_size"):
-            continue
-        if rows[name] != text["vocab_size"]:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if text.get("vocab_size") and rows.get(name, text["vocab_size"]) != text["vocab_size"]:
             raise ValueError(
                 f"parameter {name!r}: found {rows[name]} rows, wanted {text['vocab_size']}, as vocab_size in config "
                 "says; cut the padding off"
@@ -321,7 +318,7 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
 
 
 class _Layer(NamedTuple):
-    """What a layer has: for each role of its experts their numbers, and whether there is a router."""
+    """What a layer has: for each role of its experts their numbers, and the names of its routers."""
 
     experts: dict[str, set[int]]
     routers: list[str]
@@ -344,7 +341,7 @@ def _layers_of(names: Iterable[str]) -> dict[str, dict[int, _Layer]]:
 def _count(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int]:
     """The first of some numbers that config has, with its name; no name and 0 for none, or one for each layer."""
     found = ((key, config[key]) for key in keys if config.get(key))
-    return next(((key, number) for key, number in found if isinstance(number, int)), ("", 0))
+    return next(((key, number) for key, number in found if type(number) is int), ("", 0))
 
 
 def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -361,10 +358,13 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
                 f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
             )
         most = max((max(found) + 1 for layer in layers.values() for found in layer.experts.values()), default=0)
-        wanted = told if told and is_text else most
+        is_by_layer = any(isinstance(config.get(key), list) for key in _EXPERT_COUNTS)
         said = f"as {of_experts} in config says" if told and is_text else "as another role or layer has"
         for number, layer in layers.items():
-            if layer.routers and not layer.experts:
+            if is_by_layer:  # config has a number for each layer, whose order is not known
+                most = max(map(len, layer.experts.values()), default=0)
+            wanted = told if told and is_text else most
+            if layer.routers and not layer.experts and most:
                 raise ValueError(
                     f"params: found the router {layer.routers[0]!r} and no experts in layer {number} of {stack!r}, "
                     f"wanted {wanted}; gather the experts of all ranks"

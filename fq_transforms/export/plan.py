@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +15,7 @@ from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.files import bytes_of, check_free, progress, write
 from fq_transforms.export.names import FileTensor, Source, check_accounted, check_config, file_tensors, module_of
 from fq_transforms.export.ties import check_ties
-from fq_transforms.formats import Format, IntElement, code_bits
+from fq_transforms.formats import FORMATS, Format, IntElement, code_bits
 from fq_transforms.pack import check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
 from fq_transforms.state import State
@@ -126,6 +126,11 @@ def format_key(format: Format) -> FormatKey:
     return name, f"{rows}x{columns}", format.scale
 
 
+def _names_of(keys: Collection[FormatKey]) -> str:
+    """The formats that are stored so, for a message."""
+    return ", ".join(sorted(format.name for format in FORMATS.values() if format_key(format) in keys))
+
+
 def inverse(scale: Tensor, of_zero: float) -> Tensor:
     """1 / scale, and `of_zero` where the scale is 0, which marks weights that are all zero.
 
@@ -170,17 +175,18 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
         if format_key(group.format) not in known:
             raise ValueError(
                 f"group {group.key!r}: found {group.format.name}, {format_key(group.format)}, for which {target.name} "
-                f"has no name, wanted one of {sorted(known)}"
+                f"has no name, wanted one of {_names_of(known)}"
             )
         weights_of(params, group)
     inputs = _inputs(target, spec)
     for group in spec.groups:
         key = format_key(group.format)
         if group.key not in inputs and (key, None) not in target.formats:
-            wanted = sorted(of_inputs for weights, of_inputs in target.formats if weights == key and of_inputs)
+            wanted = {of_inputs for weights, of_inputs in target.formats if weights == key and of_inputs}
             raise ValueError(
                 f"group {group.key!r}: found {group.format.name} without inputs, which engines that read {target.name} "
-                f"compute otherwise, wanted inputs in {wanted} too: Rule(pattern, weights, inputs); or another layout"
+                f"compute otherwise, wanted inputs in {_names_of(wanted)} too: Rule(pattern, weights, inputs); or "
+                "another layout"
             )
     for name, tensor in params.items():
         _check_storable(name, tensor)
@@ -252,7 +258,10 @@ def _config(config: Any) -> dict[str, Any]:
     entries: Any = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(entries, Mapping):
         raise ValueError(f"config: found {type(entries).__name__}, wanted model.config, or what config.json holds")
-    for key, fix in (("model_type", "that of transformers"), ("architectures", "such as [type(model).__name__]")):
+    for key, fix in (
+        ("model_type", "that of transformers"),
+        ("architectures", "config.architectures = [type(model).__name__]"),
+    ):
         if not entries.get(key):
             raise ValueError(f"config: found {key}={entries.get(key)!r}, wanted {fix}; engines choose a class by it")
     if entries.get("quantization_config"):
@@ -294,30 +303,44 @@ def _sources(
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
         source = Source(name, group, inputs.get(name), shape, experts, file_tensors(name, shape, config))
         if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
-            _check_is_embedding(source, params, group_of.keys())
+            _check_is_embedding(source, params)
             continue  # transformers does not store it either
         if group:
+            _check_name(group, config)
             for part in source.tensors:
                 _check_cut(group, part)
         sources[name] = source
     return list(sources.values())
 
 
+def _check_name(group: Group, config: Mapping[str, Any]) -> None:
+    if "parametrizations" in group.key.split("."):
+        raise ValueError(
+            f"group {group.key!r}: found what torch.nn.utils.parametrize computes a weight from, wanted the weight"
+        )
+    if config.get("tie_word_embeddings") and EMBEDDING.fullmatch(group.key):
+        raise ValueError(
+            f"group {group.key!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted it "
+            "not quantized, or a head of its own; exclude it with a rule to None"
+        )
+
+
 def _check_layers(sources: Iterable[Source]) -> None:
     """Raise ValueError for a layer whose experts' roles are not alike: engines compute them in one kernel."""
-    found: dict[str, dict[tuple[str | None, str | None], str]] = {}
+    found: dict[str, dict[object, tuple[str, str | None, str | None]]] = {}
     for source in sources:
         group, inputs = source.group, source.inputs
-        kind = group.format.name if group else None, inputs.format.name if inputs else None
+        kind = tuple(format_key(each.format) if each else None for each in (group, inputs))  # formats of one layout
+        names = source.name, group.format.name if group else None, inputs.format.name if inputs else None
         for tensor in source.tensors:
             block, is_expert, _ = tensor.name.partition(".experts.")
             if is_expert and len(source.shape) > 1:
-                found.setdefault(block, {}).setdefault(kind, source.name)
+                found.setdefault(block, {}).setdefault(kind, names)
     for block, kinds in found.items():
         if len(kinds) > 1:
             said = ", ".join(
                 f"{name!r} {format or 'not quantized'}" + (f" with inputs in {of_inputs}" if of_inputs else "")
-                for (format, of_inputs), name in kinds.items()
+                for name, format, of_inputs in kinds.values()
             )
             raise ValueError(
                 f"experts of {block!r}: found {said}, wanted one format for all roles of a layer, which engines "
@@ -325,23 +348,20 @@ def _check_layers(sources: Iterable[Source]) -> None:
             )
 
 
-def _check_is_embedding(head: Source, params: Mapping[str, Tensor], quantized: Set[str]) -> None:
+def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:
     if head.group:
         raise ValueError(
             f"group {head.name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted a "
             "head of its own to quantize; exclude it with a rule to None"
         )
     own = params[head.name]
-    embeddings = [name for name in params if EMBEDDING.fullmatch(name) and params[name].shape == own.shape]
-    if not embeddings or not all(torch.equal(own.float(), params[name].float()) for name in embeddings):
+    others = {name: other for name, other in params.items() if name != head.name and other.shape == own.shape}
+    named = {name: other for name, other in others.items() if EMBEDDING.fullmatch(name)}
+    are_equal = [torch.equal(own.float(), other.float()) for other in (named or others).values()]
+    if not (all(are_equal) and named) and not (any(are_equal) and not named):
         raise ValueError(
-            f"parameter {head.name!r}: found other numbers than in {embeddings}, and tie_word_embeddings in config, by "
-            "which it would be lost, wanted tie_word_embeddings=False"
-        )
-    for name in set(embeddings) & quantized:
-        raise ValueError(
-            f"group {name!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted it not "
-            "quantized, or a head of its own; exclude it with a rule to None"
+            f"parameter {head.name!r}: found no embedding of the same numbers, among {list(named)}, and "
+            "tie_word_embeddings in config, by which it would be lost, wanted tie_word_embeddings=False"
         )
 
 

@@ -256,7 +256,7 @@ def _load_at(rank, size, folder, parallelism, every):
 def test_any_parallelism_to_any_other(ranks, tmp_path):
     """EP and TP at save, by 1, 2, 4 and 8 ranks, to EP and TP at load: each rank has what it would have made itself.
 
-    Each number of ranks loads every third of the ten checkpoints of each kind, of which each loads others.
+    Each loads every third of the ten checkpoints of each kind, beginning with another; 4 and 8 ranks all with FULL=1.
     """
     fitting = {size: [(ep, tp) for ep, tp in PARALLELISM if size % (ep * tp) == 0] for size in (1, 2, 4)}
     fitting[8] = [(4, 2)]

@@ -320,7 +320,7 @@ def faults_of_inputs():
             "FP8 without inputs",
             "Rule(pattern, weights, inputs)",
         ),
-        "no inputs": (weights_only(fq), state, "layers.0", "FP8 without inputs", "('e4m3', 'tensor', 'fp32')"),
+        "no inputs": (weights_only(fq), state, "layers.0", "FP8 without inputs", "inputs in FP8 too"),
         "never calibrated": (fq, with_amax(-torch.inf, up), up, "no token"),
         "no name for the pair": (other, state, "NVFP4", "beside weights in FP8", "no name"),
         "no weights": (alone, state, "gate_proj.weight.input", "no quantized weights"),
