@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
+from fq_transforms.export.accounted import check_accounted, check_config
 from fq_transforms.export.files import bytes_of, check_free, progress, write
-from fq_transforms.export.names import FileTensor, Source, check_accounted, check_config, file_tensors, module_of
+from fq_transforms.export.names import FileTensor, Source, file_tensors, module_of
 from fq_transforms.export.ties import check_ties
 from fq_transforms.formats import FORMATS, Format, IntElement, code_bits
 from fq_transforms.pack import check_packable, pack

@@ -1,0 +1,176 @@
+"""Whether the files have all of a model: each row and each name once, and the layers and experts that config counts."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fq_transforms.export.names import Source, module_of
+
+__all__ = ["check_accounted", "check_config"]
+
+_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)")
+_EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
+_ROUTER = re.compile(r"(?:mlp|moe|feed_forward|block_sparse_moe)\.gate\.weight")
+# Parts of a model that config counts elsewhere than the text's layers.
+_BESIDE_THE_TEXT = re.compile(r"(?:.*\.)?(?:mtp\w*|\w*(?:vision|visual|audio|image|talker|speech)\w*|encoder)\.")
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+# Of models of several parts, the part that has experts; one may be within another.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+# Layers behind the last, which predict more than the next token.
+_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+# Model types whose router adds a trained buffer.
+ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
+
+
+def check_accounted(sources: Sequence[Source]) -> None:
+    """Raise ValueError unless all of each source goes to the files once, and each name in the files has one source.
+
+    Example:
+        >>> from fq_transforms.export.names import FileTensor
+        >>> from fq_transforms.formats import FP8
+        >>> from fq_transforms.spec import Group
+        >>> whole = FileTensor("moe.down_proj.weight", slice(None))
+        >>> check_accounted([Source("moe.down_proj.weight", None, None, (4, 4), 8, [whole])])
+        >>> group = Group("moe.down_proj.weight", ("moe.down_proj.weight",), FP8, 8, (4, 4), stacked=True)
+        >>> check_accounted([Source(group.key, group, None, (4, 4), 8, [whole])])
+        Traceback (most recent call last):
+        ...
+        ValueError: group 'moe.down_proj.weight': found the name 'moe.down_proj.weight' in files for all of its 8
+        experts, of which one would be left, wanted a name for each; give experts separate parameters, or call the stack
+        mlp.experts.gate_up_proj or mlp.experts.down_proj
+    """
+    taken: dict[str, str] = {}
+    for source in sources:
+        group, rows = source.group, source.shape[0] if source.shape else 1
+        count = torch.zeros(rows, dtype=torch.int64)
+        for tensor in source.tensors:
+            count[tensor.rows] += 1
+            if group is not None and group.experts > 1 and "*" not in tensor.name:
+                raise ValueError(
+                    f"group {group.key!r}: found the name {tensor.name!r} in files for all of its {group.experts} "
+                    "experts, of which one would be left, wanted a name for each; give experts separate parameters, "
+                    "or call the stack mlp.experts.gate_up_proj or mlp.experts.down_proj"
+                )
+        if not bool((count == 1).all()):
+            raise ValueError(f"parameter {source.name!r}: found rows of it in files other than once, wanted each once")
+        # Codes are called `weight`, or `weight_packed`, whatever the parameter is.
+        for name in source.names if group is None else [f"{module_of(name)}.weight" for name in source.names]:
+            if name in taken:
+                raise ValueError(
+                    f"parameters {taken[name]!r} and {source.name!r}: found {name!r} for both in files, wanted two "
+                    "names"
+                )
+            taken[name] = source.name
+    quantized = {module_of(name): source.name for source in sources if source.group for name in source.names}
+    for name, parameter in taken.items():
+        module, _, last = name.rpartition(".")
+        if module in quantized and last not in ("weight", "bias"):
+            raise ValueError(
+                f"parameter {parameter!r}: found {name!r} for it in files, beside the codes and scales of "
+                f"{quantized[module]!r}, wanted none; leave it out of params"
+            )
+
+
+def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the files have the layers, experts, vocabulary and routing biases that config says.
+
+    A part of a model, such as one rank's, has names like those of a whole one. What config does not say is not checked,
+    but that experts count from zero without a gap, alike in all layers that have any.
+    """
+    text = config
+    while inner := next((text[key] for key in _TEXT_CONFIGS if isinstance(text.get(key), Mapping)), None):
+        text = inner
+    rows: dict[str, int] = {}
+    for source in sources:
+        of_source = torch.arange(source.shape[0] if source.shape else 1)
+        for tensor in source.tensors:
+            rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
+    _check_layers_and_experts(rows, text)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if text.get("vocab_size") and rows.get(name, text["vocab_size"]) != text["vocab_size"]:
+            raise ValueError(
+                f"parameter {name!r}: found {rows[name]} rows, wanted {text['vocab_size']}, as vocab_size in config "
+                "says; cut the padding off"
+            )
+    for name in rows if text.get("model_type") in ROUTED_WITH_BIAS else ():
+        bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
+        if name.endswith(".mlp.gate.weight") and bias not in rows:
+            raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
+
+
+class _Layer(NamedTuple):
+    """What a layer has: for each role of its experts their numbers, and the names of its routers."""
+
+    experts: dict[str, set[int]]
+    routers: list[str]
+
+
+def _layers_of(names: Iterable[str]) -> dict[str, dict[int, _Layer]]:
+    """All layers, by what is before their number, and by number."""
+    stacks: dict[str, dict[int, _Layer]] = {}
+    for name in names:
+        if match := _IN_LAYER.match(name):
+            layer = stacks.setdefault(match["stack"], {}).setdefault(int(match["layer"]), _Layer({}, []))
+            if expert := _EXPERT.fullmatch(match["inside"]):
+                role = expert["before"] + "*" + expert["after"]
+                layer.experts.setdefault(role, set()).add(int(expert["expert"]))
+            elif _ROUTER.fullmatch(match["inside"]):
+                layer.routers.append(name)
+    return stacks
+
+
+def _count(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int]:
+    """The first of some numbers that config has, with its name; no name and 0 for none, or one for each layer."""
+    found = ((key, config[key]) for key in keys if config.get(key))
+    return next(((key, number) for key, number in found if type(number) is int), ("", 0))
+
+
+def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    names = list(names)
+    stacks = _layers_of(names)
+    of_depth, depth = _count(config, _DEPTHS)
+    of_experts, told = _count(config, _EXPERT_COUNTS)
+    is_by_layer = any(isinstance(config.get(key), list) for key in _EXPERT_COUNTS)
+    for stack, layers in stacks.items():
+        is_text = not _BESIDE_THE_TEXT.match(f"{stack}.")
+        has_experts = any(layer.experts or layer.routers for layer in layers.values())
+        missing = sorted({*range(depth)} - layers.keys())
+        if missing and is_text and (has_experts or stack == "model.layers"):
+            raise ValueError(
+                f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
+            )
+        most = max((max(found) + 1 for layer in layers.values() for found in layer.experts.values()), default=0)
+        said = f"as {of_experts} in config says" if told and is_text else "as another role or layer has"
+        for number, layer in layers.items():
+            if is_by_layer:  # config has a number for each layer, whose order is not known
+                most = max(map(len, layer.experts.values()), default=0)
+            wanted = told if told and is_text else most
+            if layer.routers and not layer.experts and most:
+                raise ValueError(
+                    f"params: found the router {layer.routers[0]!r} and no experts in layer {number} of {stack!r}, "
+                    f"wanted {wanted}; gather the experts of all ranks"
+                )
+            for role, found in layer.experts.items():
+                if found != {*range(wanted)}:
+                    raise ValueError(
+                        f"params: found {len(found)} experts in layer {number} of {stack!r}, {role!r}, wanted "
+                        f"{wanted}, {said}; gather the experts of all ranks"
+                    )
+    _check_promised(names, stacks, config, depth)
+
+
+def _check_promised(
+    names: Iterable[str], stacks: Mapping[str, Mapping[int, object]], config: Mapping[str, Any], depth: int
+) -> None:
+    """Raise ValueError if config says that there are layers for more tokens, and there are fewer."""
+    key, count = _count(config, _MTP_COUNTS)
+    text = [layers for stack, layers in stacks.items() if not _BESIDE_THE_TEXT.match(f"{stack}.")]
+    is_there = any({*range(depth, depth + count)} <= layers.keys() for layers in text)
+    if key and not is_there and not any(re.search(r"(?:^|\.)mtp\w*\.\w*\.?\d", name) for name in names):
+        raise ValueError(
+            f"params: found no layer {depth} and none of 'mtp', wanted {count}, as {key} in config says; "
+            f"transformers leaves them out: add them from the model's own files, or give a config with {key}=0"
+        )
