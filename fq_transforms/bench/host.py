@@ -28,6 +28,7 @@ APIS = {
     "guards": "_tensor_guards",
     "stream": "_raw_stream",
     "functorch": "_functorch_active",
+    "launcher": "_launcher",
 }
 WAYS = {"private": (), **{f"without {name}": (name,) for name in APIS}, "public": tuple(APIS)}
 

@@ -26,7 +26,7 @@ That took 224 us of the host per call in place of 59 for 32 experts, 706 in plac
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
@@ -282,8 +282,10 @@ class Plan:
     numbers: tuple[int | None, ...]
     constants: dict[str, Any]
     warps: int
-    # Kernels by all that Triton specializes on besides: its own look-up compares every constant of a call.
-    compiled: dict[tuple[object, ...], Any] = field(default_factory=dict[tuple[object, ...], Any], init=False)
+    # Of compiled kernels, by all that Triton specializes on besides: its own look-up compares every constant of a call.
+    launchers: dict[tuple[object, ...], Callable[..., None]] = field(
+        default_factory=dict[tuple[object, ...], Callable[..., None]], init=False
+    )
 
     @cached_property
     def arguments(self) -> tuple[tuple[object, ...], tuple[object, ...]]:
@@ -356,7 +358,7 @@ MOST_EXPERTS = 65535
 class _Call(NamedTuple):
     """A launch that can be made again while all lies where it lay; `tables` are held for it."""
 
-    compiled: Any
+    run: Callable[..., None]
     grid: tuple[int, int, int]
     stream: int
     arguments: tuple[object, ...]
@@ -396,17 +398,13 @@ def launch_again(key: tuple[object, ...] | None, outs: Sequence[Tensor]) -> bool
     known = None if key is None else _CALLS.get(key)
     if known is None:
         return False
-    compiled, grid, stream, arguments, tables = known
+    run, grid, stream, arguments, tables = known
     if len(outs) == 1:  # a write that is remembered has the address of before anyway
         arguments = (*arguments[:RESULT], outs[0].data_ptr(), *arguments[RESULT + 1 :])
-    _run(compiled, grid, stream, arguments)
+    run(grid, stream, arguments)
     if tables and torch.cuda.is_current_stream_capturing():
         CAPTURED.append(tables)
     return True
-
-
-def _run(compiled: Any, grid: tuple[int, int, int], stream: int, arguments: tuple[object, ...]) -> None:
-    compiled[grid](*arguments, stream=stream)
 
 
 def launch(
@@ -447,15 +445,15 @@ def launch(
         addresses.append(start)
         kinds.append(None if start is None else start % 16 == 0)
     kind, rest, grid = tuple(kinds), plan.arguments[is_aligned], (plan.blocks, experts, 1)
-    compiled = plan.compiled.get(kind)
-    if compiled is None:
+    run = plan.launchers.get(kind)
+    if run is None:
         tensors = [argument for group in groups for argument in (group.base, group.place.table, group.place.stride)]
         compiled = plan.kernel[grid](*tensors, *dense, *rest, num_warps=plan.warps, enable_fp_fusion=False)
         if compiled is not None:  # None from the interpreter
-            plan.compiled[kind] = compiled
+            plan.launchers[kind] = private.launcher_of(compiled)
         return
     # A kernel that is given addresses asks no tensor for its own.
-    call = _Call(compiled, grid, private.current_stream(index), (*addresses, *rest), tables)
-    _run(*call[:4])
+    call = _Call(run, grid, private.current_stream(index), (*addresses, *rest), tables)
+    run(*call[1:4])
     if key is not None and not torch.cuda.is_current_stream_capturing():
         _CALLS[key] = call

@@ -21,6 +21,7 @@ __all__ = [
     "is_in_compiled",
     "is_mapped",
     "is_transformed",
+    "launcher_of",
     "may_be_view",
     "saved_tensors_hooks",
     "unwrapped",
@@ -49,6 +50,7 @@ _frame_callback: Any = _find("torch._C._dynamo.eval_frame", "get_eval_frame_call
 _is_view: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
 _copy_all: Callable[..., None] | None = _find("torch", "_foreach_copy_")
 _add_all: Callable[..., None] | None = _find("torch", "_foreach_add_")
+_launcher: tuple[str, ...] | None = ("run", "function", "packed_metadata")  # of Triton's compiled kernels
 
 
 # What many tensors are, compared at once.
@@ -225,3 +227,32 @@ def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 def current_stream(index: int) -> int:
     """The address of a CUDA device's current stream."""
     return torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
+
+
+def launcher_of(compiled: Any) -> Callable[[tuple[int, int, int], int, Sequence[object]], None]:
+    """What launches a compiled kernel, given a grid, a stream and all arguments: `compiled[grid]`, but in less time.
+
+    Triton asks its settings for profilers' hooks three times per launch, and builds a function for it: 5 us of the 45
+    and 65 that a call to `fakequant` took on the host of an H200 for 8 and 32 experts, in three runs in turns.
+    """
+
+    def launch_public(grid: tuple[int, int, int], stream: int, arguments: Sequence[object]) -> None:
+        compiled[grid](*arguments, stream=stream)
+
+    knobs = _find("triton.knobs", "runtime")
+    if _launcher is None or knobs is None or not all(hasattr(compiled, name) for name in _launcher):
+        return launch_public
+    run, function, metadata = (getattr(compiled, name) for name in _launcher)
+
+    def launch(grid: tuple[int, int, int], stream: int, arguments: Sequence[object]) -> None:
+        if _launcher is None or _is_hook(knobs.launch_enter_hook) or _is_hook(knobs.launch_exit_hook):
+            launch_public(grid, stream, arguments)
+        else:
+            run(*grid, stream, function, metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def _is_hook(hook: Any) -> bool:
+    """False for none, and for a chain of none."""
+    return hook is not None and bool(getattr(hook, "calls", True))

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.ops import launch
+from fq_transforms.ops import launch, private
 from fq_transforms.ops.amax.launch import expert_amax_triton
+from fq_transforms.ops.quantize.launch import forward_plan
 from tests.cases import assert_names, experts, message_of
 from tests.variants import by_kernel
 
@@ -65,13 +66,20 @@ def test_values_are_read_anew(device):
 @pytest.mark.gpu
 def test_another_stream(monkeypatch):
     """A launch goes to the stream that is current when it is called, though one to another stream is known."""
-    launched, run = [], launch._run
+    launched, launcher_of = [], private.launcher_of
 
-    def recording(compiled, grid, stream, arguments):
-        launched.append(stream)
-        run(compiled, grid, stream, arguments)
+    def recording(compiled):
+        run = launcher_of(compiled)
 
-    monkeypatch.setattr(launch, "_run", recording)
+        def recorded(grid, stream, arguments):
+            launched.append(stream)
+            run(grid, stream, arguments)
+
+        return recorded
+
+    monkeypatch.setattr(private, "launcher_of", recording)
+    monkeypatch.setattr(launch, "_CALLS", launch.Bounded(16))
+    forward_plan.cache_clear()  # whose launchers other tests have made
     params = named(experts(3, (256, 1024), torch.bfloat16, device="cuda"))
     state = check(params, fqt.FP8)
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))

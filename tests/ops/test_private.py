@@ -19,6 +19,7 @@ PRIVATE = [
     "_raw_stream",
     "_functorch_active",
     "_forward_level",
+    "_launcher",
     "_is_view",
     "_copy_all",
     "_add_all",
@@ -137,9 +138,56 @@ def test_fakequant_is_the_same(backward):
         assert torch.equal(batch[name][1], fake)
 
 
+class Compiled:
+    """As Triton's compiled kernels are launched, the private way and the public one."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.seen = []
+
+    def run(self, *arguments):
+        self.seen.append(arguments)
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.seen.append((grid, stream, arguments))
+
+
+class Other:
+    """A kernel of another Triton."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        return Compiled.__getitem__(self, grid)
+
+
+PRIVATELY, PUBLICLY = (2, 3, 1, 7, "function", "metadata", None, None, None, 10, 11), ((2, 3, 1), 7, (10, 11))
+
+
+def test_kernels_are_launched_by_what_triton_has(monkeypatch):
+    """Its own launcher where it is as known, with profilers' hooks the public one, and that one in another Triton."""
+    knobs = pytest.importorskip("triton.knobs").runtime
+    compiled, other = Compiled(), Other()
+    launch = private.launcher_of(compiled)
+    launch((2, 3, 1), 7, (10, 11))
+    private.launcher_of(other)((2, 3, 1), 7, (10, 11))
+    assert (compiled.seen.pop(), other.seen.pop()) == (PRIVATELY, PUBLICLY)
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs, hook, lambda *_: None)
+            launch((2, 3, 1), 7, (10, 11))
+            assert compiled.seen.pop() == PUBLICLY
+    monkeypatch.setattr(private, "_launcher", None)
+    for run in (launch, private.launcher_of(compiled)):
+        run((2, 3, 1), 7, (10, 11))
+        assert compiled.seen.pop() == PUBLICLY
+
+
 @pytest.mark.gpu
 def test_launches_are_the_same(monkeypatch):
-    """On a GPU, with PyTorch's public stream, on another stream too."""
+    """On a GPU, through Triton's public launcher and PyTorch's public stream, on another stream too."""
     weights = experts(5, (64, 256), torch.bfloat16, device="cuda")
     amax = torch.stack([w.float().abs().amax() for w in weights])
 
