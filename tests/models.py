@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
 
 def language_model(moe=ListMoE, seed=0):
     """The model in eval mode, each expert with a magnitude of its own; and its parameters."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU
         torch.manual_seed(seed)
         model = LanguageModel(moe).eval()
     with torch.no_grad():
