@@ -56,7 +56,7 @@ fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*self_attn*": 
 print(fq.spec)
 state = fq.calibrate(params)
 try:
-    fqt.export.compressed_tensors(folder / "untied", fq, params, state, config=model.config)
+    fqt.export.save(folder / "untied", fq, params, state, config=model.config)
 except ValueError as error:
     print("refused:", error)
 state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")])
@@ -70,7 +70,7 @@ with torch.no_grad():
 # compressed-tensors' own decompressors write an ordinary checkpoint first. vLLM and SGLang take the compressed one.
 
 # %%
-fqt.export.compressed_tensors(folder / "compressed", fq, params, state, config=model.config, max_shard_size="500KB")
+fqt.export.save(folder / "compressed", fq, params, state, config=model.config, max_shard_size="500KB")
 fqt.export.decompress(folder / "compressed", folder / "plain")
 loaded = AutoModelForCausalLM.from_pretrained(folder / "plain")
 with torch.no_grad():
@@ -86,7 +86,7 @@ print(f"compressed-tensors: {size['compressed']:,} bytes in {shards} files, {siz
 # The same weights under the names of its unified export. Its tensor class gives the fake-quantized weight of an expert.
 
 # %%
-fqt.export.modelopt_hf(folder / "modelopt", fq, params, state, config=model.config)
+fqt.export.save(folder / "modelopt", fq, params, state, config=model.config, layout="modelopt")
 stored = load_file(folder / "modelopt" / "model.safetensors")
 name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 weight = NVFP4QTensor((HIDDEN, INNER), torch.bfloat16, stored[name]).dequantize(

@@ -19,6 +19,7 @@ from fq_transforms.rules import from_json, to_json
 from tests import oracle
 from tests.cases import assert_names, experts, message_of, name_of, same_bits
 from tests.conftest import HAS_GPU
+from tests.export.models import to_compressed_tensors, to_modelopt
 
 NEW = [
     Format("INT6_PER_CHANNEL", IntElement(31, -32, 31), (1, None)),
@@ -195,7 +196,7 @@ def test_an_export_without_a_name_for_it_says_so(format, tmp_path):
     """Engines read what they know: refused before the first byte, by the format's name."""
     params, fq, config = exported(format)
     state = fq.calibrate(params)
-    for export in (fqt.export.compressed_tensors, fqt.export.modelopt_hf):
+    for export in (to_compressed_tensors, to_modelopt):
         message = message_of(ValueError, export, tmp_path / "out", fq, params, state, config=config)
         assert_names(message, format.name)
         assert not (tmp_path / "out").exists()
@@ -206,7 +207,7 @@ def test_integers_of_fewer_bits_are_exported_in_a_byte(tmp_path):
     pytest.importorskip("compressed_tensors")
     params, fq, config = exported(NEW[0])
     state = fq.calibrate(params)
-    fqt.export.compressed_tensors(tmp_path / "out", fq, params, state, config=config)
+    fqt.export.save(tmp_path / "out", fq, params, state, config=config)
     fqt.export.decompress(tmp_path / "out", tmp_path / "plain")
     with safe_open(tmp_path / "plain" / "model.safetensors", framework="pt") as file:
         read = {name: file.get_tensor(name) for name in params}

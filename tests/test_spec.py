@@ -464,7 +464,7 @@ def test_what_has_no_place_for_inputs_says_so(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     doors = {
         "pack": lambda: fq.pack(params, state),
-        "export": lambda: fqt.export.compressed_tensors(tmp_path, fq, params, state, config=config),
+        "export": lambda: fqt.export.save(tmp_path, fq, params, state, config=config, layout="plain"),
         "checkpoint.megatron": lambda: fqt.checkpoint.megatron.sharded_state_dict(fq, state, {}),
         "checkpoint.megatron ": lambda: fqt.checkpoint.megatron.load_state(fq, {}, state),
         "checkpoint.megatron  ": lambda: fqt.checkpoint.megatron.verify(tmp_path, fq, {}),

@@ -1,20 +1,25 @@
 """Files as compressed-tensors 0.20 reads them, written without it; and plain weights from such files, read by it.
 
-{module}.weight_packed          codes of less than 8 bits: uint8, or int32 with eight INT4 in each
+{module}.weight_packed          codes of less than 8 bits: uint8, or int32 with eight INT4 in each, or four INT8
 {module}.weight                 codes of 8 bits: float8 or int8 [out, in]
 {module}.weight_scale           what codes are multiplied with: fp32 [1], [out, 1], [out, in/block] or
                                 [out/128, in/128]; E4M3 (NVFP4) or E8M0 as uint8 (MX) [out, in/block]
 {module}.weight_global_scale    NVFP4: what scales are divided by, fp32 [1]
-{module}.weight_shape           INT4: [out, in]
+{module}.weight_shape           INT4, and packed INT8: [out, in]
+{module}.input_scale            inputs per tensor: amax / largest code, fp32 [1]
+{module}.input_global_scale     inputs in NVFP4: 6 * 448 / amax, fp32 [1]
 config.json                     `quantization_config`: a scheme per format, and which modules are not quantized
+
+Source: the compressors, `QuantizationConfig` and `BaseCompressor.decompress` of compressed-tensors 0.20.
 """
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -22,93 +27,17 @@ from torch import Tensor
 
 from fq_transforms.checks import DTYPES
 from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
-from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKey, Target, export, format_key, inverse
-from fq_transforms.formats import Format, IntElement
+from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, inverse, largest
+from fq_transforms.export.schemes import SCHEMES, Scheme
+from fq_transforms.formats import IntElement
 from fq_transforms.ops.pack.reference import pack_scales
-from fq_transforms.state import State
-from fq_transforms.transform import Transform
 
-__all__ = ["compressed_tensors", "decompress", "multipliers"]
+__all__ = ["TARGET", "decompress", "multipliers"]
 
 # In units of the last place, the nearest first.
 NEIGHBOURS = (0, 1, -1, 2, -2)
 # What files may hold of a quantized module.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
-
-
-class Scheme(NamedTuple):
-    """How compressed-tensors describes a format: its compressor, its name for the codes, arguments of the weights."""
-
-    format: str
-    codes: str
-    weights: dict[str, Any]
-
-
-def _scheme(format: str, codes: str, bits: int, kind: str, strategy: str, **others: Any) -> Scheme:
-    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True}
-    return Scheme(format, codes, weights | others)
-
-
-_NV = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
-_MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
-SCHEMES: dict[FormatKey, Scheme] = {
-    ("int8", "tensor", "fp32"): _scheme("int-quantized", "weight", 8, "int", "tensor"),
-    ("int8", "channel", "fp32"): _scheme("int-quantized", "weight", 8, "int", "channel"),
-    **{
-        ("int4", f"1x{size}", "fp32"): _scheme("pack-quantized", "weight_packed", 4, "int", "group", group_size=size)
-        for size in (32, 64, 128)
-    },
-    ("e4m3", "tensor", "fp32"): _scheme("float-quantized", "weight", 8, "float", "tensor"),
-    ("e4m3", "channel", "fp32"): _scheme("float-quantized", "weight", 8, "float", "channel"),
-    ("e4m3", "128x128", "fp32"): _scheme("float-quantized", "weight", 8, "float", "block", block_structure=[128, 128]),
-    ("e2m1", "1x16", "e4m3"): _scheme("nvfp4-pack-quantized", "weight_packed", 4, "float", "tensor_group", **_NV),
-    ("e4m3", "1x32", "e8m0"): _scheme("mxfp8-quantized", "weight", 8, "float", "group", **_MX),
-    ("e2m3", "1x32", "e8m0"): _scheme("mxfp6-pack-quantized", "weight_packed", 6, "float", "group", **_MX),
-    ("e2m1", "1x32", "e8m0"): _scheme("mxfp4-pack-quantized", "weight_packed", 4, "float", "group", **_MX),
-}
-
-
-def compressed_tensors(
-    path: str | os.PathLike[str],
-    fq: Transform,
-    params: Mapping[str, Tensor],
-    state: State,
-    *,
-    config: Any,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a folder that compressed-tensors reads to `fq.fakequant`'s weights: shards, their index, config.json.
-
-    Takes every format but MXFP6_E3M2, weights only. Names, ties, and what each engine loads: docs/export.
-
-    Args:
-        path: A new name, or an empty directory. It appears whole or not at all.
-        fq: What is packed, and how.
-        params: The whole `model.state_dict()`, buffers too. What is not selected is written as it is.
-        state: From `calibrate`. Roles that engines fuse are tied: see `tie`.
-        config: `model.config` of transformers, or what config.json holds, with `model_type` and `architectures`.
-        max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
-
-    Raises:
-        KeyError: A parameter or a group of the state is missing.
-        ValueError: A group is not calibrated, or its format has no name in these files; fused roles are not tied; a
-            name or shape is not known in files of this model; `path` is taken. All but NaN weights before a write.
-        ImportError: tqdm is not installed.
-        OSError: A file cannot be written.
-
-    Source: the compressors and `QuantizationConfig` of compressed-tensors 0.20.
-
-    Example:
-        >>> import tempfile, fq_transforms as fqt
-        >>> params = {f"mlp.experts.{i}.up_proj.weight": torch.ones(4, 16) for i in range(2)}
-        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
-        >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     compressed_tensors(f"{parent}/model", fq, params, fq.calibrate(params), config=config)
-        ...     sorted(file.name for file in Path(parent, "model").iterdir())
-        ['config.json', 'model.safetensors']
-    """
-    export(TARGET, path, fq, params, state, config, max_shard_size)
 
 
 def decompress(
@@ -123,7 +52,7 @@ def decompress(
     It is an ordinary folder of transformers, which `from_pretrained` loads into any class.
 
     Args:
-        source: From `compressed_tensors`, or another whose `config_groups` name their formats.
+        source: From `save`, or another whose `config_groups` name their formats.
         destination: A new name, or an empty directory. It appears whole or not at all.
         dtype: Of the weights that were quantized: bf16, fp16 or fp32.
         max_shard_size: Of a file: bytes, or such as "5GB".
@@ -139,11 +68,12 @@ def decompress(
     Example:
         >>> import tempfile
         >>> import fq_transforms as fqt
+        >>> from fq_transforms.export import save
         >>> params = {"up_proj.weight": torch.full((4, 16), 6.0)}
         >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
         >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         >>> with tempfile.TemporaryDirectory() as parent:
-        ...     compressed_tensors(f"{parent}/a", fq, params, fq.calibrate(params), config=config)
+        ...     save(f"{parent}/a", fq, params, fq.calibrate(params), config=config)
         ...     decompress(f"{parent}/a", f"{parent}/b")
         ...     json.loads(Path(parent, "b", "config.json").read_text())["dtype"]
         'bfloat16'
@@ -210,32 +140,50 @@ def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch
 
 
 def _encode(coded: CodedWeight) -> dict[str, Tensor]:
+    scheme: Scheme = coded.scheme
     codes, scale = coded.codes, coded.scale
-    scheme = SCHEMES[format_key(coded.format)]
     if isinstance(coded.format.element, IntElement):
         scale = multipliers(scale, coded.format.element, coded.dtype)
-    tensors = {scheme.codes: codes, "weight_scale": scale if scale.dim() else scale[None]}
+    tensors = {scheme.codes: codes}
     if scheme.format == "pack-quantized":
-        shape = torch.tensor([codes.shape[0], 2 * codes.shape[1]])
-        tensors |= {scheme.codes: codes.view(torch.int32), "weight_shape": shape}
+        per_byte = 8 // scheme.weights["num_bits"]
+        tensors["weight_shape"] = torch.tensor([codes.shape[0], per_byte * codes.shape[1]])
+        tensors[scheme.codes] = _packed_in_words(codes)
+    if scheme.weights["strategy"] == "channel" and not scale.dim():  # one number, for a reader that wants one per row
+        scale = scale.expand(len(codes), 1)
+    tensors["weight_scale"] = scale.contiguous() if scale.dim() else scale[None]
     if coded.global_scale is not None:
         tensors["weight_global_scale"] = inverse(coded.global_scale, of_zero=1.0)[None]
+    if coded.inputs is not None and coded.input_amax is not None:
+        of_code = coded.input_amax / largest(coded.inputs)
+        is_global = coded.inputs.scale == "e4m3"
+        tensors["input_global_scale" if is_global else "input_scale"] = (1 / of_code if is_global else of_code)[None]
     return tensors
 
 
+def _packed_in_words(codes: Tensor) -> Tensor:
+    """Codes as int32, the first in the lowest bits: bytes of two INT4, or INT8, which is offset by 128 and padded."""
+    if codes.dtype == torch.int8:
+        codes = torch.nn.functional.pad((codes.to(torch.int16) + 128).to(torch.uint8), (0, -codes.shape[1] % 4))
+    return codes.view(torch.int32)
+
+
 def _documents(plan: ExportPlan) -> dict[str, Any]:
-    modules_of: dict[Format, list[str]] = {}
-    for module, (format, _) in plan.formats.items():
-        modules_of.setdefault(format, []).append(module)
-    schemes = {format: SCHEMES[format_key(format)] for format in modules_of}
-    groups = {
-        f"group_{n}": {
-            "targets": ["Linear"] if len(modules_of) == 1 else _patterns(modules),
-            "weights": schemes[format].weights,
-            "format": schemes[format].format,
-        }
-        for n, (format, modules) in enumerate(modules_of.items())
-    }
+    modules_of: dict[str, list[str]] = {}
+    schemes: dict[str, Scheme] = {}
+    for module, scheme in plan.modules.items():
+        said = json.dumps(scheme)
+        schemes[said] = scheme
+        modules_of.setdefault(said, []).append(module)
+    groups: dict[str, dict[str, Any]] = {}
+    for n, (said, modules) in enumerate(modules_of.items()):
+        scheme = schemes[said]
+        # To vLLM a head is no Linear.
+        heads = [module for module in modules if module.rpartition(".")[2] == "lm_head"]
+        targets = ["Linear", *_patterns(heads)] if len(modules_of) == 1 else _patterns(modules)
+        groups[f"group_{n}"] = {"targets": targets, "weights": scheme.weights, "format": scheme.format}
+        if scheme.inputs is not None:
+            groups[f"group_{n}"]["input_activations"] = scheme.inputs
     names = {scheme.format for scheme in schemes.values()}
     about = {
         "quant_method": "compressed-tensors",
@@ -309,4 +257,16 @@ def _scheme_of(module: str, schemes: list[Any]) -> Any:
     raise ValueError(f"module {module!r}: found no scheme among {[scheme.targets for scheme in schemes][:3]}")
 
 
-TARGET = Target("compressed-tensors", [(key, None) for key in SCHEMES], _check_global_scales, _encode, _documents)
+def _check(plan: ExportPlan) -> None:
+    _check_global_scales(plan)
+    check_inputs(plan)
+    alone = [source.name for source in plan.sources if source.group and not source.inputs]
+    if added := [name for name in alone if plan.schemes[name].inputs is not None]:
+        warnings.warn(
+            f"group {added[0]!r} and {len(added) - 1} more: found weights alone, whose inputs this reader quantizes "
+            "too, when the model runs; to simulate it, select inputs: Rule(pattern, weights, inputs)",
+            stacklevel=4,
+        )
+
+
+TARGET = Target("compressed-tensors", SCHEMES, _check, _encode, _documents)

@@ -15,20 +15,35 @@ from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.accounted import check_accounted, check_config
 from fq_transforms.export.files import bytes_of, check_free, progress, write
 from fq_transforms.export.names import FileTensor, Source, file_tensors, module_of
-from fq_transforms.export.ties import check_ties
-from fq_transforms.formats import FORMATS, Format, IntElement, code_bits
+from fq_transforms.export.ties import check_ties, is_fused
+from fq_transforms.fakequant import fakequant
+from fq_transforms.formats import E4M3, FORMATS, Format, IntElement, code_bits
 from fq_transforms.pack import check_packable, pack
-from fq_transforms.spec import Group, Inputs, Spec, refuse_inputs
+from fq_transforms.spec import Group, Inputs, Spec, ranges, refuse_inputs
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 
-__all__ = ["CodedWeight", "ExportPlan", "FormatKey", "FormatKeys", "Target", "export", "format_key", "inverse"]
+__all__ = [
+    "CodedWeight",
+    "Engine",
+    "ExportPlan",
+    "FormatKey",
+    "FormatKeys",
+    "Target",
+    "check_inputs",
+    "export",
+    "format_key",
+    "inverse",
+    "largest",
+]
 
 # Element, what shares a scale, and the type of the scale.
 FormatKey: TypeAlias = tuple[str, str, str]
 # Of weights and of their inputs, None if these are not quantized.
 FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
 
+# Whose routing bias vLLM loads only where config names the method that uses it.
+DEEPSEEK = ("deepseek_v3", "deepseek_v32", "kimi_k2")
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embed_in|wte)\.weight")
 
 
@@ -37,6 +52,7 @@ class CodedWeight(NamedTuple):
 
     Attributes:
         format: Its format.
+        scheme: The target's word for it.
         codes: [out, packed in].
         scale: One number per granule.
         global_scale: [], of two-level formats.
@@ -46,6 +62,7 @@ class CodedWeight(NamedTuple):
     """
 
     format: Format
+    scheme: Any
     codes: Tensor
     scale: Tensor
     global_scale: Tensor | None
@@ -61,6 +78,7 @@ class ExportPlan(NamedTuple):
         params: All tensors of the model, by their names in memory.
         state: Of the quantized ones.
         sources: What each group and each other parameter becomes in the files, in order.
+        schemes: The target's word for each quantized source, by its name.
         config: What config.json will hold.
         dtype: Of the fake-quantized weights.
     """
@@ -68,18 +86,15 @@ class ExportPlan(NamedTuple):
     params: Mapping[str, Tensor]
     state: State
     sources: list[Source]
+    schemes: Mapping[str, Any]
     config: dict[str, Any]
     dtype: torch.dtype
 
     @property
-    def formats(self) -> dict[str, tuple[Format, Format | None]]:
-        """Module of the files to the formats of its weight and of its inputs, for what is quantized."""
-        return {
-            module_of(name): (source.group.format, source.inputs.format if source.inputs else None)
-            for source in self.sources
-            if source.group
-            for name in source.names
-        }
+    def modules(self) -> dict[str, Any]:
+        """Module of the files to the target's word for its weight and inputs, for what is quantized."""
+        quantized = [source for source in self.sources if source.group]
+        return {module_of(name): self.schemes[source.name] for source in quantized for name in source.names}
 
     @property
     def excluded(self) -> list[str]:
@@ -95,17 +110,34 @@ class Target(NamedTuple):
 
     Attributes:
         name: In messages.
-        formats: Of weights and inputs, all that the layout has a name for.
+        schemes: Its word for formats of weights and inputs, for all that it has one for; None: weights are plain.
         check: Raises ValueError for what its readers could not use.
         encode: From a weight to the tensors of its module, by their last names.
         documents: The JSON files, by name.
     """
 
     name: str
-    formats: Collection[FormatKeys]
+    schemes: Mapping[FormatKeys, Any] | None
     check: Callable[[ExportPlan], None]
     encode: Callable[[CodedWeight], dict[str, Tensor]]
     documents: Callable[[ExportPlan], dict[str, Any]]
+
+
+class Engine(NamedTuple):
+    """What one reader loads of one layout.
+
+    Attributes:
+        name: In messages.
+        version: That was tried.
+        loads: By place and formats, the scheme that it wants in place of the layout's own, or None for that one. None
+            in place of all: plain weights, of any format.
+        models: Architectures that it does not load, though their files would be right.
+    """
+
+    name: str
+    version: str
+    loads: Mapping[str, Mapping[FormatKeys, Any]] | None
+    models: tuple[str, ...] = ()
 
 
 def format_key(format: Format) -> FormatKey:
@@ -144,6 +176,7 @@ def inverse(scale: Tensor, of_zero: float) -> Tensor:
 
 def export(
     target: Target,
+    reader: Engine | None,
     path: str | os.PathLike[str],
     fq: Transform,
     params: Mapping[str, Tensor],
@@ -151,15 +184,17 @@ def export(
     config: Any,
     max_shard_size: int | str,
 ) -> None:
-    """Write a folder in the layout of a target. Arguments and errors: `fq_transforms.export.compressed_tensors`."""
+    """Write a folder in the layout of a target, for a reader. Arguments and errors: `fq_transforms.export.save`."""
     folder, limit = Path(os.path.realpath(path)), bytes_of(max_shard_size)
     check_free(folder)
-    plan = _plan(target, fq, params, state, config)
+    plan = _plan(target, reader, fq, params, state, config)
     target.check(plan)
     write(folder, _tensors(plan, target, f"export {folder.name}"), target.documents(plan), limit)
 
 
-def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: State, config: Any) -> ExportPlan:
+def _plan(
+    target: Target, reader: Engine | None, fq: Transform, params: Mapping[str, Tensor], state: State, config: Any
+) -> ExportPlan:
     """Check all that can be checked without packing, and decide every name."""
     spec, entries = fq.spec, _config(config)
     if not spec.groups:
@@ -167,28 +202,15 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
             f"export to {target.name}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
             "weights to pack; give them a rule"
         )
-    if all(inputs is None for _, inputs in target.formats):
+    if target.schemes is None:
         refuse_inputs(spec, f"export to {target.name}")
     check_state(state, spec)
-    known = {weights for weights, _ in target.formats}
+    inputs = _inputs(spec)
     for group in spec.groups:
-        check_packable(group)
-        if format_key(group.format) not in known:
-            raise ValueError(
-                f"group {group.key!r}: found {group.format.name}, {format_key(group.format)}, for which {target.name} "
-                f"has no name, wanted one of {_names_of(known)}"
-            )
+        if target.schemes is not None:
+            check_packable(group)
+            _check_scheme(target, target.schemes, group, inputs.get(group.key))
         weights_of(params, group)
-    inputs = _inputs(target, spec)
-    for group in spec.groups:
-        key = format_key(group.format)
-        if group.key not in inputs and (key, None) not in target.formats:
-            wanted = {of_inputs for weights, of_inputs in target.formats if weights == key and of_inputs}
-            raise ValueError(
-                f"group {group.key!r}: found {group.format.name} without inputs, which engines that read {target.name} "
-                f"compute otherwise, wanted inputs in {_names_of(wanted)} too: Rule(pattern, weights, inputs); or "
-                "another layout"
-            )
     for name, tensor in params.items():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
@@ -199,30 +221,152 @@ def _plan(target: Target, fq: Transform, params: Mapping[str, Tensor], state: St
     dtype = fq.out_dtype or next(iter(dtypes))
     sources = _sources(params, spec.groups, inputs, entries)
     check_accounted(sources)
-    check_ties(state, sources)
+    schemes: dict[str, Any] = {}
+    if target.schemes is not None:
+        for source in sources:
+            if source.group:
+                _check_cuts(source.group, source.tensors)
+                schemes[source.name] = _scheme_for(target.name, target.schemes, reader, source)
+        check_ties(state, sources)
     check_config(sources, entries)
-    _check_layers(sources)
-    return ExportPlan(params, state, sources, entries | {"dtype": str(dtype).removeprefix("torch.")}, dtype)
+    if target.schemes is not None:
+        _check_layers(sources)
+    if reader is not None:
+        _check_model(reader, sources, schemes, entries)
+    config_json = entries | {"dtype": str(dtype).removeprefix("torch.")}
+    return ExportPlan(params, state, sources, schemes, config_json, dtype)
+
+
+def _keys_of(group: Group, inputs: Inputs | None) -> FormatKeys:
+    return format_key(group.format), format_key(inputs.format) if inputs else None
+
+
+def _check_scheme(target: Target, schemes: Mapping[FormatKeys, Any], group: Group, inputs: Inputs | None) -> None:
+    """Raise ValueError unless the layout has a word for a group and its inputs."""
+    key, of_inputs = keys = _keys_of(group, inputs)
+    if keys in schemes:
+        return
+    if all(key != weights for weights, _ in schemes):
+        raise ValueError(
+            f"group {group.key!r}: found {group.format.name}, {key}, for which {target.name} has no name, wanted one "
+            f"of {_names_of({weights for weights, _ in schemes})}"
+        )
+    wanted = {beside for weights, beside in schemes if weights == key and beside}
+    if inputs is None:
+        raise ValueError(
+            f"group {group.key!r}: found {group.format.name} without inputs, which engines that read {target.name} "
+            f"compute otherwise, wanted inputs in {_names_of(wanted)} too: Rule(pattern, weights, inputs); or "
+            "another layout"
+        )
+    others = f"one of {_names_of(wanted) or sorted(wanted)}, or no inputs" if wanted else "no inputs"
+    raise ValueError(
+        f"inputs {inputs.key!r}: found {inputs.format.name}, {of_inputs}, beside weights in {group.format.name}, for "
+        f"which {target.name} has no name, wanted {others}; take them out with a rule to None"
+    )
+
+
+def _scheme_for(layout: str, schemes: Mapping[FormatKeys, Any], reader: Engine | None, source: Source) -> Any:
+    """The layout's word for a source, as the reader wants it."""
+    assert source.group is not None
+    keys = _keys_of(source.group, source.inputs)
+    if reader is None or reader.loads is None:
+        return schemes[keys]
+    place = _place_of(source)
+    loads = reader.loads[place]
+    if keys not in loads:
+        alone = {weights for weights, inputs in loads if inputs is None}
+        found = source.group.format.name + (f" with inputs in {source.inputs.format.name}" if source.inputs else "")
+        beside = {inputs for weights, inputs in loads if weights == keys[0] and inputs}
+        or_inputs = f", or inputs in {_names_of(beside)} beside them" if beside else ""
+        raise ValueError(
+            f"group {source.name!r}: found {found}, which {reader.name} {reader.version} does not load as {place} of "
+            f"{layout}, wanted one of {_names_of(alone)}{or_inputs}; or layout='plain'"
+        )
+    return loads[keys] or schemes[keys]
+
+
+def _place_of(source: Source) -> str:
+    """Where a matrix is to a reader: "experts", "lm_head", or "linears"."""
+    name = source.tensors[0].name
+    if ".experts." in name:
+        return "experts"
+    return "lm_head" if module_of(name).rpartition(".")[2] == "lm_head" else "linears"
+
+
+def _check_model(
+    reader: Engine, sources: Iterable[Source], schemes: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for what a reader would not load, or would lose, of this model."""
+    if unknown := [name for name in config["architectures"] if name in reader.models]:
+        raise ValueError(
+            f"config: found architectures={unknown}, which {reader.name} {reader.version} does not load, wanted "
+            "another reader, or None"
+        )
+    biases = [name for source in sources for name in source.names if name.endswith("gate.e_score_correction_bias")]
+    if reader.name == "vllm" and biases and config["model_type"] in DEEPSEEK and "topk_method" not in config:
+        raise ValueError(
+            f"config: found no topk_method, without which {reader.name} does not load {biases[0]!r}, wanted "
+            "config.to_dict() | {'topk_method': 'noaux_tc'}"
+        )
+    if reader.name == "vllm" and schemes:
+        for source in sources:
+            _check_fused_blocks(reader, source)
+    packed = [name for name, scheme in schemes.items() if getattr(scheme, "codes", None) == "weight_packed"]
+    others = [source.name for source in sources if not source.group and _place_of(source) == "experts"]
+    if reader.name == "transformers" and packed and others:
+        raise ValueError(
+            f"parameter {others[0]!r}: found experts that are not quantized beside the packed codes of "
+            f"{packed[0]!r}, which {reader.name} {reader.version} does not load, wanted all experts quantized, or a "
+            "format of 8 bits; or layout='plain'"
+        )
+
+
+def _check_fused_blocks(reader: Engine, source: Source) -> None:
+    """Raise ValueError where a matrix that is fused with others ends within a square block."""
+    block = (source.group.format.block[0] if source.group else None) or 1
+    for name, rows in source.tensors:
+        count = len(range(source.shape[0])[rows]) if isinstance(rows, slice) else len(rows)
+        if is_fused(name) and count % block:
+            raise ValueError(
+                f"group {source.name!r}: found {count} rows of {name!r} in blocks of {block}, which {reader.name} "
+                f"{reader.version} does not load of a matrix that it fuses with others, wanted a multiple of {block}; "
+                "choose FP8_PER_CHANNEL, or layout='plain'"
+            )
 
 
 def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept."""
     for source in progress(plan.sources, what):
-        if source.group:
+        if source.group and target.schemes is not None:
             yield from _packed(plan, source, source.group, target)
             continue
-        whole = plan.params[source.name].detach()
+        whole: Any = _fake(plan, source.group) if source.group else plan.params[source.name].detach()
         for tensor in source.tensors:
-            experts = whole if "*" in tensor.name else whole[None]
+            experts = whole if "*" in tensor.name else [whole]
             for name, weight in zip(source.names_of(tensor), experts, strict=True):
                 yield name, weight[tensor.rows] if weight.dim() else weight
 
 
+def _fake(plan: ExportPlan, group: Group) -> Tensor | list[Tensor]:
+    """The fake-quantized weights of a group: a stack, one matrix, or one per expert."""
+    weights = {name: _finite(plan, name).detach() for name in group.names}
+    state, spec = {group.key: plan.state[group.key]}, Spec((group,))
+    fakes = list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
+    if group.transposed:
+        fakes = [fake.mT.contiguous() for fake in fakes]
+    return fakes if "*" in group.key else fakes[0]
+
+
+def _finite(plan: ExportPlan, name: str) -> Tensor:
+    if not bool(plan.params[name].isfinite().all()):
+        raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
+    return plan.params[name]
+
+
 def _packed(plan: ExportPlan, source: Source, group: Group, target: Target) -> Iterator[tuple[str, Tensor]]:
     for name in group.names:
-        # On a CPU `pack` says so; elsewhere it does not wait for the device.
-        if not plan.params[name].is_cpu and not bool(plan.params[name].isfinite().all()):
-            raise ValueError(f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights")
+        if not plan.params[name].is_cpu:  # on a CPU `pack` says so; elsewhere it does not wait for the device
+            _finite(plan, name)
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
     inputs = source.inputs
     amax = plan.state[inputs.key].get("amax") if inputs else None
@@ -231,6 +375,7 @@ def _packed(plan: ExportPlan, source: Source, group: Group, target: Target) -> I
         for name, rows in source.tensors:
             coded = CodedWeight(
                 format=group.format,
+                scheme=plan.schemes[source.name],
                 codes=_take(codes, rows),
                 scale=_take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale,
                 global_scale=leaves["global_scale"][expert] if "global_scale" in leaves else None,
@@ -250,7 +395,7 @@ def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
 def _rows_of_scale(rows: slice | Tensor, format: Format) -> slice | Tensor:
     block = format.block[0] or 1
     if isinstance(rows, Tensor):
-        assert block == 1, "checked by _check_cut"
+        assert block == 1, "checked by _check_cuts"
         return rows
     return slice(*(None if row is None else row // block for row in (rows.start, rows.stop)))
 
@@ -308,8 +453,6 @@ def _sources(
             continue  # transformers does not store it either
         if group:
             _check_name(group, config)
-            for part in source.tensors:
-                _check_cut(group, part)
         sources[name] = source
     return list(sources.values())
 
@@ -366,33 +509,48 @@ def _check_is_embedding(head: Source, params: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_cut(group: Group, part: FileTensor) -> None:
-    block, rows = group.format.block[0] or 1, part.rows
-    if block > 1 and (isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block):
-        raise ValueError(
-            f"group {group.key!r}: found (out, in) = {group.shape}, of which {part.name!r} takes rows that cut a block "
-            f"of {block} rows, wanted parts of whole blocks; choose another format"
-        )
+def _check_cuts(group: Group, parts: Iterable[FileTensor]) -> None:
+    block = group.format.block[0] or 1
+    for name, rows in parts:
+        if block > 1 and (isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block):
+            raise ValueError(
+                f"group {group.key!r}: found (out, in) = {group.shape}, of which {name!r} takes rows that cut a block "
+                f"of {block} rows, wanted parts of whole blocks; choose another format"
+            )
 
 
-def _inputs(target: Target, spec: Spec) -> dict[str, Inputs]:
-    """Inputs by the group of their weights, each with a name in the target."""
-    groups, found = {group.key: group for group in spec.groups}, dict[str, Inputs]()
+def _inputs(spec: Spec) -> dict[str, Inputs]:
+    """Inputs by the group of their weights."""
+    groups, found = {group.key for group in spec.groups}, dict[str, Inputs]()
     for inputs in spec.inputs:
-        group = groups.get(key := inputs.key.removesuffix(".input"))
-        if group is None:
+        if (key := inputs.key.removesuffix(".input")) not in groups:
             raise ValueError(
                 f"inputs {inputs.key!r}: found no quantized weights {key!r} beside them, wanted some: files have no "
                 "place for inputs alone; leave them out with a rule to None"
             )
-        own = format_key(group.format)
-        wanted = [of_inputs for of_weights, of_inputs in target.formats if of_weights == own and of_inputs]
-        if format_key(inputs.format) not in wanted:
-            others = f"one of {wanted}, or no inputs" if wanted else "no inputs"
-            raise ValueError(
-                f"inputs {inputs.key!r}: found {inputs.format.name}, {format_key(inputs.format)}, beside weights in "
-                f"{group.format.name}, for which {target.name} has no name, wanted {others}; take them out with a rule "
-                "to None"
-            )
         found[key] = inputs
     return found
+
+
+def check_inputs(plan: ExportPlan) -> None:
+    """Raise ValueError where engines would find no scale that they can divide by."""
+    for inputs in (source.inputs for source in plan.sources):
+        amax = plan.state[inputs.key].get("amax") if inputs else None
+        if inputs is None or amax is None:
+            continue
+        scale = amax / largest(inputs.format)
+        wrong: list[int] = (scale < torch.finfo(torch.float32).tiny).nonzero().flatten().tolist()
+        if wrong:
+            of = f"expert {ranges(wrong)} of {inputs.experts}" if inputs.per_expert else "all experts"
+            raise ValueError(
+                f"state '{inputs.key}.amax': found {amax[wrong[0]].item()} for {of}, whose scale "
+                f"{scale[wrong[0]].item()} engines cannot divide by, wanted more; calibrate with inputs that are not "
+                f"all zero, or set it: state | {{{inputs.key!r}: state[{inputs.key!r}] | {{'amax': ...}}}}"
+            )
+
+
+def largest(format: Format) -> float:
+    """Amax of inputs over their scale: the largest code; for NVFP4 times the largest scale of a block."""
+    element = format.element
+    code = float(element.qmax) if isinstance(element, IntElement) else float(element.max)
+    return code * E4M3.max if format.scale == "e4m3" else code

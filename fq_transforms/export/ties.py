@@ -10,7 +10,7 @@ from fq_transforms.export.names import Source
 from fq_transforms.spec import Group
 from fq_transforms.state import State
 
-__all__ = ["check_ties"]
+__all__ = ["check_ties", "is_fused"]
 
 # ModelOpt's, and those of DeepSeek's latent attention in vLLM and SGLang.
 FUSED_BY_ENGINES = (*FUSED, ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -31,6 +31,16 @@ def check_ties(state: State, sources: Iterable[Source]) -> None:
                 _check_tied(state, (source.name, other.name), (source.group, other.group), pairs)
                 inputs = f"{source.name}.input", f"{other.name}.input"
                 _check_tied(state, inputs, (source.inputs, other.inputs), pairs)
+
+
+def is_fused(name: str) -> bool:
+    """True for a tensor of the files that engines fuse with others.
+
+    Example:
+        >>> is_fused("model.layers.0.self_attn.k_proj.weight"), is_fused("model.layers.0.self_attn.o_proj.weight")
+        (True, False)
+    """
+    return any(role in name.split(".") for roles in FUSED_BY_ENGINES for role in roles)
 
 
 def _words_apart(first: str, second: str) -> list[tuple[str, str]]:

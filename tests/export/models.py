@@ -1,7 +1,7 @@
 """Tiny models of transformers and Megatron, and what tests of exports do with them."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -48,6 +48,25 @@ MODELS = {
         },
     ),
 }
+MODELS |= {
+    "olmoe": (
+        "OlmoeConfig",
+        {"num_key_value_heads": 4, "intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": 2},
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "intermediate_size": 64,
+            "moe_intermediate_size": INNER,
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "head_dim": 64,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+}
 TOKENS = torch.arange(VOCABULARY)[None]
 # All that compressed-tensors has a name for, and all that ModelOpt has without inputs.
 COMPRESSED = [
@@ -57,7 +76,9 @@ COMPRESSED = [
 MODELOPT = [
     *(fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.INT8_PER_CHANNEL),
 ]
-TARGETS = pytest.mark.parametrize("target", [fqt.export.compressed_tensors, fqt.export.modelopt_hf], ids=["ct", "mo"])
+to_compressed_tensors = fqt.export.save
+to_modelopt = partial(fqt.export.save, layout="modelopt")
+TARGETS = pytest.mark.parametrize("target", [to_compressed_tensors, to_modelopt], ids=["ct", "mo"])
 GATE_UP = [("gate_proj", "up_proj")]
 
 

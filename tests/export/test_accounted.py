@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fq_transforms as fqt
 from tests.cases import assert_names
-from tests.export.models import TARGETS, read
+from tests.export.models import TARGETS, read, to_compressed_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
@@ -107,7 +107,7 @@ def test_a_rank_without_some_experts_is_refused(tmp_path_factory, model, number)
 
     def written(params, name):
         fq = fqt.transform(fqt.select(params, {"*layers.*": fqt.MXFP4}, **options))
-        fqt.export.compressed_tensors(parent / name, fq, params, fq.calibrate(params), config=config)
+        fqt.export.save(parent / name, fq, params, fq.calibrate(params), config=config)
 
     if not any(name.startswith("base_model.") for name in params):
         written(params, "whole")
@@ -165,7 +165,7 @@ def test_a_tied_head_is_left_out_only_if_its_numbers_are_there(tmp_path):
 
     def written(name, **others):
         params = weights | {"lm_head.weight": head} | {key.replace("__", "."): value for key, value in others.items()}
-        fqt.export.compressed_tensors(tmp_path / name, fq, params, fq.calibrate(params), config=config)
+        fqt.export.save(tmp_path / name, fq, params, fq.calibrate(params), config=config)
         return read(tmp_path / name)
 
     found = written("a", model__text__embed_tokens__weight=head.clone())
@@ -188,11 +188,11 @@ def test_formats_of_one_layout_are_one_format(tmp_path):
     """NVFP4 with static blocks beside dynamic ones: readers see no difference."""
     params = of_layer()
     fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4, "*down_proj*": fqt.NVFP4_STATIC}))
-    fqt.export.compressed_tensors(tmp_path / "a", fq, params, fq.calibrate(params), config=CONFIG)
+    fqt.export.save(tmp_path / "a", fq, params, fq.calibrate(params), config=CONFIG)
     assert len(read(tmp_path / "a")) == 3 * len(params)
 
 
-def written(tmp_path, params, config=None, rules="*.experts.*", target=fqt.export.compressed_tensors):
+def written(tmp_path, params, config=None, rules="*.experts.*", target=to_compressed_tensors):
     fq = fqt.transform(fqt.select(params, {rules: fqt.NVFP4}))
     target(tmp_path / "a", fq, params, fq.calibrate(params), config=CONFIG | (config or {}))
     return read(tmp_path / "a")

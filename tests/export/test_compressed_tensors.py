@@ -22,6 +22,8 @@ from tests.export.models import (
     in_files,
     in_lists,
     read,
+    to_compressed_tensors,
+    to_modelopt,
     transformers,
 )
 
@@ -46,7 +48,7 @@ def test_it_reads_the_files(format, layout, tmp_path):
     config = model.config.to_dict()
     if layout == "lists":
         params = in_lists(params)
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, format, model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
     found = decompressed(tmp_path / "a")
     assert_equal(found, in_files(fq.fakequant(params, state), config))
     assert not all(torch.equal(found[name], weight) for name, weight in in_files(params, config).items())
@@ -62,7 +64,7 @@ def test_the_dtype_is_that_of_the_transform(format, tmp_path):
     params = {name: (1 + 2**-10) * weight.float() if ".experts." in name else weight for name, weight in params.items()}
     fq = fqt.transform(fqt.select(params, {"*.experts.*": format}), out_dtype=torch.bfloat16)
     state = fq.calibrate(params)
-    fqt.export.compressed_tensors(tmp_path / "a", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
     assert_equal(decompressed(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict()))
 
@@ -95,7 +97,7 @@ def test_zero_experts_are_zero(format, tmp_path):
     for name, param in params.items():
         if ".experts." in name:
             param[1] = 0
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, format, model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
     assert all(t.isfinite().all() for t in read(tmp_path / "a").values() if t.dtype in (torch.float32, torch.bfloat16))
     wanted, found = in_files(fq.fakequant(params, state), model.config.to_dict()), decompressed(tmp_path / "a")
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
@@ -106,7 +108,7 @@ def test_zero_experts_are_zero(format, tmp_path):
 def test_decompressed_files_have_the_logits_of_the_fake_quantized_model(kind, format, tmp_path):
     """from_pretrained of what `decompress` has written: the class, the names and every weight are right."""
     model, params = build(kind)
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, format, model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
     with torch.no_grad():
         wanted = functional_call(model, fq.fakequant(params, state), (TOKENS,)).logits
         original = model(TOKENS).logits
@@ -137,7 +139,7 @@ LOADED_BY_TRANSFORMERS = {
 def test_what_transformers_loads_without_us(name, tmp_path):
     """The table of docs/export: exact, raises, or (NVFP4, whose global scale it drops) silently incorrect."""
     model, params = build()
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, FORMATS[name], model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, FORMATS[name], model.config)
     if LOADED_BY_TRANSFORMERS[name] == "raises":
         with pytest.raises(RuntimeError, match="conversion"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -156,7 +158,7 @@ def test_ragged_square_blocks(tmp_path):
     """A weight whose edges cut blocks of 128 x 128: the last row and column of scales stand for less."""
     params = {"model.ragged.weight": torch.randn(130, 200).bfloat16()}
     config = {"model_type": "any", "architectures": ["Any"]}
-    for target, name in ((fqt.export.compressed_tensors, "ct"), (fqt.export.modelopt_hf, "mo")):
+    for target, name in ((to_compressed_tensors, "ct"), (to_modelopt, "mo")):
         fq, state = exported(target, tmp_path / name, params, fqt.FP8_BLOCK, config, rules="*")
         assert read(tmp_path / name)["model.ragged.weight_scale"].numel() == 4
     assert_equal(decompressed(tmp_path / "ct"), fq.fakequant(params, state))
@@ -168,7 +170,7 @@ def test_several_formats(tmp_path):
     rules = {"*.0.mlp.experts.*": fqt.NVFP4, "*.1.mlp.experts.*": fqt.FP8, "*o_proj*": fqt.MXFP4, "lm_head*": fqt.INT8}
     fq = fqt.transform(fqt.select(params, rules))
     state = fq.calibrate(params)
-    fqt.export.compressed_tensors(tmp_path / "a", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config)
     about = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert about["format"] == "mixed-precision"
     assert [group["targets"][0] for group in about["config_groups"].values()] == [
@@ -183,7 +185,7 @@ def test_several_formats(tmp_path):
 def test_tied_embeddings_are_written_once(tmp_path):
     """A head that is the embedding is not in the files, as in transformers', and loads."""
     model, params = build(tie_word_embeddings=True)
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
     assert "lm_head.weight" not in read(tmp_path / "a")
     # To a reader it is a Linear that is in no file: unless told, transformers gives it scales at random.
     about = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
@@ -201,7 +203,7 @@ def test_a_global_scale_without_a_reciprocal_is_refused(tmp_path):
     model, params = build()
     params = {name: p.float() * 1e-37 if ".experts." in name else p for name, p in params.items()}
     with pytest.raises(ValueError) as caught:
-        exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config)
+        exported(to_compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config)
     assert_names(str(caught.value), "gate_up_proj", "no reciprocal", "wanted 0 or a larger one")
     assert not list(tmp_path.iterdir())
 
@@ -210,11 +212,11 @@ def test_a_global_scale_without_a_reciprocal_is_refused(tmp_path):
 def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
     """The error names the extra, and nothing is written."""
     model, params = build()
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
     for module in [engine, *(m for m in sys.modules if m.startswith(f"{engine}."))]:
         monkeypatch.setitem(sys.modules, module, None)
     calls = {
-        "export": lambda: fqt.export.compressed_tensors(tmp_path / "b", fq, params, state, config=model.config),
+        "export": lambda: fqt.export.save(tmp_path / "b", fq, params, state, config=model.config),
         "decompress": lambda: fqt.export.decompress(tmp_path / "a", tmp_path / "b"),
     }
     with pytest.raises(ImportError, match=r"pip install 'fq_transforms\[export\]'"):
@@ -225,7 +227,7 @@ def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
 def test_decompress_refuses_what_weights_cannot_say(tmp_path):
     """A rotation, quantized activations, another part of a module: each would silently be lost."""
     model, params = build()
-    exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
+    exported(to_compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
     tensors, config = read(tmp_path / "a"), json.loads((tmp_path / "a" / "config.json").read_text())
     about = config["quantization_config"]
     group, name = next(iter(about["config_groups"])), next(n for n in tensors if n.endswith("weight_scale"))
@@ -249,8 +251,8 @@ def test_decompress_refuses_what_weights_cannot_say(tmp_path):
 def test_decompress_refuses(tmp_path):
     """What is no folder of compressed-tensors, a file that is missing, a module without its codes, a dtype."""
     model, params = build()
-    exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config, max_shard_size="200KB")
-    exported(fqt.export.modelopt_hf, tmp_path / "m", params, fqt.NVFP4, model.config)
+    exported(to_compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config, max_shard_size="200KB")
+    exported(to_modelopt, tmp_path / "m", params, fqt.NVFP4, model.config)
     for folder, options, fragments in [
         ("m", {}, ["modelopt", "compressed-tensors"]),
         ("a", {"dtype": torch.float64}, ["float64", "bfloat16"]),

@@ -11,14 +11,14 @@ from safetensors import safe_open
 
 import fq_transforms as fqt
 from tests.cases import assert_names
-from tests.export.models import TARGETS, assert_same_bytes, build, calibrated, exported, read
+from tests.export.models import TARGETS, assert_same_bytes, build, calibrated, exported, read, to_compressed_tensors
 
 
 def test_shards(tmp_path):
     """Files are no larger than asked, the index names each tensor once, the bytes are those of one file."""
     model, params = build()
-    exported(fqt.export.compressed_tensors, tmp_path / "one", params, fqt.FP8, model.config)
-    exported(fqt.export.compressed_tensors, tmp_path / "many", params, fqt.FP8, model.config, max_shard_size="200KB")
+    exported(to_compressed_tensors, tmp_path / "one", params, fqt.FP8, model.config)
+    exported(to_compressed_tensors, tmp_path / "many", params, fqt.FP8, model.config, max_shard_size="200KB")
     one, many = read(tmp_path / "one"), read(tmp_path / "many")
     assert_same_bytes(many, one)
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
@@ -39,7 +39,7 @@ def test_shards(tmp_path):
 def test_each_file_is_opened_once(tmp_path, monkeypatch):
     """Headers list every tensor: reading one for each of thousands of modules took longer than all else."""
     model, params = build()
-    exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config, max_shard_size="300KB")
+    exported(to_compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config, max_shard_size="300KB")
     opened: list[str] = []
     real = safetensors.safe_open
     monkeypatch.setattr(safetensors, "safe_open", lambda file, *args: opened.append(file.name) or real(file, *args))
@@ -57,12 +57,12 @@ def test_a_crash_leaves_nothing_at_the_path(tmp_path):
     bad = params | {last: params[last].clone()}
     bad[last][2, 3, 4] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        fqt.export.compressed_tensors(tmp_path / "a", fq, bad, state, config=model.config, max_shard_size=9999)
+        fqt.export.save(tmp_path / "a", fq, bad, state, config=model.config, max_shard_size=9999)
     assert not list(tmp_path.iterdir())
     left = tmp_path / f".a.saving-{'0' * 32}"
     left.mkdir()
     (left / "0.safetensors").write_bytes(b"half")
-    fqt.export.compressed_tensors(tmp_path / "a", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -21,6 +21,7 @@ from tests.export.models import (
     megatron_of,
     of_each_expert,
     read,
+    to_modelopt,
     weights_only,
 )
 
@@ -79,7 +80,7 @@ def written_by_both(exporter, tmp_path, model, fq, params, state):
 
     ModelOpt lists there what it found no quantizer in, we every matrix that is not quantized.
     """
-    fqt.export.modelopt_hf(tmp_path / "ours", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "ours", fq, params, state, config=model.config, layout="modelopt")
     exporter.export_hf_checkpoint(model, export_dir=tmp_path / "theirs")
     found = []
     for who in ("ours", "theirs"):
@@ -187,7 +188,7 @@ def test_files_stand_for_fakequant(format, tmp_path):
     """NVFP4QTensor and MXFP8QTensor of ModelOpt, and products for the rest, give fakequant's weights."""
     qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
     model, params = build()
-    fq, state = exported(fqt.export.modelopt_hf, tmp_path / "a", params, format, model.config)
+    fq, state = exported(to_modelopt, tmp_path / "a", params, format, model.config)
     stored, wanted = read(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict())
     for name, weight in wanted.items():
         scale = stored.get(f"{name}_scale")
@@ -230,7 +231,7 @@ def test_input_scales_of_each_expert(layout, tmp_path):
     state = weights_only(fq).calibrate(params) | of_each_expert(fq.spec)
     pairs = [*GATE_UP, ("q_proj", "k_proj"), ("q_proj", "v_proj")]
     state = fqt.tie(state, [pair for pair in pairs if any(pair[0] in key.split(".") for key in state)])
-    fqt.export.modelopt_hf(tmp_path / "a", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config, layout="modelopt")
     stored = read(tmp_path / "a")
     scales = {name: tensor for name, tensor in stored.items() if name.endswith("input_scale")}
     assert len(scales) == 2 * (3 + 3 * EXPERTS)
@@ -250,7 +251,7 @@ def test_mixed_inputs(tmp_path):
     rules = [fqt.Rule("*.experts.*", fqt.NVFP4), fqt.Rule("*layers.0.*.experts.*", fqt.NVFP4, fqt.NVFP4)]
     fq = fqt.transform(fqt.select(params, rules))
     state = fq.calibrate(params, [TOKENS], model=model)
-    fqt.export.modelopt_hf(tmp_path / "a", fq, params, state, config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config, layout="modelopt")
     own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["quantized_layers"]
     found = {layer: own[f"model.layers.{layer}.mlp.experts.0.up_proj"]["quant_algo"] for layer in range(2)}
     assert found == {0: "NVFP4", 1: "W4A16_NVFP4"}
@@ -263,7 +264,7 @@ def test_mixed_precision(tmp_path):
     """Several formats: each module by its name, with its algorithm."""
     model, params = build()
     fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*o_proj*": fqt.MXFP8}))
-    fqt.export.modelopt_hf(tmp_path / "a", fq, params, fq.calibrate(params), config=model.config)
+    fqt.export.save(tmp_path / "a", fq, params, fq.calibrate(params), config=model.config, layout="modelopt")
     own = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
     assert own["quant_algo"] == "MIXED_PRECISION"
     assert own["quantized_layers"]["model.layers.1.self_attn.o_proj"] == {"quant_algo": "MXFP8", "group_size": 32}
@@ -340,7 +341,7 @@ def test_faults_of_inputs_are_found_before_a_byte_is_written(fq, state, fragment
     model, params = build()
     own = {group.key: state[group.key] for group in fq.spec.all_groups}
     with pytest.raises(ValueError) as caught:
-        fqt.export.modelopt_hf(tmp_path / "a", fq, in_lists(params), own, config=model.config)
+        fqt.export.save(tmp_path / "a", fq, in_lists(params), own, config=model.config, layout="modelopt")
     assert_names(str(caught.value), *fragments, "found", "wanted")
     assert not list(tmp_path.iterdir())
 
@@ -350,7 +351,7 @@ def test_tied_inputs_are_exported(tmp_path):
     config, params, fq, state = with_inputs()
     up = "model.layers.1.mlp.experts.*.up_proj.weight.input"
     state[up] = state[up] | {"amax": torch.tensor([2.0])}
-    fqt.export.modelopt_hf(tmp_path / "a", fq, params, fqt.tie(state, GATE_UP), config=config)
+    fqt.export.save(tmp_path / "a", fq, params, fqt.tie(state, GATE_UP), config=config, layout="modelopt")
     stored, block = read(tmp_path / "a"), "model.layers.1.mlp.experts.0"
     assert stored[f"{block}.gate_proj.input_scale"] == stored[f"{block}.up_proj.input_scale"] == 2.0 / 448
     assert stored[f"{block}.down_proj.input_scale"] == 1.0 / 448

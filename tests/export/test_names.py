@@ -6,7 +6,17 @@ import torch
 import fq_transforms as fqt
 from fq_transforms.export.names import file_names
 from tests.cases import name_of
-from tests.export.models import assert_equal, assert_same_bytes, build, exported, in_files, megatron_of, read
+from tests.export.models import (
+    assert_equal,
+    assert_same_bytes,
+    build,
+    exported,
+    in_files,
+    megatron_of,
+    read,
+    to_compressed_tensors,
+    to_modelopt,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
@@ -56,8 +66,8 @@ def test_megatron_and_transformers_write_the_same_files(kind, layout, format, tm
     """Names, the halves of fc1 and the heads of QKV: the same bytes as from the same model in transformers."""
     model, params = build(kind)
     other = megatron_of(params, model.config, layout)
-    exported(fqt.export.compressed_tensors, tmp_path / "a", params, format, model.config)
-    exported(fqt.export.compressed_tensors, tmp_path / "b", other, format, model.config)
+    exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
+    exported(to_compressed_tensors, tmp_path / "b", other, format, model.config)
     assert_same_bytes(read(tmp_path / "b"), read(tmp_path / "a"))
 
 
@@ -76,7 +86,7 @@ def test_a_bias_of_a_fused_qkv(tmp_path):
         fused = f"decoder.layers.{n}.self_attention.linear_qkv"
         other[f"{fused}.bias"] = columns[f"{fused}.weight"][:, 0]
     for folder, source in (("a", params), ("b", other)):
-        exported(fqt.export.modelopt_hf, tmp_path / folder, source, fqt.NVFP4, model.config)
+        exported(to_modelopt, tmp_path / folder, source, fqt.NVFP4, model.config)
     assert_same_bytes(read(tmp_path / "b"), read(tmp_path / "a"))
 
 
@@ -86,6 +96,6 @@ def test_a_quantized_fused_qkv(format, tmp_path):
     model, params = build()
     other = megatron_of(params, model.config, "te")
     rules = "*linear_qkv.weight"
-    fq, state = exported(fqt.export.compressed_tensors, tmp_path / "a", other, format, model.config, rules)
+    fq, state = exported(to_compressed_tensors, tmp_path / "a", other, format, model.config, rules)
     fqt.export.decompress(tmp_path / "a", tmp_path / "b")
     assert_equal(read(tmp_path / "b"), in_files(fq.fakequant(other, state), model.config.to_dict()))

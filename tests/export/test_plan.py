@@ -10,7 +10,18 @@ import fq_transforms as fqt
 from fq_transforms.export import plan
 from fq_transforms.formats import IntElement
 from tests.cases import assert_names
-from tests.export.models import EXPERTS, HIDDEN, INNER, TARGETS, build, calibrated, exported, in_lists, megatron_of
+from tests.export.models import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    TARGETS,
+    build,
+    calibrated,
+    exported,
+    in_lists,
+    megatron_of,
+    to_compressed_tensors,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
@@ -28,7 +39,7 @@ def test_one_group_is_packed_at_a_time(tmp_path, monkeypatch):
 
     real = plan.pack
     monkeypatch.setattr(plan, "pack", counted)
-    exported(fqt.export.compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config, max_shard_size=1000)
+    exported(to_compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config, max_shard_size=1000)
     assert len(most) == 12
     assert max(most) <= 2 * EXPERTS * 2 * INNER * HIDDEN * 1.1
 

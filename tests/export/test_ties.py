@@ -7,16 +7,27 @@ import torch
 
 import fq_transforms as fqt
 from tests.cases import assert_names
-from tests.export.models import EXPERTS, GATE_UP, TARGETS, build, in_lists, of_each_expert, read, weights_only
+from tests.export.models import (
+    EXPERTS,
+    GATE_UP,
+    TARGETS,
+    build,
+    in_lists,
+    of_each_expert,
+    read,
+    to_compressed_tensors,
+    to_modelopt,
+    weights_only,
+)
 
 
 @pytest.mark.parametrize(
     ("target", "format"),
     [
-        *((fqt.export.compressed_tensors, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8)),
-        *((fqt.export.modelopt_hf, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC)),
+        *((to_compressed_tensors, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC, fqt.FP8)),
+        *((to_modelopt, format) for format in (fqt.NVFP4, fqt.NVFP4_STATIC)),
     ],
-    ids=lambda value: getattr(value, "__name__", None) or value.name,
+    ids=lambda value: {to_compressed_tensors: "ct", to_modelopt: "mo"}.get(value) or value.name,
 )
 def test_untied_roles_are_refused(format, target, tmp_path):
     """Gate and up with an amax each: the error names both, the values, the expert and the call; tied, it is written."""
@@ -75,7 +86,7 @@ def test_unseen_experts_from_weights_are_tied(tmp_path):
     with pytest.raises(
         ValueError, match=r"for expert 1, wanted one: .* fqt.tie\(state, \[\('gate_proj', 'up_proj'\)\]\)"
     ):
-        fqt.export.modelopt_hf(tmp_path / "a", fq, lists, state, config=model.config)
-    fqt.export.modelopt_hf(tmp_path / "a", fq, lists, fqt.tie(state, GATE_UP), config=model.config)
+        fqt.export.save(tmp_path / "a", fq, lists, state, config=model.config, layout="modelopt")
+    fqt.export.save(tmp_path / "a", fq, lists, fqt.tie(state, GATE_UP), config=model.config, layout="modelopt")
     scales = [name for name in read(tmp_path / "a") if name.endswith("input_scale")]
     assert len(scales) == 2 * 3 * EXPERTS

@@ -1,0 +1,92 @@
+"""The one door of exports: a folder in a layout, for a reader."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fq_transforms.export import compressed_tensors, modelopt
+from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, export
+from fq_transforms.export.readers import READERS
+from fq_transforms.parse import nearest
+from fq_transforms.state import State
+from fq_transforms.transform import Transform
+
+__all__ = ["LAYOUTS", "save"]
+
+
+def _accept(plan: ExportPlan) -> None:
+    pass
+
+
+def _no_codes(coded: CodedWeight) -> dict[str, Tensor]:
+    raise AssertionError("plain weights have no codes")
+
+
+def _config_alone(plan: ExportPlan) -> dict[str, Any]:
+    return {"config.json": plan.config}
+
+
+_PLAIN = Target("plain", None, _accept, _no_codes, _config_alone)
+LAYOUTS: dict[str, Target] = {
+    "compressed-tensors": compressed_tensors.TARGET,
+    "modelopt": modelopt.TARGET,
+    "plain": _PLAIN,
+}
+
+
+def save(
+    path: str | os.PathLike[str],
+    fq: Transform,
+    params: Mapping[str, Tensor],
+    state: State,
+    *,
+    config: Any,
+    layout: Literal["compressed-tensors", "modelopt", "plain"] = "compressed-tensors",
+    reader: Literal["vllm", "transformers"] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a folder that an engine loads to `fq.fakequant`'s weights: shards, their index, config.json.
+
+    Args:
+        path: A new name, or an empty directory. It appears whole or not at all.
+        fq: What is packed, and how.
+        params: The whole `model.state_dict()`, buffers too. What is not selected is written as it is.
+        state: From `calibrate`. Roles that engines fuse are tied: see `tie`.
+        config: `model.config` of transformers, or what config.json holds, with `model_type` and `architectures`.
+        layout: "compressed-tensors", "modelopt" (its unified HF export), or "plain": fake weights, in any format.
+        reader: Who must load it: what it does not load is refused, and files are spelled as it wants them.
+        max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
+
+    Raises:
+        KeyError: A parameter or a group of the state is missing.
+        ValueError: The layout or the reader does not take a format; a group is not calibrated; fused roles are not
+            tied; a name or shape is not known in files of this model; `path` is taken. All but NaN before a write.
+        ImportError: tqdm is not installed.
+        OSError: A file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, fq_transforms as fqt
+        >>> params = {f"mlp.experts.{i}.up_proj.weight": torch.ones(4, 16) for i in range(2)}
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
+        >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     save(f"{parent}/model", fq, params, fq.calibrate(params), config=config, reader="vllm")
+        ...     sorted(os.listdir(f"{parent}/model"))
+        ['config.json', 'model.safetensors']
+    """
+    target = LAYOUTS.get(layout)
+    if target is None:
+        meant = nearest(str(layout), LAYOUTS)[0]
+        raise ValueError(f"layout: found {layout!r}, wanted one of {list(LAYOUTS)} (did you mean {meant!r}?)")
+    readers = READERS[layout]
+    if reader is not None and reader not in readers:
+        known = {name: of for of, some in READERS.items() for name in some}
+        meant = nearest(str(reader), known)[0]
+        of = [name for name, some in READERS.items() if meant in some]
+        raise ValueError(
+            f"reader: found {reader!r} of layout {layout!r}, wanted one of {sorted(readers)}, or None; {meant!r} reads "
+            f"{of}"
+        )
+    export(target, readers[reader] if reader else None, path, fq, params, state, config, max_shard_size)
