@@ -1,7 +1,8 @@
 """What `.ci/engines` gives an engine to read: folders, and the log-probabilities that it shall compute from them.
 
-python -m tests.engines.write FOLDER: writes {model}-{layout}-{place}-{formats}/, and beside each a .safetensors of
-`logprobs` [tokens, vocabulary], of `functional_call` with `fakequant` of the weights in fp32; and cases.json.
+python -m tests.engines.write FOLDER [MODEL ...]: writes {model}-{layout}-{place}-{formats}/, and beside each a
+.safetensors of `logprobs` [tokens, vocabulary], of `functional_call` with `fakequant` of the weights in fp32; and
+cases.json.
 """
 
 import json
@@ -24,6 +25,12 @@ RULES = {"experts": ["*.experts.*"], "linears": ["*self_attn.?_proj*"], "lm_head
 MODELS = ["qwen3_moe", "mixtral", "olmoe", "glm4_moe", "deepseek_v3"]
 # With fused roles of which each has whole blocks.
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 4}
+# vLLM's CPU kernels want matrices of 32 columns.
+OPTIONS = {
+    "deepseek_v3": dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 32
+    ),
+}
 
 
 def formats_of(keys: FormatKeys) -> tuple[Format, Format | None]:
@@ -75,14 +82,14 @@ def write(folder: Path, kind: str, layout: str, rules, options) -> torch.Tensor:
         return functional_call(model, fakes, (TOKENS,)).logits[0].log_softmax(-1)
 
 
-def main(root: Path) -> None:
+def main(root: Path, models: list[str]) -> None:
     warnings.simplefilter("ignore")  # that vLLM quantizes inputs too
     done = []
-    for kind in MODELS:
+    for kind in models:
         for layout, place, rules in tqdm(list(cases(kind)), desc=kind):
             names = sorted({"+".join(f.name for f in formats if f) for formats in rules.values()})
             name = f"{kind}-{layout}-{place}-{'-'.join(names)}"
-            options = WIDE if place == "linears" and "FP8_BLOCK" in name else {}
+            options = OPTIONS.get(kind, {}) | (WIDE if place == "linears" and "FP8_BLOCK" in name else {})
             logprobs = write(root / name, kind, layout, rules, options)
             save_file({"logprobs": logprobs.contiguous()}, root / f"{name}.safetensors")
             done.append({"folder": name, "model": kind, "layout": layout, "place": place, "formats": names})
@@ -90,4 +97,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] or MODELS)

@@ -4,6 +4,7 @@ One process trains in the plain form: `functional_call` on `fakequant` of the ma
 one pullback. Gradients are added up in the same dtype, in the same order, and so everything is equal bit for bit.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,7 +18,12 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -350,6 +356,56 @@ def train_pipeline(rank, size):
 def test_pipeline(ranks):
     """1F1B over two stages, each with masters, a spec and a state of its own."""
     for (_, backward), *found in zip(HOW, *ranks(train_pipeline, size=2), strict=True):
+        check_same(merged(found), "local", backward, 1, BF16, BF16)
+
+
+PARTS = ("stacked", "listed", "transposed", "head")
+# The stages of each rank. Here the gradients of inputs and of weights are made apart, weights' where a rank would wait.
+ZERO_BUBBLE = {
+    "interleaved": (ScheduleInterleavedZeroBubble, [(0, 2), (1, 3)]),
+    "v": (ScheduleZBVZeroBubble, [(0, 3), (1, 2)]),
+}
+
+
+def shallow(model):
+    """Another module of the same parts."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    return other
+
+
+def without(model, kept):
+    """The model, of which only some parts are left."""
+    for name in set(PARTS) - set(kept):
+        setattr(model, name, None)
+    return model
+
+
+def train_zero_bubble(rank, size, kind):
+    found = []
+    schedule_of, numbers = ZERO_BUBBLE[kind]
+    for _, backward in HOW:
+        whole = toy.toy()
+        stages = []
+        for number in numbers[rank]:
+            part = without(shallow(whole), [PARTS[number]])
+            stages.append(PipelineStage(part, number, len(PARTS), torch.device("cpu")))
+        model = without(whole, [PARTS[number] for number in numbers[rank]])
+        schedule = schedule_of(stages, toy.MICROBATCHES, loss_fn=toy.loss_of, scale_grads=False)
+
+        def run(step, schedule=schedule):
+            x, y = (torch.cat(t) for t in zip(*(toy.batch(step, i) for i in range(toy.MICROBATCHES)), strict=True))
+            inputs = (x,) if 0 in numbers[rank] else ()
+            schedule.step(*inputs, target=y if len(PARTS) - 1 in numbers[rank] else None)
+
+        found.append(train(Setup(model, pipeline=run), "local", backward))
+    return found
+
+
+@pytest.mark.parametrize("kind", ZERO_BUBBLE)
+def test_zero_bubble(ranks, kind):
+    """Two stages per rank, whose weights' gradients come apart from the inputs'."""
+    for (_, backward), *found in zip(HOW, *ranks(train_zero_bubble, kind, size=2), strict=True):
         check_same(merged(found), "local", backward, 1, BF16, BF16)
 
 

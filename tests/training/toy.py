@@ -149,7 +149,8 @@ def transform(params, backward="pass_through"):
     """By the rules for what is there."""
     rules = {pattern: format for pattern, format in RULES.items() if fnmatch.filter(params, pattern)}
     transposed = ["transposed.*"] if "transposed.up" in params else []
-    spec = fqt.select(params, rules, experts=r"(stacked|transposed)\.(up|down)", transposed=transposed)
+    stacks = {"experts": r"(stacked|transposed)\.(up|down)"} if {"stacked.up", "transposed.up"} & params.keys() else {}
+    spec = fqt.select(params, rules, transposed=transposed, **stacks)
     return fqt.transform(spec, backward=backward)
 
 
