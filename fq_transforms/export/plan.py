@@ -42,8 +42,10 @@ FormatKey: TypeAlias = tuple[str, str, str]
 # Of weights and of their inputs, None if these are not quantized.
 FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
 
-# Whose routing bias vLLM loads only where config names the method that uses it.
-DEEPSEEK = ("deepseek_v3", "deepseek_v32", "kimi_k2")
+# What DeepSeek V3's config says on the hub and transformers leaves out: without it vLLM drops the routing bias, and
+# takes a softmax for the sigmoid.
+DEEPSEEKS = ("deepseek_v3", "deepseek_v32", "kimi_k2")
+DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embed_in|wte)\.weight")
 
 
@@ -302,11 +304,11 @@ def _check_model(
             f"config: found architectures={unknown}, which {reader.name} {reader.version} does not load, wanted "
             "another reader, or None"
         )
-    biases = [name for source in sources for name in source.names if name.endswith("gate.e_score_correction_bias")]
-    if reader.name == "vllm" and biases and config["model_type"] in DEEPSEEK and "topk_method" not in config:
+    missing = {key: value for key, value in DEEPSEEK.items() if key not in config}
+    if reader.name == "vllm" and config["model_type"] in DEEPSEEKS and missing:
         raise ValueError(
-            f"config: found no topk_method, without which {reader.name} does not load {biases[0]!r}, wanted "
-            "config.to_dict() | {'topk_method': 'noaux_tc'}"
+            f"config: found no {list(missing)}, without which {reader.name} routes tokens otherwise, wanted "
+            f"config.to_dict() | {missing}"
         )
     if reader.name == "vllm" and schemes:
         for source in sources:

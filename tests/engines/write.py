@@ -31,6 +31,11 @@ OPTIONS = {
         ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 32
     ),
 }
+# What transformers leaves out of DeepSeek's config, though it computes so.
+DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+# Whose attention vLLM computes otherwise, of weights that are not quantized too: from the second token on 0.02 from
+# transformers. It is compared with what vLLM makes of the plain fake weights.
+PLAIN_BESIDE = ["deepseek_v3"]
 
 
 def formats_of(keys: FormatKeys) -> tuple[Format, Format | None]:
@@ -74,10 +79,13 @@ def write(folder: Path, kind: str, layout: str, rules, options) -> torch.Tensor:
     state = fq.calibrate(params, [(TOKENS,)], model=model) if spec.inputs else fq.calibrate(params)
     if any("q_proj" in key for key in state):
         state = fqt.tie(state, [("q_proj", "k_proj"), ("q_proj", "v_proj")])
-    config = model.config.to_dict() | ({"topk_method": "noaux_tc"} if kind == "deepseek_v3" else {})
+    config = model.config.to_dict() | (DEEPSEEK if kind == "deepseek_v3" else {})
     fqt.export.save(folder, fq, params, state, config=config, layout=layout, reader="vllm")
-    weights = fqt.transform(fqt.Spec(spec.groups))
-    fakes = weights.fakequant(params, {group.key: state[group.key] for group in spec.groups})
+    weights, of_weights = fqt.transform(fqt.Spec(spec.groups)), {group.key: state[group.key] for group in spec.groups}
+    if kind in PLAIN_BESIDE:
+        plain = folder.with_name(f"{folder.name}.plain")
+        fqt.export.save(plain, weights, params, of_weights, config=config, layout="plain", reader="vllm")
+    fakes = weights.fakequant(params, of_weights)
     with torch.no_grad():
         return functional_call(model, fakes, (TOKENS,)).logits[0].log_softmax(-1)
 

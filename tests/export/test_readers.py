@@ -184,7 +184,13 @@ FAULTS = {
         {},
         "Dots1ForCausalLM",
     ),
-    "a routing bias without its method": ({"reader": "vllm"}, {"kind": "deepseek_v3"}, "topk_method", "noaux_tc"),
+    "a router that config does not tell": (
+        {"reader": "vllm"},
+        {"kind": "deepseek_v3"},
+        "topk_method",
+        "noaux_tc",
+        "sigmoid",
+    ),
     "fused rows within a block": (
         {"reader": "vllm"},
         {"weights": fqt.FP8_BLOCK, "rules": RULES["linears"]},
