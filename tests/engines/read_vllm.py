@@ -45,6 +45,8 @@ from vllm.model_executor.model_loader import base_loader
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 KERNELS = re.compile(r"select_\w+_moe_backend|select_linear_kernel|init_\w+_kernel|choose_mp_linear_kernel")
+PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+QUANTIZED = re.compile(r"(w13_|w2_)?(weight|input)(_|$)")
 UNSET = 123456789.0
 LIMIT = 2e-5  # of log-probabilities in fp32
 # Not of the files: of a cache of keys and values, and inputs where a method leaves them in 16 bits.
@@ -142,10 +144,10 @@ def finish(model, model_config, target_device):
                 "w2_weight": dequantized(of(module, "w2_"), inner, [hidden]),
             }
             replace(module, plain, UnquantizedFusedMoEMethod(module.moe_config))
-        elif isinstance(module, ParallelLMHead) and not isinstance(method, UnquantizedEmbeddingMethod):
+        elif isinstance(module, ParallelLMHead) and not isinstance(method, PLAIN):
             weight = dequantized(of(module), module.embedding_dim, [module.num_embeddings_per_partition])
             replace(module, {"weight": weight}, UnquantizedEmbeddingMethod())
-        elif isinstance(module, LinearBase) and not isinstance(method, UnquantizedLinearMethod):
+        elif isinstance(module, LinearBase) and not isinstance(method, PLAIN):
             widths = getattr(module, "output_partition_sizes", None) or [module.output_size_per_partition]
             weight = dequantized(of(module), module.input_size_per_partition, widths)
             replace(module, {"weight": weight}, UnquantizedLinearMethod())
@@ -163,7 +165,7 @@ def of(module, prefix=""):
 
 
 def replace(module, plain, method):
-    for key in [key for key, _ in module.named_parameters(recurse=False) if key != "bias"]:
+    for key in [key for key, _ in module.named_parameters(recurse=False) if QUANTIZED.match(key)]:
         delattr(module, key)
     for key, weight in plain.items():
         setattr(module, key, torch.nn.Parameter(weight, requires_grad=False))
