@@ -12,15 +12,17 @@ __all__ = ["check_accounted", "check_config"]
 
 _IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)")
 _EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
-_ROUTER = re.compile(r"(?:mlp|moe|feed_forward|block_sparse_moe)\.gate\.weight")
+_ROUTER = re.compile(r"(?:mlp|moe|ffn|mixer|feed_forward|block_sparse_moe)\.(?:gate|router)(?:\.\w+)?\.weight")
 # Parts of a model that config counts elsewhere than the text's layers.
 _BESIDE_THE_TEXT = re.compile(r"(?:.*\.)?(?:mtp\w*|\w*(?:vision|visual|audio|image|talker|speech)\w*|encoder)\.")
 _DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_DECODER_DEPTHS = ("num_decoder_layers", "decoder_layers")  # where an encoder has another
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # Of models of several parts, the part that has experts; one may be within another.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 # Layers behind the last, which predict more than the next token.
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+_MTP_LAYER = re.compile(r"(?:^|.*\.)mtp\w*\.(?:\w*\.)?(\d+)\.")
 # Model types whose router adds a trained buffer.
 ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
 
@@ -124,8 +126,13 @@ def _layers_of(names: Iterable[str]) -> dict[str, dict[int, _Layer]]:
 
 def _count(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int]:
     """The first of some numbers that config has, with its name; no name and 0 for none, or one for each layer."""
-    found = ((key, config[key]) for key in keys if config.get(key))
-    return next(((key, number) for key, number in found if type(number) is int), ("", 0))
+    found = {key: config[key] for key in keys if config.get(key)}
+    for key, number in found.items():
+        if type(number) is int:
+            return key, number
+        if not isinstance(number, list | tuple | dict):
+            raise ValueError(f"config: found {key}={number!r}, wanted a whole number")
+    return "", 0
 
 
 def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -134,14 +141,19 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
     of_depth, depth = _count(config, _DEPTHS)
     of_experts, told = _count(config, _EXPERT_COUNTS)
     is_by_layer = any(isinstance(config.get(key), list) for key in _EXPERT_COUNTS)
+    of_whole = of_depth, depth
     for stack, layers in stacks.items():
         is_text = not _BESIDE_THE_TEXT.match(f"{stack}.")
+        of_depth, depth = of_whole
+        if "decoder" in stack.split(".") and (of_decoder := _count(config, _DECODER_DEPTHS))[0]:
+            of_depth, depth = of_decoder
         has_experts = any(layer.experts or layer.routers for layer in layers.values())
         missing = sorted({*range(depth)} - layers.keys())
         if missing and is_text and (has_experts or stack == "model.layers"):
             raise ValueError(
                 f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
             )
+        roles = {role for layer in layers.values() for role in layer.experts}
         most = max((max(found) + 1 for layer in layers.values() for found in layer.experts.values()), default=0)
         said = f"as {of_experts} in config says" if told and is_text else "as another role or layer has"
         for number, layer in layers.items():
@@ -153,13 +165,18 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
                     f"params: found the router {layer.routers[0]!r} and no experts in layer {number} of {stack!r}, "
                     f"wanted {wanted}; gather the experts of all ranks"
                 )
+            if layer.experts and (lacks := sorted(roles - layer.experts.keys())):
+                raise ValueError(
+                    f"params: found no {lacks[0]!r} in layer {number} of {stack!r}, whose experts have "
+                    f"{sorted(layer.experts)[0]!r}, wanted all roles that another layer has"
+                )
             for role, found in layer.experts.items():
                 if found != {*range(wanted)}:
                     raise ValueError(
                         f"params: found {len(found)} experts in layer {number} of {stack!r}, {role!r}, wanted "
                         f"{wanted}, {said}; gather the experts of all ranks"
                     )
-    _check_promised(names, stacks, config, depth)
+    _check_promised(names, stacks, config, of_whole[1])
 
 
 def _check_promised(
@@ -169,8 +186,9 @@ def _check_promised(
     key, count = _count(config, _MTP_COUNTS)
     text = [layers for stack, layers in stacks.items() if not _BESIDE_THE_TEXT.match(f"{stack}.")]
     is_there = any({*range(depth, depth + count)} <= layers.keys() for layers in text)
-    if key and not is_there and not any(re.search(r"(?:^|\.)mtp\w*\.\w*\.?\d", name) for name in names):
+    apart = {int(match[1]) for match in map(_MTP_LAYER.match, names) if match}
+    if key and not is_there and len(apart) < count:
         raise ValueError(
-            f"params: found no layer {depth} and none of 'mtp', wanted {count}, as {key} in config says; "
+            f"params: found no layer {depth} and {len(apart)} of 'mtp', wanted {count}, as {key} in config says; "
             f"transformers leaves them out: add them from the model's own files, or give a config with {key}=0"
         )

@@ -245,6 +245,37 @@ LOST = {
         "*.experts.*",
         "no experts in layer 1",
     ),
+    "a role that a layer lacks": (
+        of_layer() | of_layer("model.layers.1.mlp", roles=["up_proj"]),
+        {"num_hidden_layers": 2},
+        "*",
+        "wanted all roles that another layer has",
+    ),
+    "a mixer's router alone": (
+        of_layer("model.layers.0.mixer") | {"model.layers.1.mixer.gate.weight": torch.randn(2, 32)},
+        {"num_hidden_layers": 2},
+        "*.experts.*",
+        "no experts in layer 1",
+    ),
+    "a router of that name alone": (
+        of_layer("model.layers.0.feed_forward") | {"model.layers.1.feed_forward.router.weight": torch.randn(2, 32)},
+        {"num_hidden_layers": 2},
+        "*.experts.*",
+        "no experts in layer 1",
+    ),
+    "a decoder deeper than its encoder": (
+        of_layer("model.decoder.layers.0.mlp") | {"model.encoder.layers.0.w": torch.randn(32, 32)},
+        {"decoder_layers": 2},
+        "*.experts.*",
+        "wanted 2, as decoder_layers",
+    ),
+    "a count that is no number": (of_layer(), {"num_experts": "2"}, "*", "wanted a whole number"),
+    "one of three layers for more tokens": (
+        of_layer() | of_layer("mtp.layers.0.mlp"),
+        {"num_nextn_predict_layers": 3},
+        "*",
+        "1 of 'mtp', wanted 3",
+    ),
     "a nested config": (
         of_layer("thinker.model.layers.0.mlp"),
         {"num_experts": None, "num_hidden_layers": None, "thinker_config": {"text_config": {"num_experts": 4}}},
