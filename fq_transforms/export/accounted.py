@@ -32,17 +32,11 @@ def check_accounted(sources: Sequence[Source]) -> None:
 
     Example:
         >>> from fq_transforms.export.names import FileTensor
-        >>> from fq_transforms.formats import FP8
-        >>> from fq_transforms.spec import Group
-        >>> whole = FileTensor("moe.down_proj.weight", slice(None))
-        >>> check_accounted([Source("moe.down_proj.weight", None, None, (4, 4), 8, [whole])])
-        >>> group = Group("moe.down_proj.weight", ("moe.down_proj.weight",), FP8, 8, (4, 4), stacked=True)
-        >>> check_accounted([Source(group.key, group, None, (4, 4), 8, [whole])])
+        >>> half = FileTensor("router.weight", slice(0, 2))
+        >>> check_accounted([Source("router.weight", None, None, (4, 4), 4, [half])])
         Traceback (most recent call last):
         ...
-        ValueError: group 'moe.down_proj.weight': found the name 'moe.down_proj.weight' in files for all of its 8
-        experts, of which one would be left, wanted a name for each; give experts separate parameters, or call the stack
-        mlp.experts.gate_up_proj or mlp.experts.down_proj
+        ValueError: parameter 'router.weight': found rows of it in files other than once, wanted each once
     """
     taken: dict[str, str] = {}
     for source in sources:
@@ -50,12 +44,6 @@ def check_accounted(sources: Sequence[Source]) -> None:
         count = torch.zeros(rows, dtype=torch.int64)
         for tensor in source.tensors:
             count[tensor.rows] += 1
-            if group is not None and group.experts > 1 and "*" not in tensor.name:
-                raise ValueError(
-                    f"group {group.key!r}: found the name {tensor.name!r} in files for all of its {group.experts} "
-                    "experts, of which one would be left, wanted a name for each; give experts separate parameters, "
-                    "or call the stack mlp.experts.gate_up_proj or mlp.experts.down_proj"
-                )
         if not bool((count == 1).all()):
             raise ValueError(f"parameter {source.name!r}: found rows of it in files other than once, wanted each once")
         # Codes are called `weight`, or `weight_packed`, whatever the parameter is.

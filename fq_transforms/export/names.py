@@ -1,59 +1,28 @@
 """From the names that a model has in memory to those that its files have: text and numbers only.
 
-    in memory                                            in files
-    model.layers.0.mlp.experts.gate_up_proj [E, ., .]    ...mlp.experts.{e}.gate_proj.weight, ...up_proj.weight
-    model.layers.0.mlp.experts.down_proj                 ...mlp.experts.{e}.down_proj.weight
-    decoder.layers.0.mlp.experts.linear_fc1.weight{e}    as gate_up_proj, under model.layers.0
-    decoder.layers.0.mlp.experts.local_experts.{e}....   likewise
-
-Files of Mixtral have `block_sparse_moe` in place of `mlp`, and w1, w3, w2 in place of gate_proj, up_proj, down_proj.
-Lists of experts, and whatever is no expert in transformers, have the same names in files.
+in memory                                            in files
+names of a class of transformers                     as `save_pretrained` writes them: see `families`
+decoder.layers.0.mlp.experts.linear_fc1.weight{e}    as expert e of mlp.experts.gate_up_proj, under model.layers.0
+decoder.layers.0.mlp.experts.local_experts.{e}....   likewise
+names that the class has in files                    the same
+names of a class that transformers does not have     the same, but for stacks of experts, which are refused
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fq_transforms.export.families import FileLayout, FileTensor, files_of, folded, model_of, rows_of
 from fq_transforms.spec import Group, Inputs
 
-__all__ = [
-    "MODEL_TYPES",
-    "FileTensor",
-    "Source",
-    "file_names",
-    "file_tensors",
-    "module_of",
-]
+__all__ = ["FileTensor", "Source", "check_codes", "file_tensors", "module_of", "of_group"]
 
-
-class Family(NamedTuple):
-    """How the files of a family of models name the block of experts, its projections and its shared experts."""
-
-    moe: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    shared: str = "shared_experts"
-
-
-# By the `model_type` of config.json. Source: the conversion mapping of transformers 5.23.
-_QWEN2, _DEEPSEEK = Family(shared="shared_expert"), Family()
-MODEL_TYPES = {
-    "mixtral": Family("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen2_moe": _QWEN2,
-    "qwen3_moe": _QWEN2,
-    "olmoe": _DEEPSEEK,
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "dots1": _DEEPSEEK,
-    "glm4_moe": _DEEPSEEK,
-}
-
-# Names in Megatron-Core, under `decoder.layers.{n}.`, to those under `model.layers.{n}.`. A matrix that holds several,
-# one below the other, has a name for each.
+# Names in Megatron-Core, under `decoder.layers.{n}.`, to those in memory of transformers, under `model.layers.{n}.`. A
+# matrix that holds several, one below the other, has a name for each. Of names between bars it is the one that the
+# class has.
 _MEGATRON_EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(?P<of_list>\*|\d+)\.(?P<fc_of_list>linear_fc[12])\.weight"
     r"|(?P<fc>linear_fc[12])\.weight(?P<grouped>\*|\d+))"
@@ -71,22 +40,22 @@ _MEGATRON_LAYER = {
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    # Under multi-latent attention the same words mean other norms.
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight|self_attn.q_a_layernorm.weight",),
+    "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-    "mlp.router.weight": ("{moe}.gate.weight",),
-    "mlp.router.expert_bias": ("{moe}.gate.e_score_correction_bias",),
-    "mlp.shared_experts.linear_fc1.weight": ("mlp.{shared}.gate_proj.weight", "mlp.{shared}.up_proj.weight"),
-    "mlp.shared_experts.linear_fc2.weight": ("mlp.{shared}.down_proj.weight",),
+    "mlp.router.weight": ("mlp.gate.weight",),
+    "mlp.router.expert_bias": ("mlp.gate.e_score_correction_bias",),
+    "mlp.shared_experts.linear_fc1.weight": (
+        "mlp.shared_expert.gate_proj.weight|mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight|mlp.shared_experts.up_proj.weight",
+    ),
+    "mlp.shared_experts.linear_fc2.weight": ("mlp.shared_expert.down_proj.weight|mlp.shared_experts.down_proj.weight",),
     "mlp.shared_experts.gate_weight": ("mlp.shared_expert_gate.weight",),
-}
-# Under multi-latent attention the same words mean other norms.
-_MEGATRON_LATENT = {
-    "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
-    "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
 }
 _MEGATRON_TOP = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
@@ -102,14 +71,7 @@ _NOT_IN_FILES = re.compile(
     r"(?:language_model\.)?(?:decoder\.(?:layers|final_\w+)|embedding|output_layer)\."
     r"|mtp\.layers\.\d+\.(?:eh_proj|enorm|hnorm|final_layernorm|transformer_layer)\."
 )
-_STACKED = re.compile(r"(?P<parent>(?:.*\.)?)mlp\.experts\.(?P<role>gate_up_proj|down_proj)")
-
-
-class FileTensor(NamedTuple):
-    """A tensor of the files: its name, `*` for an expert of a stack, and which rows of `out` of its source it has."""
-
-    name: str
-    rows: slice | Tensor
+_STACKED = re.compile(r"(?:.*\.)?experts\.[^.]+")
 
 
 class Source(NamedTuple):
@@ -143,79 +105,108 @@ class Source(NamedTuple):
         return [name for tensor in self.tensors for name in self.names_of(tensor)]
 
 
-def file_tensors(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[FileTensor]:
-    """The tensors of the files that the parameter `name`, or the group of that key, becomes.
+class _Origin(NamedTuple):
+    """What a parameter is in memory of transformers.
+
+    Attributes:
+        name: Of transformers' parameter, or its own.
+        expert: Which one of a stack.
+        rows: Which of its rows; None for all of them.
+    """
+
+    name: str
+    expert: int | None = None
+    rows: Tensor | None = None
+
+
+def file_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, list[FileTensor]]:
+    """What each parameter becomes in the files: tensors with whole rows of it, `*` for the expert of a stack.
 
     Args:
-        name: A parameter's name, or a group's key, with `*` for the expert.
-        shape: (out, in) of the matrix, canonical; or the shape of what is no matrix.
-        config: What config.json holds. `model_type` is read and, for a fused QKV, the numbers of heads.
+        shapes: Of all parameters, by name.
+        config: What config.json holds. `architectures` and `model_type` are read, what the class of transformers reads
+            besides and, for a fused QKV, the numbers of heads.
 
     Raises:
-        ValueError: Files of this model have no such name; rows are not those of two halves or of all heads.
+        ImportError: transformers is not installed.
+        ValueError: Files of this model have no such name, or hold the parameter otherwise than by its rows; rows are
+            not those of two halves or of all heads.
 
     Example:
-        >>> [tensor.name for tensor in file_tensors("mlp.experts.gate_up_proj", (8, 4), {"model_type": "mixtral"})]
-        ['block_sparse_moe.experts.*.w1.weight', 'block_sparse_moe.experts.*.w3.weight']
+        >>> config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        >>> fc1 = {f"decoder.layers.0.mlp.experts.linear_fc1.weight{e}": (8, 4) for e in range(2)}
+        >>> [tensor.name for tensor in file_tensors(fc1, config)["decoder.layers.0.mlp.experts.linear_fc1.weight1"]]
+        ['model.layers.0.block_sparse_moe.experts.1.w1.weight', 'model.layers.0.block_sparse_moe.experts.1.w3.weight']
     """
-    names = file_names(name, config)
-    if len(names) == 1:
-        return [FileTensor(names[0], slice(None))]
-    if len(names) == 3:
-        return [FileTensor(n, rows) for n, rows in zip(names, _rows_of_qkv(name, shape[0], config), strict=True)]
-    half, odd = divmod(shape[0], 2)
-    if odd:
-        raise ValueError(f"parameter {name!r}: found {shape[0]} rows of `out`, wanted two halves, gate and up")
-    return [FileTensor(names[0], slice(0, half)), FileTensor(names[1], slice(half, None))]
+    model = model_of(config)
+    if model is None:
+        return {name: [FileTensor(_kept(name, config), slice(None))] for name in shapes}
+    known = model.state_dict().keys()
+    origins = {name: _origins(name, shape, known, config) for name, shape in shapes.items()}
+    in_memory = dict[str, tuple[int, ...]]()
+    for name, of_name in origins.items():
+        for origin in of_name:
+            shape = shapes[name] if origin.rows is None else (len(origin.rows), *shapes[name][1:])
+            if origin.expert is not None:
+                most = in_memory.get(origin.name, (0,))[0]
+                shape = (max(most, origin.expert + 1), *shape)
+            in_memory[origin.name] = shape
+    files = files_of(model, in_memory)
+    return {
+        name: [tensor for origin in of_name for tensor in _of_origin(name, shapes[name], origin, files)]
+        for name, of_name in origins.items()
+    }
 
 
-def file_names(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of `file_tensors`, which need no shape.
+def of_group(group: Group, tensors: Mapping[str, Sequence[FileTensor]]) -> list[FileTensor]:
+    """The tensors of the files that a group becomes, `*` for the expert.
 
     Raises:
-        ValueError: The name is none that files of this model have.
+        ValueError: The files have experts of other numbers.
 
     Example:
-        >>> file_names("decoder.layers.0.mlp.router.weight", {"model_type": "mixtral"})
-        ('model.layers.0.block_sparse_moe.gate.weight',)
-        >>> file_names("model.layers.0.mlp.experts.3.up_proj.weight", {"model_type": "any other"})
-        ('model.layers.0.mlp.experts.3.up_proj.weight',)
+        >>> from fq_transforms.formats import FP8
+        >>> names = ("experts.0.up.weight", "experts.1.up.weight")
+        >>> tensors = {name: [FileTensor(name, slice(None))] for name in names}
+        >>> of_group(Group("experts.*.up.weight", names, FP8, 2, (4, 4)), tensors)
+        [FileTensor(name='experts.*.up.weight', rows=slice(None, None, None))]
     """
-    megatron = _MEGATRON_NAME.fullmatch(name)
-    is_megatron = megatron is not None and bool(megatron["inside"] or megatron["top"] in _MEGATRON_TOP)
-    if _OF_A_WRAPPER.match(name) and not is_megatron:
+    of_each = [tensors[name] for name in group.names]
+    found = folded(of_each) if "*" in group.key else list(of_each[0])
+    if found is None:
         raise ValueError(
-            f"parameter {name!r}: found a wrapper's prefix, wanted names as the model itself has them; give the module "
-            "within the wrapper, merged, or leave it out of params"
+            f"group {group.key!r}: found the names {[tensor.name for of in of_each for tensor in of]} for its experts "
+            "in files, wanted names that differ by the expert's number; leave it out with a rule to None"
         )
-    if match := _STACKED.fullmatch(name):
-        family = _family(name, config)
-        roles = (family.down,) if match["role"] == "down_proj" else (family.gate, family.up)
-        return tuple(f"{match['parent']}{family.moe}.experts.*.{role}.weight" for role in roles)
-    if re.search(r"(?:^|\.)experts\.[^.]+$", name):
-        raise ValueError(
-            f"parameter {name!r}: found stacked experts of a role that is not known in files of "
-            f"{config.get('model_type')!r}, wanted mlp.experts.gate_up_proj or mlp.experts.down_proj"
-        )
-    if megatron and megatron["inside"]:
-        inside = _names_in_layer(name, megatron["inside"], _family(name, config), bool(config.get("kv_lora_rank")))
-        return tuple(f"model.layers.{megatron['layer']}.{n}" for n in inside)
-    if megatron and megatron["top"] in _MEGATRON_TOP:
-        return _MEGATRON_TOP[megatron["top"]]
-    if _NOT_IN_FILES.match(name):
-        raise ValueError(
-            f"parameter {name!r}: found a name of Megatron's whose name in transformers is not known, wanted names as "
-            "the model itself has them; rename it, or leave it out of params"
-        )
-    # transformers keeps Mixtral's block of experts as `mlp` in memory.
-    family = MODEL_TYPES.get(str(config.get("model_type")), Family())
-    if family.moe == "mlp":
-        return (name,)
-    roles = {"gate_proj": family.gate, "up_proj": family.up, "down_proj": family.down}
-    in_files = name.replace(".mlp.", f".{family.moe}.")
-    if match := re.fullmatch(r"(.*\.experts\.(?:\d+|\*)\.)(gate_proj|up_proj|down_proj)(\..*)", in_files):
-        in_files = match[1] + roles[match[2]] + match[3]
-    return (in_files,)
+    return found
+
+
+def check_codes(group: Group, tensors: Sequence[FileTensor]) -> None:
+    """Raise ValueError unless the files of a group have a module for each expert, beside whose weight its codes stand.
+
+    Example:
+        >>> from fq_transforms.formats import FP8
+        >>> name = "experts.gate_up_proj"
+        >>> check_codes(Group(name, (name,), FP8, 8, (4, 4), stacked=True), [FileTensor(name, slice(None))])
+        Traceback (most recent call last):
+        ...
+        ValueError: group 'experts.gate_up_proj': found one tensor for all of its 8 experts in files,
+        'experts.gate_up_proj', wanted one for each, as engines read codes; leave it out with a rule to None, or take
+        layout='plain'
+    """
+    for tensor in tensors:
+        what = None
+        if group.transposed:
+            what = "matrices stored [in, out]", "[out, in]"
+        elif group.stacked and "*" not in tensor.name:
+            what = f"one tensor for all of its {group.experts} experts", "one for each"
+        elif not tensor.name.endswith(".weight"):
+            what = "a parameter that is no module's weight", "a name that ends in .weight"
+        if what:
+            raise ValueError(
+                f"group {group.key!r}: found {what[0]} in files, {tensor.name!r}, wanted {what[1]}, as engines read "
+                "codes; leave it out with a rule to None, or take layout='plain'"
+            )
 
 
 def module_of(name: str) -> str:
@@ -228,40 +219,109 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _names_in_layer(name: str, inside: str, family: Family, is_latent: bool) -> tuple[str, ...]:
-    if match := _MEGATRON_EXPERT.fullmatch(inside):
-        expert = match["of_list"] or match["grouped"]
-        first = "linear_fc1" in (match["fc"], match["fc_of_list"])
-        roles = (family.gate, family.up) if first else (family.down,)
-        return tuple(f"{family.moe}.experts.{expert}.{role}.weight" for role in roles)
-    if is_latent and inside in _MEGATRON_LATENT:
-        return _MEGATRON_LATENT[inside]
-    if inside not in _MEGATRON_LAYER:
+def _kept(name: str, config: Mapping[str, Any]) -> str:
+    """The same name, which a class that transformers does not have has in files too."""
+    megatron, architecture = _MEGATRON_NAME.fullmatch(name), config["architectures"][0]
+    if megatron and (megatron["inside"] or megatron["top"] in _MEGATRON_TOP):
         raise ValueError(
-            f"parameter {name!r}: found {inside!r} in a Megatron layer, wanted one of {sorted(_MEGATRON_LAYER)}, or "
-            "experts; leave it out of params, or give it its name in transformers"
+            f"parameter {name!r}: found a name of Megatron's and the architecture {architecture!r}, which transformers "
+            "does not have, wanted one of its classes, whose names in files are known"
         )
-    return tuple(n.format(moe=family.moe, shared=family.shared) for n in _MEGATRON_LAYER[inside])
+    _check_kept(name)
+    if _STACKED.fullmatch(name):
+        raise ValueError(
+            f"parameter {name!r}: found stacked experts of {architecture!r}, an architecture that transformers does "
+            "not have, so that their names in files are not known, wanted experts in a list, whose names those are"
+        )
+    return name
 
 
-def _family(name: str, config: Mapping[str, Any]) -> Family:
-    found = str(config.get("model_type"))
-    if found not in MODEL_TYPES:
+def _check_kept(name: str) -> None:
+    if _OF_A_WRAPPER.match(name):
         raise ValueError(
-            f"parameter {name!r}: found the model_type {found!r}, whose names in files are not known, wanted one of "
-            f"{sorted(MODEL_TYPES)}; or experts in a list, whose names are those of the files"
+            f"parameter {name!r}: found a wrapper's prefix, wanted names as the model itself has them; give the module "
+            "within the wrapper, merged, or leave it out of params"
         )
-    return MODEL_TYPES[found]
+    if _NOT_IN_FILES.match(name):
+        raise ValueError(
+            f"parameter {name!r}: found a name of Megatron's whose name in transformers is not known, wanted names as "
+            "the model itself has them; rename it, or leave it out of params"
+        )
+
+
+def _origins(name: str, shape: tuple[int, ...], known: Set[str], config: Mapping[str, Any]) -> list[_Origin]:
+    """What a parameter is in memory of transformers: several parameters for a fused one of Megatron's."""
+    megatron = None if name in known else _MEGATRON_NAME.fullmatch(name)
+    if megatron and megatron["inside"]:
+        layer = f"model.layers.{megatron['layer']}."
+        if match := _MEGATRON_EXPERT.fullmatch(megatron["inside"]):
+            is_first = "linear_fc1" in (match["fc"], match["fc_of_list"])
+            stack = _of_class(name, f"{layer}mlp.experts.{'gate_up_proj' if is_first else 'down_proj'}", known, config)
+            return [_Origin(stack, int(match["of_list"] or match["grouped"]))]
+        if megatron["inside"] not in _MEGATRON_LAYER:
+            raise ValueError(
+                f"parameter {name!r}: found {megatron['inside']!r} in a Megatron layer, wanted one of "
+                f"{sorted(_MEGATRON_LAYER)}, or experts; leave it out of params, or give it its name in transformers"
+            )
+        inside = _MEGATRON_LAYER[megatron["inside"]]
+        names = ["|".join(layer + either for either in one.split("|")) for one in inside]
+    elif megatron and megatron["top"] in _MEGATRON_TOP:
+        names = list(_MEGATRON_TOP[megatron["top"]])
+    else:
+        if name not in known:
+            _check_kept(name)
+        return [_Origin(name)]
+    names = [_of_class(name, either, known, config) for either in names]
+    if len(names) == 1:
+        return [_Origin(names[0])]
+    if len(names) == 3:
+        rows = _rows_of_qkv(name, shape[0], config)
+    else:
+        if shape[0] % 2:
+            raise ValueError(f"parameter {name!r}: found {shape[0]} rows of `out`, wanted two halves, gate and up")
+        rows = torch.arange(shape[0]).chunk(2)
+    return [_Origin(each, None, of_each) for each, of_each in zip(names, rows, strict=True)]
+
+
+def _of_class(name: str, either: str, known: Set[str], config: Mapping[str, Any]) -> str:
+    """Of some names, with a bar between them, the one that the class has."""
+    for one in either.split("|"):
+        if one in known:
+            return one
+    raise ValueError(
+        f"parameter {name!r}: found no {either!r} in memory of {config['architectures'][0]!r}, wanted a class and a "
+        "config that have it; leave it out of params, or give it its name in transformers"
+    )
+
+
+def _of_origin(name: str, shape: tuple[int, ...], origin: _Origin, files: FileLayout) -> list[FileTensor]:
+    if reason := files.refused.get(origin.name):
+        raise ValueError(
+            f"parameter {name!r}: {reason}; give params by the names and in the layout of the files, as transformers' "
+            "revert_weight_conversion makes them"
+        )
+    tensors = files.tensors[origin.name]
+    if origin.expert is not None:
+        if any("*" not in tensor.name for tensor in tensors):
+            raise ValueError(
+                f"parameter {name!r}: found one tensor for all experts in files, {tensors[0].name!r}, wanted one for "
+                "each; stack them under the name that they have in transformers"
+            )
+        tensors = [FileTensor(tensor.name.replace("*", str(origin.expert)), tensor.rows) for tensor in tensors]
+    if origin.rows is None:
+        return tensors
+    return [FileTensor(tensor.name, rows_of(origin.rows[tensor.rows], shape[0])) for tensor in tensors]
 
 
 def _rows_of_qkv(name: str, out: int, config: Mapping[str, Any]) -> list[Tensor]:
     """Rows of q, k and v in Megatron's fused matrix: for each group of queries its queries, its key, its value."""
     heads = config.get("num_attention_heads")
     groups = config.get("num_key_value_heads") or heads
-    if not heads or not groups or heads % groups or out % (heads + 2 * groups):
+    are_numbers = type(heads) is int and type(groups) is int
+    if not are_numbers or not heads or not groups or heads % groups or out % (heads + 2 * groups):
         raise ValueError(
-            f"parameter {name!r}: found {out} rows, num_attention_heads={heads} and num_key_value_heads={groups} in "
-            "config, wanted rows for all heads, of queries, keys and values"
+            f"parameter {name!r}: found {out} rows, num_attention_heads={heads!r} and num_key_value_heads={groups!r} "
+            "in config, wanted rows for all heads, of queries, keys and values"
         )
     rows = torch.arange(out).view(groups, heads // groups + 2, -1)
     return [rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()]

@@ -14,7 +14,7 @@ from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.accounted import check_accounted, check_config
 from fq_transforms.export.files import bytes_of, check_free, progress, write
-from fq_transforms.export.names import FileTensor, Source, file_tensors, module_of
+from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
 from fq_transforms.export.ties import check_ties, is_fused
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import E4M3, FORMATS, Format, IntElement, code_bits
@@ -227,6 +227,7 @@ def _plan(
     if target.schemes is not None:
         for source in sources:
             if source.group:
+                check_codes(source.group, source.tensors)
                 _check_cuts(source.group, source.tensors)
                 schemes[source.name] = _scheme_for(target.name, target.schemes, reader, source)
         check_ties(state, sources)
@@ -350,12 +351,10 @@ def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str,
 
 
 def _fake(plan: ExportPlan, group: Group) -> Tensor | list[Tensor]:
-    """The fake-quantized weights of a group: a stack, one matrix, or one per expert."""
+    """The fake-quantized weights of a group, stored as they are: a stack, one matrix, or one per expert."""
     weights = {name: _finite(plan, name).detach() for name in group.names}
     state, spec = {group.key: plan.state[group.key]}, Spec((group,))
     fakes = list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
-    if group.transposed:
-        fakes = [fake.mT.contiguous() for fake in fakes]
     return fakes if "*" in group.key else fakes[0]
 
 
@@ -442,14 +441,18 @@ def _sources(
     """What each group and each other parameter becomes. A group stands where its first parameter is."""
     group_of = {name: group for group in groups for name in group.names}
     sources: dict[str, Source] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items() if not name.endswith("_extra_state")}
+    in_files = file_tensors(shapes, config)
     for parameter, tensor in params.items():
         group = group_of.get(parameter)
         name = group.key if group else parameter
         if name in sources or parameter.endswith("_extra_state"):
             continue
-        shape = group.shape if group else tuple(tensor.shape[-2:])
+        tensors = of_group(group, in_files) if group else in_files[parameter]
+        is_stack = any("*" in part.name for part in tensors)
+        shape = group.shape if group else shapes[parameter][is_stack:]
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
-        source = Source(name, group, inputs.get(name), shape, experts, file_tensors(name, shape, config))
+        source = Source(name, group, inputs.get(name), shape, experts, tensors)
         if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
             _check_is_embedding(source, params)
             continue  # transformers does not store it either

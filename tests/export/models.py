@@ -188,8 +188,9 @@ def read(folder):
 def in_files(weights, config):
     """Weights by their names in files, stacks taken apart."""
     found = {}
+    tensors = file_tensors({name: tuple(weight.shape) for name, weight in weights.items()}, config)
     for source, weight in weights.items():
-        for name, rows in file_tensors(source, tuple(weight.shape[-2:]), config):
+        for name, rows in tensors[source]:
             if "*" in name:
                 found |= {name.replace("*", str(e)): expert[rows] for e, expert in enumerate(weight)}
             else:

@@ -346,10 +346,3 @@ def test_whole_models_are_written(params, config, tmp_path):
     """Each was refused once, or had a message about something else."""
     found = written(tmp_path, params, config)
     assert len([name for name in found if name.endswith(".weight_packed")]) == sum(".experts." in n for n in params)
-
-
-def test_mixtrals_lists_have_the_names_of_its_files(tmp_path):
-    """As its stacks have; not the block's name alone."""
-    found = written(tmp_path, of_layer(), {"model_type": "mixtral"})
-    names = {name.removesuffix(".weight_packed") for name in found if name.endswith(".weight_packed")}
-    assert names == {f"model.layers.0.block_sparse_moe.experts.{e}.{w}" for e in range(2) for w in ("w2", "w3")}

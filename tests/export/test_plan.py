@@ -74,7 +74,7 @@ def faults():
         "NaN amax": (ours | {"state": nan}, "model.layers.1.mlp.experts.down_proj", "nan", "finite amax"),
         "odd in": (ours | {"params": odd, "format": int4, "rules": "*"}, "model.odd.weight", (4, 5), "4 bits"),
         "no name for the format": (ours | {"format": fqt.MXFP6_E3M2}, "MXFP6_E3M2", "no name"),
-        "no such names": (ours | {"params": other_names}, "blocks.0.experts.w", "gate_up_proj"),
+        "no such names": (ours | {"params": other_names}, "blocks.0.experts.w", "one tensor for all of its 2 experts"),
         "unknown model": (ours | {"config": untold}, "gpt_oss", "qwen3_moe"),
         "no architectures": (ours | {"config": {"model_type": "qwen3_moe"}}, "architectures"),
         "quantized already": (ours | {"config": config | {"quantization_config": {"a": 1}}}, "quantization_config"),

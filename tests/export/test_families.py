@@ -1,0 +1,225 @@
+"""The law of names: those of every model of experts are what transformers' own `save_pretrained` writes."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fq_transforms as fqt
+from fq_transforms.export import families, plan
+from fq_transforms.export.accounted import check_accounted
+from tests.cases import assert_names
+from tests.export.models import assert_same_bytes, read, transformers
+from tests.full import FULL
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
+
+LAYERS, EXPERTS, COLUMNS = 6, 4, 32
+# Numbers of config that are made smaller, wherever they stand in it. Layers for more tokens are none of transformers'.
+SMALLER = {
+    r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth": LAYERS,
+    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts": EXPERTS,
+    r"num_experts_per_tok": 2,
+    r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers": 0,
+}
+# What a class wants beside its config's defaults.
+_TALKER = {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
+_INDEXER = {"n_heads": 4, "kv_heads": 1, "head_dim": 256, "budget": 2048, "compress_ratio": 4}
+_QWEN4 = {f"indexer_{key}": value for key, value in _INDEXER.items()}
+OWN = {
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0}},
+    "DeepseekOcr2ForConditionalGeneration": {"text_config": {"mlp_layer_types": ["dense"] + 11 * ["sparse"]}},
+    "Dots1ForCausalLM": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "Gemma4ForCausalLM": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
+    "Lfm2MoeForCausalLM": {"layer_types": 16 * ["conv", "full_attention"]},
+    "LongcatFlashForCausalLM": {"zero_expert_num": 0},
+    "Qwen3OmniMoeForConditionalGeneration": {"talker_config": _TALKER},
+    "Qwen4ExpForCausalLM": _QWEN4,
+    "Qwen4ExpForConditionalGeneration": {"text_config": _QWEN4},
+}
+OWN["Gemma4ForConditionalGeneration"] = {"text_config": OWN["Gemma4ForCausalLM"]}
+# Classes whose files hold a parameter otherwise than by its rows: that parameter, and what the error says of it.
+REFUSED = {
+    "Ernie4_5_VLMoeForConditionalGeneration": ("text_moe.gate.weight", "not rows of it"),
+    "Ernie4_5_VL_MoeForConditionalGeneration": ("text_moe.gate.weight", "not rows of it"),
+    "Step3p7ForConditionalGeneration": ("self_attn.k_proj.weight", "together in files"),
+    "UnlimitedOcrForConditionalGeneration": ("self_attn.k_proj.weight", "together in files"),
+    "InklingForConditionalGeneration": ("experts.gate_up_proj", "not rows of it"),
+    "Inkling2ForCausalLM": ("experts.gate_up_proj", "not rows of it"),
+    "Inkling2ForConditionalGeneration": ("experts.gate_up_proj", "not rows of it"),
+}
+# Classes whose files hold all experts of a layer in one tensor.
+ONE_TENSOR = {
+    *("AriaTextForCausalLM", "AriaForConditionalGeneration", "DbrxForCausalLM", "Gemma4ForCausalLM"),
+    *("Gemma4ForConditionalGeneration", "GptOssForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM"),
+    *("GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM"),
+    *("JetMoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration", "MiniMaxM3VLForCausalLM"),
+    *("Mistral4ForCausalLM", "MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+    "ZayaForCausalLM",
+}
+DEFAULT = [
+    *("MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM"),
+    *("NemotronHForCausalLM", "JambaForCausalLM", "GraniteMoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"),
+    "Ernie4_5_VLMoeForConditionalGeneration",
+]
+
+
+def classes():
+    """All classes of transformers that generate, in files that have experts."""
+    found = []
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        text = file.read_text()
+        if re.search(r"^class \w*Experts\w*\(", text, re.MULTILINE):
+            found += re.findall(r"^class (\w+For(?:CausalLM|ConditionalGeneration))\(", text, re.MULTILINE)
+    return [name for name in found if not re.search("PreTrained|CodePredictor|Talker", name)]  # parts of Qwen3-Omni
+
+
+def smaller(entries):
+    """The same config with few layers and experts."""
+    depth = next((entries[key] for key in entries if re.fullmatch("num_hidden_layers|n_layers?", str(key))), None)
+    found = {}
+    for key, value in entries.items():
+        number = next((number for pattern, number in SMALLER.items() if re.fullmatch(pattern, str(key))), None)
+        if key == "per_layer_config":
+            found[key] = {layer: own for layer, own in value.items() if int(layer) < LAYERS}
+        elif isinstance(value, dict):
+            found[key] = smaller(value)
+        elif isinstance(value, list) and depth and len(value) == depth:
+            found[key] = value[:LAYERS]
+        else:
+            found[key] = min(value, number) if isinstance(value, int) and number is not None else value
+    return found
+
+
+def built(name):
+    """A model of a class, its matrices cut to a few columns, and its config."""
+    cls = getattr(transformers, name)
+    entries = smaller(cls.config_class(**OWN.get(name, {})).to_dict()) | {"architectures": [name]}
+    model = families.model_of(entries)
+    model.tie_weights()
+    generator, drawn = torch.Generator().manual_seed(0), {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        shape = (*tensor.shape[:-1], COLUMNS) if 1 < tensor.dim() < 4 else tensor.shape
+        if id(tensor) not in drawn:  # tied ones stay tied
+            drawn[id(tensor)] = torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+        owner, _, last = key.rpartition(".")
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        setattr(model.get_submodule(owner), last, drawn[id(tensor)] if is_parameter else drawn[id(tensor)].data)
+    return model, entries
+
+
+def planned(params, entries):
+    """What an export without a group writes."""
+    sources = plan._sources(params, (), {}, entries)
+    check_accounted(sources)
+    return dict(plan._tensors(plan.ExportPlan(params, {}, sources, {}, entries, torch.bfloat16), None, ""))
+
+
+def without_ties(found, model):
+    """Without what is tied to another name and written beside it: an encoder's embedding, say. Not so the head."""
+    tied = {*model.all_tied_weights_keys} - {"lm_head.weight"}
+    return {key: tensor for key, tensor in found.items() if key not in tied}
+
+
+@pytest.mark.parametrize("name", classes() if FULL else DEFAULT)
+def test_what_is_written_is_what_save_pretrained_writes(name, tmp_path):
+    """Names, shapes and bytes, from names in memory and from those of files; or a refusal with the class's reason."""
+    model, entries = built(name)
+    params = copy.deepcopy(model.state_dict())
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = read(tmp_path / "theirs")
+    assert_same_bytes(planned(theirs, entries), theirs)
+    if name in REFUSED:
+        with pytest.raises(ValueError) as caught:
+            planned(params, entries)
+        assert_names(str(caught.value), *REFUSED[name], "found", "wanted", "revert_weight_conversion")
+        return
+    assert_same_bytes(without_ties(planned(params, entries), model), theirs)
+
+
+@pytest.mark.parametrize("name", classes() if FULL else DEFAULT)
+def test_quantized_experts_have_the_names_of_save_pretrained(name, tmp_path):
+    """Codes are where the weights would be, unless files have experts in one tensor; fake weights always are."""
+    model, entries = built(name)
+    params = copy.deepcopy(model.state_dict())
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL}))
+    state = fq.calibrate(params)
+
+    def written(layout):
+        fqt.export.save(tmp_path / layout, fq, params, state, config=entries, layout=layout)
+        return without_ties(read(tmp_path / layout), model)
+
+    if name in REFUSED:
+        with pytest.raises(ValueError) as caught:
+            written("plain")
+        assert_names(str(caught.value), *REFUSED[name], "found", "wanted")
+        return
+    fakes = params | fq.fakequant(params, state)
+    assert_same_bytes(written("plain"), without_ties(planned(fakes, entries), model))
+    if name in ONE_TENSOR:
+        with pytest.raises(ValueError) as caught:
+            written("compressed-tensors")
+        assert_names(str(caught.value), "in files", "engines read codes", "found", "wanted", "layout='plain'")
+        return
+    found = {key for key in written("compressed-tensors") if not key.endswith(".weight_scale")}
+    assert found == without_ties(planned(params, entries), model).keys()
+
+
+def test_a_transposed_stack_stays_as_it_is(tmp_path):
+    """gpt-oss has its experts as [in, out] in files too: fake weights are written so, codes not at all."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 2, "head_dim": 16}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, architectures=["GptOssForCausalLM"]))
+    params = model.state_dict()
+    fq = fqt.transform(fqt.select(params, {"*.experts.*_proj": fqt.FP8_PER_CHANNEL}))
+    state = fq.calibrate(params)
+    assert all(group.transposed for group in fq.spec.groups)
+    fqt.export.save(tmp_path / "a", fq, params, state, config=model.config, layout="plain")
+    assert_same_bytes(read(tmp_path / "a"), params | fq.fakequant(params, state))
+    with pytest.raises(ValueError) as caught:
+        fqt.export.save(tmp_path / "b", fq, params, state, config=model.config)
+    assert_names(str(caught.value), "found matrices stored [in, out]", "wanted [out, in]", "layout='plain'")
+
+
+def test_without_transformers_names_are_not_guessed(monkeypatch):
+    """Names that look like those of files may be others there."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError) as caught:
+        families.model_of({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+    assert_names(str(caught.value), "MixtralForCausalLM", "found", "wanted", "fq_transforms[export]")
+
+
+def test_a_config_that_the_class_does_not_take():
+    """What transformers says of it is in the error, with what was wanted."""
+    config = {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"], "layer_types": None}
+    with pytest.raises(ValueError) as caught:
+        families.model_of(config)
+    assert_names(str(caught.value), "Lfm2MoeForCausalLM", "NoneType", "found", "wanted")
+
+
+class Reverted(torch.nn.Module):
+    """A model whose one parameter transformers would make these tensors of."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+
+FOUND = {
+    "columns in another order": (lambda weight: {"a": weight.flip(1)}, "not rows of it"),
+    "transposed": (lambda weight: {"a": weight.T}, "not rows of it"),
+    "a row twice": (lambda weight: {"a": weight, "b": weight[:1]}, None),
+    "nothing": (lambda weight: {}, "found [] for it"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_no_rows_is_not_taken_for_rows(name, monkeypatch):
+    """Also of a square matrix, where shapes are alike; rows that are there twice are found by `check_accounted`."""
+    revert, said = FOUND[name]
+    monkeypatch.setattr(families, "_reverted", lambda _, tensors: revert(tensors["weight"]))
+    files = families.files_of(Reverted(torch.ones(2, 2)), {})
+    assert (said is None and len(files.tensors["weight"]) == 2) or said in files.refused["weight"]
