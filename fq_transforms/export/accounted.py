@@ -8,7 +8,7 @@ import torch
 
 from fq_transforms.export.names import Source, module_of
 
-__all__ = ["check_accounted", "check_config"]
+__all__ = ["check_accounted", "check_config", "is_router"]
 
 _IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)")
 _EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
@@ -24,7 +24,7 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _MTP_LAYER = re.compile(r"(?:^|.*\.)mtp\w*\.(?:\w*\.)?(\d+)\.")
 # Model types whose router adds a trained buffer.
-ROUTED_WITH_BIAS = ("deepseek_v3", "glm4_moe", "dots1")
+ROUTED_WITH_BIAS = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "dots1")
 
 
 def check_accounted(sources: Sequence[Source]) -> None:
@@ -57,7 +57,7 @@ def check_accounted(sources: Sequence[Source]) -> None:
     quantized = {module_of(name): source.name for source in sources if source.group for name in source.names}
     for name, parameter in taken.items():
         module, _, last = name.rpartition(".")
-        if module in quantized and last not in ("weight", "bias"):
+        if module in quantized and last.startswith(("weight_", "input_")):
             raise ValueError(
                 f"parameter {parameter!r}: found {name!r} for it in files, beside the codes and scales of "
                 f"{quantized[module]!r}, wanted none; leave it out of params"
@@ -89,6 +89,17 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
         bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
         if name.endswith(".mlp.gate.weight") and bias not in rows:
             raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
+
+
+def is_router(name: str) -> bool:
+    """True for the matrix that sends tokens to experts.
+
+    Example:
+        >>> is_router("model.layers.0.mlp.gate.weight"), is_router("model.layers.0.mlp.gate_proj.weight")
+        (True, False)
+    """
+    match = _IN_LAYER.match(name)
+    return match is not None and _ROUTER.fullmatch(match["inside"]) is not None
 
 
 class _Layer(NamedTuple):
@@ -142,6 +153,12 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
                 f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
             )
         roles = {role for layer in layers.values() for role in layer.experts}
+        beyond = sorted(number for number in layers if number >= depth + _count(config, _MTP_COUNTS)[1])
+        if depth and beyond and is_text and (has_experts or stack == "model.layers"):
+            raise ValueError(
+                f"params: found layer {beyond[0]} of {stack!r}, wanted no more than {depth}, as {of_depth} in config "
+                "says, and those for more tokens; give the config of this model"
+            )
         most = max((max(found) + 1 for layer in layers.values() for found in layer.experts.values()), default=0)
         said = f"as {of_experts} in config says" if told and is_text else "as another role or layer has"
         for number, layer in layers.items():

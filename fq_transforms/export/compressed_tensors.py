@@ -54,7 +54,7 @@ def decompress(
     Args:
         source: From `save`, or another whose `config_groups` name their formats.
         destination: A new name, or an empty directory. It appears whole or not at all.
-        dtype: Of the weights that were quantized: bf16, fp16 or fp32.
+        dtype: Of the weights that were quantized: bf16, fp16 or fp32; of NVFP4 bf16.
         max_shard_size: Of a file: bytes, or such as "5GB".
 
     Raises:
@@ -91,6 +91,12 @@ def decompress(
             "'compressed-tensors'"
         )
     _check_weights_only(compressed, about)
+    formats = {about.get("format"), *(group.get("format") for group in about["config_groups"].values())}
+    if "nvfp4-pack-quantized" in formats and dtype != torch.bfloat16:
+        raise ValueError(
+            f"dtype: found {dtype} for NVFP4, which compressed-tensors decompresses to bfloat16 only, wanted "
+            "torch.bfloat16; or save(..., layout='plain')"
+        )
     config["dtype"] = str(dtype).removeprefix("torch.")
     write(folder, _decompressed(compressed, about, dtype), {"config.json": config}, limit)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FileLayout", "FileTensor", "files_of", "folded", "model_of", "rows_of"]
+__all__ = ["FileLayout", "FileTensor", "files_of", "folded", "is_tied", "model_of", "rows_of"]
 
 # Of a parameter's columns, as many as tell a matrix from its transpose.
 COLUMNS = 2
@@ -48,7 +48,7 @@ class _Part(NamedTuple):
 
 
 def model_of(config: Mapping[str, Any]) -> Any:
-    """The model that config describes, without memory for its weights; None if transformers has no such class.
+    """The model that config describes, on the meta device; None if transformers has no such class.
 
     Args:
         config: What config.json holds: `architectures`, `model_type`, and what differs from the defaults.
@@ -62,32 +62,75 @@ def model_of(config: Mapping[str, Any]) -> Any:
         'MixtralForCausalLM'
         >>> model_of({"model_type": "mine", "architectures": ["MineForCausalLM"]})
     """
-    try:
-        import transformers
-        from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
-    except ImportError as error:
-        raise ImportError(
-            f"config: found the architecture {config['architectures'][0]!r}, whose names in files transformers>=5.23 "
-            "knows, wanted it to be installed: pip install 'fq_transforms[export]'"
-        ) from error
-    name = config["architectures"][0]
-    found = getattr(transformers, name, None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    found = _class_of(config)
+    if found is None:
         return None
-    own: Any = found.config_class
-    wanted = own.model_type
-    if config["model_type"] != wanted:
-        raise ValueError(
-            f"config: found the model_type {config['model_type']!r} beside the architecture {name!r}, wanted {wanted!r}"
-        )
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+    own = _own_config(found, config)
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
-            return found(own.from_dict(copy.deepcopy(dict(config))))
+            return found(own)
     except Exception as error:
-        raise ValueError(
-            f"config: found {type(error).__name__} when transformers builds {name!r} from it: {error}; wanted "
-            "model.config, or what config.json holds"
+        raise _not_built(found, error) from error
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """True if the head is the embedding, as config says, or else its class's default.
+
+    Example:
+        >>> is_tied({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]})
+        True
+    """
+    found = _class_of(config)
+    if found is None:
+        return bool(config.get("tie_word_embeddings"))
+    own = _own_config(found, config)
+    return bool(getattr(own, "tie_word_embeddings", False))
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that config names; None if there is none."""
+    name = config["architectures"][0]
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"config: found the architecture {name!r}, whose names in files transformers>=5.23 knows, wanted it to be "
+            "installed: pip install 'fq_transforms[export]'"
         ) from error
+    found: Any = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model or found.config_class is None:
+        return None
+    wanted, given = found.config_class.model_type, config["model_type"]
+    if given != wanted and given in transformers.CONFIG_MAPPING:  # others, such as kimi_k2, are read by this class
+        raise ValueError(f"config: found the model_type {given!r} beside the architecture {name!r}, wanted {wanted!r}")
+    return found
+
+
+def _own_config(found: Any, config: Mapping[str, Any]) -> Any:
+    entries = _without_attention(config) | {"model_type": found.config_class.model_type}
+    try:
+        return found.config_class.from_dict(copy.deepcopy(entries))
+    except Exception as error:
+        raise _not_built(found, error) from error
+
+
+def _without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config without the name of a kernel that may not be installed here, and that no name depends on."""
+    return {
+        key: _without_attention(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not str(key).endswith("attn_implementation")
+    }
+
+
+def _not_built(found: Any, error: Exception) -> ValueError:
+    return ValueError(
+        f"config: found {type(error).__name__} when transformers builds {found.__name__!r} from it: {error}; wanted "
+        "model.config, or what config.json holds"
+    )
 
 
 def files_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> FileLayout:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.export.accounted import check_accounted, check_config
+from fq_transforms.export.accounted import check_accounted, check_config, is_router
+from fq_transforms.export.families import is_tied
 from fq_transforms.export.files import bytes_of, check_free, progress, write
 from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
 from fq_transforms.export.ties import check_ties, is_fused
@@ -104,7 +105,7 @@ class ExportPlan(NamedTuple):
         plain = [source for source in self.sources if not source.group and len(source.shape) > 1]
         modules = {module_of(name) for source in plain for name in source.names}
         # Not in the files, but a Linear module to readers.
-        return sorted(modules | {"lm_head"} if self.config.get("tie_word_embeddings") else modules)
+        return sorted(modules | {"lm_head"} if is_tied(self.config) else modules)
 
 
 class Target(NamedTuple):
@@ -258,8 +259,8 @@ def _check_scheme(target: Target, schemes: Mapping[FormatKeys, Any], group: Grou
     if inputs is None:
         raise ValueError(
             f"group {group.key!r}: found {group.format.name} without inputs, which engines that read {target.name} "
-            f"compute otherwise, wanted inputs in {_names_of(wanted)} too: Rule(pattern, weights, inputs); or "
-            "another layout"
+            f"compute otherwise, wanted inputs in {_names_of(wanted)} too: Rule(pattern, weights, inputs); or another "
+            "layout"
         )
     others = f"one of {_names_of(wanted) or sorted(wanted)}, or no inputs" if wanted else "no inputs"
     raise ValueError(
@@ -275,7 +276,12 @@ def _scheme_for(layout: str, schemes: Mapping[FormatKeys, Any], reader: Engine |
     if reader is None or reader.loads is None:
         return schemes[keys]
     place = _place_of(source)
-    loads = reader.loads[place]
+    loads = reader.loads.get(place, {})
+    if place not in reader.loads:
+        raise ValueError(
+            f"group {source.name!r}: found {source.group.format.name} for {place}, which {reader.name} "
+            f"{reader.version} does not load quantized, wanted it left out with a rule to None; or layout='plain'"
+        )
     if keys not in loads:
         alone = {weights for weights, inputs in loads if inputs is None}
         found = source.group.format.name + (f" with inputs in {source.inputs.format.name}" if source.inputs else "")
@@ -289,10 +295,14 @@ def _scheme_for(layout: str, schemes: Mapping[FormatKeys, Any], reader: Engine |
 
 
 def _place_of(source: Source) -> str:
-    """Where a matrix is to a reader: "experts", "lm_head", or "linears"."""
+    """Where a matrix is to a reader: "experts", "lm_head", "linears", or what is none of these."""
     name = source.tensors[0].name
     if ".experts." in name:
         return "experts"
+    if EMBEDDING.fullmatch(name):
+        return "an embedding"
+    if is_router(name):
+        return "a router"
     return "lm_head" if module_of(name).rpartition(".")[2] == "lm_head" else "linears"
 
 
@@ -314,13 +324,22 @@ def _check_model(
     if reader.name == "vllm" and schemes:
         for source in sources:
             _check_fused_blocks(reader, source)
-    packed = [name for name, scheme in schemes.items() if getattr(scheme, "codes", None) == "weight_packed"]
-    others = [source.name for source in sources if not source.group and _place_of(source) == "experts"]
-    if reader.name == "transformers" and packed and others:
+    if reader.name == "transformers" and schemes:
+        _check_packed_alike(reader, sources, schemes)
+
+
+def _check_packed_alike(reader: Engine, sources: Iterable[Source], schemes: Mapping[str, Any]) -> None:
+    """Raise ValueError for packed codes in a model whose experts do not all have one scheme."""
+    packed = next((name for name, scheme in schemes.items() if scheme.codes == "weight_packed"), None)
+    found: list[tuple[str, Any]] = []
+    for source in sources:
+        if _place_of(source) == "experts" and all(scheme != schemes.get(source.name) for _, scheme in found):
+            found.append((source.name, schemes.get(source.name)))
+    if packed is not None and len(found) > 1:
         raise ValueError(
-            f"parameter {others[0]!r}: found experts that are not quantized beside the packed codes of "
-            f"{packed[0]!r}, which {reader.name} {reader.version} does not load, wanted all experts quantized, or a "
-            "format of 8 bits; or layout='plain'"
+            f"experts: found {found[0][0]!r} and {found[1][0]!r} quantized differently, and packed codes of "
+            f"{packed!r}, which {reader.name} {reader.version} does not load, wanted all experts in one format, or "
+            "formats of 8 bits; or layout='plain'"
         )
 
 
@@ -402,7 +421,7 @@ def _rows_of_scale(rows: slice | Tensor, format: Format) -> slice | Tensor:
 
 
 def _config(config: Any) -> dict[str, Any]:
-    entries: Any = config.to_dict() if hasattr(config, "to_dict") else config
+    entries: Any = config.to_dict() if hasattr(config, "to_dict") and not isinstance(config, type) else config
     if not isinstance(entries, Mapping):
         raise ValueError(f"config: found {type(entries).__name__}, wanted model.config, or what config.json holds")
     for key, fix in (
@@ -413,8 +432,9 @@ def _config(config: Any) -> dict[str, Any]:
             raise ValueError(f"config: found {key}={entries.get(key)!r}, wanted {fix}; engines choose a class by it")
     if entries.get("quantization_config"):
         raise ValueError("config: found a quantization_config, wanted the config of a model that is not quantized")
-    if isinstance(entries["architectures"], str):
-        raise ValueError(f"config: found architectures={entries['architectures']!r}, wanted a list of names")
+    names = entries["architectures"]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config: found architectures={names!r}, wanted a list of names")
     for key, value in entries.items():
         try:
             json.dumps(value)
@@ -442,7 +462,7 @@ def _sources(
     group_of = {name: group for group in groups for name in group.names}
     sources: dict[str, Source] = {}
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items() if not name.endswith("_extra_state")}
-    in_files = file_tensors(shapes, config)
+    in_files, tied = file_tensors(shapes, config), is_tied(config)
     for parameter, tensor in params.items():
         group = group_of.get(parameter)
         name = group.key if group else parameter
@@ -450,24 +470,24 @@ def _sources(
             continue
         tensors = of_group(group, in_files) if group else in_files[parameter]
         is_stack = any("*" in part.name for part in tensors)
-        shape = group.shape if group else shapes[parameter][is_stack:]
+        shape = group.shape if group else shapes[parameter][1 if is_stack else 0 :]
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
         source = Source(name, group, inputs.get(name), shape, experts, tensors)
-        if config.get("tie_word_embeddings") and source.tensors[0].name == "lm_head.weight":
+        if tied and source.tensors[0].name == "lm_head.weight":
             _check_is_embedding(source, params)
             continue  # transformers does not store it either
         if group:
-            _check_name(group, config)
+            _check_name(group, tied)
         sources[name] = source
     return list(sources.values())
 
 
-def _check_name(group: Group, config: Mapping[str, Any]) -> None:
+def _check_name(group: Group, tied: bool) -> None:
     if "parametrizations" in group.key.split("."):
         raise ValueError(
             f"group {group.key!r}: found what torch.nn.utils.parametrize computes a weight from, wanted the weight"
         )
-    if config.get("tie_word_embeddings") and EMBEDDING.fullmatch(group.key):
+    if tied and EMBEDDING.fullmatch(group.key):
         raise ValueError(
             f"group {group.key!r}: found tie_word_embeddings in config, by which the head is the embedding, wanted it "
             "not quantized, or a head of its own; exclude it with a rule to None"

@@ -76,12 +76,11 @@ def save(
         ...     sorted(os.listdir(f"{parent}/model"))
         ['config.json', 'model.safetensors']
     """
-    target = LAYOUTS.get(layout)
-    if target is None:
+    if str(layout) not in LAYOUTS:
         meant = nearest(str(layout), LAYOUTS)[0]
         raise ValueError(f"layout: found {layout!r}, wanted one of {list(LAYOUTS)} (did you mean {meant!r}?)")
     readers = READERS[layout]
-    if reader is not None and reader not in readers:
+    if reader is not None and str(reader) not in readers:
         known = {name: of for of, some in READERS.items() for name in some}
         meant = nearest(str(reader), known)[0]
         of = [name for name, some in READERS.items() if meant in some]
@@ -89,4 +88,4 @@ def save(
             f"reader: found {reader!r} of layout {layout!r}, wanted one of {sorted(readers)}, or None; {meant!r} reads "
             f"{of}"
         )
-    export(target, readers[reader] if reader else None, path, fq, params, state, config, max_shard_size)
+    export(LAYOUTS[layout], readers[reader] if reader else None, path, fq, params, state, config, max_shard_size)

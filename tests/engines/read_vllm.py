@@ -47,6 +47,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 KERNELS = re.compile(r"select_\w+_moe_backend|select_linear_kernel|init_\w+_kernel|choose_mp_linear_kernel")
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 QUANTIZED = re.compile(r"(w13_|w2_)?(weight|input)(_|$)")
+INPUT_SCALE = re.compile(r"input(_global)?_scale$")
 UNSET = 123456789.0
 LIMIT = 2e-5  # of log-probabilities in fp32
 # Not of the files: of a cache of keys and values, and inputs where a method leaves them in 16 bits.
@@ -132,8 +133,7 @@ def finish(model, model_config, target_device):
     """In place of vLLM's own: plain weights for what is quantized."""
     params = dict(model.named_parameters())
     model.unset = [name for name, p in params.items() if p.is_floating_point() and bool((p.float() == UNSET).any())]
-    scales = [p for name, p in params.items() if re.search(r"input(_global)?_scale$", name)]
-    model.inputs = {float(value) for p in scales for value in p.data.flatten()}
+    model.inputs = of_places({name: p for name, p in params.items() if INPUT_SCALE.search(name)})
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, RoutedExperts) and not isinstance(method, UnquantizedFusedMoEMethod):
@@ -203,18 +203,30 @@ def read(folder, tokens):
         for token, value in row.items():
             found[place, token] = value.logprob
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    return found, model.unset, sorted(model.inputs)
+    return found, model.unset, model.inputs
+
+
+def of_places(scales):
+    """The numbers of some scales by layer and place: of experts what goes in and what comes between, or the module."""
+    found = {}
+    for name, scale in scales.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        is_between = re.search(r"w2_|\.w2\.|down_proj", name)
+        place = ("experts", bool(is_between)) if "experts" in name else ("linears", "o_proj" in name)
+        numbers = found.setdefault((layer and layer[1], *place), set())
+        numbers |= {float(value) for value in scale.data.float().flatten()}
+    return found
 
 
 def stored_inputs(folder):
     """The scales of inputs that the files of a folder hold."""
-    found = set()
+    found = {}
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if re.search(r"input(_global)?_scale$", name):
-                    found |= {float(value) for value in file.get_tensor(name).float().flatten()}
-    return found
+                if INPUT_SCALE.search(name):
+                    found[name] = file.get_tensor(name)
+    return of_places(found)
 
 
 def said_of(folder):
@@ -229,11 +241,12 @@ def said_of(folder):
         return {"raises": f"{type(error).__name__}: {' '.join(str(error).split())}"[-500:]}
     said = {"worst": float((found - wanted).abs().max())}
     stored = stored_inputs(folder)
-    if missing := stored - set(inputs):
-        said["input scales not loaded"] = sorted(missing)
+    if missing := {str(place): sorted(of - inputs.get(place, set())) for place, of in stored.items()}:
+        missing = {place: of for place, of in missing.items() if of}
+        said |= {"input scales not loaded": missing} if missing else {}
     # Of weights alone vLLM makes the parameters all the same.
     unset = [name for name in unset if not NOT_IN_FILES.search(name)]
-    if unset := [name for name in unset if stored or not re.search(r"input(_global)?_scale$", name)]:
+    if unset := [name for name in unset if stored or not INPUT_SCALE.search(name)]:
         said["unset"] = unset[:4]
     return said
 
@@ -243,6 +256,7 @@ def main(root):
     base_loader.process_weights_after_loading = finish
     base_loader.initialize_model = emptied(base_loader.initialize_model)
     cases = json.loads((root / "cases.json").read_text())
+    assert cases, f"no folder to read in {root}"
     wrong = 0
     for case in tqdm(cases, desc="vLLM"):
         said = said_of(root / case["folder"])

@@ -245,6 +245,7 @@ LOST = {
         "*.experts.*",
         "no experts in layer 1",
     ),
+    "a layer more than config has": (of_layer() | of_layer("model.layers.1.mlp"), {}, "*", "wanted no more than 1"),
     "a role that a layer lacks": (
         of_layer() | of_layer("model.layers.1.mlp", roles=["up_proj"]),
         {"num_hidden_layers": 2},

@@ -256,6 +256,7 @@ def test_decompress_refuses(tmp_path):
     for folder, options, fragments in [
         ("m", {}, ["modelopt", "compressed-tensors"]),
         ("a", {"dtype": torch.float64}, ["float64", "bfloat16"]),
+        ("a", {"dtype": torch.float32}, ["float32", "NVFP4", "wanted torch.bfloat16"]),
     ]:
         with pytest.raises(ValueError) as caught:
             fqt.export.decompress(tmp_path / folder, tmp_path / "b", **options)

@@ -223,3 +223,40 @@ def test_what_is_no_rows_is_not_taken_for_rows(name, monkeypatch):
     monkeypatch.setattr(families, "_reverted", lambda _, tensors: revert(tensors["weight"]))
     files = families.files_of(Reverted(torch.ones(2, 2)), {})
     assert (said is None and len(files.tensors["weight"]) == 2) or said in files.refused["weight"]
+
+
+def test_a_config_of_another_name_is_read_by_its_class():
+    """Kimi's, which transformers reads as DeepSeek V3; one of another class of transformers is refused."""
+    config = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1}
+    assert type(families.model_of(config)).__name__ == "DeepseekV3ForCausalLM"
+    with pytest.raises(ValueError, match="found the model_type 'mixtral'"):
+        families.model_of(config | {"model_type": "mixtral"})
+
+
+def test_names_do_not_depend_on_kernels_of_attention():
+    """A config that asks for flash attention, which is not installed here, also within its parts."""
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_hidden_layers": 1}
+    asked = config | {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
+    assert families.model_of(asked).state_dict().keys() == families.model_of(config).state_dict().keys()
+
+
+def test_a_head_is_tied_by_default_where_its_class_says_so():
+    """Whether config spells it or not; of an unknown class only config says."""
+    tied = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    assert families.is_tied(tied)
+    assert not families.is_tied(tied | {"tie_word_embeddings": False})
+    assert not families.is_tied({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+    assert families.is_tied({"model_type": "x", "architectures": ["X"], "tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("found", [5, True, {"a": 1}, [None], [5], [["Qwen3MoeForCausalLM"]], "MixtralForCausalLM"])
+def test_architectures_are_names(found, tmp_path):
+    """Anything else is a clear error, and so is the class of a config in place of a config."""
+    params = {"mlp.experts.0.up_proj.weight": torch.ones(4, 16)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
+    config = {"model_type": "mixtral", "architectures": found}
+    with pytest.raises(ValueError, match="found architectures=.*, wanted a list of names"):
+        fqt.export.save(tmp_path / "a", fq, params, fq.calibrate(params), config=config)
+    with pytest.raises(ValueError, match="config: found type, wanted model.config"):
+        fqt.export.save(tmp_path / "a", fq, params, fq.calibrate(params), config=transformers.MixtralConfig)
+    assert not list(tmp_path.iterdir())
