@@ -16,6 +16,8 @@ from tests.ranks import ranks  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slower than one
 
+collect_ignore = ["engines"]  # run by `.ci/engines`, in the environments of the engines
+
 PACKAGE = Path(__file__).parent.parent / "fq_transforms"
 # Of operations not the kernels and launchers: Triton reads the source of its functions, PyTorch their signatures.
 CHECKED = ["calibrate", "checks", "fakequant", "pack", "rounding", "select", "spec", "state", "sync", "transform"]
