@@ -8,7 +8,7 @@ import torch
 
 from fq_transforms.export.names import Source, module_of
 
-__all__ = ["check_accounted", "check_config", "is_router"]
+__all__ = ["DEEPSEEKS", "check_accounted", "check_config", "is_router"]
 
 _IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)")
 _EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
@@ -23,8 +23,9 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 # Layers behind the last, which predict more than the next token.
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _MTP_LAYER = re.compile(r"(?:^|.*\.)mtp\w*\.(?:\w*\.)?(\d+)\.")
+DEEPSEEKS = ("deepseek_v3", "deepseek_v32", "kimi_k2")
 # Model types whose router adds a trained buffer.
-ROUTED_WITH_BIAS = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "dots1")
+ROUTED_WITH_BIAS = (*DEEPSEEKS, "glm4_moe", "dots1")
 
 
 def check_accounted(sources: Sequence[Source]) -> None:

@@ -275,4 +275,4 @@ def _check(plan: ExportPlan) -> None:
         )
 
 
-TARGET = Target("compressed-tensors", SCHEMES, _check, _encode, _documents)
+TARGET = Target("compressed-tensors", _documents, SCHEMES, _check, _encode)

@@ -71,7 +71,7 @@ def model_of(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             return found(own)
-    except Exception as error:
+    except Exception as error:  # whatever a class raises of a config that it does not take
         raise _not_built(found, error) from error
 
 
@@ -113,7 +113,7 @@ def _own_config(found: Any, config: Mapping[str, Any]) -> Any:
     entries = _without_attention(config) | {"model_type": found.config_class.model_type}
     try:
         return found.config_class.from_dict(copy.deepcopy(entries))
-    except Exception as error:
+    except Exception as error:  # whatever a class raises of a config that it does not take
         raise _not_built(found, error) from error
 
 
@@ -220,7 +220,7 @@ def _reverted(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     try:
         return revert_weight_conversion(model, dict(tensors))
-    except Exception as error:
+    except Exception as error:  # whatever an operation raises of shapes that it does not take
         raise ValueError(
             f"params: found {type(error).__name__} when transformers reverts {type(model).__name__} to its files: "
             f"{error}; wanted a model that save_pretrained can save; give params as its files have them"

@@ -103,4 +103,4 @@ def _quantization_config(own: Mapping[str, Any]) -> dict[str, Any]:
     return groups | rest | {"quant_method": "modelopt"}
 
 
-TARGET = Target("ModelOpt's HF export", ALGORITHMS, check_inputs, _encode, _documents)
+TARGET = Target("ModelOpt's HF export", _documents, ALGORITHMS, check_inputs, _encode)

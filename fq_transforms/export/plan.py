@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.export.accounted import check_accounted, check_config, is_router
+from fq_transforms.export.accounted import DEEPSEEKS, check_accounted, check_config, is_router
 from fq_transforms.export.families import is_tied
 from fq_transforms.export.files import bytes_of, check_free, progress, write
 from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
@@ -45,7 +45,6 @@ FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
 
 # What DeepSeek V3's config says on the hub and transformers leaves out: without it vLLM drops the routing bias, and
 # takes a softmax for the sigmoid.
-DEEPSEEKS = ("deepseek_v3", "deepseek_v32", "kimi_k2")
 DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embed_in|wte)\.weight")
 
@@ -113,17 +112,17 @@ class Target(NamedTuple):
 
     Attributes:
         name: In messages.
+        documents: The JSON files, by name.
         schemes: Its word for formats of weights and inputs, for all that it has one for; None: weights are plain.
         check: Raises ValueError for what its readers could not use.
-        encode: From a weight to the tensors of its module, by their last names.
-        documents: The JSON files, by name.
+        encode: From a weight to the tensors of its module, by their last names; None where weights are plain.
     """
 
     name: str
-    schemes: Mapping[FormatKeys, Any] | None
-    check: Callable[[ExportPlan], None]
-    encode: Callable[[CodedWeight], dict[str, Tensor]]
     documents: Callable[[ExportPlan], dict[str, Any]]
+    schemes: Mapping[FormatKeys, Any] | None = None
+    check: Callable[[ExportPlan], None] | None = None
+    encode: Callable[[CodedWeight], dict[str, Tensor]] | None = None
 
 
 class Engine(NamedTuple):
@@ -191,7 +190,8 @@ def export(
     folder, limit = Path(os.path.realpath(path)), bytes_of(max_shard_size)
     check_free(folder)
     plan = _plan(target, reader, fq, params, state, config)
-    target.check(plan)
+    if target.check is not None:
+        target.check(plan)
     write(folder, _tensors(plan, target, f"export {folder.name}"), target.documents(plan), limit)
 
 
@@ -359,8 +359,8 @@ def _check_fused_blocks(reader: Engine, source: Source) -> None:
 def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept."""
     for source in progress(plan.sources, what):
-        if source.group and target.schemes is not None:
-            yield from _packed(plan, source, source.group, target)
+        if source.group and target.encode is not None:
+            yield from _packed(plan, source, source.group, target.encode)
             continue
         whole: Any = _fake(plan, source.group) if source.group else plan.params[source.name].detach()
         for tensor in source.tensors:
@@ -383,7 +383,9 @@ def _finite(plan: ExportPlan, name: str) -> Tensor:
     return plan.params[name]
 
 
-def _packed(plan: ExportPlan, source: Source, group: Group, target: Target) -> Iterator[tuple[str, Tensor]]:
+def _packed(
+    plan: ExportPlan, source: Source, group: Group, encode: Callable[[CodedWeight], dict[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     for name in group.names:
         if not plan.params[name].is_cpu:  # on a CPU `pack` says so; elsewhere it does not wait for the device
             _finite(plan, name)
@@ -404,7 +406,7 @@ def _packed(plan: ExportPlan, source: Source, group: Group, target: Target) -> I
                 input_amax=None if amax is None else amax.expand(group.experts)[expert],
             )
             module = module_of(name.replace("*", str(expert)))
-            yield from ((f"{module}.{last}", tensor) for last, tensor in target.encode(coded).items())
+            yield from ((f"{module}.{last}", tensor) for last, tensor in encode(coded).items())
 
 
 def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:

@@ -37,7 +37,7 @@ _VLLM_EXPERTS = _VLLM | {
     (FORMAT_KEYS["FP8_BLOCK"], None): with_inputs("FP8_BLOCK", "group", group_size=128),
 }
 _VLLM_LINEARS = _VLLM | _own("FP8", "FP8_PER_CHANNEL", "INT8_PER_CHANNEL/INT8")
-# MXFP4 and MXFP6 experts become bf16 there, whatever config says. Packed codes want all experts: `plan._check_model`.
+# MXFP4 and MXFP6 experts become bf16 there, whatever config says. Packed codes want experts alike: `plan`.
 _TRANSFORMERS = _own("FP8", "FP8_PER_CHANNEL", *_INT4)
 _TRANSFORMERS_LINEARS = _TRANSFORMERS | _own("FP8_BLOCK")
 _NOT_IN_VLLM = ("Dots1ForCausalLM",)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fq_transforms.export import compressed_tensors, modelopt
-from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, export
+from fq_transforms.export.plan import ExportPlan, Target, export
 from fq_transforms.export.readers import READERS
 from fq_transforms.parse import nearest
 from fq_transforms.state import State
@@ -16,23 +16,14 @@ from fq_transforms.transform import Transform
 __all__ = ["LAYOUTS", "save"]
 
 
-def _accept(plan: ExportPlan) -> None:
-    pass
-
-
-def _no_codes(coded: CodedWeight) -> dict[str, Tensor]:
-    raise AssertionError("plain weights have no codes")
-
-
 def _config_alone(plan: ExportPlan) -> dict[str, Any]:
     return {"config.json": plan.config}
 
 
-_PLAIN = Target("plain", None, _accept, _no_codes, _config_alone)
 LAYOUTS: dict[str, Target] = {
     "compressed-tensors": compressed_tensors.TARGET,
     "modelopt": modelopt.TARGET,
-    "plain": _PLAIN,
+    "plain": Target("plain", _config_alone),
 }
 
 

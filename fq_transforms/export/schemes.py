@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fq_transforms.export.plan import FormatKey, FormatKeys
+from fq_transforms.export.plan import FormatKey, FormatKeys, format_key
+from fq_transforms.formats import FORMATS
 
 __all__ = ["FORMAT_KEYS", "SCHEMES", "Scheme", "packed_int8", "with_inputs"]
 
@@ -17,21 +18,13 @@ class Scheme(NamedTuple):
     inputs: Mapping[str, Any] | None = None
 
 
-# By the names that the formats have here.
-FORMAT_KEYS: dict[str, FormatKey] = {
-    "INT8": ("int8", "tensor", "fp32"),
-    "INT8_PER_CHANNEL": ("int8", "channel", "fp32"),
-    "INT4_BLOCK32": ("int4", "1x32", "fp32"),
-    "INT4_BLOCK64": ("int4", "1x64", "fp32"),
-    "INT4_BLOCK128": ("int4", "1x128", "fp32"),
-    "FP8": ("e4m3", "tensor", "fp32"),
-    "FP8_PER_CHANNEL": ("e4m3", "channel", "fp32"),
-    "FP8_BLOCK": ("e4m3", "128x128", "fp32"),
-    "NVFP4": ("e2m1", "1x16", "e4m3"),
-    "MXFP8": ("e4m3", "1x32", "e8m0"),
-    "MXFP6_E2M3": ("e2m3", "1x32", "e8m0"),
-    "MXFP4": ("e2m1", "1x32", "e8m0"),
-}
+_NAMES = (
+    *("INT8", "INT8_PER_CHANNEL", "INT4_BLOCK32", "INT4_BLOCK128"),
+    *("FP8", "FP8_PER_CHANNEL", "FP8_BLOCK", "NVFP4", "MXFP8", "MXFP6_E2M3", "MXFP4"),
+)
+# By the names that the formats have here; one has no constant.
+FORMAT_KEYS: dict[str, FormatKey] = {name: format_key(FORMATS[name]) for name in _NAMES}
+FORMAT_KEYS["INT4_BLOCK64"] = ("int4", "1x64", "fp32")
 
 
 def _args(bits: int, kind: str, strategy: str, **others: Any) -> dict[str, Any]:

@@ -35,10 +35,10 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import fp8, modelopt  # noqa: F401
+from vllm.model_executor.layers.quantization import fp8, modelopt  # noqa: F401 (imported so that `without_kernels` finds it)
 from vllm.model_executor.layers.quantization.compressed_tensors import (
     compressed_tensors,
-    compressed_tensors_moe,  # noqa: F401
+    compressed_tensors_moe,  # noqa: F401 (imported so that `without_kernels` finds it)
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import base_loader
@@ -223,7 +223,7 @@ def stored_inputs(folder):
     found = {}
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (a file of safetensors is no dict)
                 if INPUT_SCALE.search(name):
                     found[name] = file.get_tensor(name)
     return of_places(found)
@@ -237,7 +237,7 @@ def said_of(folder):
         found, unset, inputs = read(str(folder), tokens)
         if Path(f"{folder}.plain").exists():
             wanted, *_ = read(f"{folder}.plain", tokens)
-    except Exception as error:
+    except Exception as error:  # whatever vLLM raises is what it says of the folder
         return {"raises": f"{type(error).__name__}: {' '.join(str(error).split())}"[-500:]}
     said = {"worst": float((found - wanted).abs().max())}
     stored = stored_inputs(folder)
