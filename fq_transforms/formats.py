@@ -73,6 +73,9 @@ class Format:
             per tensor, (1, None) per channel, (1, 16) a block of sixteen inputs, (128, 128) a square block.
         scale: "fp32"; "e4m3", an E4M3 scale per block under one fp32 scale per expert; or "e8m0", a power of two.
         dynamic: True if the amax of a block is taken from the weight at each call, False if it is state.
+        dequantize: Integers: "multiply" codes by amax / qmax, as readers of files do, or "divide" them by qmax / amax.
+            Two-level formats: "multiply" a block's scale by amax / 2688, or "divide" it by 1 / amax * 2688. These are
+            the numbers that files hold; all are rounded, so the two give different weights.
         min_scale: Two-level formats: the smallest E4M3 scale. 2**-9, the smallest positive E4M3, is what deployment
             stores; 0 lets small scales underflow, and with them their block.
         unit_scale_below: Two-level formats: an effective scale under this is replaced by 1. Only ModelOpt's fake
@@ -94,6 +97,7 @@ class Format:
     block: tuple[int | None, int | None]
     scale: Literal["fp32", "e4m3", "e8m0"] = "fp32"
     dynamic: bool = False
+    dequantize: Literal["multiply", "divide"] = "multiply"
     min_scale: float = 2.0**-9
     unit_scale_below: float = 0.0
     exponent_rounding: Literal["up", "floor", "even"] = "up"
@@ -106,6 +110,10 @@ class Format:
             f"scale {self.scale!r}, wanted fp32, e4m3 or e8m0": self.scale in ("fp32", "e4m3", "e8m0"),
             f"exponent_rounding {self.exponent_rounding!r}, wanted up, floor or even": self.exponent_rounding
             in ("up", "floor", "even"),
+            f"dequantize {self.dequantize!r}, wanted multiply or divide": self.dequantize in ("multiply", "divide"),
+            f"dequantize 'divide' with {self.element} under {self.scale} scales, wanted integers or e4m3 scales": (
+                self.dequantize != "divide" or self.scale == "e4m3" or isinstance(self.element, IntElement)
+            ),
             f"block {self.block}, wanted (None, None), (1, None) or powers of two (rows, columns), columns <= 2048": (
                 self.block in ((None, None), (1, None))
                 or (_is_power_of_two(rows) and _is_power_of_two(columns) and (columns or 0) <= 2048)
@@ -200,6 +208,7 @@ _FIELDS = (
     {
         "scale": "text",
         "dynamic": "true or false",
+        "dequantize": "text",
         "min_scale": "a number",
         "unit_scale_below": "a number",
         "exponent_rounding": "text",
@@ -226,13 +235,13 @@ def _is_power_of_two(side: int | None) -> bool:
     return side is not None and side > 0 and side & (side - 1) == 0
 
 
-# ModelOpt's full range: -128 and -8 are used.
+# ModelOpt's full range, -128 and -8 included, and its fake quantization's order of operations.
 _INT8, _INT4 = IntElement(127, -128, 127), IntElement(7, -8, 7)
 
-INT8 = Format("INT8", _INT8, (None, None))
-INT8_PER_CHANNEL = Format("INT8_PER_CHANNEL", _INT8, (1, None))
-INT4_BLOCK32 = Format("INT4_BLOCK32", _INT4, (1, 32))
-INT4_BLOCK128 = Format("INT4_BLOCK128", _INT4, (1, 128))
+INT8 = Format("INT8", _INT8, (None, None), dequantize="divide")
+INT8_PER_CHANNEL = Format("INT8_PER_CHANNEL", _INT8, (1, None), dequantize="divide")
+INT4_BLOCK32 = Format("INT4_BLOCK32", _INT4, (1, 32), dequantize="divide")
+INT4_BLOCK128 = Format("INT4_BLOCK128", _INT4, (1, 128), dequantize="divide")
 FP8 = Format("FP8", E4M3, (None, None))
 FP8_PER_CHANNEL = Format("FP8_PER_CHANNEL", E4M3, (1, None))
 FP8_BLOCK = Format("FP8_BLOCK", E4M3, (128, 128))
@@ -244,21 +253,24 @@ MXFP6_E3M2 = Format("MXFP6_E3M2", E3M2, (1, 32), scale="e8m0", dynamic=True)
 MXFP6_E2M3 = Format("MXFP6_E2M3", E2M3, (1, 32), scale="e8m0", dynamic=True)
 MXFP4 = Format("MXFP4", E2M1, (1, 32), scale="e8m0", dynamic=True)
 
-# Kimi-K2 and slime: a symmetric range.
-INT4_BLOCK32_KIMI = replace(INT4_BLOCK32, name="INT4_BLOCK32_KIMI", element=IntElement(7, -7, 7))
+# Kimi-K2 and slime, whose files are those of compressed-tensors: a symmetric range.
+INT4_BLOCK32_KIMI = Format("INT4_BLOCK32_KIMI", IntElement(7, -7, 7), (1, 32))
 
 # compressed-tensors and torchao: half a step more than the largest integer. One definition, both names.
-# NOTE their order of operations: they divide by a scale amax / qmax where this package multiplies by qmax / amax. An
-# extreme of -amax lies on an exact tie of this range, so the two may round it to neighbouring integers.
 _INT8_HALF, _INT4_HALF = IntElement(127.5, -128, 127), IntElement(7.5, -8, 7)
-INT8_COMPRESSED_TENSORS = replace(INT8, name="INT8_COMPRESSED_TENSORS", element=_INT8_HALF)
-INT8_PER_CHANNEL_COMPRESSED_TENSORS = replace(
-    INT8_PER_CHANNEL, name="INT8_PER_CHANNEL_COMPRESSED_TENSORS", element=_INT8_HALF
-)
-INT4_BLOCK32_COMPRESSED_TENSORS = replace(INT4_BLOCK32, name="INT4_BLOCK32_COMPRESSED_TENSORS", element=_INT4_HALF)
-INT4_BLOCK128_COMPRESSED_TENSORS = replace(INT4_BLOCK128, name="INT4_BLOCK128_COMPRESSED_TENSORS", element=_INT4_HALF)
-INT8_PER_CHANNEL_TORCHAO = replace(INT8_PER_CHANNEL, name="INT8_PER_CHANNEL_TORCHAO", element=_INT8_HALF)
-INT4_BLOCK32_TORCHAO = replace(INT4_BLOCK32, name="INT4_BLOCK32_TORCHAO", element=_INT4_HALF)
+INT8_COMPRESSED_TENSORS = Format("INT8_COMPRESSED_TENSORS", _INT8_HALF, (None, None))
+INT8_PER_CHANNEL_COMPRESSED_TENSORS = Format("INT8_PER_CHANNEL_COMPRESSED_TENSORS", _INT8_HALF, (1, None))
+INT4_BLOCK32_COMPRESSED_TENSORS = Format("INT4_BLOCK32_COMPRESSED_TENSORS", _INT4_HALF, (1, 32))
+INT4_BLOCK128_COMPRESSED_TENSORS = Format("INT4_BLOCK128_COMPRESSED_TENSORS", _INT4_HALF, (1, 128))
+INT8_PER_CHANNEL_TORCHAO = replace(INT8_PER_CHANNEL_COMPRESSED_TENSORS, name="INT8_PER_CHANNEL_TORCHAO")
+INT4_BLOCK32_TORCHAO = replace(INT4_BLOCK32_COMPRESSED_TENSORS, name="INT4_BLOCK32_TORCHAO")
+
+# What ModelOpt's own files stand for, unlike its fake quantization.
+INT8_PER_CHANNEL_MODELOPT_FILES = Format("INT8_PER_CHANNEL_MODELOPT_FILES", _INT8, (1, None))
+
+# compressed-tensors stores the reciprocal of an expert's scale.
+NVFP4_COMPRESSED_TENSORS = replace(NVFP4, name="NVFP4_COMPRESSED_TENSORS", dequantize="divide")
+NVFP4_STATIC_COMPRESSED_TENSORS = replace(NVFP4_STATIC, name="NVFP4_STATIC_COMPRESSED_TENSORS", dequantize="divide")
 
 # What becomes of an NVFP4 scale that underflows E4M3.
 NVFP4_MODELOPT = replace(NVFP4, name="NVFP4_MODELOPT", min_scale=0.0, unit_scale_below=1e-5)

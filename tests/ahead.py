@@ -233,7 +233,7 @@ def main():
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         compiled = sum(pool.map(compile_format, formats)) + compile_digits()
     for kind in ("global", "int", "float"):
-        constants = {"KIND": kind, "QMAX": 6.0, "TILE": SCALE_TILE}
+        constants = {"KIND": kind, "DIVIDES": False, "QMAX": 6.0, "TILE": SCALE_TILE}
         plan = Plan(pack_scale_kernel, 1, (1,), constants, 4)
         compile_ahead(plan, {"amax_ptr": "fp32", "scale_ptr": "fp32"})
         compiled += 1

@@ -96,19 +96,28 @@ def fake_quantize(x, amax, global_amax, format):
     block = spread(granule_amax(x, format) if format.dynamic else amax, x.shape, format)
     invalid = is_invalid(block)
     if isinstance(element, IntElement):
-        s = over(element.qmax, block)
-        y = np.where(block < TINY, 0.0, over(nearest(element, times(x, s)), s))
+        if format.dequantize == "divide":
+            s = over(element.qmax, block)
+            y = over(nearest(element, times(x, s)), s)
+        else:
+            s = over(block, element.qmax)
+            y = times(nearest(element, over(x, s)), s)
+        y = np.where(block < TINY, 0.0, y)
     elif format.scale == "fp32":
         s = over(element.max, np.where(block <= TINY, 1.0, block))
         y = times(nearest(element, times(x, s)), over(1.0, s))
     elif format.scale == "e4m3":
         expert = np.float32(amax if format.dynamic else global_amax)
         invalid = invalid | is_invalid(expert)
-        g = over(expert, 6 * 448)
-        s = times(nearest(E4M3, np.clip(over(block, times(6, g)), format.min_scale, 448.0)), g)
+        if format.dequantize == "divide":
+            g = times(over(1, expert), 6 * 448)
+            s = over(nearest(E4M3, np.clip(times(over(block, 6), g), format.min_scale, 448.0)), g)
+        else:
+            g = over(expert, 6 * 448)
+            s = times(nearest(E4M3, np.clip(over(block, times(6, g)), format.min_scale, 448.0)), g)
         s = np.where(s < np.float32(format.unit_scale_below), np.float32(1), s)
         y = times(nearest(element, over(x, s)), s)
-        y = np.where((block == 0) | (g == 0) | (s == 0), 0.0, y)
+        y = np.where((block == 0) | (g == 0) | np.isinf(g) | (s == 0), 0.0, y)
     else:
         power = np.ldexp(1.0, exponent(block, element, format.exponent_rounding))
         y = np.where(block == 0, 0.0, times(nearest(element, over(x, power)), power))

@@ -255,7 +255,7 @@ def test_flat_names_are_key_and_field():
     names = list(flatten(fq.calibrate(params)))
     for format in ALL_FORMATS:
         fields = [] if format.is_stateless else ["amax"]
-        fields += ["global_amax"] if format.name == "NVFP4_STATIC" else []
+        fields += ["global_amax"] if format.has_global_amax else []
         key = f"{format.name}.experts.*.weight"
         assert [name for name in names if name.startswith(f"{format.name}.")] == [f"{key}.{field}" for field in fields]
 

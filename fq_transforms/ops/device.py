@@ -139,10 +139,26 @@ def qmax_over(QMAX: tl.constexpr, amax):
 
 
 @triton.jit
-def fp32_scale(block_amax, ELEMENT: tl.constexpr, QMAX: tl.constexpr):
+def fp32_scale(block_amax, ELEMENT: tl.constexpr, QMAX: tl.constexpr, DIVIDES: tl.constexpr):
     """Scale of a granule, that of amax = 1 where its own is too small; and where that is."""
     is_tiny = block_amax < TINY_AMAX if ELEMENT == "int" else block_amax <= TINY_AMAX
-    return qmax_over(QMAX, tl.where(is_tiny, 1.0, block_amax)), is_tiny
+    amax = tl.where(is_tiny, 1.0, block_amax)
+    if ELEMENT == "int" and not DIVIDES:
+        return tl.div_rn(amax, QMAX), is_tiny
+    else:
+        return qmax_over(QMAX, amax), is_tiny
+
+
+@triton.jit
+def over_int_scale(x, s, EXACT: tl.constexpr, DIVIDES: tl.constexpr):
+    """Weights in steps of an integer's scale, beyond 256 only that they are, unless EXACT: see NOTE exact quotients."""
+    if DIVIDES:
+        return x * s
+    elif EXACT:
+        return tl.div_rn(x, tl.broadcast_to(s, x.shape))
+    else:
+        end = min_or_nan(256.0 * s, 3.4028234663852886e38)
+        return quotient(min_or_nan(max_or_nan(x, -end), end), s, reciprocal(s))
 
 
 @triton.jit
@@ -159,16 +175,46 @@ def mx_exponent(block_amax, ROUNDING: tl.constexpr, MAX_BITS: tl.constexpr, MANT
 
 
 @triton.jit
-def expert_scale(amax_ptr, global_amax_ptr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr):
-    """This program's expert's scale g, of two levels the upper one."""
-    expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
-    return tl.div_rn(valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX * 448.0)
+def expert_scale(amax, QMAX: tl.constexpr, DIVIDES: tl.constexpr):
+    """An expert's scale g, of two levels the upper one; infinite where that of amax = 0 divides."""
+    if DIVIDES:
+        return tl.where(amax == 0, float("inf"), tl.div_rn(1.0, tl.where(amax == 0, 1.0, amax)) * (QMAX * 448.0))
+    else:
+        return tl.div_rn(amax, QMAX * 448.0)
 
 
 @triton.jit
-def lift_of(g):
-    """What keeps the quotients of a tiny g from underflow: LIFT of the functions below."""
-    return tl.where(g < 2.0**-62, 2.0**64, 1.0)
+def load_expert_scale(amax_ptr, global_amax_ptr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr, DIVIDES: tl.constexpr):
+    """The scale of this program's expert."""
+    expert_amax_ptr = amax_ptr if DYNAMIC else global_amax_ptr
+    return expert_scale(valid(tl.load(expert_amax_ptr + tl.program_id(1))), QMAX, DIVIDES)
+
+
+@triton.jit
+def is_tiny_scale(g, DIVIDES: tl.constexpr):
+    """Whether an expert's scales are so small that quotients by them need a LIFT."""
+    return g > 2.0**62 if DIVIDES else g < 2.0**-62
+
+
+@triton.jit
+def lift_of(g, DIVIDES: tl.constexpr):
+    """What keeps the quotients of a tiny scale from underflow: LIFT of the functions below."""
+    return tl.where(is_tiny_scale(g, DIVIDES), 2.0**64, 1.0)
+
+
+@triton.jit
+def effective_scale(s8, g, DIVIDES: tl.constexpr):
+    """The scale of blocks that codes are multiplied with."""
+    return tl.div_rn(s8, tl.broadcast_to(g, s8.shape)) if DIVIDES else s8 * g
+
+
+@triton.jit
+def unrounded_scale(block_amax, g, QMAX: tl.constexpr, DIVIDES: tl.constexpr):
+    """What E4M3 rounds and clamps to the scale of a block, exactly."""
+    if DIVIDES:
+        return tl.div_rn(block_amax, QMAX) * g
+    else:
+        return tl.div_rn(block_amax, tl.broadcast_to(QMAX * g, block_amax.shape))
 
 
 @triton.jit
@@ -180,19 +226,27 @@ def two_level_scale(
     MIN_SCALE: tl.constexpr,
     UNIT_SCALE_BELOW: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ):
     """Scale of a block under an expert's scale g, and the E4M3 scale that it is made of.
 
     Dividends are saturated first, so no quotient overflows; with LIFT = 2**64 for a tiny g, none underflows either.
     """
-    d = QMAX * g
-    lifted = max_or_nan(d * LIFT, SMALLEST_DIVISOR)
-    s8 = max_or_nan(quotient(min_or_nan(block_amax, 448.0 * d) * LIFT, lifted, reciprocal(lifted)), MIN_SCALE)
-    s8 = round_magnitude(s8, -6, 3)
-    s = s8 * g
+    if DIVIDES:
+        s8 = min_or_nan(unrounded_scale(block_amax, g, QMAX, DIVIDES), 448.0)
+    else:
+        d = QMAX * g
+        lifted = max_or_nan(d * LIFT, SMALLEST_DIVISOR)
+        s8 = quotient(min_or_nan(block_amax, 448.0 * d) * LIFT, lifted, reciprocal(lifted))
+    s8 = round_magnitude(max_or_nan(s8, MIN_SCALE), -6, 3)
+    if DIVIDES:  # an infinite g is that of a zero, and has no product with one
+        s8 = tl.where(g == float("inf"), block_amax * 0.0, s8)
+    s = effective_scale(s8, g, DIVIDES)
     if UNIT_SCALE_BELOW != 0:
         s = tl.where(s < UNIT_SCALE_BELOW, 1.0, s)
-    if not DYNAMIC or UNIT_SCALE_BELOW != 0:
+    if DIVIDES:
+        s = tl.where(block_amax == 0, s * 0.0, tl.where(g == float("inf"), s * 0.0, s))
+    elif not DYNAMIC or UNIT_SCALE_BELOW != 0:
         s = tl.where(block_amax == 0, g * 0.0, tl.where(g == 0, block_amax * 0.0, s))
     return s, s8
 
@@ -211,6 +265,7 @@ def fake_quantized(
     MANTISSA: tl.constexpr,
     EXPONENT_ROUNDING: tl.constexpr,
     MAX_BITS: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ):
     """Fake-quantized weights of chunks under one level of scales, in fp32: the nearest if u is None, else at random."""
     a = tl.abs(x)
@@ -220,16 +275,19 @@ def fake_quantized(
         q = round_element(min_or_nan(a * power_of_two(-e)[:, None], QMAX), u, MIN_EXPONENT, MANTISSA)
         y = q * scale[:, None]
     elif ELEMENT == "int":
-        s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
-        v = x * each(s)
+        s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
+        v = over_int_scale(x, each(s), u is not None, DIVIDES)
         if u is None:
             q = round_integer(v, LOW, HIGH)
         else:
             q = round_steps(tl.where(v < 0, min_or_nan(-v, -LOW), min_or_nan(v, HIGH)), u)
-        half = quotient(q, each(s + s), each(reciprocal(s + s)))  # q / s may overflow where its half does not
-        y = half * each(tl.where(is_tiny, 0.0, 2.0))
+        if DIVIDES:
+            half = quotient(q, each(s + s), each(reciprocal(s + s)))  # q / s may overflow where its half does not
+            y = half * each(tl.where(is_tiny, 0.0, 2.0))
+        else:
+            y = q * each(tl.where(is_tiny, 0.0, s))
     else:
-        s, _is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
+        s, _is_tiny = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
         q = round_element(min_or_nan(a * each(s), QMAX), u, MIN_EXPONENT, MANTISSA)
         y = q * each(tl.div_rn(1.0, s))
     return with_sign_of(y, x)
@@ -248,13 +306,14 @@ def fake_quantized_two_level(
     MIN_SCALE: tl.constexpr,
     UNIT_SCALE_BELOW: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ):
     """`fake_quantized` under two levels of scales; and the scale of each block.
 
     A quotient that is rounded to the nearest need only be on the right side of the boundaries between values; at random
     each of its bits may decide, so there elements are divided exactly.
     """
-    s, _s8 = two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
+    s, _s8 = two_level_scale(block_amax, g, LIFT, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES)
     a = tl.abs(x)
     if u is None:
         lifted = max_or_nan(s * LIFT, SMALLEST_DIVISOR)

@@ -304,6 +304,7 @@ def constants_of(format: Format) -> dict[str, Any]:
         "ELEMENT": "int" if is_int else "float",
         "SCALE": format.scale,
         "DYNAMIC": format.dynamic,
+        "DIVIDES": format.dequantize == "divide",
         "QMAX": float(element.qmax if is_int else element.max),
         "LOW": float(element.low) if is_int else 0.0,
         "HIGH": float(element.high) if is_int else 0.0,

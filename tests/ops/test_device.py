@@ -125,6 +125,30 @@ def test_quotients_fall_on_the_right_side_of_every_tie(ties, min_exponent, manti
             assert found == 0, (tie, ulps)
 
 
+@triton.jit
+def steps_kernel(dividends, divisors, fast, exact, n, BLOCK: tl.constexpr):
+    """Weights in steps of an integer's scale, rounded: by the kernels' quotient, and by IEEE division."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(dividends + i, mask=i < n, other=1.0)
+    b = tl.load(divisors + i, mask=i < n, other=1.0)
+    tl.store(fast + i, device.round_integer(device.over_int_scale(a, b, False, False), -128.0, 127.0), mask=i < n)
+    tl.store(exact + i, device.round_integer(tl.div_rn(a, b), -128.0, 127.0), mask=i < n)
+
+
+def test_quotients_fall_on_the_right_side_of_every_half_step():
+    """As above for integers 0..128, both signs, and for what lies far beyond them, at both ends of a scale's range."""
+    s = significands()
+    for tie in [k + 0.5 for k in range(129)]:
+        middle = (s * tie).view(torch.int32)
+        for ulps in range(-5, 6):
+            dividend = (middle + ulps).view(torch.float32) * (1 if ulps % 2 else -1)
+            assert count_differences(steps_kernel, dividend, s) == 0, (tie, ulps)
+    for exponent in (-31, 0, 120):
+        scale = s * 2.0**exponent
+        for weight in (3.4e38, -3.4e38, torch.inf, -torch.inf, 1e-45, 0.0):
+            assert count_differences(steps_kernel, torch.full_like(s, weight), scale) == 0, (exponent, weight)
+
+
 @pytest.mark.parametrize("error", [-2, -1, 0, 1, 2])
 def test_codes_are_those_of_the_quotient(error):
     """As above for packing's quotient in two steps, whatever the error of the reciprocal; and above the largest value.

@@ -50,7 +50,7 @@ def amax_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: T
     """Of `expert_amax_kernel`."""
     out_features, in_features = shape_of(matrix, transposed)
     if format.dynamic:  # what is calibrated is the whole expert
-        format = replace(format, scale="fp32", dynamic=False, block=(None, None))
+        format = replace(format, scale="fp32", dynamic=False, dequantize="multiply", block=(None, None))
     rows, columns = format.block
     if format.block == (None, None):
         sweep = "expert"

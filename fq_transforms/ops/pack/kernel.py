@@ -43,14 +43,15 @@ import triton.language as tl
 from fq_transforms.ops.device import (
     INTERPRETED,
     SMALLEST_DIVISOR,
-    TINY_AMAX,
     address,
     bits_of,
+    expert_scale,
     float_of,
     fp32_scale,
     granule_amax,
     largest,
     mx_exponent,
+    over_int_scale,
     power_of_two,
     reciprocal,
     two_level_scale,
@@ -65,18 +66,20 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def pack_scale_kernel(amax_ptr, scale_ptr, count, KIND: tl.constexpr, QMAX: tl.constexpr, TILE: tl.constexpr):
+def pack_scale_kernel(
+    amax_ptr, scale_ptr, count, KIND: tl.constexpr, DIVIDES: tl.constexpr, QMAX: tl.constexpr, TILE: tl.constexpr
+):
     """`pack_scales`, one number per amax: for integers, for floats, or the global one of two levels."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     amax = tl.abs(valid(tl.load(amax_ptr + i, mask=i < count, other=1.0)))  # abs: -0.0 is a zero
     if KIND == "global":
-        scale = tl.div_rn(amax, tl.full([TILE], QMAX * 448.0, tl.float32))
+        scale = expert_scale(amax, QMAX, DIVIDES)
     elif KIND == "int":
-        zero = amax < TINY_AMAX
-        scale = tl.where(zero, 0.0, tl.div_rn(tl.full([TILE], QMAX, tl.float32), tl.where(zero, 1.0, amax)))
+        s, is_tiny = fp32_scale(amax, "int", QMAX, DIVIDES)
+        scale = tl.where(is_tiny, 0.0, s)
     else:
-        s = tl.div_rn(tl.full([TILE], QMAX, tl.float32), tl.where(amax <= TINY_AMAX, 1.0, amax))
-        scale = tl.div_rn(tl.full([TILE], 1.0, tl.float32), s)
+        s, _is_tiny = fp32_scale(amax, "float", QMAX, DIVIDES)
+        scale = tl.div_rn(1.0, s)
     tl.store(scale_ptr + i, scale, mask=i < count)
 
 
@@ -339,15 +342,19 @@ def _two_level_codes(
     MIN_SCALE: tl.constexpr,
     UNIT_SCALE_BELOW: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ):
     """E2M1 codes of magnitudes under E4M3 scales, which it stores; under a scale of zero those of 1, under NaN zeros.
 
     With LIFTED, for a g so small or large that a step of a quotient would leave fp32's normal range, x and its scale
     are multiplied by a power of two.
     """
-    lift = tl.where(g < 1.0, 2.0**64, 2.0**-64) if LIFTED else 1.0
-    s, s8 = two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
-    s8 = tl.where(block_amax == 0, 0.0, tl.where(g == 0, block_amax * 0.0, s8))
+    lift = 1.0
+    if LIFTED:
+        lift = tl.where((g > 1.0) == DIVIDES, 2.0**64, 2.0**-64)
+    s, s8 = two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES)
+    is_zero = g == (float("inf") if DIVIDES else 0.0)
+    s8 = tl.where(block_amax == 0, 0.0, tl.where(is_zero, block_amax * 0.0, s8))
     tl.store(scale_ptr + granule, _byte_codes(s8, 448.0, -6, 3), mask=begins)
     s = tl.where(s == 0, 1.0, s)
     if LIFTED or not DYNAMIC:  # else nothing is infinite, or the scale is NaN
@@ -375,6 +382,7 @@ def pack_kernel(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
     QMAX: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -423,21 +431,21 @@ def pack_kernel(
         g = tl.load(global_scale_ptr + tl.program_id(1))
         if (g < 2.0**-62) | (g > 2.0**62):  # leaves at once, as in the forward kernel
             codes = _two_level_codes(
-                x, block_amax, g, scale_ptr, granule, begins, True, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+                x, block_amax, g, scale_ptr, granule, begins, True, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES
             )
             _store_words(codes_ptr, codes, x, place, exists, True, BITS, PIECES, PIECE, TILE)
             return
         codes = _two_level_codes(
-            x, block_amax, g, scale_ptr, granule, begins, False, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+            x, block_amax, g, scale_ptr, granule, begins, False, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES
         )
     elif ELEMENT == "int":
-        s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
+        s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
         if ROWS == 1 and COLUMNS != 0:
             tl.store(scale_ptr + granule, tl.where(is_tiny, 0.0, s), mask=begins)
-        v = tl.minimum(tl.maximum(x * _each(s), LOW), HIGH)
+        v = tl.minimum(tl.maximum(over_int_scale(x, _each(s), False, DIVIDES), LOW), HIGH)
         codes = bits_of(v + (MAGIC + 8 if BITS == 4 else MAGIC))
     else:
-        s, _is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
+        s, _is_tiny = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
         if BITS == 8:
             codes = _byte_codes(x * _each(s), QMAX, MIN_EXPONENT, MANTISSA)
         else:

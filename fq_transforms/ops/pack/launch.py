@@ -109,6 +109,13 @@ def pack_scales_triton(
     kernel: Any = pack_scale_kernel
     with torch.cuda.device(source.device) if source.is_cuda else nullcontext():
         kernel[(-(-source.numel() // SCALE_TILE),)](
-            source, scale, source.numel(), KIND=kind, QMAX=qmax, TILE=SCALE_TILE, enable_fp_fusion=False
+            source,
+            scale,
+            source.numel(),
+            KIND=kind,
+            DIVIDES=format.dequantize == "divide",
+            QMAX=qmax,
+            TILE=SCALE_TILE,
+            enable_fp_fusion=False,
         )
     return (None, scale) if is_global else (scale, None)

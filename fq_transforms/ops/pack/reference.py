@@ -5,11 +5,13 @@
 What is stored, E experts, canonical [out, in] order whatever the weight's layout is:
 
     element   codes                                         scale                                    y
-    INT8      int8 [E, out, in]                             qmax / amax, fp32                        codes / scale
+    INT8      int8 [E, out, in]                             amax / qmax, fp32                        codes * scale
+      divide                                                qmax / amax, fp32                        codes / scale
     INT4      uint8 [E, out, in/2], value + 8, two a byte   likewise                                 likewise
     FP8       float8 [E, out, in]                           1 / (max / amax), fp32                   codes * scale
     NVFP4     uint8 [E, out, in/2], two a byte              E4M3 [E, out, in/16], under an fp32      codes * (scale * g)
                                                             global scale g [E]
+      divide                                                                                         codes * (scale / g)
     MXFP8     float8 [E, out, in]                           uint8 [E, out, in/32], exponent + 127    codes * 2**e
     MXFP4     uint8 [E, out, in/2], two a byte              likewise                                 likewise
     MXFP6     uint8 [E, out, in*3/4], four in three bytes   likewise                                 likewise
@@ -24,9 +26,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from fq_transforms.formats import E4M3, FloatElement, Format, IntElement, code_bits
+from fq_transforms.formats import FloatElement, Format, IntElement, code_bits
 from fq_transforms.ops.quantize.reference import (
     dequantize_int,
+    effective_scale,
+    expert_scale,
     fp8_scale,
     int_scale,
     power_of_two,
@@ -73,11 +77,10 @@ def pack_scales(
     if format.scale == "e8m0":
         return None, None
     if format.scale == "e4m3":
-        assert isinstance(element, FloatElement)
         expert_amax = valid(amax if format.dynamic else global_amax)
-        return None, expert_amax / torch.full_like(expert_amax, element.max * E4M3.max)
+        return None, expert_scale(expert_amax, format)
     if isinstance(element, IntElement):
-        return None if format.has_blocks_along_in else int_scale(valid(amax), element), None
+        return None if format.has_blocks_along_in else int_scale(valid(amax), format), None
     return fp8_scale(valid(amax), element)[1], None
 
 
@@ -117,8 +120,8 @@ def pack_reference(
         return _encode(v.flatten(-2), format), s8.to(torch.float8_e4m3fn), g
     granules = valid(amax)
     if isinstance(element, IntElement):
-        q, _ = quantize_int(x, spread(granules, x, format), element)
-        return _encode(q, format), int_scale(granules, element), None
+        q, _ = quantize_int(x, spread(granules, x, format), format)
+        return _encode(q, format), int_scale(granules, format), None
     v, _ = quantize_fp8(x, spread(granules, x, format), element)
     return _encode(v, format), fp8_scale(granules, element)[1], None
 
@@ -152,10 +155,10 @@ def unpack_reference(
         y = (v.unflatten(-1, (-1, columns or 1)) * s[..., None]).flatten(-2)
     elif format.scale == "e4m3":
         assert global_scale is not None
-        s = scale.float() * global_scale[..., None, None]
+        s = effective_scale(scale.float(), global_scale[..., None, None], format)
         y = (v.unflatten(-1, (-1, columns or 1)) * s[..., None]).flatten(-2)
     elif isinstance(format.element, IntElement):
-        y = dequantize_int(v, spread(scale, v, format))
+        y = dequantize_int(v, spread(scale, v, format), format)
     else:
         y = v * spread(scale, v, format)
     return y.to(out_dtype).contiguous()

@@ -22,17 +22,21 @@ from fq_transforms.ops.device import (
     address,
     chunks,
     each,
-    expert_scale,
+    effective_scale,
     fake_quantized,
     fake_quantized_two_level,
     fp32_scale,
     granule_amax,
+    is_tiny_scale,
     largest,
     lift_of,
+    load_expert_scale,
     min_or_nan,
+    over_int_scale,
     round_integer,
     round_magnitude,
     two_level_scale,
+    unrounded_scale,
     valid,
 )
 
@@ -79,6 +83,7 @@ def fake_quantize_kernel(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
     QMAX: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -118,22 +123,47 @@ def fake_quantize_kernel(
     block_amax = granule_amax(tl.abs(x), amax_ptr, granule, exists, DYNAMIC, ROWS, COLUMNS)
 
     if SCALE == "e4m3":
-        g = expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC)
+        g = load_expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC, DIVIDES)
         lift = 1.0
         if STOCHASTIC:  # lifts scales only, not each weight
-            lift = lift_of(g)
-        elif g < 2.0**-62:  # leaves at once: joined with the usual case, it would cost each weight an instruction
+            lift = lift_of(g, DIVIDES)
+        elif is_tiny_scale(
+            g, DIVIDES
+        ):  # leaves at once: joined with the usual case, it would cost each weight an instruction
             y, _s = fake_quantized_two_level(
-                x, block_amax, g, 2.0**64, u, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+                x,
+                block_amax,
+                g,
+                2.0**64,
+                u,
+                QMAX,
+                MIN_EXPONENT,
+                MANTISSA,
+                MIN_SCALE,
+                UNIT_SCALE_BELOW,
+                DYNAMIC,
+                DIVIDES,
             )
             tl.store(out, y.to(out_base.dtype.element_ty), mask=mask)
             return
         y, _s = fake_quantized_two_level(
-            x, block_amax, g, lift, u, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+            x, block_amax, g, lift, u, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES
         )
     else:
         y = fake_quantized(
-            x, block_amax, u, ELEMENT, SCALE, QMAX, LOW, HIGH, MIN_EXPONENT, MANTISSA, EXPONENT_ROUNDING, MAX_BITS
+            x,
+            block_amax,
+            u,
+            ELEMENT,
+            SCALE,
+            QMAX,
+            LOW,
+            HIGH,
+            MIN_EXPONENT,
+            MANTISSA,
+            EXPONENT_ROUNDING,
+            MAX_BITS,
+            DIVIDES,
         )
     tl.store(out, y.to(out_base.dtype.element_ty), mask=mask)
 
@@ -205,6 +235,7 @@ def lsq_backward_kernel(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
     QMAX: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -241,22 +272,22 @@ def lsq_backward_kernel(
     tl.store(out + offsets, kept.to(out_base.dtype.element_ty), mask=mask)
 
     if SCALE == "e4m3":
-        g = expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC)
-        s, s8 = two_level_scale(block_amax, g, lift_of(g), QMAX, MIN_SCALE, 0.0, DYNAMIC)
-        u = tl.div_rn(block_amax, tl.full([TILE], QMAX, tl.float32) * g)
-        constant = (s == 0) | (s8 * g < UNIT_SCALE_BELOW)
+        g = load_expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC, DIVIDES)
+        s, s8 = two_level_scale(block_amax, g, lift_of(g, DIVIDES), QMAX, MIN_SCALE, 0.0, DYNAMIC, DIVIDES)
+        u = unrounded_scale(block_amax, g, QMAX, DIVIDES)
+        constant = (s == 0) | (effective_scale(s8, g, DIVIDES) < UNIT_SCALE_BELOW)
         free = (u >= MIN_SCALE) & (u <= 448.0)
         r = tl.where(constant, 0.0, tl.where(free, s8 - u, s8))
         v = tl.div_rn(a, tl.broadcast_to(tl.where(s == 0, 1.0, s)[:, None], [TILE, CHUNK]))
         e = _float_error(v, x, QMAX, MIN_EXPONENT, MANTISSA)
         free = free & (constant == 0)
     elif ELEMENT == "int":
-        s, constant = fp32_scale(block_amax, ELEMENT, QMAX)
-        v = x * each(s)
+        s, constant = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
+        v = over_int_scale(x, each(s), True, DIVIDES)
         q = round_integer(v, LOW, HIGH)
         e = tl.where((v > LOW) & (v < HIGH), q - v, q)
     else:
-        s, constant = fp32_scale(block_amax, ELEMENT, QMAX)
+        s, constant = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
         e = _float_error(a * each(s), x, QMAX, MIN_EXPONENT, MANTISSA)
     sums = tl.sum(cotangent.to(tl.float32) * tl.where(constant[:, None], 0.0, e), axis=1)
 

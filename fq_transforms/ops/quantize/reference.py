@@ -20,8 +20,8 @@ q = clamp(rint(v)), v = x / step, and let rint pass gradients through:
 
 A step is amax / qmax, so dy / damax is that over qmax. Every format here is q * (amax / qmax) with some rounding of v:
 
-    INT     v = x * s, s = qmax / amax               the range is low..high, which need not be symmetric
-    FP8     v = x * s, s = max / amax                q - v is the rounding error of the element, not of an integer
+    INT     v = x * (qmax / amax), or x / (amax / qmax)      the range is low..high, which need not be symmetric
+    FP8     v = x * (max / amax)                     q - v is the rounding error of the element, not of an integer
     NVFP4   v = x / s, s = s8 * g                    dy / ds = q - v, or +-6
             s = E4M3(u) * g, u = amax_block / (6 * g), g = amax_expert / (6 * 448)
 
@@ -52,6 +52,8 @@ from fq_transforms.formats import E4M3, FloatElement, Format, IntElement
 __all__ = [
     "clip_backward_reference",
     "dequantize_int",
+    "effective_scale",
+    "expert_scale",
     "fake_quantize_reference",
     "fp8_scale",
     "in_blocks",
@@ -59,6 +61,7 @@ __all__ = [
     "int_scale",
     "lsq_backward_reference",
     "lsq_push_reference",
+    "over_int_scale",
     "philox",
     "power_of_two",
     "quantize_fp8",
@@ -68,6 +71,7 @@ __all__ = [
     "random_words",
     "spread",
     "stochastic_reference",
+    "unrounded_scale",
     "valid",
 ]
 
@@ -87,13 +91,16 @@ def fake_quantize_reference(
 ) -> Float[Tensor, "*experts out in"]:
     """Quantize and dequantize: y = dequantize(quantize(x)), with x the weight in fp32.
 
-        INT     s = qmax / amax;                         y = clamp(rint(x * s), low, high) / s
+        INT     s = amax / qmax;                         y = clamp(rint(x / s), low, high) * s
+          divide: s = qmax / amax;                         y = clamp(rint(x * s), low, high) / s
         FP8     s = max / amax;                          y = element(x * s) * (1 / s)
         NVFP4   g = amax_expert / (6 * 448);  s = E4M3(clamp(amax_block / (6 * g), min_scale, 448)) * g
+          divide: g = 1 / amax_expert * 2688;   s = E4M3(clamp(amax_block / 6 * g, min_scale, 448)) / g
                                                          y = element(x / s) * s
         MX      s = 2**e, from the exponent of the block amax;  y = element(x / s) * s
 
-    `element(.)` clamps to +-max and rounds to the nearest value of the element, ties to even.
+    `element(.)` clamps to +-max and rounds to the nearest value of the element, ties to even. "divide" is the format's
+    `dequantize`.
 
     Args:
         weight: bf16, fp16 or fp32; any number of leading expert dimensions.
@@ -108,7 +115,8 @@ def fake_quantize_reference(
         and in a dynamic block makes that block NaN. Infinite weights saturate where amax is static, and make a dynamic
         block NaN.
 
-    Source: ModelOpt 0.47 `fake_tensor_quant_device`, `fake_e4m3fy`, `NVFP4QTensor`; OCP Microscaling Formats 1.0, 6.3.
+    Source: ModelOpt 0.47 `fake_tensor_quant_device` (divide), `fake_e4m3fy`, `NVFP4QTensor`; compressed-tensors 0.20
+    `fake_quantize` (INT, and NVFP4 divide); OCP Microscaling Formats 1.0, 6.3.
 
     Example:
         >>> from fq_transforms.formats import FORMATS
@@ -171,7 +179,7 @@ def _fake_quantized(
         v, s, _, _ = quantize_two_level(x, amax, global_amax, format, u)
         return (v * s).flatten(-2)
     if isinstance(element, IntElement):
-        return dequantize_int(*quantize_int(x, spread(valid(amax), x, format), element, u))
+        return dequantize_int(*quantize_int(x, spread(valid(amax), x, format), format, u), format)
     v, r = quantize_fp8(x, spread(valid(amax), x, format), element, u)
     return v * r
 
@@ -302,8 +310,8 @@ def _steps(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) 
     element = format.element
     if isinstance(element, IntElement):
         a = spread(valid(amax), x, format)
-        q, s = quantize_int(x, a, element)
-        v = x * torch.where(s == 0, element.qmax, s)
+        q, s = quantize_int(x, a, format)
+        v = over_int_scale(x, s, format)
         e = torch.where((v > element.low) & (v < element.high), q - v, q)
         return _Steps(torch.where(s == 0, 0.0, e), element.qmax)
     if format.scale == "fp32":
@@ -314,10 +322,10 @@ def _steps(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) 
     q, s, s8, g = quantize_two_level(x, amax, global_amax, format)
     blocks = in_blocks(x, format)
     block_amax = valid(blocks.abs().amax(-1)) if format.dynamic else valid(amax)
-    u = block_amax / (element.max * g[..., None, None])
+    u = unrounded_scale(block_amax, g[..., None, None], format)
     is_free = (u >= format.min_scale) & (u <= E4M3.max)
     # Where the effective scale is a constant, 0 or what stands in for a small one, nothing depends on amax.
-    is_constant = (s[..., 0] == 0) | (s8 * g[..., None, None] < format.unit_scale_below)
+    is_constant = (s[..., 0] == 0) | (effective_scale(s8, g[..., None, None], format) < format.unit_scale_below)
     e = _error(q, blocks / torch.where(s == 0, 1.0, s), element)
     e = torch.where(is_constant[..., None], 0.0, e).flatten(-2)
     r = torch.where(is_constant, 0.0, torch.where(is_free, s8 - u, s8))
@@ -332,23 +340,39 @@ def _error(q: Tensor, v: Tensor, element: FloatElement) -> Tensor:
 # None, else at random, with a number u in (0, 1] for each weight.
 
 
-def quantize_int(x: Tensor, amax: Tensor, element: IntElement, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Integers q and their scale s, y = q / s; s = 0 marks a zero granule."""
-    s = int_scale(amax, element)
-    v = x * torch.where(s == 0, element.qmax, s)
+def quantize_int(x: Tensor, amax: Tensor, format: Format, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers q and their scale s, y = q * s, or q / s in formats that divide; s = 0 marks a zero granule."""
+    element = format.element
+    assert isinstance(element, IntElement)
+    s = int_scale(amax, format)
+    v = over_int_scale(x, s, format)
     if u is None:
         return v.round().clamp(element.low, element.high), s
     return _round_steps(v.clamp(element.low, element.high).abs(), u).copysign(x), s
 
 
-def int_scale(amax: Tensor, element: IntElement) -> Tensor:
+def int_scale(amax: Tensor, format: Format) -> Tensor:
     """The scale of `quantize_int`."""
     zero = amax < TINY_AMAX
-    return torch.where(zero, 0.0, torch.full_like(amax, element.qmax) / torch.where(zero, 1.0, amax))
+    return torch.where(zero, 0.0, _int_scale(torch.where(zero, 1.0, amax), format))
 
 
-def dequantize_int(q: Tensor, s: Tensor) -> Tensor:
+def _int_scale(amax: Tensor, format: Format) -> Tensor:
+    assert isinstance(format.element, IntElement)
+    qmax = torch.full_like(amax, format.element.qmax)
+    return qmax / amax if format.dequantize == "divide" else amax / qmax
+
+
+def over_int_scale(x: Tensor, s: Tensor, format: Format) -> Tensor:
+    """Weights in steps of the scale of `quantize_int`; in a zero granule under that of amax = 1."""
+    s = torch.where(s == 0, _int_scale(torch.ones_like(s), format), s)
+    return x * s if format.dequantize == "divide" else x / s
+
+
+def dequantize_int(q: Tensor, s: Tensor, format: Format) -> Tensor:
     """Integers and their scale to values."""
+    if format.dequantize == "multiply":
+        return q * s
     return q / torch.where(s == 0, 1.0, s) * torch.where(s == 0, 0.0, 1.0)
 
 
@@ -368,7 +392,7 @@ def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
 def quantize_two_level(
     x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Elements v in blocks, their scale s, y = v * s; and what it is made of: E4M3 scales and g, s = s8 * g."""
+    """Elements v in blocks, their scale s, y = v * s; and what it is made of: E4M3 scales s8 and the expert's g."""
     assert amax is not None
     assert isinstance(format.element, FloatElement)
     blocks = in_blocks(x, format)
@@ -377,15 +401,37 @@ def quantize_two_level(
     else:
         assert global_amax is not None
         expert_amax, block_amax = valid(global_amax), valid(amax)
-    g = expert_amax / torch.full_like(expert_amax, format.element.max * E4M3.max)
-    g = g[..., None, None]
-    s8 = _round_to((block_amax / (format.element.max * g)).clamp(format.min_scale, E4M3.max), E4M3)
-    s = s8 * g
+    expert_amax = expert_amax[..., None, None]
+    g = expert_scale(expert_amax, format)
+    s8 = _round_to(unrounded_scale(block_amax, g, format).clamp(format.min_scale, E4M3.max), E4M3)
+    s = effective_scale(s8, g, format)
     s = torch.where(s < format.unit_scale_below, 1.0, s)
-    zero = (block_amax == 0) | (g == 0)
-    s = torch.where(zero, block_amax * 0.0 * g, s)[..., None]
+    zero = (block_amax == 0) | (g == (torch.inf if format.dequantize == "divide" else 0))
+    s = torch.where(zero, block_amax * 0.0 * expert_amax, s)[..., None]
     v = _round_to(blocks / torch.where(s == 0, 1.0, s), format.element, None if u is None else in_blocks(u, format))
     return v, s, torch.where(zero, block_amax * 0.0, s8), g[..., 0, 0]
+
+
+def expert_scale(expert_amax: Tensor, format: Format) -> Tensor:
+    """The expert's scale g: s8 * g, or s8 / g in formats that divide, is a block's scale."""
+    assert isinstance(format.element, FloatElement)
+    largest = torch.full_like(expert_amax, format.element.max * E4M3.max)
+    if format.dequantize == "divide":
+        return expert_amax.reciprocal() * largest  # in compressed-tensors a number over a tensor: two roundings
+    return expert_amax / largest
+
+
+def unrounded_scale(block_amax: Tensor, g: Tensor, format: Format) -> Tensor:
+    """What E4M3 rounds and clamps to the scale s8 of a block."""
+    assert isinstance(format.element, FloatElement)
+    if format.dequantize == "divide":
+        return block_amax / torch.full_like(block_amax, format.element.max) * g
+    return block_amax / (format.element.max * g)
+
+
+def effective_scale(s8: Tensor, g: Tensor, format: Format) -> Tensor:
+    """The scale of a block that codes are multiplied with."""
+    return s8 / g if format.dequantize == "divide" else s8 * g
 
 
 def quantize_mx(x: Tensor, format: Format, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

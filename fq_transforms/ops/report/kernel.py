@@ -17,13 +17,15 @@ from fq_transforms.ops.device import (
     bits_of,
     chunks,
     each,
-    expert_scale,
+    effective_scale,
     fake_quantized,
     fake_quantized_two_level,
     fp32_scale,
     granule_amax,
     lift_of,
+    load_expert_scale,
     mx_exponent,
+    over_int_scale,
     power_of_two,
     two_level_scale,
 )
@@ -55,6 +57,7 @@ def report_kernel(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    DIVIDES: tl.constexpr,
     QMAX: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -86,18 +89,31 @@ def report_kernel(
 
     # Scales that are formed twice here are one to the compiler.
     if SCALE == "e4m3":
-        g = expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC)
-        lift = lift_of(g)
+        g = load_expert_scale(amax_ptr, global_amax_ptr, QMAX, DYNAMIC, DIVIDES)
+        lift = lift_of(g, DIVIDES)
         y, s = fake_quantized_two_level(
-            x, block_amax, g, lift, None, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC
+            x, block_amax, g, lift, None, QMAX, MIN_EXPONENT, MANTISSA, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES
         )
         clipped = _count(a > each(tl.where(s > 0, s * HIGHEST, float("inf"))))
-        _, s8 = two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC)
-        is_small = (s8 < SMALLEST_NORMAL) | (s8 <= MIN_SCALE) | (s8 * g < UNIT_SCALE_BELOW)
+        _, s8 = two_level_scale(block_amax, g, lift, QMAX, MIN_SCALE, UNIT_SCALE_BELOW, DYNAMIC, DIVIDES)
+        is_replaced = effective_scale(s8, g, DIVIDES) < UNIT_SCALE_BELOW
+        is_small = (s8 < SMALLEST_NORMAL) | (s8 <= MIN_SCALE) | is_replaced
         underflow = _count(exists & (block_amax > 0) & is_small)
     else:
         y = fake_quantized(
-            x, block_amax, None, ELEMENT, SCALE, QMAX, LOW, HIGH, MIN_EXPONENT, MANTISSA, EXPONENT_ROUNDING, MAX_BITS
+            x,
+            block_amax,
+            None,
+            ELEMENT,
+            SCALE,
+            QMAX,
+            LOW,
+            HIGH,
+            MIN_EXPONENT,
+            MANTISSA,
+            EXPONENT_ROUNDING,
+            MAX_BITS,
+            DIVIDES,
         )
         if SCALE == "e8m0":
             e = mx_exponent(block_amax, EXPONENT_ROUNDING, MAX_BITS, MANTISSA)
@@ -105,9 +121,9 @@ def report_kernel(
             clipped = _count(a * power_of_two(-e)[:, None] > end[:, None])
             underflow = _count(exists & (block_amax > 0) & (e == -127))
         else:
-            s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX)
+            s, is_tiny = fp32_scale(block_amax, ELEMENT, QMAX, DIVIDES)
             if ELEMENT == "int":
-                v = x * each(s)
+                v = over_int_scale(x, each(s), True, DIVIDES)
                 end = tl.where(is_tiny, float("inf"), block_amax)
                 clipped = _count(((v < LOWEST) | (v > HIGHEST)) & (a > each(end)))
             else:

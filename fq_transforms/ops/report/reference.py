@@ -33,9 +33,11 @@ from torch import Tensor
 from fq_transforms.formats import E4M3, Format, IntElement
 from fq_transforms.ops.quantize.reference import (
     TINY_AMAX,
+    effective_scale,
     fake_quantize_reference,
     fp8_scale,
     int_scale,
+    over_int_scale,
     power_of_two,
     quantize_mx,
     quantize_two_level,
@@ -188,8 +190,8 @@ def _over_scale(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, form
         return v.flatten(-2), (s > 0).expand_as(v).flatten(-2)
     granule = spread(valid(amax), x, format)
     if isinstance(format.element, IntElement):
-        s = int_scale(granule, format.element)
-        return x * s, s > 0
+        s = int_scale(granule, format)
+        return over_int_scale(x, s, format), s > 0
     s, _ = fp8_scale(granule, format.element)
     return x * s, s > 0
 
@@ -218,5 +220,5 @@ def _underflows(x: Tensor, amax: Tensor | None, global_amax: Tensor | None, form
         _, e, _ = quantize_mx(x, format)
         return (block_amax > 0) & (e[..., 0] == -127)
     _, _, s8, g = quantize_two_level(x, amax, global_amax, format)
-    is_replaced = s8 * g[..., None, None] < format.unit_scale_below
+    is_replaced = effective_scale(s8, g[..., None, None], format) < format.unit_scale_below
     return (block_amax > 0) & ((s8 < 2.0**E4M3.min_exponent) | (s8 <= format.min_scale) | is_replaced)

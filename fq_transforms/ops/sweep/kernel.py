@@ -20,7 +20,10 @@ from fq_transforms.ops.device import (
     TINY_AMAX,
     address,
     bits_of,
+    effective_scale,
+    expert_scale,
     float_of,
+    over_int_scale,
     power_of_two,
     qmax_over,
     quotient,
@@ -70,6 +73,7 @@ def sweep_kernel(
     COUNT: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
+    DIVIDES: tl.constexpr,
     QMAX: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -150,8 +154,8 @@ def sweep_kernel(
     x = x * _each(unit)
     a = tl.abs(x)
     if SCALE == "e4m3":
-        g = tl.div_rn(widest * unit, QMAX * 448.0)
-        s8 = two_level_scale(amax * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[1]
+        g = expert_scale(widest * unit, QMAX, DIVIDES)
+        s8 = two_level_scale(amax * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False, DIVIDES)[1]
         lowest = tl.zeros([TILE], dtype=tl.int32) + 1
         if KIND == "window":
             lowest = tl.minimum(tl.maximum((bits_of(s8 * 2.0**-120) >> 20) - BELOW, 1), SCALES + 1 - WINDOW)
@@ -167,14 +171,18 @@ def sweep_kernel(
             tried = tl.where(k == 0, s8, _max_of(float_of((lowest + (k - 1)) << 20) * 2.0**120, MIN_SCALE))
 
         if SCALE == "e4m3":
-            s = two_level_scale(tried * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False)[0] if KIND == "ratios" else tried * g
+            if KIND == "ratios":
+                s = two_level_scale(tried * unit, g, 1.0, QMAX, MIN_SCALE, 0.0, False, DIVIDES)[0]
+            else:
+                s = effective_scale(tried, g, DIVIDES)
             divisor = tl.maximum(s, SMALLEST_DIVISOR)
             q = quotient(tl.minimum(a, _each(QMAX * s)), _each(divisor), _each(reciprocal(divisor)))
             error = a - round_magnitude(q, MIN_EXPONENT, MANTISSA) * _each(s)
         elif ELEMENT == "int":
-            s = qmax_over(QMAX, tried * unit)
-            q = round_integer(x * _each(s), LOW, HIGH)
-            error = x - quotient(q, _each(s), _each(reciprocal(s)))
+            s = qmax_over(QMAX, tried * unit) if DIVIDES else tl.div_rn(tried * unit, QMAX)
+            q = round_integer(over_int_scale(x, _each(s), False, DIVIDES), LOW, HIGH)
+            y = quotient(q, _each(s), _each(reciprocal(s))) if DIVIDES else q * _each(s)
+            error = x - y
         else:
             s = qmax_over(QMAX, tried * unit)
             q = round_magnitude(tl.minimum(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)

@@ -85,7 +85,7 @@ def sweep_plan(
         height, width = format.block[0] or out_features, (format.block[1] or in_features) // chunk
         programs = rows * columns * -(-height * width // chunks)
     numbers = constants_of(format)
-    names = ("ELEMENT", "SCALE", "QMAX", "LOW", "HIGH", "MIN_EXPONENT", "MANTISSA", "MIN_SCALE")
+    names = ("ELEMENT", "SCALE", "DIVIDES", "QMAX", "LOW", "HIGH", "MIN_EXPONENT", "MANTISSA", "MIN_SCALE")
     constants = {
         "KIND": search.kind,
         "COUNT": search.count,
