@@ -135,6 +135,15 @@ def steps_kernel(dividends, divisors, fast, exact, n, BLOCK: tl.constexpr):
     tl.store(exact + i, device.round_integer(tl.div_rn(a, b), -128.0, 127.0), mask=i < n)
 
 
+@triton.jit
+def far_kernel(weight: tl.constexpr, divisors, fast, n, BLOCK: tl.constexpr):
+    """One weight in steps of each scale."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.load(divisors + i, mask=i < n, other=1.0)
+    a = tl.full([BLOCK], weight, tl.float32)
+    tl.store(fast + i, device.round_integer(device.over_int_scale(a, b, False, False), -128.0, 127.0), mask=i < n)
+
+
 def test_quotients_fall_on_the_right_side_of_every_half_step():
     """As above for integers 0..128, both signs, and for what lies far beyond them, at both ends of a scale's range."""
     s = significands()
@@ -145,8 +154,13 @@ def test_quotients_fall_on_the_right_side_of_every_half_step():
             assert count_differences(steps_kernel, dividend, s) == 0, (tie, ulps)
     for exponent in (-31, 0, 120):
         scale = s * 2.0**exponent
-        for weight in (3.4e38, -3.4e38, torch.inf, -torch.inf, 1e-45, 0.0):
-            assert count_differences(steps_kernel, torch.full_like(s, weight), scale) == 0, (exponent, weight)
+        for weight in (400.0, 3.4e38, torch.inf, 1e-45, 0.0):
+            steps = (torch.full_like(s, weight).double() / scale).round().clamp(max=127)
+            found = torch.empty_like(s)
+            far_kernel[(triton.cdiv(s.numel(), 1024),)](
+                weight, scale, found, s.numel(), BLOCK=1024, enable_fp_fusion=False
+            )
+            assert torch.equal(found.double(), steps), (exponent, weight)
 
 
 @pytest.mark.parametrize("error", [-2, -1, 0, 1, 2])

@@ -431,4 +431,3 @@ def test_its_own_formats_against_compressed_tensors(compressed_tensors, name):
         blocks = weight.unflatten(-1, (-1, format.block[1] or 256))
         lowest = (blocks == -blocks.abs().amax(-1, keepdim=True)).flatten(-2)
         assert 0.1 < ((modelopt - ours)[lowest].abs() > 1e-3).float().mean() < 0.35
-
