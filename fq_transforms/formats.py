@@ -11,9 +11,9 @@ constant.
 import json
 import struct
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
-from fq_transforms.parse import read_fields, shown
+from fq_transforms.parse import nearest, read_fields, shown
 
 
 @dataclass(frozen=True)
@@ -289,3 +289,54 @@ MXFP4_TORCHAO_EVEN = replace(MXFP4, name="MXFP4_TORCHAO_EVEN", exponent_rounding
 
 # All of the above, by name.
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}
+
+# Layouts of files, and what their readers do with each type of scale; "plain" has weights, and no scales.
+Layout: TypeAlias = Literal["compressed-tensors", "modelopt", "plain"]
+LAYOUTS: dict[str, dict[str, Literal["multiply", "divide"]]] = {
+    "compressed-tensors": {"fp32": "multiply", "e4m3": "divide", "e8m0": "multiply"},
+    "modelopt": {"fp32": "multiply", "e4m3": "multiply", "e8m0": "multiply"},
+    "plain": {},
+}
+
+
+def check_layout(layout: Any) -> str:
+    """The layout, if it is one. Raises ValueError for another, with the nearest name."""
+    if str(layout) not in LAYOUTS:
+        meant = nearest(str(layout), LAYOUTS)[0]
+        raise ValueError(f"layout: found {layout!r}, wanted one of {list(LAYOUTS)} (did you mean {meant!r}?)")
+    return str(layout)
+
+
+def dequantize_of(format: Format, layout: str) -> Literal["multiply", "divide"]:
+    """What readers of a layout do with the scales of such a format."""
+    return LAYOUTS[check_layout(layout)].get(format.scale, format.dequantize)
+
+
+def is_own(format: Format, layout: str) -> bool:
+    """True if readers of a layout apply scales in the format's own order, so that they get `fakequant`'s weights.
+
+    Example:
+        >>> is_own(NVFP4, "modelopt"), is_own(NVFP4, "compressed-tensors"), is_own(FP8, "compressed-tensors")
+        (True, False, True)
+    """
+    return format.dequantize == dequantize_of(format, layout)
+
+
+def own_format(format: Format, layout: str) -> Format:
+    """The layout's own format in place of one that its readers would apply in another order; else the same.
+
+    For integers of a full range compressed-tensors' has half a step more, which is how it quantizes.
+
+    Example:
+        >>> own_format(NVFP4, "compressed-tensors").name, own_format(INT8_PER_CHANNEL, "modelopt").name
+        ('NVFP4_COMPRESSED_TENSORS', 'INT8_PER_CHANNEL_MODELOPT_FILES')
+        >>> own_format(INT4_BLOCK32, "compressed-tensors").element.qmax, own_format(MXFP4, "compressed-tensors").name
+        (7.5, 'MXFP4')
+    """
+    if is_own(format, layout):
+        return format
+    element, name = format.element, f"{format.name}_{layout.upper().replace('-', '_')}"
+    if layout == "compressed-tensors" and isinstance(element, IntElement) and element.low == -element.high - 1:
+        element = replace(element, qmax=element.high + 0.5)
+    own = replace(format, name=name, element=element, dequantize=dequantize_of(format, layout))
+    return next((known for known in FORMATS.values() if replace(known, name=name) == own), own)

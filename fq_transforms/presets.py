@@ -3,6 +3,7 @@
     spec = select(params, presets.FP8_DEFAULT_CFG)                          # weights, and what they are multiplied with
     spec = select(params, presets.weights_only(presets.FP8_DEFAULT_CFG))    # weights only
     spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*")])  # all but a layer
+    spec = select(params, presets.for_layout(presets.NVFP4_DEFAULT_CFG, "compressed-tensors"))
 
 A name that ModelOpt 0.47 has is its whole configuration: the same weights and inputs, in the same formats.
 `*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded, `*_EXPERTS_ONLY_CFG` only routed experts.
@@ -86,6 +87,19 @@ def weights_only(rules: Rules) -> tuple[Rule, ...]:
         True
     """
     return tuple(replace(rule, inputs=None, per_expert_inputs=False) for rule in as_rules(rules))
+
+
+def for_layout(rules: Rules, layout: formats.Layout) -> tuple[Rule, ...]:
+    """The same rules in a layout's own formats, which its readers compute bit for bit: see `formats.own_format`.
+
+    Raises:
+        ValueError: There is no such layout, or these are no rules.
+
+    Example:
+        >>> for_layout(W4A16_NVFP4_CFG, "compressed-tensors")[0].weights.name
+        'NVFP4_COMPRESSED_TENSORS'
+    """
+    return tuple(rule.for_layout(layout) for rule in as_rules(rules))
 
 
 # ModelOpt 0.47's. Weights first, then inputs; per-channel inputs have one scale per token.

@@ -13,10 +13,10 @@ The last rule that matches a name decides alone: its weights and its inputs.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
-from fq_transforms.formats import FORMATS, Format
+from fq_transforms.formats import FORMATS, Format, own_format
 from fq_transforms.parse import check_text, nearest, parse_json, read_fields, shown, unique
 
 __all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml"]
@@ -75,6 +75,11 @@ class Rule:
             )
         if self.per_expert_inputs and not self.inputs:
             raise ValueError(f"{what}: found per_expert_inputs=True without inputs, wanted inputs= a format beside it")
+
+    def for_layout(self, layout: str) -> "Rule":
+        """The same rule in a layout's own formats: see `formats.own_format`."""
+        weights, inputs = (format and own_format(format, layout) for format in (self.weights, self.inputs))
+        return replace(self, weights=weights, inputs=inputs)
 
 
 Rules: TypeAlias = Mapping[str, Format | None] | Sequence[Rule]

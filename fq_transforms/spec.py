@@ -13,13 +13,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from math import prod
 from typing import Any, TypeVar, cast
 from zlib import crc32
 
-from fq_transforms.formats import Format
+from fq_transforms.formats import Format, own_format
 from fq_transforms.parse import parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 
@@ -166,6 +166,15 @@ class Spec:
     def all_groups(self) -> tuple[Group, ...]:
         """Everything that a state has an entry for: weights, then inputs."""
         return (*self.groups, *self.inputs)
+
+    def for_layout(self, layout: str) -> "Spec":
+        """The same weights and inputs in a layout's own formats: see `formats.own_format`."""
+        return replace(
+            self,
+            groups=tuple(replace(group, format=own_format(group.format, layout)) for group in self.groups),
+            inputs=tuple(replace(inputs, format=own_format(inputs.format, layout)) for inputs in self.inputs),
+            rules=tuple(rule.for_layout(layout) for rule in self.rules),
+        )
 
     def to_json(self) -> str:
         """The spec as one line of JSON, its rules too, all formats with their numbers."""

@@ -17,6 +17,7 @@ from fq_transforms.activations.second_moments import Unseen, input_second_moment
 from fq_transforms.calibrate import calibrate, check_method
 from fq_transforms.checks import DTYPES, check_state, is_read
 from fq_transforms.fakequant import check_learnable, fakequant
+from fq_transforms.formats import Layout
 from fq_transforms.masters import Tensors
 from fq_transforms.methods import MAX, Method
 from fq_transforms.ops.quantize.autograd import Backward
@@ -560,11 +561,21 @@ def transform(
     backward: Backward = "pass_through",
     out_dtype: torch.dtype | None = None,
     separate: bool = False,
+    layout: Layout = "plain",
 ) -> Transform:
     """The `Transform` that quantizes by a spec; its options are documented there.
 
+    Args:
+        spec: From `select`.
+        method: As in `Transform`, as are the next three.
+        backward: As there.
+        out_dtype: As there.
+        separate: As there.
+        layout: Of the files that will be exported: weights and inputs take its own formats, which its readers compute
+            bit for bit. "compressed-tensors" has others than these for NVFP4 and integers, "modelopt" for integers.
+
     Raises:
-        ValueError: As `Transform`.
+        ValueError: As `Transform`; there is no such layout.
 
     Example:
         >>> import fq_transforms as fqt
@@ -575,4 +586,6 @@ def transform(
         >>> functional_call(model, fq.fakequant(params, fq.calibrate(params)), (torch.ones(2, 32),)).shape
         torch.Size([2, 4])
     """
+    given: Any = spec
+    spec = given.for_layout(layout) if isinstance(given, Spec) else given  # else Transform says so
     return Transform(spec, method=method, backward=backward, out_dtype=out_dtype, separate=separate)

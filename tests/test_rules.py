@@ -129,6 +129,7 @@ def test_what_a_person_writes_is_short():
         "- <<: *all\n  pattern: b\n  weights: FP8\n  inputs: FP8\n  required: no\n"
     )
     numbers = {"name": "INT8", "element": {"qmax": 127, "low": -128, "high": 127}, "block": [None, None]}
+    numbers["dequantize"] = "divide"
     assert from_json(json.dumps([{"pattern": "*", "weights": numbers}])) == (Rule("*", INT8),)
 
 

@@ -236,7 +236,7 @@ def test_a_wrong_option_is_refused_when_the_transform_is_made(params, option):
 def test_every_option_has_a_wrong_value_above():
     """A new option comes with its check."""
     assert {f.name for f in fields(fqt.Transform)} == {option.split(",")[0] for option in WRONG_OPTIONS}
-    assert list(signature(fqt.transform).parameters) == [f.name for f in fields(fqt.Transform)]
+    assert list(signature(fqt.transform).parameters) == [*(f.name for f in fields(fqt.Transform)), "layout"]
 
 
 OPTIONS = {

@@ -22,20 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 
 from fq_transforms.checks import DTYPES
 from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
-from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, inverse, largest
+from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
 from fq_transforms.export.schemes import SCHEMES, Scheme
-from fq_transforms.formats import IntElement
-from fq_transforms.ops.pack.reference import pack_scales
+from fq_transforms.ops.quantize.reference import expert_scale
 
-__all__ = ["TARGET", "decompress", "multipliers"]
+__all__ = ["TARGET", "decompress"]
 
-# In units of the last place, the nearest first.
-NEIGHBOURS = (0, 1, -1, 2, -2)
 # What files may hold of a quantized module.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
 
@@ -107,9 +103,8 @@ def _check_global_scales(plan: ExportPlan) -> None:
         if group is None or group.format.scale != "e4m3":
             continue
         leaves = plan.state[group.key]
-        _, scale = pack_scales(leaves["amax"], leaves.get("global_amax"), format=group.format)
-        assert scale is not None
-        wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()
+        scale = expert_scale(leaves.get("global_amax", leaves["amax"]), group.format)
+        wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()  # an infinite one is that of zeros
         if len(wrong):
             expert = int(wrong[0, 0])
             raise ValueError(
@@ -119,37 +114,9 @@ def _check_global_scales(plan: ExportPlan) -> None:
             )
 
 
-def multipliers(scale: Float32[Tensor, "..."], element: IntElement, dtype: torch.dtype) -> Float32[Tensor, "..."]:
-    """What codes are multiplied with to get, in `dtype`, what dividing by `scale` gives; 0 for a scale of 0.
-
-    `fakequant` divides by qmax / amax, readers multiply. In bf16 the reciprocal would set five in a million weights a
-    step off. So of the fp32 numbers next to it that one is taken by which fewest codes differ, the nearest of several.
-    INT8 has no exact one in one of a hundred thousand granules: there one code is a step off. In fp32 it is the
-    reciprocal: quotients and products differ there anyway.
-
-    Example:
-        >>> from fq_transforms.formats import IntElement
-        >>> multipliers(torch.tensor([4.0, 0.0]), IntElement(qmax=127, low=-127, high=127), torch.bfloat16)
-        tensor([0.2500, 0.0000])
-    """
-    nominal = inverse(scale, of_zero=0.0)
-    if dtype == torch.float32:
-        return nominal
-    codes = torch.arange(1.0, max(-element.low, element.high) + 1, device=scale.device)
-    wanted = (codes / scale[..., None]).to(dtype)
-    best, fewest = nominal, torch.full_like(scale, torch.inf)
-    for step in NEIGHBOURS:
-        neighbour = torch.where(scale == 0, nominal, (nominal.view(torch.int32) + step).view(torch.float32))
-        wrong = ((codes * neighbour[..., None]).to(dtype) != wanted).sum(-1).float()
-        best, fewest = torch.where(wrong < fewest, neighbour, best), torch.minimum(wrong, fewest)
-    return best
-
-
 def _encode(coded: CodedWeight) -> dict[str, Tensor]:
     scheme: Scheme = coded.scheme
     codes, scale = coded.codes, coded.scale
-    if isinstance(coded.format.element, IntElement):
-        scale = multipliers(scale, coded.format.element, coded.dtype)
     tensors = {scheme.codes: codes}
     if scheme.format == "pack-quantized":
         per_byte = 8 // scheme.weights["num_bits"]
@@ -159,11 +126,14 @@ def _encode(coded: CodedWeight) -> dict[str, Tensor]:
         scale = scale.expand(len(codes), 1)
     tensors["weight_scale"] = scale.contiguous() if scale.dim() else scale[None]
     if coded.global_scale is not None:
-        tensors["weight_global_scale"] = inverse(coded.global_scale, of_zero=1.0)[None]
+        tensors["weight_global_scale"] = coded.global_scale[None]
     if coded.inputs is not None and coded.input_amax is not None:
-        of_code = coded.input_amax / largest(coded.inputs)
-        is_global = coded.inputs.scale == "e4m3"
-        tensors["input_global_scale" if is_global else "input_scale"] = (1 / of_code if is_global else of_code)[None]
+        if coded.inputs.scale == "e4m3":
+            of_expert = expert_scale(coded.input_amax, coded.inputs)
+            divides = coded.inputs.dequantize == "divide"
+            tensors["input_global_scale"] = (of_expert if divides else of_expert.reciprocal())[None]
+        else:
+            tensors["input_scale"] = (coded.input_amax / largest(coded.inputs))[None]
     return tensors
 
 
@@ -275,4 +245,4 @@ def _check(plan: ExportPlan) -> None:
         )
 
 
-TARGET = Target("compressed-tensors", _documents, SCHEMES, _check, _encode)
+TARGET = Target("compressed-tensors", "compressed-tensors", _documents, SCHEMES, _check, _encode)

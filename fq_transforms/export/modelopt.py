@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, inverse, largest
+from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, largest
 from fq_transforms.export.schemes import FORMAT_KEYS
-from fq_transforms.formats import IntElement
 
 __all__ = ["TARGET"]
 
@@ -57,8 +56,6 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 def _encode(coded: CodedWeight) -> dict[str, Tensor]:
     scale = coded.scale
-    if isinstance(coded.format.element, IntElement):
-        scale = inverse(scale, of_zero=0.0)  # readers multiply
     if coded.format.block == (1, None):
         scale = scale[:, 0]
     elif (coded.format.block[0] or 1) > 1:  # square blocks
@@ -103,4 +100,4 @@ def _quantization_config(own: Mapping[str, Any]) -> dict[str, Any]:
     return groups | rest | {"quant_method": "modelopt"}
 
 
-TARGET = Target("ModelOpt's HF export", _documents, ALGORITHMS, check_inputs, _encode)
+TARGET = Target("ModelOpt's HF export", "modelopt", _documents, ALGORITHMS, check_inputs, _encode)

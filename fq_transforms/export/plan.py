@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -16,9 +17,10 @@ from fq_transforms.export.accounted import DEEPSEEKS, check_accounted, check_con
 from fq_transforms.export.families import is_tied
 from fq_transforms.export.files import bytes_of, check_free, progress, write
 from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
+from fq_transforms.export.stored import Difference, difference, stored
 from fq_transforms.export.ties import check_ties, is_fused
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import E4M3, FORMATS, Format, IntElement, code_bits
+from fq_transforms.formats import E4M3, FORMATS, Format, IntElement, code_bits, is_own
 from fq_transforms.pack import check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, ranges, refuse_inputs
 from fq_transforms.state import State
@@ -34,7 +36,6 @@ __all__ = [
     "check_inputs",
     "export",
     "format_key",
-    "inverse",
     "largest",
 ]
 
@@ -56,9 +57,8 @@ class CodedWeight(NamedTuple):
         format: Its format.
         scheme: The target's word for it.
         codes: [out, packed in].
-        scale: One number per granule.
-        global_scale: [], of two-level formats.
-        dtype: Of the fake-quantized weight that a reader shall get.
+        scale: One number per granule, as files have it: see `export.stored`.
+        global_scale: [], of two-level formats, likewise.
         inputs: Format of the inputs, where they are quantized.
         input_amax: [], where it is state.
     """
@@ -68,7 +68,6 @@ class CodedWeight(NamedTuple):
     codes: Tensor
     scale: Tensor
     global_scale: Tensor | None
-    dtype: torch.dtype
     inputs: Format | None
     input_amax: Tensor | None
 
@@ -112,6 +111,7 @@ class Target(NamedTuple):
 
     Attributes:
         name: In messages.
+        layout: Of `formats.LAYOUTS`.
         documents: The JSON files, by name.
         schemes: Its word for formats of weights and inputs, for all that it has one for; None: weights are plain.
         check: Raises ValueError for what its readers could not use.
@@ -119,6 +119,7 @@ class Target(NamedTuple):
     """
 
     name: str
+    layout: str
     documents: Callable[[ExportPlan], dict[str, Any]]
     schemes: Mapping[FormatKeys, Any] | None = None
     check: Callable[[ExportPlan], None] | None = None
@@ -166,16 +167,6 @@ def _names_of(keys: Collection[FormatKey]) -> str:
     return ", ".join(sorted(format.name for format in FORMATS.values() if format_key(format) in keys))
 
 
-def inverse(scale: Tensor, of_zero: float) -> Tensor:
-    """1 / scale, and `of_zero` where the scale is 0, which marks weights that are all zero.
-
-    Example:
-        >>> inverse(torch.tensor([4.0, 0.0]), of_zero=1.0)
-        tensor([0.2500, 1.0000])
-    """
-    return torch.where(scale == 0, torch.full_like(scale, of_zero), scale.reciprocal())
-
-
 def export(
     target: Target,
     reader: Engine | None,
@@ -192,6 +183,7 @@ def export(
     plan = _plan(target, reader, fq, params, state, config)
     if target.check is not None:
         target.check(plan)
+    _warn_of_differences(plan, target)
     write(folder, _tensors(plan, target, f"export {folder.name}"), target.documents(plan), limit)
 
 
@@ -356,11 +348,33 @@ def _check_fused_blocks(reader: Engine, source: Source) -> None:
             )
 
 
+def _warn_of_differences(plan: ExportPlan, target: Target) -> None:
+    """Warn of weights that readers get otherwise than `fakequant` has them."""
+    layout = target.layout
+    off = [source.group for source in plan.sources if source.group and not is_own(source.group.format, layout)]
+    found: list[tuple[Group, Difference]] = []
+    for group in progress(off, "compare with readers") if off else ():
+        each = difference(plan.params, plan.state, group, layout, plan.dtype)
+        if each.weights:
+            found.append((group, each))
+    if found:
+        count = sum(each.weights for _, each in found)
+        weights = sum(group.experts * group.shape[0] * group.shape[1] for group in off)
+        formats = sorted({group.format.name for group, _ in found})
+        warnings.warn(
+            f"export to {target.name}: found {formats} in {len(found)} of {len(plan.sources)} groups and parameters, "
+            f"the first {found[0][0].key!r}, whose scales its readers apply in another order: {count:,} of {weights:,} "
+            f"weights will be read otherwise, by at most {max(each.largest for _, each in found):.1e} of themselves; "
+            f"for none choose its own formats: transform(spec, layout={layout!r})",
+            stacklevel=4,
+        )
+
+
 def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept."""
     for source in progress(plan.sources, what):
         if source.group and target.encode is not None:
-            yield from _packed(plan, source, source.group, target.encode)
+            yield from _packed(plan, source, source.group, target.layout, target.encode)
             continue
         whole: Any = _fake(plan, source.group) if source.group else plan.params[source.name].detach()
         for tensor in source.tensors:
@@ -384,7 +398,7 @@ def _finite(plan: ExportPlan, name: str) -> Tensor:
 
 
 def _packed(
-    plan: ExportPlan, source: Source, group: Group, encode: Callable[[CodedWeight], dict[str, Tensor]]
+    plan: ExportPlan, source: Source, group: Group, layout: str, encode: Callable[[CodedWeight], dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     for name in group.names:
         if not plan.params[name].is_cpu:  # on a CPU `pack` says so; elsewhere it does not wait for the device
@@ -393,15 +407,21 @@ def _packed(
     inputs = source.inputs
     amax = plan.state[inputs.key].get("amax") if inputs else None
     for expert in range(group.experts):
-        codes, scale = leaves["codes"][expert], leaves["scale"][expert]
+        codes, of_expert = leaves["codes"][expert], leaves.get("global_scale")
+        scale, global_scale = stored(
+            group.format,
+            layout,
+            leaves["scale"][expert],
+            None if of_expert is None else of_expert[expert],
+            plan.dtype,
+        )
         for name, rows in source.tensors:
             coded = CodedWeight(
                 format=group.format,
                 scheme=plan.schemes[source.name],
                 codes=_take(codes, rows),
                 scale=_take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale,
-                global_scale=leaves["global_scale"][expert] if "global_scale" in leaves else None,
-                dtype=plan.dtype,
+                global_scale=global_scale,
                 inputs=inputs.format if inputs else None,
                 input_amax=None if amax is None else amax.expand(group.experts)[expert],
             )

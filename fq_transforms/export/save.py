@@ -9,6 +9,7 @@ from torch import Tensor
 from fq_transforms.export import compressed_tensors, modelopt
 from fq_transforms.export.plan import ExportPlan, Target, export
 from fq_transforms.export.readers import READERS
+from fq_transforms.formats import Layout, check_layout
 from fq_transforms.parse import nearest
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
@@ -23,7 +24,7 @@ def _config_alone(plan: ExportPlan) -> dict[str, Any]:
 LAYOUTS: dict[str, Target] = {
     "compressed-tensors": compressed_tensors.TARGET,
     "modelopt": modelopt.TARGET,
-    "plain": Target("plain", _config_alone),
+    "plain": Target("plain", "plain", _config_alone),
 }
 
 
@@ -34,7 +35,7 @@ def save(
     state: State,
     *,
     config: Any,
-    layout: Literal["compressed-tensors", "modelopt", "plain"] = "compressed-tensors",
+    layout: Layout = "compressed-tensors",
     reader: Literal["vllm", "transformers"] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -67,10 +68,7 @@ def save(
         ...     sorted(os.listdir(f"{parent}/model"))
         ['config.json', 'model.safetensors']
     """
-    if str(layout) not in LAYOUTS:
-        meant = nearest(str(layout), LAYOUTS)[0]
-        raise ValueError(f"layout: found {layout!r}, wanted one of {list(LAYOUTS)} (did you mean {meant!r}?)")
-    readers = READERS[layout]
+    readers = READERS[check_layout(layout)]
     if reader is not None and str(reader) not in readers:
         known = {name: of for of, some in READERS.items() for name in some}
         meant = nearest(str(reader), known)[0]

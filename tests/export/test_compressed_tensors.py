@@ -9,7 +9,6 @@ from torch.func import functional_call
 
 import fq_transforms as fqt
 from fq_transforms.export import files
-from fq_transforms.export.compressed_tensors import multipliers
 from fq_transforms.formats import FORMATS
 from tests.cases import assert_names, name_of
 from tests.export.models import (
@@ -67,27 +66,6 @@ def test_the_dtype_is_that_of_the_transform(format, tmp_path):
     fqt.export.save(tmp_path / "a", fq, params, state, config=model.config)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
     assert_equal(decompressed(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("format", "granules"), [(fqt.INT4_BLOCK32, 0), (fqt.INT8, 15)], ids=["INT4", "INT8"])
-def test_products_give_the_quotients(format, granules, dtype):
-    """Readers multiply where fakequant divides: a multiplier is found by which every code comes out right.
-
-    The reciprocal alone would miss some codes; for INT8 a few granules of a hundred thousand have no such multiplier.
-    """
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.exp(3 * torch.randn(100_000, generator=generator))
-    s = format.element.qmax / (torch.rand(100_000, generator=generator) * spread)
-    q = torch.arange(float(format.element.low), format.element.high + 1)
-
-    def wrong(multiplier):
-        return ((q * multiplier[:, None]).to(dtype) != (q / s[:, None]).to(dtype)).any(1)
-
-    found = multipliers(s, format.element, dtype)
-    assert int(wrong(found).sum()) <= granules
-    assert int(wrong(s.reciprocal()).sum()) > granules
-    assert int((found.view(torch.int32) - s.reciprocal().view(torch.int32)).abs().max()) <= 2
 
 
 @pytest.mark.parametrize("format", COMPRESSED, ids=name_of)

@@ -407,7 +407,8 @@ COMPRESSED_TENSORS = [name for name in FORMATS if name.endswith("_COMPRESSED_TEN
 def test_its_own_formats_against_compressed_tensors(compressed_tensors, name):
     """Equal bits: amax / 7.5 and round(w / scale) * scale; 2688 / amax, E4M3(block amax / 6 * that), that over it.
 
-    But for E2M1's zeros, whose signs it loses. ModelOpt's order has -amax, an exact tie of the half step, on another side in 15 to 30 % of granules.
+    But for E2M1's zeros, whose signs it loses. ModelOpt's order has -amax, an exact tie of the half step, on another
+    side in 15 to 30 % of granules.
     """
     format = FORMATS[name]
     weight = torch.randn(512, 1, 256, generator=torch.Generator().manual_seed(14))

@@ -96,11 +96,9 @@ def fake_quantize_reference(
         FP8     s = max / amax;                          y = element(x * s) * (1 / s)
         NVFP4   g = amax_expert / (6 * 448);  s = E4M3(clamp(amax_block / (6 * g), min_scale, 448)) * g
           divide: g = 1 / amax_expert * 2688;   s = E4M3(clamp(amax_block / 6 * g, min_scale, 448)) / g
-                                                         y = element(x / s) * s
-        MX      s = 2**e, from the exponent of the block amax;  y = element(x / s) * s
+        MX      s = 2**e, from the exponent of the block amax;  y = element(x / s) * s, of NVFP4 too
 
-    `element(.)` clamps to +-max and rounds to the nearest value of the element, ties to even. "divide" is the format's
-    `dequantize`.
+    `element(.)` clamps to +-max and rounds to its nearest value, ties to even. "divide" is `Format.dequantize`.
 
     Args:
         weight: bf16, fp16 or fp32; any number of leading expert dimensions.
@@ -110,13 +108,12 @@ def fake_quantize_reference(
         out_dtype: bf16, fp16 or fp32.
 
     Returns:
-        A new contiguous tensor of the weight's shape in `out_dtype`. Zero granules: INT with amax < 2**-24, and NVFP4
-        with a zero scale or block amax, give zeros; FP8 with amax <= 2**-24 uses amax = 1. NaN in a weight stays NaN,
-        and in a dynamic block makes that block NaN. Infinite weights saturate where amax is static, and make a dynamic
-        block NaN.
+        A new contiguous tensor in `out_dtype`. Zero granules: INT with amax < 2**-24, and NVFP4 with a zero scale or
+        block amax, give zeros; FP8 with amax <= 2**-24 uses amax = 1. NaN stays, and makes a dynamic block NaN, as
+        does infinity; where amax is static infinity saturates.
 
-    Source: ModelOpt 0.47 `fake_tensor_quant_device` (divide), `fake_e4m3fy`, `NVFP4QTensor`; compressed-tensors 0.20
-    `fake_quantize` (INT, and NVFP4 divide); OCP Microscaling Formats 1.0, 6.3.
+    Source: ModelOpt 0.47 `fake_tensor_quant_device` (INT divide), `fake_e4m3fy`, `NVFP4QTensor`; compressed-tensors
+    0.20 `fake_quantize` (INT; NVFP4 divide); OCP Microscaling Formats 1.0, 6.3.
 
     Example:
         >>> from fq_transforms.formats import FORMATS
