@@ -143,7 +143,10 @@ def test_what_is_written_is_what_save_pretrained_writes(name, tmp_path):
 
 @pytest.mark.parametrize("name", classes() if FULL else DEFAULT)
 def test_quantized_experts_have_the_names_of_save_pretrained(name, tmp_path):
-    """Codes are where the weights would be, unless files have experts in one tensor; fake weights always are."""
+    """Codes are where the weights would be, unless files have experts in one tensor; fake weights always are.
+
+    They stand for `fakequant`'s weights, bit for bit: in compressed-tensors as its own decompressors read them.
+    """
     model, entries = built(name)
     params = copy.deepcopy(model.state_dict())
     fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL}))
@@ -160,13 +163,25 @@ def test_quantized_experts_have_the_names_of_save_pretrained(name, tmp_path):
         return
     fakes = params | fq.fakequant(params, state)
     assert_same_bytes(written("plain"), without_ties(planned(fakes, entries), model))
-    if name in ONE_TENSOR:
-        with pytest.raises(ValueError) as caught:
-            written("compressed-tensors")
-        assert_names(str(caught.value), "in files", "engines read codes", "found", "wanted", "layout='plain'")
-        return
-    found = {key for key in written("compressed-tensors") if not key.endswith(".weight_scale")}
-    assert found == without_ties(planned(params, entries), model).keys()
+    wanted = without_ties(planned(fakes, entries), model)
+    for layout in ("compressed-tensors", "modelopt"):
+        if name in ONE_TENSOR:
+            with pytest.raises(ValueError) as caught:
+                written(layout)
+            assert_names(str(caught.value), "in files", "engines read codes", "found", "wanted", "layout='plain'")
+            continue
+        stored = written(layout)
+        assert {key for key in stored if not key.endswith(".weight_scale")} == wanted.keys()
+        if layout == "compressed-tensors":
+            fqt.export.decompress(tmp_path / layout, tmp_path / "decompressed")
+            found = without_ties(read(tmp_path / "decompressed"), model)
+        else:
+            scales = {key: stored.get(f"{key}_scale") for key in wanted}
+            found = {
+                key: stored[key] if scale is None else (stored[key].float() * scale[:, None]).bfloat16()
+                for key, scale in scales.items()
+            }
+        assert_same_bytes(found, wanted)
 
 
 def test_a_transposed_stack_stays_as_it_is(tmp_path):
