@@ -49,10 +49,12 @@ tokens = torch.randint(VOCABULARY, (2, 32))
 # %% [markdown]
 # ## Select, calibrate, tie
 # The fused gate_up has one amax per expert, so gate and up are tied by construction. Queries, keys and values, which
-# engines fuse too, are tied by hand. Untied, they are refused.
+# engines fuse too, are tied by hand. Untied, they are refused. With the layout of the files the formats have the order
+# of operations of its readers, so that they compute what was simulated.
 
 # %%
-fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*self_attn*": fqt.NVFP4}))
+rules = {"*.experts.*": fqt.NVFP4, "*self_attn*": fqt.NVFP4}
+fq = fqt.transform(fqt.select(params, rules), layout="compressed-tensors")
 print(fq.spec)
 state = fq.calibrate(params)
 try:
@@ -83,9 +85,11 @@ print(f"compressed-tensors: {size['compressed']:,} bytes in {shards} files, {siz
 
 # %% [markdown]
 # ## ModelOpt
-# The same weights under the names of its unified export. Its tensor class gives the fake-quantized weight of an expert.
+# Its unified export has another order of operations, and the same state. Its tensor class gives the fake-quantized
+# weight of an expert.
 
 # %%
+fq = fqt.transform(fq.spec, layout="modelopt")
 fqt.export.save(folder / "modelopt", fq, params, state, config=model.config, layout="modelopt")
 stored = load_file(folder / "modelopt" / "model.safetensors")
 name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"

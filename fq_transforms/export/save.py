@@ -43,18 +43,19 @@ def save(
 
     Args:
         path: A new name, or an empty directory. It appears whole or not at all.
-        fq: What is packed, and how.
+        fq: What is packed.
         params: The whole `model.state_dict()`, buffers too. What is not selected is written as it is.
         state: From `calibrate`. Roles that engines fuse are tied: see `tie`.
         config: `model.config` of transformers, or what config.json holds, with `model_type` and `architectures`.
-        layout: "compressed-tensors", "modelopt" (its unified HF export), or "plain": fake weights, in any format.
+        layout: "compressed-tensors", "modelopt" (its HF export), or "plain": fake weights, in any format. A warning
+            counts the weights that are read otherwise where formats are not its own: `transform(spec, layout=)`.
         reader: Who must load it: what it does not load is refused, and files are spelled as it wants them.
         max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
-        ValueError: The layout or the reader does not take a format; a group is not calibrated; fused roles are not
-            tied; a name or shape is not known in files of this model; `path` is taken. All but NaN before a write.
+        ValueError: The layout or the reader does not take a format; fused roles are not tied; a name or shape is
+            not one of this model's files; `path` is taken. All but NaN before a write.
         ImportError: tqdm is not installed.
         OSError: A file cannot be written.
 

@@ -19,7 +19,7 @@ NAMES = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(EXPERTS
 
 
 def of_every_mantissa(dtype):
-    """An expert for each mantissa that bf16 has, which the amax of larger granules share; those of 16 are of all scales."""
+    """An expert for each mantissa of bf16, that of the amax of its larger granules; those of 16 have all scales."""
     generator = torch.Generator().manual_seed(3)
     params = {}
     for e, name in enumerate(NAMES):
@@ -110,7 +110,7 @@ def test_own_formats_are_read_bit_for_bit(format, layout, dtype, tmp_path):
 @DTYPES
 @pytest.mark.parametrize(("format", "layout"), [case for case in CASES if not is_own(*case.values)])
 def test_a_warning_counts_what_is_read_otherwise(format, layout, dtype, tmp_path):
-    """Law: of formats that are not its own the warning has the number of weights that the library reads otherwise, and by how much."""
+    """Law: of other formats the warning has the number of weights that the library reads otherwise, and by how much."""
     params = of_every_mantissa(dtype)
     wanted, said = saved(tmp_path / "a", params, format, layout)
     found = READ[layout](tmp_path / "a", dtype)
