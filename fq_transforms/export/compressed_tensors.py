@@ -66,7 +66,7 @@ def decompress(
         >>> import fq_transforms as fqt
         >>> from fq_transforms.export import save
         >>> params = {"up_proj.weight": torch.full((4, 16), 6.0)}
-        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}))
+        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}), layout="compressed-tensors")
         >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     save(f"{parent}/a", fq, params, fq.calibrate(params), config=config)

@@ -56,8 +56,7 @@ def save(
         KeyError: A parameter or a group of the state is missing.
         ValueError: The layout or the reader does not take a format; fused roles are not tied; a name or shape is
             not one of this model's files; `path` is taken. All but NaN before a write.
-        ImportError: tqdm is not installed.
-        OSError: A file cannot be written.
+        ImportError, OSError: tqdm is not installed; a file cannot be written.
 
     Example:
         >>> import tempfile, torch, fq_transforms as fqt
