@@ -291,10 +291,11 @@ MXFP4_TORCHAO_EVEN = replace(MXFP4, name="MXFP4_TORCHAO_EVEN", exponent_rounding
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}
 
 # Layouts of files, and what their readers do with each type of scale; "plain" has weights, and no scales.
-Layout: TypeAlias = Literal["compressed-tensors", "modelopt", "plain"]
+Layout: TypeAlias = Literal["compressed-tensors", "modelopt", "fp8", "plain"]
 LAYOUTS: dict[str, dict[str, Literal["multiply", "divide"]]] = {
     "compressed-tensors": {"fp32": "multiply", "e4m3": "divide", "e8m0": "multiply"},
     "modelopt": {"fp32": "multiply", "e4m3": "multiply", "e8m0": "multiply"},
+    "fp8": {"fp32": "multiply", "e4m3": "multiply", "e8m0": "multiply"},
     "plain": {},
 }
 

@@ -67,5 +67,6 @@ READERS: dict[str, dict[str, Engine]] = {
             _NOT_IN_VLLM,
         ),
     },
+    "fp8": {"vllm": Engine("vllm", "0.32", dict.fromkeys(PLACES[:2], _own("FP8_BLOCK")), _NOT_IN_VLLM)},
     "plain": {"vllm": Engine("vllm", "0.32", None, _NOT_IN_VLLM), "transformers": Engine("transformers", "5.23", None)},
 }

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fq_transforms.export import compressed_tensors, modelopt
+from fq_transforms.export import compressed_tensors, fp8, modelopt
 from fq_transforms.export.plan import ExportPlan, Target, export
 from fq_transforms.export.readers import READERS
 from fq_transforms.formats import Layout, check_layout
@@ -24,6 +24,7 @@ def _config_alone(plan: ExportPlan) -> dict[str, Any]:
 LAYOUTS: dict[str, Target] = {
     "compressed-tensors": compressed_tensors.TARGET,
     "modelopt": modelopt.TARGET,
+    "fp8": fp8.TARGET,
     "plain": Target("plain", "plain", _config_alone),
 }
 
@@ -47,8 +48,8 @@ def save(
         params: The whole `model.state_dict()`, buffers too. What is not selected is written as it is.
         state: From `calibrate`. Roles that engines fuse are tied: see `tie`.
         config: `model.config` of transformers, or what config.json holds, with `model_type` and `architectures`.
-        layout: "compressed-tensors", "modelopt" (its HF export), or "plain": fake weights, in any format. A warning
-            counts the weights that are read otherwise where formats are not its own: `transform(spec, layout=)`.
+        layout: "compressed-tensors", "modelopt" (its HF export), "fp8" (DeepSeek's), "plain": fake weights, any format.
+            Of formats that are not its own (`transform(spec, layout=)`) a warning counts what is read otherwise.
         reader: Who must load it: what it does not load is refused, and files are spelled as it wants them.
         max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
 

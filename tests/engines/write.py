@@ -55,7 +55,7 @@ def cases(model):
             yield layout, "experts", {"*.experts.*": (fqt.MXFP6_E2M3, None)}
             continue
         for place in PLACES if model == MODELS[0] else PLACES[:1]:
-            for keys in loads[place]:
+            for keys in loads.get(place, ()):
                 yield layout, place, dict.fromkeys(RULES[place], formats_of(keys))
     if model == MODELS[0]:
         yield (
@@ -68,6 +68,7 @@ def cases(model):
             },
         )
         yield "compressed-tensors", "one-layer", {"*.1.mlp.experts.*": (fqt.FP8, None)}
+        yield "fp8", "one-layer", {"*.1.mlp.experts.*": (fqt.FP8_BLOCK, None)}
 
 
 def write(folder: Path, kind: str, layout: str, rules, options) -> torch.Tensor:

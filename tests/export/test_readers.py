@@ -13,6 +13,7 @@ import fq_transforms as fqt
 from fq_transforms.export import files
 from fq_transforms.export.plan import format_key
 from fq_transforms.export.readers import PLACES, READERS
+from fq_transforms.export.save import LAYOUTS
 from fq_transforms.export.schemes import FORMAT_KEYS, SCHEMES
 from fq_transforms.formats import FORMATS, Format
 from tests.cases import assert_names, message_of, name_of
@@ -123,9 +124,15 @@ WITH_FORMATS = [(layout, name) for layout, readers in READERS.items() for name i
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_not_in_the_table_is_refused(place, layout, reader, tmp_path):
     """Every format that a layout has and a reader does not load: named with the place and with what loads."""
-    loads = READERS[layout][reader].loads[place]
+    loads = READERS[layout][reader].loads.get(place)
+    if loads is None:
+        model, params, fq, state = prepared(fqt.FP8_BLOCK, rules=RULES[place])
+        options = {"config": model.config, "layout": layout, "reader": reader}
+        message = message_of(ValueError, fqt.export.save, tmp_path / "a", fq, params, state, **options)
+        assert_names(message, place, reader, "does not load quantized", "layout='plain'")
+        return
     for format in (fqt.NVFP4, fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK, fqt.MXFP8, fqt.MXFP6_E2M3):
-        if (format_key(format), None) in loads or (layout == "modelopt" and format in (fqt.INT8, fqt.MXFP6_E2M3)):
+        if (format_key(format), None) in loads or (format_key(format), None) not in LAYOUTS[layout].schemes:
             continue
         model, params, fq, state = prepared(format, rules=RULES[place])
         options = {"config": model.config, "layout": layout, "reader": reader}
@@ -250,9 +257,11 @@ def test_a_head_is_a_target_of_its_own(tmp_path):
 
 def cell(layout, reader, place, keys):
     """What the docs say of a row."""
-    loads = READERS[layout][reader].loads[place]
+    loads = READERS[layout][reader].loads.get(place, {})
     if keys not in loads:
         return "-"
+    if layout == "fp8":
+        return "loads, and quantizes inputs"
     spelled = loads[keys]
     if spelled is None:
         return "loads"
@@ -266,12 +275,14 @@ def table():
         ("compressed-tensors", "vllm", "linears"),
         ("compressed-tensors", "vllm", "lm_head"),
         ("modelopt", "vllm", "experts"),
+        ("fp8", "vllm", "experts"),
         ("compressed-tensors", "transformers", "experts"),
         ("compressed-tensors", "transformers", "linears"),
     ]
     lines = [
-        "| weights | inputs | vLLM: experts | linears | lm_head | vLLM, modelopt | transformers: experts | the rest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| weights | inputs | vLLM: experts | linears | lm_head | vLLM, modelopt | vLLM, fp8 | transformers: experts "
+        "| the rest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for keys, (weights, inputs) in zip(SCHEMES, ROWS, strict=True):
         cells = [cell(*column, keys) for column in columns]
@@ -280,12 +291,37 @@ def table():
 
 
 def test_the_docs_have_this_table():
-    """docs/export is what the readers' table says; all places of vLLM read ModelOpt's files alike."""
+    """docs/export is what the readers' table says; all places read ModelOpt's files alike, but the head DeepSeek's."""
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     assert table() in page, f"docs/export.md wants this table:\n{table()}"
     assert len({tuple(loads) for loads in READERS["modelopt"]["vllm"].loads.values()}) == 1
+    assert [*READERS["fp8"]["vllm"].loads] == ["experts", "linears"]
     ours = READERS["compressed-tensors"]["transformers"].loads
     assert ours["linears"] == ours["lm_head"]
+
+
+def test_files_as_deepseek_has_them(tmp_path):
+    """Codes, scales [out/128, in/128] by which they are multiplied, and what is not quantized; inputs are warned of."""
+    model, params, fq, state = prepared(fqt.FP8_BLOCK, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="inputs readers of this layout quantize too"):
+        fqt.export.save(tmp_path / "a", fq, params, state, config=model.config, layout="fp8")
+    about = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    stored, wanted = read(tmp_path / "a"), in_files(fq.fakequant(params, state), model.config.to_dict())
+    assert about["quant_method"] == "fp8"
+    assert about["weight_block_size"] == [128, 128]
+    assert sorted(about["modules_to_not_convert"]) == sorted(
+        name.removesuffix(".weight")
+        for name, weight in wanted.items()
+        if weight.dim() == 2 and f"{name}_scale_inv" not in stored
+    )
+    for name, weight in wanted.items():
+        codes, scale = stored.pop(name), stored.pop(f"{name}_scale_inv", None)
+        if scale is not None:
+            assert codes.dtype == torch.float8_e4m3fn
+            scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: codes.shape[0], : codes.shape[1]]
+            codes = (codes.float() * scale).bfloat16()
+        assert torch.equal(codes, weight), name
+    assert not stored
 
 
 def test_modelopt_files_for_vllm_are_its_own(tmp_path):

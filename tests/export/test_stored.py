@@ -162,7 +162,7 @@ def test_every_door_takes_the_layout(layout):
         assert spec == fqt.transform(fqt.select(params, preset), layout=layout).spec
         assert spec.rules == fqt.select(params, preset).for_layout(layout).rules
         assert all(is_own(group.format, layout) for group in spec.all_groups)
-        assert (spec != fqt.select(params, preset)) or layout == "modelopt"
+        assert spec != fqt.select(params, preset) or layout == "modelopt"
 
 
 def test_a_layout_that_is_none():
