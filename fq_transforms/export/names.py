@@ -57,9 +57,29 @@ _MEGATRON_LAYER = {
     "mlp.shared_experts.linear_fc2.weight": ("mlp.shared_expert.down_proj.weight|mlp.shared_experts.down_proj.weight",),
     "mlp.shared_experts.gate_weight": ("mlp.shared_expert_gate.weight",),
 }
+# Of hybrids, whose layers have one norm and one mixer each: Mamba's keeps its names, and experts have no gate.
+_MEGATRON_MIXER = {
+    **{f"mixer.{part}": (f"mixer.{part}",) for part in ("A_log", "D", "dt_bias", "conv1d.weight", "conv1d.bias")},
+    **{f"mixer.{part}.weight": (f"mixer.{part}.weight",) for part in ("in_proj", "norm", "out_proj")},
+    "norm.weight": ("norm.weight",),
+    "mixer.in_proj.layer_norm_weight": ("norm.weight",),
+    "input_layernorm.weight": ("norm.weight",),
+    "self_attention.linear_qkv.layer_norm_weight": ("norm.weight",),
+    "self_attention.linear_qkv.weight": tuple(f"mixer.{x}_proj.weight" for x in "qkv"),
+    "self_attention.linear_proj.weight": ("mixer.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("norm.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("norm.weight",),
+    "mlp.linear_fc1.weight": ("mixer.up_proj.weight",),
+    "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
+    "mlp.router.weight": ("mixer.gate.weight",),
+    "mlp.router.expert_bias": ("mixer.gate.e_score_correction_bias",),
+    "mlp.shared_experts.linear_fc1.weight": ("mixer.shared_experts.up_proj.weight",),
+    "mlp.shared_experts.linear_fc2.weight": ("mixer.shared_experts.down_proj.weight",),
+}
 _MEGATRON_TOP = {
-    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+    "embedding.word_embeddings.weight": ("model.embed_tokens.weight|model.embeddings.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
+    "decoder.final_norm.weight": ("model.norm_f.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
 _MEGATRON_NAME = re.compile(r"(?:module\.)*(?:decoder\.layers\.(?P<layer>\d+)\.(?P<inside>.+)|(?P<top>[^.]+\..+))")
@@ -254,16 +274,19 @@ def _origins(name: str, shape: tuple[int, ...], known: Set[str], config: Mapping
     megatron = None if name in known else _MEGATRON_NAME.fullmatch(name)
     if megatron and megatron["inside"]:
         layer = f"model.layers.{megatron['layer']}."
+        has_mixers = any(one.startswith("model.layers.0.mixer.") for one in known)
         if match := _MEGATRON_EXPERT.fullmatch(megatron["inside"]):
             is_first = "linear_fc1" in (match["fc"], match["fc_of_list"])
-            stack = _of_class(name, f"{layer}mlp.experts.{'gate_up_proj' if is_first else 'down_proj'}", known, config)
-            return [_Origin(stack, int(match["of_list"] or match["grouped"]))]
-        if megatron["inside"] not in _MEGATRON_LAYER:
+            up = "mixer.experts.up_proj" if has_mixers else "mlp.experts.gate_up_proj"
+            stack = up if is_first else f"{up.rpartition('.')[0]}.down_proj"
+            return [_Origin(_of_class(name, layer + stack, known, config), int(match["of_list"] or match["grouped"]))]
+        table = _MEGATRON_MIXER if has_mixers else _MEGATRON_LAYER
+        if megatron["inside"] not in table:
             raise ValueError(
                 f"parameter {name!r}: found {megatron['inside']!r} in a Megatron layer, wanted one of "
-                f"{sorted(_MEGATRON_LAYER)}, or experts; leave it out of params, or give it its name in transformers"
+                f"{sorted(table)}, or experts; leave it out of params, or give it its name in transformers"
             )
-        inside = _MEGATRON_LAYER[megatron["inside"]]
+        inside = table[megatron["inside"]]
         names = ["|".join(layer + either for either in one.split("|")) for one in inside]
     elif megatron and megatron["top"] in _MEGATRON_TOP:
         names = list(_MEGATRON_TOP[megatron["top"]])

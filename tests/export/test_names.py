@@ -1,5 +1,8 @@
 """Names of files: from transformers' and Megatron's names in memory, and the rows that each file has."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from tests.export.models import (
     to_compressed_tensors,
     to_modelopt,
 )
+from tests.export.test_families import built
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
@@ -107,6 +111,90 @@ def test_megatron_and_transformers_write_the_same_files(kind, layout, format, tm
     other = megatron_of(params, model.config, layout)
     exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
     exported(to_compressed_tensors, tmp_path / "b", other, format, model.config)
+    assert_same_bytes(read(tmp_path / "b"), read(tmp_path / "a"))
+
+
+def of_deepseek(name):
+    """Megatron's name for a matrix of DeepSeek-V3 in transformers, and where in it that lies; by hand."""
+    name = name.replace("model.layers.", "decoder.layers.")
+    for old, new in (
+        ("model.embed_tokens.", "embedding.word_embeddings."),
+        ("model.norm.", "decoder.final_layernorm."),
+        ("lm_head.", "output_layer."),
+        ("post_attention_layernorm.", "pre_mlp_layernorm."),
+        ("self_attn.q_a_proj.", "self_attention.linear_q_down_proj."),
+        ("self_attn.q_a_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+        ("self_attn.q_b_proj.", "self_attention.linear_q_up_proj."),
+        ("self_attn.kv_a_proj_with_mqa.", "self_attention.linear_kv_down_proj."),
+        ("self_attn.kv_a_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+        ("self_attn.kv_b_proj.", "self_attention.linear_kv_up_proj."),
+        ("self_attn.o_proj.", "self_attention.linear_proj."),
+        ("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias"),
+        ("mlp.gate.", "mlp.router."),
+        (".down_proj.", ".linear_fc2."),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def of_nemotron(name, kinds):
+    """Megatron's name for a parameter of Nemotron-H in transformers; by hand."""
+    name = name.replace("model.layers.", "decoder.layers.").replace("model.embeddings.", "embedding.word_embeddings.")
+    name = name.replace("model.norm_f.", "decoder.final_norm.").replace("lm_head.", "output_layer.")
+    if not name.startswith("decoder.layers."):
+        return name
+    kind = kinds[int(name.split(".")[2])]
+    if kind == "linear_attention":
+        return re.sub(r"(\d)\.norm\.", r"\1.mixer.in_proj.layer_norm_", name)
+    if kind == "full_attention":
+        name = re.sub(r"(\d)\.norm\.", r"\1.self_attention.linear_qkv.layer_norm_", name)
+        return name.replace("mixer.o_proj.", "self_attention.linear_proj.")
+    name = re.sub(r"(\d)\.norm\.", r"\1.pre_mlp_layernorm.", name).replace(
+        "mixer.gate.e_score_correction_bias", "mlp.router.expert_bias"
+    )
+    name = name.replace("mixer.gate.", "mlp.router.").replace("mixer.", "mlp.")
+    return name.replace("up_proj.", "linear_fc1.").replace("down_proj.", "linear_fc2.")
+
+
+def in_megatron(params, rename, config):
+    """The tensors of a transformers model as Megatron has them, experts grouped, gate above up, heads in groups."""
+    found = {}
+    for name, param in params.items():
+        role = name.rpartition(".")[2]
+        if ".experts." in name:
+            fc = "linear_fc2" if role == "down_proj" else "linear_fc1"
+            layer = rename(name).partition(".experts.")[0].replace("mixer", "mlp")
+            found |= {f"{layer}.experts.{fc}.weight{e}": weight.clone() for e, weight in enumerate(param)}
+        elif "gate_proj" in name:
+            up = params[name.replace("gate_proj", "up_proj")]
+            found[rename(name).replace("gate_proj", "linear_fc1")] = torch.cat([param, up])
+        elif "q_proj" in name:
+            q, k, v = (params[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
+            groups = config.num_key_value_heads
+            parts = [each.unflatten(0, (groups, -1)) for each in (q, k, v)]
+            found[rename(name).replace("mixer.q_proj", "self_attention.linear_qkv")] = torch.cat(parts, 1).flatten(0, 1)
+        elif not re.search(r"\.[kv]_proj\.", name) and not (
+            "up_proj" in name and name.replace("up_proj", "gate_proj") in params
+        ):
+            found[rename(name)] = param
+    return found
+
+
+@pytest.mark.parametrize("format", [fqt.FP8_PER_CHANNEL, fqt.MXFP8], ids=name_of)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "nemotron_h"])
+def test_latent_attention_and_hybrids_from_megatron(kind, format, tmp_path):
+    """As above for DeepSeek-V3 and Nemotron-H: all layers, dense ones, shared experts, Mamba and biases of routers."""
+    if kind == "deepseek_v3":
+        model, params = build(kind)
+        entries, config, rename = model.config.to_dict(), model.config, of_deepseek
+    else:
+        model, entries = built("NemotronHForCausalLM")
+        params, config = model.state_dict(), model.config
+        rename = partial(of_nemotron, kinds=entries["layers_block_type"])
+    other = in_megatron(params, rename, config)
+    assert not other.keys() & params.keys()
+    exported(fqt.export.save, tmp_path / "a", params, format, entries)
+    exported(fqt.export.save, tmp_path / "b", other, format, entries)
     assert_same_bytes(read(tmp_path / "b"), read(tmp_path / "a"))
 
 
