@@ -50,11 +50,12 @@ tokens = torch.randint(VOCABULARY, (2, 32))
 # ## Select, calibrate, tie
 # The fused gate_up has one amax per expert, so gate and up are tied by construction. Queries, keys and values, which
 # engines fuse too, are tied by hand. Untied, they are refused. With the layout of the files the formats have the order
-# of operations of its readers, so that they compute what was simulated.
+# of operations of its library, which reads what was simulated.
 
 # %%
 rules = {"*.experts.*": fqt.NVFP4, "*self_attn*": fqt.NVFP4}
-fq = fqt.transform(fqt.select(params, rules), layout="compressed-tensors")
+spec = fqt.select(params, rules)
+fq = fqt.transform(spec, layout="compressed-tensors")
 print(fq.spec)
 state = fq.calibrate(params)
 try:
@@ -89,7 +90,7 @@ print(f"compressed-tensors: {size['compressed']:,} bytes in {shards} files, {siz
 # weight of an expert.
 
 # %%
-fq = fqt.transform(fq.spec, layout="modelopt")
+fq = fqt.transform(spec, layout="modelopt")
 fqt.export.save(folder / "modelopt", fq, params, state, config=model.config, layout="modelopt")
 stored = load_file(folder / "modelopt" / "model.safetensors")
 name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"

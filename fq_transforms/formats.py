@@ -314,7 +314,10 @@ def dequantize_of(format: Format, layout: str) -> Literal["multiply", "divide"]:
 
 
 def is_own(format: Format, layout: str) -> bool:
-    """True if readers of a layout apply scales in the format's own order, so that they get `fakequant`'s weights.
+    """True if a layout's library applies scales in the format's own order, so that it reads `fakequant`'s weights.
+
+    Raises:
+        ValueError: There is no such layout.
 
     Example:
         >>> is_own(NVFP4, "modelopt"), is_own(NVFP4, "compressed-tensors"), is_own(FP8, "compressed-tensors")
@@ -323,10 +326,18 @@ def is_own(format: Format, layout: str) -> bool:
     return format.dequantize == dequantize_of(format, layout)
 
 
+def _is_full(element: IntElement) -> bool:
+    return element.low == -element.high - 1 and element.qmax == element.high
+
+
 def own_format(format: Format, layout: str) -> Format:
     """The layout's own format in place of one that its readers would apply in another order; else the same.
 
-    For integers of a full range compressed-tensors' has half a step more, which is how it quantizes.
+    For integers of a full range compressed-tensors' has half a step more, which is how it quantizes. A format that is
+    in the layout's order already keeps its range.
+
+    Raises:
+        ValueError: There is no such layout.
 
     Example:
         >>> own_format(NVFP4, "compressed-tensors").name, own_format(INT8_PER_CHANNEL, "modelopt").name
@@ -337,7 +348,7 @@ def own_format(format: Format, layout: str) -> Format:
     if is_own(format, layout):
         return format
     element, name = format.element, f"{format.name}_{layout.upper().replace('-', '_')}"
-    if layout == "compressed-tensors" and isinstance(element, IntElement) and element.low == -element.high - 1:
+    if layout == "compressed-tensors" and isinstance(element, IntElement) and _is_full(element):
         element = replace(element, qmax=element.high + 0.5)
     own = replace(format, name=name, element=element, dequantize=dequantize_of(format, layout))
     return next((known for known in FORMATS.values() if replace(known, name=name) == own), own)

@@ -90,7 +90,7 @@ def weights_only(rules: Rules) -> tuple[Rule, ...]:
 
 
 def for_layout(rules: Rules, layout: formats.Layout) -> tuple[Rule, ...]:
-    """The same rules in a layout's own formats, which its readers compute bit for bit: see `formats.own_format`.
+    """The same rules in a layout's own formats, which its library reads bit for bit: see `formats.own_format`.
 
     Raises:
         ValueError: There is no such layout, or these are no rules.
@@ -99,6 +99,7 @@ def for_layout(rules: Rules, layout: formats.Layout) -> tuple[Rule, ...]:
         >>> for_layout(W4A16_NVFP4_CFG, "compressed-tensors")[0].weights.name
         'NVFP4_COMPRESSED_TENSORS'
     """
+    formats.check_layout(layout)
     return tuple(rule.for_layout(layout) for rule in as_rules(rules))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
-from fq_transforms.formats import FORMATS, Format, own_format
+from fq_transforms.formats import FORMATS, Format, check_layout, own_format
 from fq_transforms.parse import check_text, nearest, parse_json, read_fields, shown, unique
 
 __all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml"]
@@ -77,7 +77,8 @@ class Rule:
             raise ValueError(f"{what}: found per_expert_inputs=True without inputs, wanted inputs= a format beside it")
 
     def for_layout(self, layout: str) -> "Rule":
-        """The same rule in a layout's own formats: see `formats.own_format`."""
+        """The same rule in a layout's own formats: see `formats.own_format`. Raises ValueError for no layout."""
+        check_layout(layout)
         weights, inputs = (format and own_format(format, layout) for format in (self.weights, self.inputs))
         return replace(self, weights=weights, inputs=inputs)
 

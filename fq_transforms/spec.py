@@ -19,7 +19,7 @@ from math import prod
 from typing import Any, TypeVar, cast
 from zlib import crc32
 
-from fq_transforms.formats import Format, own_format
+from fq_transforms.formats import Format, check_layout, own_format
 from fq_transforms.parse import parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 
@@ -168,7 +168,8 @@ class Spec:
         return (*self.groups, *self.inputs)
 
     def for_layout(self, layout: str) -> "Spec":
-        """The same weights and inputs in a layout's own formats: see `formats.own_format`."""
+        """The same in a layout's own formats: see `formats.own_format`. Raises ValueError for no layout."""
+        check_layout(layout)
         return replace(
             self,
             groups=tuple(replace(group, format=own_format(group.format, layout)) for group in self.groups),

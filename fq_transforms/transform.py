@@ -571,8 +571,8 @@ def transform(
         backward: As there.
         out_dtype: As there.
         separate: As there.
-        layout: Of the files that will be exported: weights and inputs take its own formats, which its readers compute
-            bit for bit. "compressed-tensors" has others than these for NVFP4 and integers, "modelopt" for integers.
+        layout: Of the files that will be exported: weights and inputs take its own formats, in which its library reads
+            weights bit for bit. "compressed-tensors" has others for NVFP4 and integers, "modelopt" for integers.
 
     Raises:
         ValueError: As `Transform`; there is no such layout.

@@ -103,8 +103,10 @@ def _check_global_scales(plan: ExportPlan) -> None:
         if group is None or group.format.scale != "e4m3":
             continue
         leaves = plan.state[group.key]
-        scale = expert_scale(leaves.get("global_amax", leaves["amax"]), group.format)
-        wrong = ((scale > 0) & scale.reciprocal().isinf()).nonzero()  # an infinite one is that of zeros
+        amax = leaves.get("global_amax", leaves["amax"])
+        scale = expert_scale(amax, group.format)
+        # One that divides is infinite for tiny weights too, which are then zeros; of amax 0 they are.
+        wrong = ((scale > 0) & (scale.isinf() | scale.reciprocal().isinf()) & (amax > 0)).nonzero()
         if len(wrong):
             expert = int(wrong[0, 0])
             raise ValueError(

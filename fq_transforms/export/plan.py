@@ -354,6 +354,8 @@ def _warn_of_differences(plan: ExportPlan, target: Target) -> None:
     off = [source.group for source in plan.sources if source.group and not is_own(source.group.format, layout)]
     found: list[tuple[Group, Difference]] = []
     for group in progress(off, "compare with readers") if off else ():
+        for name in group.names:
+            _finite(plan, name)
         each = difference(plan.params, plan.state, group, layout, plan.dtype)
         if each.weights:
             found.append((group, each))
@@ -361,11 +363,12 @@ def _warn_of_differences(plan: ExportPlan, target: Target) -> None:
         count = sum(each.weights for _, each in found)
         weights = sum(group.experts * group.shape[0] * group.shape[1] for group in off)
         formats = sorted({group.format.name for group, _ in found})
+        largest = max(each.largest for _, each in found)
         warnings.warn(
             f"export to {target.name}: found {formats} in {len(found)} of {len(plan.sources)} groups and parameters, "
-            f"the first {found[0][0].key!r}, whose scales its readers apply in another order: {count:,} of {weights:,} "
-            f"weights will be read otherwise, by at most {max(each.largest for _, each in found):.1e} of themselves; "
-            f"for none choose its own formats: transform(spec, layout={layout!r})",
+            f"the first {found[0][0].key!r}, whose scales its library applies in another order: {count:,} of "
+            f"{weights:,} weights will be read otherwise, by at most {largest:.1e} of themselves; for none choose its "
+            f"own formats: transform(spec, layout={layout!r})",
             stacklevel=4,
         )
 

@@ -97,7 +97,7 @@ def stored(
 
 
 def difference(params: Mapping[str, Tensor], state: State, group: Group, layout: str, dtype: torch.dtype) -> Difference:
-    """What a reader of a layout gets otherwise, of one group; it is packed only if one of its codes could be."""
+    """What a layout's library reads otherwise, of one group. Packs the group only if some code could be."""
     format, scales = group.format, state[group.key]
     if is_own(format, layout):
         return Difference(0, 0.0)
@@ -120,7 +120,8 @@ def difference(params: Mapping[str, Tensor], state: State, group: Group, layout:
         found = unpack_reference(codes, *in_file, format=read_as, out_dtype=dtype).double()
         wrong = meant != found
         count += int(wrong.sum())
-        largest = max(largest, float(((found - meant).abs() / meant.abs()).where(wrong, 0.0).max()))
+        relative = ((found - meant).abs() / meant.abs()).where(wrong, 0.0)
+        largest = max(largest, float(relative.nan_to_num(torch.inf).max()))
     return Difference(count, largest)
 
 

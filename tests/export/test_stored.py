@@ -9,7 +9,7 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.export.stored import difference, multipliers
-from fq_transforms.formats import FORMATS, LAYOUTS, is_own, own_format
+from fq_transforms.formats import FORMATS, LAYOUTS, IntElement, is_own, own_format
 from tests.cases import message_of, name_of
 from tests.export.models import COMPRESSED, MODELOPT, read
 
@@ -163,6 +163,40 @@ def test_every_door_takes_the_layout(layout):
         assert spec.rules == fqt.select(params, preset).for_layout(layout).rules
         assert all(is_own(group.format, layout) for group in spec.all_groups)
         assert spec != fqt.select(params, preset) or layout == "modelopt"
+
+
+def test_a_range_of_ones_own_stays():
+    """Kills half a step more for a qmax that somebody chose: the order alone makes it the layout's own."""
+    mine = fqt.Format("MINE", IntElement(6, -8, 7), (1, 32), dequantize="divide")
+    own = own_format(mine, "compressed-tensors")
+    assert (own.element, own.dequantize) == (mine.element, "multiply")
+
+
+@pytest.mark.parametrize("format", [fqt.NVFP4, FORMATS["NVFP4_COMPRESSED_TENSORS"]], ids=name_of)
+def test_experts_too_small_for_a_global_scale_are_refused(format, tmp_path):
+    """6 * 448 / amax is infinite: not zeros in the files, silently."""
+    params = {NAMES[0]: torch.full((8, 256), 1e-37)}
+    fq = fqt.transform(fqt.select(params, {"*": format}))
+    message = message_of(ValueError, fqt.export.save, tmp_path / "a", fq, params, fq.calibrate(params), config=CONFIG)
+    assert "so small" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_is_named_before_it_is_counted(tmp_path):
+    params = {NAMES[0]: torch.randn(8, 256)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+    state = fq.calibrate(params)
+    params[NAMES[0]][0, 0] = torch.nan
+    message = message_of(ValueError, fqt.export.save, tmp_path / "a", fq, params, state, config=CONFIG)
+    assert NAMES[0] in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_door_refuses_a_layout_that_is_none():
+    """Also where it has nothing to change."""
+    for door in (fqt.Rule("*").for_layout, fqt.Spec(()).for_layout):
+        assert "did you mean 'modelopt'?" in message_of(ValueError, door, "model-opt")
+    assert "did you mean 'modelopt'?" in message_of(ValueError, fqt.presets.for_layout, [], "model-opt")
 
 
 def test_a_layout_that_is_none():

@@ -108,9 +108,9 @@ def fake_quantize_reference(
         out_dtype: bf16, fp16 or fp32.
 
     Returns:
-        A new contiguous tensor in `out_dtype`. Zero granules: INT with amax < 2**-24, and NVFP4 with a zero scale or
-        block amax, give zeros; FP8 with amax <= 2**-24 uses amax = 1. NaN stays, and makes a dynamic block NaN, as
-        does infinity; where amax is static infinity saturates.
+        A new contiguous tensor in `out_dtype`. Zeros come from INT with amax < 2**-24, and NVFP4 with a zero scale or
+        block amax, or an infinite g; FP8 with amax <= 2**-24 uses amax = 1. NaN stays, and makes a dynamic block NaN,
+        as does infinity; where amax is static infinity saturates.
 
     Source: ModelOpt 0.47 `fake_tensor_quant_device` (INT divide), `fake_e4m3fy`, `NVFP4QTensor`; compressed-tensors
     0.20 `fake_quantize` (INT; NVFP4 divide); OCP Microscaling Formats 1.0, 6.3.
