@@ -11,9 +11,10 @@ constant.
 import json
 import struct
 from dataclasses import asdict, dataclass, field, replace
+from math import frexp
 from typing import Any, Literal, TypeAlias, cast
 
-from fq_transforms.parse import nearest, read_fields, shown
+from fq_transforms.parse import MOST_NAME, nearest, read_fields, shown
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class FloatElement:
     def min_exponent(self) -> int:
         """Exponent of the smallest normal value; subnormals share its spacing."""
         return 2 - 2 ** (self.exponent_bits - 1)
+
+    @property
+    def has_max(self) -> bool:
+        """True if `max` is one of the values that so many bits can have."""
+        exponent = max(frexp(self.max)[1] - 1, self.min_exponent)
+        steps = self.max * 2.0 ** (self.mantissa_bits - exponent)
+        return exponent <= 2 ** (self.exponent_bits - 1) and steps == int(steps)
 
     @property
     def max_bits(self) -> int:
@@ -127,12 +135,16 @@ class Format:
             or isinstance(self.element, FloatElement),
             f"{self.element}, wanted integers of at most 8 bits": not isinstance(self.element, IntElement)
             or (-128 <= self.element.low <= 0 < self.element.high <= 127 and 0 < self.element.qmax <= 128),
-            f"{self.element}, wanted a float element within fp32": not isinstance(self.element, FloatElement)
+            f"{self.element}, wanted a float within fp32, and its max": not isinstance(self.element, FloatElement)
             or (
                 1 <= self.element.exponent_bits <= 8
                 and 0 <= self.element.mantissa_bits <= 23
                 and 0 < self.element.max < 2.0**128
+                and self.element.has_max
             ),
+            f"min_scale={self.min_scale}, wanted an E4M3 scale, 0 to 448": 0 <= self.min_scale <= E4M3.max,
+            f"unit_scale_below={self.unit_scale_below}, wanted 0 or a scale": 0 <= self.unit_scale_below < 2.0**128,
+            f"a name of {len(self.name)} characters, wanted 1 to {MOST_NAME}": 0 < len(self.name) <= MOST_NAME,
         }
         for found, is_right in choices.items():
             if not is_right:

@@ -7,7 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["check_text", "nearest", "parse_json", "read_fields", "shown", "unique"]
+__all__ = [
+    "MOST_NAME",
+    "MOST_TEXT",
+    "check_name",
+    "check_text",
+    "nearest",
+    "parse_json",
+    "read_fields",
+    "shown",
+    "unique",
+]
+
+# Bytes of a text that is read, and characters of a name. The spec of DeepSeek V3 takes 4 MB; its longest name, 64.
+MOST_TEXT, MOST_NAME = 2**26, 1000
 
 
 def _is_number(value: Any) -> bool:
@@ -50,8 +63,10 @@ def parse_json(text: str) -> Any:
         Traceback (most recent call last):
         ValueError: found the key 'pattern' twice in {'pattern': 'a'}
     """
+    if len(check_text(text)) > MOST_TEXT:
+        raise ValueError(f"found JSON of {len(text)} characters, wanted at most {MOST_TEXT}")
     try:
-        return json.loads(check_text(text), object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("found JSON that is nested too deeply") from None
 
@@ -63,13 +78,20 @@ def check_text(text: Any) -> str:
     return text
 
 
+def check_name(name: str, what: str) -> str:
+    """The name, if it can be one. Raises ValueError for one so long that to look for what it is like takes minutes."""
+    if len(name) > MOST_NAME:
+        raise ValueError(f"{what}: found a name of {len(name)} characters, {shown(name)}, wanted at most {MOST_NAME}")
+    return name
+
+
 def unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """A dict of pairs. Raises ValueError if a key comes twice, of which a dict would drop one."""
     pairs = list(pairs)
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[Any] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"found the key {twice!r} twice in {shown(made)}")
     return made
 
@@ -93,7 +115,7 @@ def read_fields(
     for key, value in data.items():
         if key not in kinds:
             meant = f" (did you mean {nearest(key, kinds)[0]!r}?)" if isinstance(key, str) else ""
-            raise ValueError(f"{what}: found the unknown key {key!r}{meant}, wanted {', '.join(kinds)}")
+            raise ValueError(f"{what}: found the unknown key {shown(key)}{meant}, wanted {', '.join(kinds)}")
         if not KINDS[kinds[key]](value):
             raise ValueError(f"{what}: found {key}={shown(value)}, wanted {kinds[key]}")
     if missing := [key for key in required if key not in data]:
@@ -104,6 +126,7 @@ def read_fields(
 def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """Those of some names that are spelled most like one."""
     spelled = {known.upper(): known for known in names}
+    name = name[:MOST_NAME]
     return [spelled[known] for known in get_close_matches(name.upper(), spelled, count, cutoff=0.0)]
 
 

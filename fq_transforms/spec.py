@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from zlib import crc32
 
 from fq_transforms.formats import Format, check_layout, own_format
-from fq_transforms.parse import parse_json, read_fields, shown
+from fq_transforms.parse import check_name, parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 
 __all__ = ["Group", "Inputs", "Skipped", "Spec", "group_key", "ranges", "refuse_inputs"]
@@ -57,6 +57,7 @@ class Group:
     number: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        _check_group(self)
         shapes: dict[str, tuple[int, ...]] = {}
         if not self.format.is_stateless:
             shapes["amax"] = (self.experts, *self.format.amax_shape(*self.shape))
@@ -96,6 +97,7 @@ class Inputs(Group):
     per_expert: bool = False
 
     def __post_init__(self) -> None:
+        _check_group(self)
         # Where nothing is calibrated there is nothing to keep.
         shapes = {"amax": (self.experts if self.per_expert else 1,), "tokens": (self.experts,)}
         object.__setattr__(self, "leaf_shapes", shapes if self.is_calibrated else {})
@@ -162,6 +164,16 @@ class Spec:
     inputs: tuple[Inputs, ...] = ()
     rules: tuple[Rule, ...] = field(default=(), compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for what, names in (
+            ("group", [group.key for group in self.all_groups]),
+            ("parameter", [name for group in self.groups for name in group.names] + [s.name for s in self.skipped]),
+            ("input of the parameter", [name for inputs in self.inputs for name in inputs.names]),
+        ):
+            if len(set(names)) < len(names):
+                name, count = Counter(names).most_common(1)[0]
+                raise ValueError(f"found the {what} {shown(name)} {count} times, wanted each once")
+
     @property
     def all_groups(self) -> tuple[Group, ...]:
         """Everything that a state has an entry for: weights, then inputs."""
@@ -207,9 +219,6 @@ class Spec:
                 ),
                 rules_from_list(data.get("rules", [])),
             )
-            counts = Counter(group.key for group in spec.all_groups)
-            if twice := [key for key, count in counts.items() if count > 1]:
-                raise ValueError(f"found the group {twice[0]!r} twice, wanted each once")
         except ValueError as error:
             raise ValueError(f"not a stored Spec: {error}, in {str(text)[:80]!r}") from error
         return spec
@@ -307,22 +316,39 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
     return {f.name: getattr(group, f.name) for f in fields(group) if f.init} | {"format": group.format.to_dict()}
 
 
+def _check_group(group: Group) -> None:
+    """Raise ValueError unless the names are of so many experts, in their order, and the format fits the shape."""
+    what = f"group {shown(group.key)}"
+    for name in (group.key, *group.names):
+        check_name(name, what)
+    names, experts, columns = len(group.names), group.experts, group.format.block[1]
+    if names != (1 if group.stacked else experts) or experts < 1:
+        raise ValueError(f"{what}: found {names} names of {experts} experts, wanted one of each, or one if stacked")
+    if experts * prod(group.shape) >= 2**50:
+        raise ValueError(f"{what}: found {experts} experts of {group.shape}, which no memory holds")
+    if min(group.shape) < 1 or (group.format.has_blocks_along_in and columns and group.shape[1] % columns):
+        raise ValueError(
+            f"{what}: found shape (out, in) = {group.shape}, wanted a matrix whose `in` is a multiple of the block of "
+            f"{group.format.name}"
+        )
+    before, star, after = group.key.removesuffix(".input" * isinstance(group, Inputs)).partition("*")
+    for number, name in enumerate(group.names if star else ()):
+        found = name.removeprefix(before).removesuffix(after)
+        if name != f"{before}{found}{after}" or not found.isdecimal() or int(found) != number:
+            raise ValueError(f"{what}: found {shown(name)} for expert {number}, wanted its number in place of '*'")
+
+
 def _group_from_dict(kind: type[AnyGroup], what: str, data: Any) -> AnyGroup:
     if isinstance(data, dict) and "key" in data:
         what += f", key {shown(data['key'])}"
     flags = ["stacked", "transposed"] + ["per_expert"] * (kind is Inputs)
     values = read_fields(data, what, _GROUP_FIELDS, dict.fromkeys(flags, "true or false"))
-    names, experts = values["names"], values["experts"]
-    if len(names) != (1 if values.get("stacked") else experts):
-        raise ValueError(
-            f"{what}: found {len(names)} names of {experts} experts, wanted one of each, or one if stacked"
-        )
     try:
-        format = Format.from_dict(values["format"])
+        values["format"] = Format.from_dict(values["format"])
+        values.update(names=tuple(values["names"]), shape=tuple(values["shape"]))
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    values.update(names=tuple(names), shape=tuple(values["shape"]), format=format)
-    return kind(**values)
 
 
 def _skipped_from_dict(what: str, data: Any) -> Skipped:

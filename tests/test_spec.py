@@ -56,6 +56,11 @@ def test_a_spec_is_frozen():
             setattr(value, field, None)
 
 
+def padded(names):
+    """The same experts, under other names."""
+    return tuple(re.sub(r"experts\.0?(\d)\.", r"experts.0\1.", name) for name in names)
+
+
 def test_a_spec_is_a_value():
     """Equal by what it says, hashable accordingly (torch.compile guards and caches by it), and unequal by any field."""
     spec, same = some_spec(), some_spec()
@@ -65,12 +70,12 @@ def test_a_spec_is_a_value():
     assert {spec: 1}[same] == 1
     group = spec.groups[0]
     different = (
-        {"key": "other"},
-        {"names": group.names[::-1]},
+        {"key": f"other.{group.key}", "names": tuple(f"other.{name}" for name in group.names)},
+        {"names": padded(group.names)},
         {"format": NVFP4},
-        {"experts": 2},
+        {"experts": 2, "names": group.names[:2]},
         {"shape": (128, 32)},
-        {"stacked": True},
+        {"stacked": True, "names": group.names[:1]},
         {"transposed": True},
     )
     for change in different:
@@ -118,6 +123,9 @@ def test_json_holds_numbers_and_not_names():
     own = replace(FP8, name="INT8", unit_scale_below=1e-5)
     spec = Spec.from_json(some_spec(own).to_json())
     assert spec.groups[0].format == spec.rules[0].weights == own != FORMATS["INT8"]
+
+
+BEYOND = {"exponent_bits": 2, "mantissa_bits": 1, "max": 6.5}
 
 
 def broken(change):
@@ -196,8 +204,49 @@ GARBAGE = {
     ),
     "a group twice": (
         broken(lambda data: data["groups"].append(data["groups"][0])),
-        ["the group 'layers.0.experts.*.w1.weight' twice"],
+        ["the group 'layers.0.experts.*.w1.weight' 2 times"],
     ),
+    "no experts": (
+        broken(lambda data: data["groups"][0].update(experts=0, names=[])),
+        ["groups[0]", "found 0 names of 0 experts"],
+    ),
+    "experts below zero": (broken(lambda data: data["groups"][0].update(experts=-1)), ["experts=-1, wanted a count"]),
+    "experts in another order": (
+        broken(lambda data: data["groups"][0]["names"].reverse()),
+        ["groups[0]", "w1.weight' for expert 0"],
+    ),
+    "a name twice in a group": (
+        broken(lambda data: data["groups"][0]["names"].__setitem__(1, data["groups"][0]["names"][0])),
+        ["groups[0]", "for expert 1"],
+    ),
+    "a name in two groups": (
+        broken(lambda data: data["groups"].append(data["groups"][2] | {"key": "other"})),
+        ["the parameter", "2 times"],
+    ),
+    "a name that is skipped too": (
+        broken(lambda data: data["skipped"].append({"name": data["groups"][0]["names"][0], "shape": [], "reason": ""})),
+        ["the parameter 'layers.0.experts.0.w1.weight' 2 times"],
+    ),
+    "no rows": (broken(lambda data: data["groups"][0].update(shape=[0, 32])), ["groups[0]", "(0, 32)"]),
+    "blocks that do not fit": (broken(lambda data: data["groups"][0].update(shape=[8, 24])), ["(8, 24)", "multiple"]),
+    "a name of a megabyte": (
+        broken(lambda data: data["groups"][0].update(key="k" * 10**6)),
+        ["a name of 1000000 characters"],
+    ),
+    "an unknown key of a megabyte": (broken(lambda data: data["groups"][0].update({"k" * 10**6: 1})), ["unknown key"]),
+    "an element of no range": (
+        broken(lambda data: data["groups"][0]["format"]["element"].update(max=0)),
+        ["format 'NVFP4': found FloatElement(exponent_bits=2, mantissa_bits=1, max=0)"],
+    ),
+    "an element beyond its bits": (
+        broken(lambda data: data["groups"][0]["format"].update(element=BEYOND, scale="fp32", dynamic=False)),
+        ["max=6.5"],
+    ),
+    "a scale below zero": (
+        broken(lambda data: data["groups"][0]["format"].update(min_scale=-1)),
+        ["found min_scale=-1, wanted an E4M3 scale"],
+    ),
+    "a nested list of a megabyte": ("[" * 10**6, ["nested too deeply"]),
     "a skipped parameter without a reason": (
         broken(lambda data: data["skipped"][0].pop("reason")),
         ["skipped[0]", "no 'reason'"],
@@ -400,25 +449,26 @@ def test_formats_of_one_name_differ_in_their_numbers():
     assert "'max': 240.0" in text
 
 
-def first(role, **changes):
-    """A change of the first group, input or skipped parameter, if there is one."""
+def first(role, changes=None, **fields):
+    """A change of the first group, input or skipped parameter, if there is one; `changes` are made from it."""
 
     def change(spec):
         found = getattr(spec, role)
-        return replace(spec, **{role: (*(replace(entry, **changes) for entry in found[:1]), *found[1:])})
+        changed = (replace(entry, **fields, **(changes(entry) if changes else {})) for entry in found[:1])
+        return replace(spec, **{role: (*changed, *found[1:])})
 
     return change
 
 
 SPEC = of_inputs()[1]
 CHANGES = {
-    "key": first("groups", key="other"),
-    "names": first("groups", names=("b", "a")),
+    "key": first("groups", lambda g: {"key": f"o.{g.key}", "names": tuple(f"o.{name}" for name in g.names)}),
+    "names": first("groups", lambda g: {"names": padded(g.names)}),
     "format": first("groups", format=FP8),
     "a number of the format": first("groups", format=replace(NVFP4, min_scale=0.0)),
-    "experts": first("groups", experts=2),
+    "experts": first("groups", lambda g: {"experts": 2, "names": g.names[: 1 if g.stacked else 2]}),
     "shape": first("groups", shape=(64, 48)),
-    "stacked": first("groups", stacked=True),
+    "stacked": first("groups", lambda g: {"stacked": True, "names": g.names[:1]}),
     "transposed": first("groups", transposed=True),
     "one group less": lambda spec: replace(spec, groups=spec.groups[1:]),
     "another order": lambda spec: replace(spec, groups=spec.groups[::-1]),
@@ -426,7 +476,7 @@ CHANGES = {
     "per_expert": first("inputs", per_expert=True),
     "no inputs": lambda spec: replace(spec, inputs=()),
     "nothing skipped": lambda spec: replace(spec, skipped=()),
-    "one skipped": lambda spec: replace(spec, skipped=(*spec.skipped, Skipped("b", (), "0-D"))),
+    "one skipped": lambda spec: replace(spec, skipped=tuple({*spec.skipped, Skipped("b", (), "0-D")})),
     "reason": first("skipped", reason="1-D"),
     "rules": lambda spec: replace(spec, rules=()),
 }

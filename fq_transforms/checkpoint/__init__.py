@@ -3,6 +3,7 @@
     save, load              a directory: torch.distributed.checkpoint, any number of ranks, any sharding to any other
     save_file, load_file    one file to share, of a state: safetensors, one process
     read_spec               the Spec that either holds
+    Stateful                within the user's own DCP checkpoint: a state with its formats, beside the model
     megatron, modelopt      modules: Megatron's distributed checkpoints, ModelOpt's keys
 
 Each is imported when it is first used: torch.distributed.checkpoint alone takes about a second.
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from fq_transforms.checkpoint import megatron, modelopt
     from fq_transforms.checkpoint.dcp import load, save
     from fq_transforms.checkpoint.safetensors import load_file, save_file
+    from fq_transforms.checkpoint.stateful import Stateful
     from fq_transforms.spec import Spec
 
-__all__ = ["load", "load_file", "megatron", "modelopt", "read_spec", "save", "save_file"]
+__all__ = ["Stateful", "load", "load_file", "megatron", "modelopt", "read_spec", "save", "save_file"]
 
-_HOME = {"load": "dcp", "save": "dcp", "load_file": "safetensors", "save_file": "safetensors"}
+_HOME = {"load": "dcp", "save": "dcp", "load_file": "safetensors", "save_file": "safetensors", "Stateful": "stateful"}
 
 
 def read_spec(path: "str | os.PathLike[str]") -> "Spec":
@@ -40,11 +42,9 @@ def read_spec(path: "str | os.PathLike[str]") -> "Spec":
         ...     fqt.checkpoint.read_spec(f"{folder}/amax.safetensors") == fq.spec
         True
     """
-    from pathlib import Path
+    from fq_transforms.checkpoint import dcp, safetensors, storage
 
-    from fq_transforms.checkpoint import dcp, safetensors
-
-    return safetensors.read_spec(path) if Path(path).is_file() else dcp.read_spec(path)
+    return safetensors.read_spec(path) if storage.local_path(path).is_file() else dcp.read_spec(path)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, W
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fq_transforms.checkpoint.dcp_files import Reader, Writer, read_metadata
+from fq_transforms.checkpoint.dcp_files import Reader, ReplacedError, Writer, read_metadata
 from fq_transforms.checkpoint.manifest import (
     KINDS,
     Kind,
-    check_complete,
     check_groups,
     check_kind,
     check_no_others,
@@ -45,7 +44,7 @@ from fq_transforms.checkpoint.manifest import (
     spec_in,
     to_bytes,
 )
-from fq_transforms.checkpoint.storage import crc32_of, in_threads, named
+from fq_transforms.checkpoint.storage import crc32_of, in_threads, local_path, named
 from fq_transforms.dtensor import local_values, position, spread_of
 from fq_transforms.pack import PackedTree
 from fq_transforms.spec import Spec
@@ -60,6 +59,9 @@ __all__ = ["load", "read_spec", "save"]
 # The most bytes of a chunk that holds several experts. It is read whole for any of them, and its memory is used again
 # for the next: chunks of 64 MiB were read at a third of the speed of 16 MiB, those of 4 MiB no faster.
 CHUNK_BYTES = 2**24
+
+# How often a load begins that saves overtake.
+ATTEMPTS = 5
 
 
 def save(
@@ -95,7 +97,7 @@ def save(
         ...     load(f"{folder}/step1", fq, like=fq.init(params))
         {'experts.*.weight': {'amax': tensor([1., 0.])}}
     """
-    target = _resolved(path)
+    target = local_path(path)
     no_dist = not _is_distributed()
     ranks = [0] if no_dist else torch.distributed.get_process_group_ranks(process_group)
     kind = kind_of(tree)
@@ -141,17 +143,23 @@ def load(
         ...
         FileNotFoundError: [Errno 2] checkpoint '/nowhere': there is nothing, wanted a checkpoint: '/nowhere'
     """
-    target = _resolved(path)
-    planner = _LoadPlanner(like, fq.spec, device)
-    with _errors_of(target):
-        dcp_load(
-            {},
-            storage_reader=Reader(target),
-            planner=planner,
-            process_group=process_group,
-            no_dist=not _is_distributed(),
-        )
-    return unflatten(planner.leaves, like)
+    target = local_path(path)
+    left = ATTEMPTS
+    while True:
+        planner, left = _LoadPlanner(like, fq.spec, device), left - 1
+        try:
+            with _errors_of(target):
+                dcp_load(
+                    {},
+                    storage_reader=Reader(target),
+                    planner=planner,
+                    process_group=process_group,
+                    no_dist=not _is_distributed(),
+                )
+            return unflatten(planner.leaves, like)
+        except ReplacedError:  # on all ranks alike
+            if not left:
+                raise
 
 
 def read_spec(path: str | os.PathLike[str]) -> Spec:
@@ -161,7 +169,7 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
         ValueError: The path is no checkpoint that `save` wrote, or is damaged.
         OSError: There is nothing at the path, or it cannot be read.
     """
-    target = _resolved(path)
+    target = local_path(path)
     with _errors_of(target):
         return spec_in(read_metadata(target))
 
@@ -258,7 +266,6 @@ class _LoadPlanner(DefaultLoadPlanner):
         check_groups(stored, self._spec)
         check_stored_leaves(self.metadata, self._kind.leaves_of(stored))
         plan = super().create_local_plan()
-        check_complete(plan.items, self.leaves)
         plan.planner_data = tuple(group.key for group in self._spec.all_groups)
         return plan
 
@@ -368,11 +375,6 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Absolute, links followed: what is renamed must lie beside the directory itself."""
-    return Path(os.path.realpath(path))
-
-
 @contextmanager
 def _errors_of(path: Path) -> Generator[None, None, None]:
     """Raise what DCP has gathered from the ranks as the error that the first of them met, with the path in front."""
@@ -383,7 +385,9 @@ def _errors_of(path: Path) -> Generator[None, None, None]:
         try:
             yield
         except CheckpointException as failed:
-            rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
+            failures = sorted(failed.failures.items(), key=lambda failure: failure[0])
+            replaced = [failure for failure in failures if isinstance(failure[1][0], ReplacedError)]
+            rank, (error, _) = (replaced or failures)[0]
             where = f", rank {rank}" if _is_distributed() else ""
             raise _error(error, what + where, path) from failed
         except (ValueError, OSError) as error:
@@ -391,6 +395,8 @@ def _errors_of(path: Path) -> Generator[None, None, None]:
 
 
 def _error(error: BaseException, what: str, path: Path) -> BaseException:
+    if isinstance(error, ReplacedError):
+        return ReplacedError(error.errno, f"{what}: {error.strerror}", str(path))
     if isinstance(error, OSError):
         return named(error, path, f"{what}: {error.strerror or error}")
     if isinstance(error, KeyError):

@@ -9,27 +9,29 @@ Each chunk, and `.metadata`, is followed by the crc32 of its bytes. Any reader o
 
 import contextlib
 import errno
-import io
-import pickle
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from fq_transforms.checkpoint.pickles import METADATA, MOST_METADATA, metadata_in
 from fq_transforms.checkpoint.storage import (
+    AROUND_NUMBERS,
     SEAL_BYTES,
+    Lock,
     check_seal,
     fsync,
     fsync_directory,
@@ -37,42 +39,24 @@ from fq_transforms.checkpoint.storage import (
     is_taken,
     named,
     naming,
-    read_tensor,
+    numbers_in,
+    open_regular,
+    read_all,
     remove_left,
     seal_of,
     some_files,
-    stage_beside,
-    stage_within,
+    stage_of,
+    stages_within,
     threads_for,
     write_tensor,
 )
+from fq_transforms.parse import shown
 
-__all__ = ["Reader", "Writer", "read_metadata"]
+__all__ = ["Reader", "ReplacedError", "Writer", "read_metadata"]
 
 filesystem: Any = import_module("torch.distributed.checkpoint.filesystem")  # where a chunk lies has no public name
 
-METADATA = ".metadata"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}_\d+(_\d+)?\.distcp")
-
-# All that DCP's metadata is made of. It is pickled, and a pickle can name any function to call: these are harmless.
-_METADATA_GLOBALS = {
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -84,7 +68,7 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA
     try:
-        content = file.read_bytes()
+        content = read_all(file, MOST_METADATA)
     except FileNotFoundError as error:
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "there is nothing, wanted a checkpoint", str(path)) from error
@@ -97,22 +81,14 @@ def read_metadata(path: Path) -> Metadata:
         raise named(error, file) from error
     except OSError as error:
         raise named(error, file) from error
-    check_seal(content[:-SEAL_BYTES], content[-SEAL_BYTES:], f"file {METADATA!r}")
+    check_seal(memoryview(content)[:-SEAL_BYTES], content[-SEAL_BYTES:], f"file {METADATA!r}")
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content[:-SEAL_BYTES])).load()
-    except Exception as error:  # a pickle can fail in any way
+        metadata = metadata_in(content[:-SEAL_BYTES])
+    except ValueError as error:
         raise ValueError(f"file {METADATA!r}: found no metadata of DCP: {error}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"file {METADATA!r}: found {type(metadata).__name__}, wanted metadata of DCP")
+    if metadata.storage_data is None:
+        raise ValueError(f"file {METADATA!r}: found no places of what is stored, wanted metadata of DCP")
     return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
-        if not is_dtype and (module_name, global_name) not in _METADATA_GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which metadata of DCP does not")
-        return super().find_class(module_name, global_name)
 
 
 class Writer(FileSystemWriter):
@@ -128,6 +104,7 @@ class Writer(FileSystemWriter):
         self._target = path
         self._is_ours = is_ours
         self._stage: Path | None = None
+        self._lock: Lock | None = None
 
     def storage_meta(self) -> StorageMeta:
         """Without the path, which DCP would store: checkpoints are moved and shared."""
@@ -142,12 +119,11 @@ class Writer(FileSystemWriter):
         target, save = self._target, uuid4().hex
         with naming(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if is_taken(target):
+            self._lock = Lock(target)
+            if is_taken(target, but=_moved(target)):
                 self._check_replaceable()
-                self._stage = stage_within(target, save)
-            else:
-                self._stage = stage_beside(target, save)
             _sweep(target)
+            self._stage = stage_of(target, save)
             self._stage.mkdir()
         return [
             replace(plan, storage_data=str(self._stage / f"{save}_{rank}.distcp")) for rank, plan in enumerate(plans)
@@ -191,14 +167,15 @@ class Writer(FileSystemWriter):
                 fsync_directory(stage)
                 stage.rename(target)
                 fsync_directory(target.parent)
-        with contextlib.suppress(OSError, ValueError):  # it is saved; what stays is removed by the next save
-            _sweep(target)
+        self.discard()  # it is saved; what stays is removed by the next save
 
     def discard(self) -> None:
-        """Remove what a save that failed has written; on the coordinator, the others have nothing to remove."""
-        if self._stage is not None:
+        """Remove what is no checkpoint, and let others save; on the coordinator, the others have nothing to remove."""
+        if self._lock is not None:
             with contextlib.suppress(OSError, ValueError):
                 _sweep(self._target)
+            self._lock.release()
+            self._lock = None
 
     def _check_replaceable(self) -> None:
         wanted = "wanted a new name, an empty directory or a checkpoint to replace"
@@ -214,6 +191,10 @@ class Writer(FileSystemWriter):
             raise ValueError(f"found a checkpoint of something else than a state or packed weights, {wanted}")
 
 
+class ReplacedError(OSError):
+    """A file is gone, since another checkpoint has taken the place of the one that is being read."""
+
+
 class Reader(FileSystemReader):
     """Reads what `Writer` has written, and checks each chunk."""
 
@@ -221,6 +202,7 @@ class Reader(FileSystemReader):
         super().__init__(path)
         self._target = path
         self._failure: Exception | None = None
+        self._stored: Mapping[str, Any] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata. DCP would log a failure and go on to look for other files, so it is raised a step later."""
@@ -234,6 +216,7 @@ class Reader(FileSystemReader):
         """Raise what `read_metadata` found."""
         if self._failure is not None:
             raise self._failure
+        self._stored = metadata.state_dict_metadata
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -241,27 +224,74 @@ class Reader(FileSystemReader):
         chunks: dict[Any, list[ReadItem]] = {}
         for item in plan.items:
             chunks.setdefault(item.storage_index, []).append(item)
-        files: dict[str, list[tuple[Any, list[ReadItem]]]] = {}
+        files: dict[str, list[_Wanted]] = {}
         for index, items in chunks.items():
-            where = self.storage_data[index]
-            files.setdefault(where.relative_path, []).append((where, items))
-        runs: list[tuple[str, list[tuple[Any, list[ReadItem]]]]] = []
-        for name, wanted in files.items():
-            if Path(name).name != name:
-                raise ValueError(f"file {METADATA!r}: found the data file {name!r}, wanted one in the directory")
-            count = threads_for(sum(where.length for where, _ in wanted), len(wanted))
-            wanted.sort(key=lambda entry: entry[0].offset)
-            runs += [(name, wanted[number::count]) for number in range(count)]
+            wanted = self._wanted(index, items)
+            files.setdefault(wanted.file, []).append(wanted)
+        runs: list[list[_Wanted]] = []
+        for of_file in files.values():
+            of_file.sort(key=lambda wanted: wanted.start)
+            count = threads_for(sum(wanted.length for wanted in of_file), len(of_file))
+            runs += [of_file[number::count] for number in range(count)]
 
-        def read(run: tuple[str, list[tuple[Any, list[ReadItem]]]]) -> list[tuple[ReadItem, Tensor]]:
-            return _read_chunks(self._target / run[0], run[1], planner)
+        def read(run: list[_Wanted]) -> list[tuple[ReadItem, Tensor]]:
+            return _read_chunks(self._target / run[0].file, run, planner)
 
-        for done in in_threads(read, runs, sum(where.length for _, wanted in runs for where, _ in wanted)):
+        try:
+            results = in_threads(read, runs, sum(wanted.length for run in runs for wanted in run))
+        except FileNotFoundError as error:
+            if self._is_replaced():
+                raise ReplacedError(error.errno, "it was replaced while it was read", str(self._target)) from error
+            raise
+        for done in results:
             for item, tensor in done:
                 planner.commit_tensor(item, tensor)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _is_replaced(self) -> bool:
+        now = read_metadata(self._target).storage_data.values()
+        return {where.relative_path for where in now} != {where.relative_path for where in self.storage_data.values()}
+
+    def _wanted(self, index: MetadataIndex, items: list[ReadItem]) -> "_Wanted":
+        """Where a chunk is, if a file of this directory can have as many bytes as it says."""
+        where, stored = self.storage_data[index], self._stored[index.fqn]
+        if not _DATA_FILE.fullmatch(where.relative_path):
+            raise ValueError(
+                f"file {METADATA!r}: found the data file {shown(where.relative_path)}, wanted one that save has written"
+            )
+        sizes = next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
+        wanted = _Wanted(where.relative_path, where.offset, where.length, sizes, stored.properties.dtype, index, items)
+        if not wanted.nbytes <= where.length <= wanted.nbytes + AROUND_NUMBERS:
+            raise ValueError(
+                f"leaf {index.fqn!r}: found {where.length} bytes for {tuple(sizes)} numbers of {wanted.dtype}"
+            )
+        return wanted
+
+
+class _Wanted(NamedTuple):
+    """A chunk that is to be read, and what it is read for."""
+
+    file: str
+    start: int
+    length: int
+    sizes: Sequence[int]
+    dtype: torch.dtype
+    leaf: MetadataIndex
+    items: list[ReadItem]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.sizes) * self.dtype.itemsize
+
+
+def _place_of(file: str, start: int, index: MetadataIndex) -> int:
+    """The crc32 of where a chunk is: its seal follows from it too, so that no chunk is taken for another.
+
+    The file's name has the save's.
+    """
+    return zlib.crc32(f"{file}:{start}:{index.fqn}:{[*(index.offset or ())]}".encode())
 
 
 def _write_chunks(file: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
@@ -271,7 +301,7 @@ def _write_chunks(file: Path, items: Sequence[WriteItem], planner: SavePlanner) 
         for item in items:
             start, tensor = stream.tell(), planner.resolve_data(item)
             assert isinstance(tensor, Tensor), "a tree has only tensors"
-            crc = write_tensor(tensor, stream)
+            crc = write_tensor(tensor, stream, _place_of(file.name, start, item.index))
             where = filesystem._StorageInfo(file.name, start, stream.tell() - start)
             stream.write(seal_of(b"", crc))
             results.append(WriteResult(item.index, where.length, where))
@@ -279,25 +309,23 @@ def _write_chunks(file: Path, items: Sequence[WriteItem], planner: SavePlanner) 
     return results
 
 
-def _read_chunks(
-    file: Path, wanted: Sequence[tuple[Any, Sequence[ReadItem]]], planner: LoadPlanner
-) -> list[tuple[ReadItem, Tensor]]:
+def _read_chunks(file: Path, run: Sequence[_Wanted], planner: LoadPlanner) -> list[tuple[ReadItem, Tensor]]:
     """Read chunks of a file, each where it lies, check them, and copy what is wanted of them to where it is wanted."""
     done: list[tuple[ReadItem, Tensor]] = []
-    with naming(file), file.open("rb") as stream:
-        for where, items in wanted:
-            what = f"leaf {items[0].storage_index.fqn!r} in file {file.name!r}"
-            stream.seek(where.offset)
-            content = stream.read(where.length)
-            check_seal(content, stream.read(SEAL_BYTES), what)
-            chunk = read_tensor(content, what)
-            for item in items:
+    with naming(file), open_regular(file) as stream:
+        for wanted in run:
+            what = f"leaf {wanted.leaf.fqn!r} in file {file.name!r}"
+            stream.seek(wanted.start)
+            content = bytearray(wanted.length)
+            stream.readinto(content)
+            place = _place_of(file.name, wanted.start, wanted.leaf)
+            check_seal(content, stream.read(SEAL_BYTES), what, place)
+            chunk = numbers_in(content, wanted.sizes, wanted.dtype, what)
+            for item in wanted.items:
                 box = tuple(
                     slice(start, start + n) for start, n in zip(item.storage_offsets, item.lengths, strict=True)
                 )
                 tensor = planner.resolve_tensor(item).detach()
-                if chunk.dtype != tensor.dtype or chunk[box].shape != tensor.shape:
-                    raise ValueError(f"{what}: found {tuple(chunk.shape)} {chunk.dtype}, not what is wanted")
                 tensor.copy_(chunk[box])
                 done.append((item, tensor))
     return done
@@ -308,11 +336,20 @@ def _nbytes(item: WriteItem) -> int:
     return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
+def _moved(target: Path) -> set[str]:
+    """What a save has moved into a directory that was empty, before it was cut: data files that no metadata names."""
+    was_cut = any((stage / METADATA).exists() for stage in stages_within(target))
+    if not was_cut or (target / METADATA).exists():
+        return set()
+    return {entry.name for entry in target.iterdir() if _DATA_FILE.fullmatch(entry.name)}
+
+
 def _sweep(target: Path) -> None:
     """Remove what saves to `target` that were interrupted have left; the checkpoint itself stays as it is."""
-    remove_left(target)
+    left = _moved(target)
     if (target / METADATA).exists():
         kept = {where.relative_path for where in read_metadata(target).storage_data.values()}
-        for entry in list(target.iterdir()):
-            if _DATA_FILE.fullmatch(entry.name) and entry.name not in kept:
-                entry.unlink()
+        left = {entry.name for entry in target.iterdir() if _DATA_FILE.fullmatch(entry.name)} - kept
+    remove_left(target)
+    for name in left:
+        (target / name).unlink(missing_ok=True)

@@ -3,37 +3,42 @@
 Only what decides the meaning of the leaves is compared: not what was skipped, nor how parameters are named.
 """
 
+import json
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from fq_transforms.checks import UNCALIBRATED, LeafType, check_same_leaves, check_state, leaf_types
 from fq_transforms.dtensor import local_values
+from fq_transforms.formats import Format
 from fq_transforms.pack import PackedTree, check_packed, packed_leaves
+from fq_transforms.parse import MOST_TEXT, shown
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, refuse_inputs
 from fq_transforms.state import flatten
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
-    from torch.distributed.checkpoint.planner import ReadItem
 
 __all__ = [
+    "FORMAT",
+    "FORMAT_BYTES",
     "KINDS",
     "PACKED",
     "STATE",
     "Kind",
-    "check_complete",
+    "are_tiles",
+    "check_format",
     "check_groups",
     "check_kind",
     "check_no_others",
     "check_stored_leaves",
     "describe",
+    "encode_format",
     "from_bytes",
     "joined",
     "kind_of",
@@ -45,6 +50,9 @@ __all__ = [
 # Keys in the `planner_data` of DCP's metadata: zlib of the spec's JSON, and the name of the kind. A checkpoint without
 # a kind is of a state, as all were once.
 SPEC, KIND = "fq_transforms.spec", "fq_transforms.kind"
+
+# A format where it is stored as a tensor beside its group's leaves: its name, and its bytes, filled up with spaces.
+FORMAT, FORMAT_BYTES = "format", 512
 
 
 @dataclass(frozen=True)
@@ -166,10 +174,48 @@ def to_bytes(spec: Spec) -> bytes:
 
 def from_bytes(content: bytes) -> Spec:
     """The spec that `to_bytes` wrote. Raises ValueError if the bytes are not one."""
+    if not isinstance(cast("Any", content), bytes):
+        raise ValueError(f"not a stored Spec: found {shown(content)}, wanted bytes")
     try:
-        return Spec.from_json(zlib.decompress(content).decode())
-    except (zlib.error, UnicodeDecodeError, TypeError) as error:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(content, MOST_TEXT)
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError(f"not a stored Spec: found bytes of more than {MOST_TEXT}, or cut, wanted all of a Spec")
+        return Spec.from_json(text.decode())
+    except (zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"not a stored Spec: {error}") from error
+
+
+def encode_format(format: Format) -> Tensor:
+    """The format's numbers as JSON in FORMAT_BYTES bytes, filled up with spaces: one per layer of a group."""
+    text = format.to_json().encode()
+    if len(text) > FORMAT_BYTES:
+        raise ValueError(
+            f"format {format.name!r}: found {len(text)} bytes of JSON, wanted at most {FORMAT_BYTES}; shorten it"
+        )
+    return torch.frombuffer(bytearray(text.ljust(FORMAT_BYTES)), dtype=torch.uint8)
+
+
+def check_format(group: Group, stored: Any) -> None:
+    """Raise ValueError unless the stored bytes are the group's format."""
+    text = (
+        bytes(stored.flatten().tolist())
+        if isinstance(stored, Tensor) and stored.dtype == torch.uint8
+        else repr(stored).encode()
+    )
+    try:
+        found = Format.from_dict(json.loads(text))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"group {group.key!r}: found {text[:40]!r} for its format in the checkpoint, wanted the JSON of a Format"
+        ) from error
+    if found != group.format:
+        # Two formats of one name differ in a number only.
+        both = (found.name, group.format.name) if found.name != group.format.name else (found, group.format)
+        raise ValueError(
+            f"group {group.key!r}: found format {both[0]} in the checkpoint, the spec wants {both[1]}; select the "
+            "format that it was saved with, or calibrate anew"
+        )
 
 
 def describe(spec: Spec, kind: Kind) -> dict[str, bytes | str]:
@@ -204,28 +250,69 @@ def check_kind(metadata: "Metadata", wanted: Kind) -> None:
 
 def check_stored_leaves(metadata: "Metadata", wanted: Mapping[str, LeafType]) -> None:
     """Raise ValueError unless the stored leaves have exactly these names, shapes and dtypes."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # which takes a second to import
+    # Which takes a second to import.
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-    found: dict[str, Tensor] = {}
+    found: dict[str, TensorStorageMetadata] = {}
     for name, leaf in metadata.state_dict_metadata.items():
         if not isinstance(leaf, TensorStorageMetadata):
             raise ValueError(f"leaf {name!r}: found bytes, wanted a tensor")
-        found[name] = torch.empty(leaf.size, dtype=leaf.properties.dtype, device="meta")
-    check_same_leaves("metadata", found, wanted)
-
-
-def check_complete(items: "Iterable[ReadItem]", leaves: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless all numbers of this rank's part of each leaf will be read."""
-    found: Counter[str] = Counter()
-    for item in items:
-        found[item.dest_index.fqn] += prod(item.lengths)
-    for name, leaf in leaves.items():
-        wanted = local_values(leaf).numel()
-        if found[name] != wanted:
+        found[name] = leaf
+    leaves = {name: torch.empty(leaf.size, dtype=leaf.properties.dtype, device="meta") for name, leaf in found.items()}
+    check_same_leaves("metadata", leaves, wanted)
+    for name, leaf in found.items():
+        chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in leaf.chunks]
+        if not are_tiles(chunks, tuple(leaf.size)):
             raise ValueError(
-                f"leaf {name!r}: found {found[name]} of the {wanted} numbers of this part, wanted all; the checkpoint "
-                "is incomplete"
+                f"leaf {name!r}: found {len(chunks)} chunks such as {chunks[:2]}, wanted all numbers of "
+                f"{tuple(leaf.size)}, each once; the checkpoint is incomplete or damaged"
             )
+        for offset, _ in chunks:
+            if MetadataIndex(name, offset) not in metadata.storage_data:
+                raise ValueError(f"leaf {name!r}: found no file for the chunk at {offset}, wanted one for each")
+
+
+def are_tiles(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    """True if boxes, each given by offset and sizes, hold every number of a shape once.
+
+    They are told apart by cuts straight through all of them, as shards of any mesh and chunks of shards can be.
+
+    Example:
+        >>> are_tiles([((0, 0), (2, 4)), ((2, 0), (1, 4))], (3, 4))
+        True
+        >>> are_tiles([((0, 0), (2, 4)), ((1, 0), (2, 4))], (3, 4)), are_tiles([((0, 0), (2, 4))], (3, 4))
+        (False, False)
+    """
+    if not all(len(offset) == len(sizes) == len(shape) for offset, sizes in boxes):
+        return False
+    full = [box for box in boxes if prod(box[1])]
+    if not prod(shape):
+        return not full
+    return _is_cut(full, [*range(len(shape))], [(0, size) for size in shape])
+
+
+def _is_cut(
+    boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], axes: Sequence[int], bounds: Sequence[tuple[int, int]]
+) -> bool:
+    """`are_tiles`, of a region with bounds along each axis, cut along some axes."""
+    if len(boxes) == 1:
+        ((offset, sizes),) = boxes
+        return all((a, a + n) == bound for a, n, bound in zip(offset, sizes, bounds, strict=True))
+    for axis in axes:
+        slabs: dict[tuple[int, int], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        for box in boxes:
+            slabs.setdefault((box[0][axis], box[0][axis] + box[1][axis]), []).append(box)
+        ends = sorted(slabs)
+        edges = [bounds[axis][0], *(end for _, end in ends)]
+        if [start for start, _ in ends] == edges[:-1] and edges[-1] == bounds[axis][1]:
+            others = [other for other in axes if other != axis]
+            within = list(bounds)
+            for slab, of_slab in slabs.items():
+                within[axis] = slab
+                if not _is_cut(of_slab, others, within):
+                    return False
+            return True
+    return False
 
 
 def _has_spec(metadata: "Metadata") -> bool:
@@ -234,8 +321,8 @@ def _has_spec(metadata: "Metadata") -> bool:
 
 def _kind_in(metadata: "Metadata") -> Kind:
     name = metadata.planner_data.get(KIND, STATE.name)
-    if name not in KINDS:
-        raise ValueError(f"found a checkpoint of {name!r}, wanted one of {list(KINDS)}")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"found a checkpoint of {shown(name)}, wanted one of {list(KINDS)}")
     return KINDS[name]
 
 

@@ -15,6 +15,7 @@ of parallelism needs code of its own, and nothing here communicates. Packed weig
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -24,10 +25,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.manifest import KINDS, Kind, kind_of
+from fq_transforms.checkpoint.manifest import (
+    FORMAT_BYTES,
+    KINDS,
+    Kind,
+    are_tiles,
+    check_format,
+    encode_format,
+    kind_of,
+)
 from fq_transforms.checkpoint.megatron_shards import (
     BETWEEN,
-    FORMAT_BYTES,
     FORMAT_NAMES,
     SUFFIXES,
     ShardMetadata,
@@ -36,9 +44,11 @@ from fq_transforms.checkpoint.megatron_shards import (
     leaf_shards,
     split_axis,
 )
+from fq_transforms.checkpoint.pickles import METADATA, MOST_METADATA, metadata_in
+from fq_transforms.checkpoint.storage import AROUND_NUMBERS, numbers_in, open_regular, read_all, refuse_uri
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.formats import Format
 from fq_transforms.pack import PackedTree
+from fq_transforms.parse import MOST_TEXT, shown
 from fq_transforms.partition import Part
 from fq_transforms.spec import Group, refuse_inputs
 from fq_transforms.state import State, flatten, unflatten
@@ -48,6 +58,8 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
 
 __all__ = ["load_state", "sharded_state_dict", "split_axes", "verify"]
+
+_FILE = re.compile(r"\w+\.distcp")
 
 # A leaf lies in two pieces where a gated fc1, [gate; up], is split along `out`.
 Sharded: TypeAlias = "ShardedTensor | list[ShardedTensor]"
@@ -64,9 +76,10 @@ class _Record(NamedTuple):
 
 
 class _StoredTensor(NamedTuple):
-    """A stored tensor: its global shape and its parts."""
+    """A stored tensor: its global shape, dtype and parts."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     records: tuple[_Record, ...]
 
 
@@ -216,6 +229,7 @@ def verify(
         of a Megatron distributed checkpoint
     """
     refuse_inputs(fq.spec, "checkpoint.megatron")
+    refuse_uri(path)
     folder, kind = Path(path), kind_of(like or {})
     format_name = FORMAT_NAMES[kind.name]
     stored = _read_index(folder)
@@ -226,8 +240,8 @@ def verify(
     for group, shards in needed:
         (shard,) = shards[format_name]
         _check_stored(folder, f"{group.key}.{format_name}", shard, stored)
-        for record, data in _read_records(folder, shard.key, stored[shard.key], shard.part):
-            layers = torch.load(io.BytesIO(data), weights_only=True).view(-1, FORMAT_BYTES)
+        for record, numbers in _read_records(folder, shard.key, stored[shard.key], shard.part):
+            layers = numbers.view(-1, FORMAT_BYTES)
             check_format(group, layers[shard.part.offset[0] - record.offset[0] if len(record.shape) > 1 else 0])
     for group, shards in needed:
         for leaf_name in kind.leaves(group):
@@ -250,38 +264,6 @@ def split_axes(fq: Transform, model_sharded_state_dict: Mapping[str, Any]) -> di
         if axis is not None:
             axes[group.key] = axis
     return axes
-
-
-def encode_format(format: Format) -> Tensor:
-    """The format's numbers as JSON in FORMAT_BYTES bytes, filled up with spaces: one per layer of a group."""
-    text = format.to_json().encode()
-    if len(text) > FORMAT_BYTES:
-        raise ValueError(
-            f"format {format.name!r}: found {len(text)} bytes of JSON, wanted at most {FORMAT_BYTES}; shorten it"
-        )
-    return torch.frombuffer(bytearray(text.ljust(FORMAT_BYTES)), dtype=torch.uint8)
-
-
-def check_format(group: Group, stored: Any) -> None:
-    """Raise ValueError unless the stored bytes are the group's format."""
-    text = (
-        bytes(stored.flatten().tolist())
-        if isinstance(stored, Tensor) and stored.dtype == torch.uint8
-        else repr(stored).encode()
-    )
-    try:
-        found = Format.from_dict(json.loads(text))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"group {group.key!r}: found {text[:40]!r} for its format in the checkpoint, wanted the JSON of a Format"
-        ) from error
-    if found != group.format:
-        # Two formats of one name differ in a number only.
-        both = (found.name, group.format.name) if found.name != group.format.name else (found, group.format)
-        raise ValueError(
-            f"group {group.key!r}: found format {both[0]} in the checkpoint, the spec wants {both[1]}; select the "
-            "format that it was saved with, or calibrate anew"
-        )
 
 
 def _weight_shards(group: Group, model_sharded_state_dict: Mapping[str, Any]) -> list[list[ShardMetadata]]:
@@ -382,7 +364,9 @@ def _check_stored(folder: Path, name: str, shard: ShardMetadata, stored: Mapping
             for keys in [sorted(key for key in stored if key.endswith(tuple(SUFFIXES[kind.name].values())))]
         )
         raise KeyError(f"{folder}: leaf {name!r} is not in the checkpoint, wanted the key {shard.key!r}; it has {has}")
-    found = stored[shard.key].shape
+    found, dtype = stored[shard.key].shape, stored[shard.key].dtype
+    if dtype != shard.dtype:
+        raise ValueError(f"{folder}: leaf {name!r}, key {shard.key!r}: found {dtype}, wanted {shard.dtype}")
     if found != shard.part.whole and not shard.flexible:
         raise ValueError(
             f"{folder}: leaf {name!r}, key {shard.key!r}: found the global shape {found}, wanted {shard.part.whole}, "
@@ -417,21 +401,20 @@ def _read_index(folder: Path) -> dict[str, _StoredTensor]:
     Raises:
         ValueError: `folder` is no such checkpoint, or its metadata is damaged; the message names the file.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     config = folder / "metadata.json"
     wanted = "wanted the directory of a Megatron distributed checkpoint"
     try:
-        backend = json.loads(config.read_text())["sharded_backend"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        backend = json.loads(read_all(config, MOST_TEXT))["sharded_backend"]
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{config}: found {error!r}, {wanted}") from error
     if backend != "torch_dist":
-        raise ValueError(f"{config}: found a checkpoint of {backend!r}, wanted 'torch_dist'")
+        raise ValueError(f"{config}: found a checkpoint of {shown(backend)}, wanted 'torch_dist'")
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        metadata = metadata_in(read_all(folder / METADATA, MOST_METADATA))
         index = {
-            key: (tuple(tensor.size), {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks})
+            key: (tensor, {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks})
             for key, tensor in metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
@@ -441,17 +424,18 @@ def _read_index(folder: Path) -> dict[str, _StoredTensor]:
                 offset = tuple(item.offset)
                 shape = index[item.fqn][1][offset]
                 records[item.fqn].append(_Record(offset, shape, where.relative_path, where.offset, where.length))
-    except Exception as error:  # a damaged pickle raises whatever it likes
-        raise ValueError(
-            f"{folder / '.metadata'}: found {error!r}, {wanted}; the file is missing or damaged"
-        ) from error
-    return {key: _StoredTensor(shape, tuple(records[key])) for key, (shape, _) in index.items()}
+    except (OSError, LookupError, ValueError) as error:
+        raise ValueError(f"{folder / METADATA}: found {error!r}, {wanted}; the file is missing or damaged") from error
+    return {
+        key: _StoredTensor(tuple(tensor.size), tensor.properties.dtype, tuple(records[key]))
+        for key, (tensor, _) in index.items()
+    }
 
 
 def _read_records(
     folder: Path, key: str, stored: _StoredTensor, part: Part, *, partly: bool = False
-) -> list[tuple[_Record, bytes]]:
-    """The records that overlap a part of a tensor, and their bytes, each found to be as it was written.
+) -> list[tuple[_Record, Tensor]]:
+    """The records that overlap a part of a tensor, and their numbers, each found to be as it was written.
 
     Args:
         folder: The checkpoint.
@@ -463,40 +447,54 @@ def _read_records(
     Raises:
         ValueError: A file is missing, truncated or damaged, or numbers are missing; the message names file and key.
     """
-    found: list[tuple[_Record, bytes]] = []
-    covered = 0
+    found: list[tuple[_Record, Tensor]] = []
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for record in stored.records:
-        numbers = _overlap(record, part)
-        covered += numbers
-        if numbers:
-            found.append((record, _read_record(folder / record.file, key, record)))
-    if covered != prod(part.shape) and not partly:
+        if (box := _overlap(record, part)) is not None:
+            boxes.append(box)
+            found.append((record, _read_record(folder, key, record, stored.dtype)))
+    if not are_tiles(boxes, part.shape) and not partly:
         raise ValueError(
-            f"{folder / '.metadata'}: found {covered} numbers of the part {part.shape} at {part.offset} of {key!r}, "
-            f"wanted {prod(part.shape)}; the checkpoint is incomplete"
+            f"{folder / METADATA}: found {sum(prod(sizes) for _, sizes in boxes)} numbers of the part {part.shape} at "
+            f"{part.offset} of {key!r}, wanted each of {prod(part.shape)} once; the checkpoint is incomplete"
         )
     return found
 
 
-def _overlap(record: _Record, part: Part) -> int:
-    """How many numbers of a part are in a record."""
-    boxes = zip(record.offset, record.shape, part.offset, part.shape, strict=True)
-    return prod(max(0, min(a + m, b + n) - max(a, b)) for a, m, b, n in boxes)
+def _overlap(record: _Record, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What of a part is in a record, by its offset in the part and its sizes; None for nothing."""
+    if len(record.shape) != len(part.shape):
+        return None
+    starts, ends = (), ()
+    for a, m, b, n in zip(record.offset, record.shape, part.offset, part.shape, strict=True):
+        starts, ends = (*starts, max(a, b) - b), (*ends, min(a + m, b + n) - b)
+    sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return (starts, sizes) if min(sizes, default=1) > 0 else None
 
 
-def _read_record(path: Path, key: str, record: _Record) -> bytes:
+def _read_record(folder: Path, key: str, record: _Record, dtype: torch.dtype) -> Tensor:
+    """The numbers of a record, found to be as they were written: Megatron's CRC-32 is that of each entry of an archive.
+
+    Nothing else is read: an archive holds a pickle too, and may hold what is larger than it says.
+    """
+    path = folder / record.file
     where = f"{path}: bytes {record.start}..{record.start + record.length}, the record of {key!r} at {record.offset}"
+    nbytes = prod(record.shape) * dtype.itemsize
+    if not _FILE.fullmatch(record.file) or not nbytes <= record.length <= nbytes + AROUND_NUMBERS:
+        raise ValueError(f"{where}: found this place for {nbytes} bytes of numbers, wanted one in the directory")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(record.start)
-            data = file.read(record.length)
+            data = bytearray(record.length)
+            read = file.readinto(data)
+        numbers = numbers_in(data, record.shape, dtype, where)
         bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
     except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{where}: found {error!r}, wanted what was written; the file is missing or damaged"
         ) from error
-    if len(data) != record.length or bad is not None:
+    if read != record.length or bad is not None:
         raise ValueError(
             f"{where}: found another CRC-32 than was written for {bad!r}, wanted what was written; the file is damaged"
         )
-    return data
+    return numbers

@@ -9,14 +9,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fq_transforms.checkpoint.manifest import STATE, Kind
+from fq_transforms.checkpoint.manifest import FORMAT, FORMAT_BYTES, STATE, Kind
 from fq_transforms.partition import Part, collapsed_dims, leaf_part
 from fq_transforms.spec import Group
 
 __all__ = [
     "BETWEEN",
-    "FORMAT",
-    "FORMAT_BYTES",
     "FORMAT_NAMES",
     "SUFFIXES",
     "ShardMetadata",
@@ -26,10 +24,8 @@ __all__ = [
     "split_axis",
 ]
 
-FORMAT = "format"
 # Where the format of a state and that of packed weights is kept: both may be in one checkpoint.
 FORMAT_NAMES = {"state": FORMAT, "packed": "packed_format"}
-FORMAT_BYTES = 512
 BETWEEN = "\n"  # the names of leaves that are one entry
 # What is added to a weight's key, by kind of tree and leaf name.
 SUFFIXES = {

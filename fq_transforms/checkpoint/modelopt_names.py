@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
+from fq_transforms.parse import check_name
 from fq_transforms.spec import Group
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 PER_EXPERT = "_modelopt_per_expert_weight_quantizer"
 
+# In a name: those of layers, experts, quantizers in sequence, and some to spare.
+MOST_NUMBERS = 16
+
 _KEY = re.compile(r"(.*weight_quantizer(?:s|_\d+)?(?:\.\d+)*)\._(amax|global_amax)")
 _PER_EXPERT_KEY = re.compile(rf"(.*{PER_EXPERT})_(amax|global_amax)")
 _LIST = re.compile(r"(?P<parent>(?:.*\.)?)(?P<container>local_experts|experts)\.\*\.(?P<role>.+)\.weight")
@@ -49,16 +53,24 @@ class Form(NamedTuple):
 def index_of(keys: Iterable[str]) -> Index:
     """Which keys hold the amax of weight quantizers, each under its own stem and under each with one number as `*`.
 
+    Raises:
+        ValueError: A name is longer, or has more numbers, than those of models; each number is another entry here.
+
     Example:
         >>> index_of(["experts.3.w1.weight_quantizer._amax"])["amax"]["experts.*.w1.weight_quantizer"]
         {3: 'experts.3.w1.weight_quantizer._amax'}
     """
     index: Index = {"amax": {}, "global_amax": {}}
     for key in keys:
-        if match := _KEY.fullmatch(key) or _PER_EXPERT_KEY.fullmatch(key):
+        if match := _KEY.fullmatch(check_name(key, "entries")) or _PER_EXPERT_KEY.fullmatch(key):
             stem, stems = match[1], index[match[2]]
             stems.setdefault(stem, {})[0] = key
-            for number in re.finditer(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)", stem):
+            numbers = list(re.finditer(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])", stem))
+            if len(numbers) > MOST_NUMBERS:
+                raise ValueError(
+                    f"entry {key!r}: found {len(numbers)} numbers in its name, wanted {MOST_NUMBERS} at most"
+                )
+            for number in numbers:
                 start, end = number.span()
                 stems.setdefault(f"{stem[:start]}*{stem[end:]}", {})[int(number[0])] = key
     return index

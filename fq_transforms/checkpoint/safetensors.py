@@ -9,22 +9,23 @@ Any reader of safetensors finds each leaf under its flat name, `{group key}.{lea
     spec    `Spec.to_json()`       crc32    of the spec, and of each leaf's name and bytes, sorted by name
 """
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from math import prod
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fq_transforms.checkpoint.manifest import STATE, check_groups, check_no_others
-from fq_transforms.checkpoint.storage import crc32_of, replace_file
+from fq_transforms.checkpoint.storage import crc32_of, local_path, open_regular, replace_file
 from fq_transforms.checks import check_same_leaves
 from fq_transforms.dtensor import is_sharded
+from fq_transforms.parse import MOST_TEXT, check_text, parse_json, read_fields, shown
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, flatten, unflatten
 from fq_transforms.transform import Transform
@@ -32,6 +33,9 @@ from fq_transforms.transform import Transform
 __all__ = ["load_file", "read_spec", "save_file"]
 
 FORMAT, VERSION = "fq_transforms", "1"
+
+# What leaves can be, by the names that safetensors has for it.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save_file(path: str | os.PathLike[str], fq: Transform, state: State) -> None:
@@ -68,7 +72,7 @@ def save_file(path: str | os.PathLike[str], fq: Transform, state: State) -> None
     leaves = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
     text = fq.spec.to_json()
     about = {"format": FORMAT, "version": VERSION, "spec": text, "crc32": _checksum(text, leaves)}
-    replace_file(Path(os.path.realpath(path)), to_safetensors(leaves, about))
+    replace_file(local_path(path), to_safetensors(leaves, about))
 
 
 def load_file(path: str | os.PathLike[str], fq: Transform, *, like: State | None = None) -> State:
@@ -87,10 +91,8 @@ def load_file(path: str | os.PathLike[str], fq: Transform, *, like: State | None
 
     Example: See `save_file`.
     """
-    what, (stored, leaves) = f"file {os.fspath(path)!r}", _read(path)
+    what, (_, leaves) = f"file {os.fspath(path)!r}", _read(path, fq.spec)
     try:
-        check_groups(stored, fq.spec)
-        check_no_others(stored, {group.key for group in fq.spec.all_groups})
         state: State = {
             group.key: {name: leaves[f"{group.key}.{name}"] for name in group.leaf_shapes}
             for group in fq.spec.all_groups
@@ -110,28 +112,59 @@ def read_spec(path: str | os.PathLike[str]) -> Spec:
     return _read(path)[0]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Spec, dict[str, Tensor]]:
-    """The spec and the leaves, as they were written."""
-    what, content = f"file {os.fspath(path)!r}", Path(path).read_bytes()
+def _read(path: str | os.PathLike[str], wanted: Spec | None = None) -> tuple[Spec, dict[str, Tensor]]:
+    """The spec, which has the groups of the wanted one, and the leaves, as they were written.
+
+    Nothing is read but the spec and what its leaves take.
+    """
+    what = f"file {os.fspath(path)!r}"
     try:
-        leaves = from_safetensors(content)
-        about: Any = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{what}: found no safetensors, or it is truncated or damaged: {error}") from error
-    if about.get("format") != FORMAT or about.get("version") != VERSION:
-        raise ValueError(
-            f"{what}: found safetensors of format {about.get('format')!r}, version {about.get('version')!r}, wanted "
-            f"{FORMAT!r}, version {VERSION!r}, as save_file writes"
-        )
-    text = about.get("spec", "")
-    if about.get("crc32") != _checksum(text, leaves):
-        raise ValueError(f"{what}: found bytes that are not those written (crc32): damaged")
-    try:
-        spec = Spec.from_json(text)
-        check_same_leaves("leaves", leaves, STATE.leaves_of(spec))
-    except ValueError as error:
+        with open_regular(local_path(path)) as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            entries, about = _parsed(text := stream.read(min(length, MOST_TEXT)))
+            spec = Spec.from_json(check_text(about.get("spec")))
+            if wanted is not None:
+                check_groups(spec, wanted)
+                check_no_others(spec, {group.key for group in wanted.all_groups})
+            types = STATE.leaves_of(spec)
+            check_same_leaves("leaves", {name: _on_meta(name, entry) for name, entry in entries.items()}, types)
+            nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in types.values())
+            leaves = from_safetensors(start + text + stream.read(nbytes + 1))
+        if about.get("crc32") != _checksum(about["spec"], leaves):
+            raise ValueError("found bytes that are not those written (crc32): damaged")
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
     return spec, leaves
+
+
+def _parsed(header: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of the header of safetensors, and its metadata, which say that `save_file` wrote it."""
+    try:
+        entries = parse_json(header.decode())
+    except ValueError as error:
+        raise ValueError(f"found no safetensors, or it is truncated or damaged: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"found {shown(entries)} for a header, wanted safetensors")
+    about: Any = entries.pop("__metadata__", {})
+    found = (about.get("format"), about.get("version")) if isinstance(about, dict) else (about, None)
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"found safetensors of format {shown(found[0])}, version {shown(found[1])}, wanted {FORMAT!r}, version "
+            f"{VERSION!r}, as save_file writes"
+        )
+    return entries, about
+
+
+def _on_meta(name: str, entry: Any) -> Tensor:
+    fields = read_fields(
+        entry, f"entry {shown(name)}", {"dtype": "text", "shape": "a list of counts", "data_offsets": "two counts"}
+    )
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"leaf {shown(name)}: found {shown(fields['dtype'])}, wanted one of {list(DTYPES)}")
+    if prod(fields["shape"]) >= 2**48:
+        raise ValueError(f"leaf {shown(name)}: found shape {shown(fields['shape'])}, which no memory holds")
+    return torch.empty(fields["shape"], dtype=DTYPES[fields["dtype"]], device="meta")
 
 
 def _checksum(text: str, leaves: Mapping[str, Tensor]) -> str:

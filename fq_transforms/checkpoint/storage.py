@@ -5,14 +5,21 @@ to the same path: docs/checkpoints.
 """
 
 import contextlib
+import errno
+import fcntl
 import io
 import os
 import re
 import shutil
+import stat
+import warnings
+import zipfile
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
@@ -21,22 +28,30 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "AROUND_NUMBERS",
     "SEAL_BYTES",
+    "Lock",
     "check_seal",
     "crc32_of",
     "fsync",
     "fsync_directory",
     "in_threads",
     "is_taken",
+    "local_path",
     "named",
     "naming",
-    "read_tensor",
+    "numbers_in",
+    "open_regular",
+    "read_all",
+    "refuse_uri",
     "remove_left",
     "replace_file",
     "seal_of",
     "some_files",
     "stage_beside",
+    "stage_of",
     "stage_within",
+    "stages_within",
     "threads_for",
     "write_tensor",
 ]
@@ -44,7 +59,7 @@ __all__ = [
 A = TypeVar("A")
 B = TypeVar("B")
 
-_STAGE = "saving-"
+_STAGE, _LOCK = "saving-", ".saving"
 _STAGE_ID = re.compile(r"[0-9a-f]{32}")
 
 # How many threads a rank hashes and moves bytes with, and how many bytes are worth another. Hashing and files release
@@ -59,7 +74,7 @@ def crc32_of(tensor: Tensor, crc: int = 0) -> int:
     return zlib.crc32((numbers.view(torch.uint8) if numbers.element_size() == 1 else numbers).numpy(), crc)
 
 
-def seal_of(content: bytes | memoryview, crc: int = 0) -> bytes:
+def seal_of(content: bytes | bytearray | memoryview, crc: int = 0) -> bytes:
     """What follows `content` in a file: its crc32, in 16 bytes; `crc` is that of what went before.
 
     Example:
@@ -74,23 +89,21 @@ def seal_of(content: bytes | memoryview, crc: int = 0) -> bytes:
 SEAL_BYTES = len(seal_of(b""))
 
 
-def check_seal(content: bytes | memoryview, seal: bytes, what: str) -> None:
+def check_seal(content: bytes | bytearray | memoryview, seal: bytes, what: str, crc: int = 0) -> None:
     """Raise ValueError, beginning with `what`, unless the seal is that of the content.
 
     Example:
         >>> check_seal(b"amax", seal_of(b"amin"), "file 'a'")
         Traceback (most recent call last):
         ...
-        ValueError: file 'a': found bytes that are not those written (crc32): truncated, damaged, or not of a state
+        ValueError: file 'a': found bytes that are not those written (crc32): truncated, damaged or moved
     """
-    if seal != seal_of(content):
-        raise ValueError(
-            f"{what}: found bytes that are not those written (crc32): truncated, damaged, or not of a state"
-        )
+    if seal != seal_of(content, crc):
+        raise ValueError(f"{what}: found bytes that are not those written (crc32): truncated, damaged or moved")
 
 
-def write_tensor(tensor: Tensor, stream: BinaryIO) -> int:
-    """Write a tensor as torch.save does, and return the crc32 of the bytes.
+def write_tensor(tensor: Tensor, stream: BinaryIO, crc: int = 0) -> int:
+    """Write a tensor as torch.save does, and return the crc32 of the bytes; `crc` is that of what went before.
 
     The older of torch.save's two layouts adds 0.3 KB to the numbers, the newer 1.6. float8 needs the newer: the older
     names a storage class of the dtype, and float8 has none.
@@ -99,27 +112,76 @@ def write_tensor(tensor: Tensor, stream: BinaryIO) -> int:
     if numbers.untyped_storage().nbytes() != numbers.nbytes:
         numbers = _alone(numbers)  # or all of the memory that it is a view of would be written
     is_float8 = numbers.is_floating_point() and numbers.element_size() == 1
-    summed: Any = _Summed(stream)
+    summed: Any = _Summed(stream, crc)
     torch.save(numbers, summed, _use_new_zipfile_serialization=is_float8)
     return summed.crc
 
 
-def read_tensor(content: bytes, what: str) -> Tensor:
-    """The tensor that `write_tensor` wrote. Raises ValueError, beginning with `what`, if there is none."""
+# What torch.save adds to the numbers of a tensor, at most.
+AROUND_NUMBERS = 2**12
+
+
+def numbers_in(content: bytearray, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
+    """The numbers of a contiguous tensor that torch.save wrote: a view of the bytes, in which nothing else is read.
+
+    torch.load would carry out the pickle in them, and inflate what is compressed.
+
+    Args:
+        content: What torch.save wrote, in either of its layouts.
+        shape: Of the tensor.
+        dtype: Of the tensor.
+        what: What the message begins with.
+
+    Raises:
+        ValueError: There is no such tensor.
+
+    Example:
+        >>> stream = io.BytesIO()
+        >>> _ = write_tensor(torch.tensor([1.0, 2.0]), stream)
+        >>> numbers_in(bytearray(stream.getvalue()), (2,), torch.float32, "leaf 'amax'")
+        tensor([1., 2.])
+    """
+    size = prod(shape) * dtype.itemsize
     try:
-        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load can fail in any way
-        raise ValueError(f"{what}: found no tensor: {error}") from error
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{what}: found {type(tensor).__name__}, wanted a tensor")
-    return tensor
+        is_zip = content.startswith(b"PK")
+        start = _start_in_zip(content, size) if is_zip else _start_at_end(content, size, dtype.itemsize)
+    except (LookupError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{what}: found {len(content)} bytes without {tuple(shape)} numbers of {dtype}: {error}"
+        ) from error
+    if not size:
+        return torch.empty(*shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start).view(*shape)
+
+
+def _start_in_zip(content: bytearray, size: int) -> int:
+    """Where the numbers are in the newer layout: an archive whose entries are stored as they are."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("they are compressed")
+    (entry,) = (entry for entry in entries if entry.filename.endswith("/data/0"))
+    at = entry.header_offset
+    name, extra = (int.from_bytes(content[at + i : at + i + 2], "little") for i in (26, 28))
+    start = at + 30 + name + extra
+    if entry.file_size != size or start + size > len(content):
+        raise ValueError(f"it has {entry.file_size} bytes of them")
+    return start
+
+
+def _start_at_end(content: bytearray, size: int, itemsize: int) -> int:
+    """Where the numbers are in the older layout: at its end, behind how many they are."""
+    start = len(content) - size
+    if start < 8 or int.from_bytes(content[start - 8 : start], "little") * itemsize != size:
+        raise ValueError("it has another number of them")
+    return start
 
 
 class _Summed:
     """A stream that takes the crc32 of what is written to it: no copy is made, and the bytes are read once."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.crc = stream, 0
+    def __init__(self, stream: BinaryIO, crc: int) -> None:
+        self._stream, self.crc = stream, crc
 
     def write(self, content: Any) -> int:
         self.crc = zlib.crc32(content, self.crc)
@@ -158,6 +220,104 @@ def threads_for(size: int, most: int) -> int:
     return min(THREADS, most, 1 + size // BYTES_PER_THREAD)
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Absolute, links followed: what is renamed must lie beside the directory itself. Raises as `refuse_uri`."""
+    refuse_uri(path)
+    return Path(os.path.realpath(path))
+
+
+def refuse_uri(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a URI: nothing here speaks to a store, and as a path it would lie in the current directory.
+
+    Example:
+        >>> refuse_uri("s3://bucket/step1")
+        Traceback (most recent call last):
+        ...
+        ValueError: path 's3://bucket/step1': found a URI of 's3', wanted a path on a file system that is mounted here
+    """
+    text = os.fsdecode(path)
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):  # pathlib leaves one slash of two
+        raise ValueError(
+            f"path {text!r}: found a URI of {match[1]!r}, wanted a path on a file system that is mounted here"
+        )
+
+
+@contextmanager
+def open_regular(path: Path) -> Generator[BufferedReader, None, None]:
+    """A file to read. Raises ValueError for a device, a pipe or a socket, which may have no end, or wait for one."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a directory is an error that says so
+        raise ValueError(f"file {path.name!r}: found a device, pipe or socket, wanted a file")
+    with path.open("rb") as stream:
+        yield stream
+
+
+def read_all(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises ValueError if there are more than `most`, before memory is taken for them."""
+    with open_regular(path) as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > most:
+            raise ValueError(f"file {path.name!r}: found {size} bytes, wanted at most {most}")
+        return stream.read(size)
+
+
+class Lock:
+    """What a save holds while it writes to a path, so that another one to the same path is refused.
+
+    The system lets go of it when the process ends, however it ends: what is left of the file blocks nothing.
+
+    Args:
+        target: What is saved to.
+
+    Raises:
+        OSError: Another save to the same path is going on.
+    """
+
+    def __init__(self, target: Path) -> None:
+        # Of a directory that is there nothing is known but that it can be written to: it may be a mount point.
+        self._path = target / _LOCK if target.is_dir() else target.parent / f".{target.name}{_LOCK}"
+        self._file: int | None = None
+        while self._file is None:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                raise OSError(
+                    errno.EBUSY, f"another save to it is going on, and holds {str(self._path)!r}", str(target)
+                ) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{str(target)!r}: found a file system without locks ({error.strerror}); take care that one save "
+                    "at a time goes to a path",
+                    stacklevel=2,
+                )
+            if _is_at(file, self._path):  # or the one who had it has removed it
+                self._file = file
+            else:
+                os.close(file)
+
+    def release(self) -> None:
+        """Let go, and remove the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def stage_beside(target: Path, save: str) -> Path:
     """Where to write what will be renamed to `target`; `save` is the hex of a UUID.
 
@@ -173,44 +333,69 @@ def stage_within(target: Path, save: str) -> Path:
     return target / f".{_STAGE}{save}"
 
 
+def stage_of(target: Path, save: str) -> Path:
+    """Where to write what will be renamed to `target`, or, where it is a directory already, be moved up into it."""
+    return stage_within(target, save) if target.is_dir() else stage_beside(target, save)
+
+
 def remove_left(target: Path) -> None:
-    """Remove what interrupted saves to `target` have left under staging names."""
+    """Remove what interrupted saves to `target` have left under staging names. Only who holds its `Lock` may."""
     for folder, prefix in ((target.parent, f".{target.name}.{_STAGE}"), (target, f".{_STAGE}")):
         for entry in list(folder.iterdir()) if folder.is_dir() else ():
-            if entry.name.startswith(prefix) and _STAGE_ID.fullmatch(entry.name[len(prefix) :]):
+            if _is_stage(entry.name, prefix):
                 if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink()
+    if target.is_dir():  # whose lock lies within; this one was there before it
+        (target.parent / f".{target.name}{_LOCK}").unlink(missing_ok=True)
+
+
+def _is_stage(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and _STAGE_ID.fullmatch(name[len(prefix) :]) is not None
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, in place of one of the same name."""
     stage = stage_beside(path, uuid4().hex)
     try:
-        remove_left(path)
-        with stage.open("xb") as stream:
-            stream.write(content)
-            fsync(stream)
-        stage.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            stage.unlink()
-        if isinstance(error, OSError):
-            raise named(error, path, f"file {str(path)!r}: {error.strerror}") from error
-        raise
+        with Lock(path):
+            try:
+                remove_left(path)
+                with stage.open("xb") as stream:
+                    stream.write(content)
+                    fsync(stream)
+                stage.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    stage.unlink()
+                raise
+    except OSError as error:
+        raise named(error, path, f"file {str(path)!r}: {error.strerror}") from error
 
 
-def is_taken(path: Path) -> bool:
-    """True unless a directory can be renamed to `path`: there is nothing, or only an empty directory."""
+def is_taken(path: Path, but: Collection[str] = ()) -> bool:
+    """True unless a directory can be made there: there is nothing, or one without entries but what saves have left.
+
+    Args:
+        path: What is to be made.
+        but: Names of further entries that do not count.
+    """
     if not path.is_dir():
         return path.exists()
-    return any(path.iterdir())
+    known = {_LOCK, *but, *(stage.name for stage in stages_within(path))}
+    return any(entry.name not in known for entry in path.iterdir())
+
+
+def stages_within(target: Path) -> list[Path]:
+    """Where saves to a directory that is there have begun, and not ended."""
+    entries = target.iterdir() if target.is_dir() else ()
+    return [entry for entry in entries if _is_stage(entry.name, f".{_STAGE}")]
 
 
 def some_files(path: Path) -> str:
     """What lies in a directory, for a message."""
-    names = sorted(entry.name for entry in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
     return f"{len(names)} entries such as {names[:3]}" if names else "no entries"
 
 

@@ -148,7 +148,7 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
         if "decoder" in stack.split(".") and (of_decoder := _count(config, _DECODER_DEPTHS))[0]:
             of_depth, depth = of_decoder
         has_experts = any(layer.experts or layer.routers for layer in layers.values())
-        missing = sorted({*range(depth)} - layers.keys())
+        missing = [number for number in range(min(depth, len(layers) + 1)) if number not in layers]
         if missing and is_text and (has_experts or stack == "model.layers"):
             raise ValueError(
                 f"params: found no layer {missing[0]} of {stack!r}, wanted {depth}, as {of_depth} in config says"
@@ -177,7 +177,7 @@ def _check_layers_and_experts(names: Iterable[str], config: Mapping[str, Any]) -
                     f"{sorted(layer.experts)[0]!r}, wanted all roles that another layer has"
                 )
             for role, found in layer.experts.items():
-                if found != {*range(wanted)}:
+                if len(found) != wanted or max(found) + 1 != wanted:
                     raise ValueError(
                         f"params: found {len(found)} experts in layer {number} of {stack!r}, {role!r}, wanted "
                         f"{wanted}, {said}; gather the experts of all ranks"
@@ -191,7 +191,7 @@ def _check_promised(
     """Raise ValueError if config says that there are layers for more tokens, and there are fewer."""
     key, count = _count(config, _MTP_COUNTS)
     text = [layers for stack, layers in stacks.items() if not _BESIDE_THE_TEXT.match(f"{stack}.")]
-    is_there = any({*range(depth, depth + count)} <= layers.keys() for layers in text)
+    is_there = any(all(n in layers for n in range(depth, depth + count)) for layers in text)
     apart = {int(match[1]) for match in map(_MTP_LAYER.match, names) if match}
     if key and not is_there and len(apart) < count:
         raise ValueError(

@@ -17,20 +17,26 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.checks import DTYPES
-from fq_transforms.export.files import Files, bytes_of, check_free, progress, write
+from fq_transforms.export.files import Files, bytes_of, check_free, progress, read_document, write
 from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
 from fq_transforms.export.schemes import SCHEMES, Scheme
 from fq_transforms.ops.quantize.reference import expert_scale
+from fq_transforms.parse import shown
 
 __all__ = ["TARGET", "decompress"]
+
+# For all patterns of a folder to be matched; 50,000 modules and ten patterns take half a second.
+MOST_SECONDS = 10
 
 # What files may hold of a quantized module.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
@@ -74,20 +80,17 @@ def decompress(
         ...     json.loads(Path(parent, "b", "config.json").read_text())["dtype"]
         'bfloat16'
     """
-    folder, limit = Path(os.path.realpath(destination)), bytes_of(max_shard_size)
+    folder, limit = local_path(destination), bytes_of(max_shard_size)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found {dtype}, wanted bfloat16, float16 or float32")
     check_free(folder)
-    compressed = Path(source)
-    config = json.loads((compressed / "config.json").read_text())
-    about = config.pop("quantization_config", {})
-    if about.get("quant_method") != "compressed-tensors":
-        raise ValueError(
-            f"folder {str(source)!r}: found quant_method {about.get('quant_method')!r} in config.json, wanted "
-            "'compressed-tensors'"
-        )
-    _check_weights_only(compressed, about)
-    formats = {about.get("format"), *(group.get("format") for group in about["config_groups"].values())}
+    compressed = local_path(source)
+    config = read_document(compressed / "config.json")
+    about = config.pop("quantization_config", None)
+    try:
+        formats = _check_about(about)
+    except ValueError as error:
+        raise ValueError(f"folder {str(source)!r}: quantization_config in config.json: {error}") from error
     if "nvfp4-pack-quantized" in formats and dtype != torch.bfloat16:
         raise ValueError(
             f"dtype: found {dtype} for NVFP4, which compressed-tensors decompresses to bfloat16 only, wanted "
@@ -186,9 +189,13 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError as error:
         raise ImportError("decompress needs compressed-tensors: pip install 'fq_transforms[export]'") from error
-    schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
+    try:
+        schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
+    except ValueError as error:
+        raise ValueError(f"folder {str(folder)!r}: config_groups in config.json: {error}") from error
     with Files(folder) as files:
         modules = [name.removesuffix(".weight_scale") for name in files.shards if name.endswith(".weight_scale")]
+        scheme_of = _schemes_of(modules, schemes)
         names_of: dict[str, list[str]] = {module: [] for module in modules}
         for name in files.shards:
             module = name.rpartition(".")[0]
@@ -197,7 +204,7 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
             else:
                 yield name, files.read(name)
         for module in progress(modules, f"decompress {folder.name}"):
-            scheme = _scheme_of(module, schemes)
+            scheme = scheme_of[module]
             compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
             stored = {name.removeprefix(f"{module}."): files.read(name) for name in names_of[module]}
             _check_stored(module, stored, compressor.compression_param_names(scheme))
@@ -212,27 +219,59 @@ def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[s
         raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and nothing but {PARTS}")
 
 
-def _check_weights_only(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raise ValueError for what plain weights do not say: rotations, sparsity, quantized activations or caches."""
+def _check_about(about: Any) -> set[str]:
+    """The formats that a `quantization_config` names, each of which is known here.
+
+    compressed-tensors imports a format that is called like a file. Raises ValueError for such, and for what plain
+    weights do not say: rotations, sparsity, quantized activations or caches.
+    """
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    if method != "compressed-tensors":
+        raise ValueError(f"found quant_method {shown(method)}, wanted 'compressed-tensors'")
+    groups = about.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        raise ValueError(f"found config_groups={shown(groups)}, wanted an object of groups")
     found = [key for key in ("transform_config", "sparsity_config", "kv_cache_scheme") if about.get(key)]
-    for name, group in about["config_groups"].items():
+    for name, group in groups.items():
         found += [f"{name}.{key}" for key in ("input_activations", "output_activations") if group.get(key)]
     if found:
+        raise ValueError(f"found {shown(found)}, which plain weights cannot have, wanted quantized weights only")
+    known = {scheme.format for scheme in SCHEMES.values()}
+    formats: set[str] = set()
+    for name, group in groups.items():
+        format = group.get("format") or about.get("format")
+        if not isinstance(format, str) or format not in known:
+            raise ValueError(f"found the format {shown(format)} for {shown(name)}, wanted one of {sorted(known)}")
+        formats.add(format)
+    return formats
+
+
+def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
+    """For each module the scheme whose targets match it, or else the one that is for all Linear modules.
+
+    Patterns come with the files: all of them together have `MOST_SECONDS`, since some never end.
+    """
+    import regex  # which can be told to stop; transformers has it too
+
+    until = monotonic() + MOST_SECONDS
+    found: dict[str, Any] = {}
+    exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
+    try:
+        patterns = [(regex.compile(t[3:]), s) for s in schemes for t in s.targets if t.startswith("re:")]
+        for module in modules:
+            matching = (s for pattern, s in patterns if pattern.match(module, timeout=max(until - monotonic(), 1e-3)))
+            scheme = next(matching, None) or exact.get(module) or exact.get("Linear")
+            if scheme is None:
+                raise ValueError(f"module {module!r}: found no scheme among {shown([s.targets for s in schemes])}")
+            found[module] = scheme
+    except TimeoutError as error:
         raise ValueError(
-            f"folder {str(folder)!r}: found {found} in quantization_config, which plain weights cannot have, wanted "
-            "quantized weights only"
-        )
-
-
-def _scheme_of(module: str, schemes: list[Any]) -> Any:
-    """The scheme whose targets match a module, or the one that is for all Linear modules."""
-    for scheme in schemes:
-        if any((t.startswith("re:") and re.match(t[3:], module)) or t == module for t in scheme.targets):
-            return scheme
-    for scheme in schemes:
-        if "Linear" in scheme.targets:
-            return scheme
-    raise ValueError(f"module {module!r}: found no scheme among {[scheme.targets for scheme in schemes][:3]}")
+            f"config_groups: found patterns that take more than {MOST_SECONDS} seconds to match, such as "
+            f"{shown([t for s in schemes for t in s.targets][:3])}, wanted names or plainer patterns"
+        ) from error
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"config_groups: found a pattern that is none: {error}") from error
+    return found
 
 
 def _check(plan: ExportPlan) -> None:

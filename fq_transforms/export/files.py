@@ -5,8 +5,10 @@ more than a shard of them is held.
 """
 
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,20 +18,28 @@ from uuid import uuid4
 from torch import Tensor
 
 from fq_transforms.checkpoint.storage import (
+    Lock,
     fsync,
     fsync_directory,
     is_taken,
     naming,
+    open_regular,
+    read_all,
     remove_left,
     some_files,
-    stage_beside,
+    stage_of,
+    stages_within,
 )
+from fq_transforms.parse import MOST_TEXT, check_name, parse_json, shown
 
-__all__ = ["Files", "bytes_of", "check_free", "progress", "write"]
+__all__ = ["Files", "bytes_of", "check_free", "progress", "read_document", "write"]
 
 T = TypeVar("T")
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+# In a stage: the names of what is moved up from it.
+MOVING = "moving.json"
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,7 +62,7 @@ def bytes_of(size: int | str) -> int:
 
 def check_free(folder: Path) -> None:
     """Raise ValueError unless the directory can be made: there is nothing, or an empty directory."""
-    if is_taken(folder):
+    if is_taken(folder, but=_moved(folder)):
         found = f"a directory with {some_files(folder)}" if folder.is_dir() else "a file"
         raise ValueError(f"folder {str(folder)!r}: found {found}, wanted a new name or an empty directory")
 
@@ -93,24 +103,54 @@ def write(
         ...     sorted(path.name for path in folder.iterdir())[2:]
         ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
     """
-    check_free(folder)
-    stage = stage_beside(folder, uuid4().hex)
     with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_left(folder)
-        stage.mkdir()
-    try:
-        with naming(folder):
-            shards, total = _write_shards(stage, tensors, max_shard_size)
-            _name_shards(stage, shards, total)
-            for name, document in documents.items():
-                _write_json(stage / name, document)
-            fsync_directory(stage)
-            stage.rename(folder)
-            fsync_directory(folder.parent)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+        with Lock(folder):
+            check_free(folder)
+            _remove_left(folder)
+            stage = stage_of(folder, uuid4().hex)
+            stage.mkdir()
+            try:
+                shards, total = _write_shards(stage, tensors, max_shard_size)
+                _name_shards(stage, shards, total)
+                for name, document in documents.items():
+                    _write_json(stage / name, document)
+                fsync_directory(stage)
+                _commit(stage, folder)
+            except BaseException:
+                shutil.rmtree(stage, ignore_errors=True)
+                _remove_left(folder)
+                raise
+
+
+def _commit(stage: Path, folder: Path) -> None:
+    """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
+    if stage.parent == folder:
+        files = sorted(stage.iterdir(), key=lambda file: file.name == CONFIG)
+        _write_json(stage / MOVING, [file.name for file in files])
+        for file in files:
+            file.rename(folder / file.name)
+        fsync_directory(folder)
+        shutil.rmtree(stage)
+    else:
+        stage.rename(folder)
+        fsync_directory(folder.parent)
+
+
+def _moved(folder: Path) -> set[str]:
+    """What a write has moved into a directory that was empty, before it was cut: it is no folder of a model yet."""
+    names: set[str] = set()
+    for stage in stages_within(folder):
+        if (stage / MOVING).exists() and (stage / CONFIG).exists():
+            moving: Any = parse_json(read_all(stage / MOVING, MOST_TEXT).decode())
+            names |= {name for name in moving if Path(name).name == name}
+    return names
+
+
+def _remove_left(folder: Path) -> None:
+    for name in _moved(folder):
+        (folder / name).unlink(missing_ok=True)
+    remove_left(folder)
 
 
 class Files:
@@ -129,35 +169,60 @@ class Files:
 
     def read(self, name: str) -> Tensor:
         """One tensor. Files are mapped, so others are not read."""
-        from safetensors import safe_open
-
         file = self.shards[name]
         if file not in self._opened:
-            self._opened[file] = self._closing.enter_context(safe_open(self.folder / file, "pt"))
+            self._opened[file] = self._closing.enter_context(_opened(self.folder / file))
         return self._opened[file].get_tensor(name)
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, which is an object. Raises ValueError, which names the file, for anything else."""
+    try:
+        document = parse_json(read_all(file, MOST_TEXT).decode())
+    except ValueError as error:
+        raise ValueError(f"file {str(file)!r}: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"file {str(file)!r}: found {shown(document)}, wanted an object")
+    return document
+
+
+def _opened(file: Path) -> Any:
+    """A file of safetensors, mapped. Raises ValueError for a device or a pipe, which the library would wait for."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_regular(file):
+            return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"file {str(file)!r}: found no safetensors, or damaged ones: {error}") from error
 
 
 def _shards_of(folder: Path) -> dict[str, str]:
     """Name of each tensor of a folder to the name of its file.
 
     Raises:
-        ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there.
+        ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there, or a file
+            of another directory.
     """
-    from safetensors import safe_open
-
     index = folder / INDEX
     if not index.exists() and not (folder / SINGLE).exists():
         raise ValueError(f"folder {str(folder)!r}: found neither {SINGLE!r} nor {INDEX!r}, wanted a checkpoint")
-    named: dict[str, str] | None = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    named: Any = read_document(index).get("weight_map") if index.exists() else None
+    if index.exists() and not (isinstance(named, dict) and all(isinstance(file, str) for file in named.values())):
+        raise ValueError(f"file {str(index)!r}: found weight_map={shown(named)}, wanted names of files")
     found: dict[str, str] = {}
     for file in sorted(set(named.values())) if named else [SINGLE]:
+        if not _SHARD.fullmatch(file):
+            raise ValueError(f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory")
         if not (folder / file).exists():
             raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names")
-        with safe_open(folder / file, "pt") as tensors:
+        with _opened(folder / file) as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
     if named is not None and named != found:
         wrong = sorted(named.items() ^ found.items())
-        raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {wrong[:3]}")
+        raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {shown(wrong[:3])}")
+    for name in found:
+        check_name(name, f"folder {str(folder)!r}")
     return found
 
 
@@ -181,8 +246,11 @@ def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]
     from safetensors.torch import save_file
 
     file = stage / f"{number}.safetensors"
+    with file.open("xb") as stream:
+        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)  # that of any new file here, which safetensors leaves
     save_file(held, file, {"format": "pt"})
     with file.open("r+b") as stream:
+        os.fchmod(stream.fileno(), mode)
         fsync(stream)
     return list(held)
 

@@ -5,12 +5,12 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.accounted import DEEPSEEKS, check_accounted, check_config, is_router
@@ -178,7 +178,7 @@ def export(
     max_shard_size: int | str,
 ) -> None:
     """Write a folder in the layout of a target, for a reader. Arguments and errors: `fq_transforms.export.save`."""
-    folder, limit = Path(os.path.realpath(path)), bytes_of(max_shard_size)
+    folder, limit = local_path(path), bytes_of(max_shard_size)
     check_free(folder)
     plan = _plan(target, reader, fq, params, state, config)
     if target.check is not None:

@@ -27,6 +27,7 @@ from torch.nn import Module
 import fq_transforms as fqt
 from fq_transforms.calibrate import check_statistics, chosen_leaves, importance_of, progress
 from fq_transforms.checkpoint import megatron as leaves
+from fq_transforms.checkpoint.storage import refuse_uri
 from fq_transforms.checks import weights_of
 from fq_transforms.integrations import te
 from fq_transforms.integrations.megatron_step import Attached
@@ -253,6 +254,7 @@ def save(path: str | Path, fq: fqt.Transform, model: Module, state: State) -> No
     """
     from megatron.core import dist_checkpointing
 
+    refuse_uri(path)
     entries = _sharded_state_dict(unwrap(model))
     entries |= leaves.sharded_state_dict(fq, state, entries)
     Path(path).mkdir(parents=True, exist_ok=True)  # by every rank: who is first does not matter, and nobody waits

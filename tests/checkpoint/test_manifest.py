@@ -141,8 +141,8 @@ def test_metadata_of_another_program(tmp_path):
         resized: (f"leaf {name!r}: found (5,) torch.float32, wanted (4,)",),
         half: (f"leaf {name!r}: found (4,) torch.float16", "wanted (4,) torch.float32"),
         not_a_tensor: (f"leaf {name!r}: found bytes, wanted a tensor",),
-        elsewhere: ("found the data file '../a/", "wanted one in the directory"),
-        unstored: (f"leaf {name!r}: found 0 of the 4 numbers of this part", "incomplete"),
+        elsewhere: ("found the data file '../a/", "wanted one that save has written"),
+        unstored: (f"leaf {name!r}: found 0 chunks such as []", "wanted all numbers of (4,), each once", "incomplete"),
         other_kind: ("found a checkpoint of 'activations'", "['state', 'packed']"),
         other_spec: ("not a stored Spec",),
     }.items():
