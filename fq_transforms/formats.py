@@ -115,10 +115,11 @@ class Format:
     def __post_init__(self) -> None:
         rows, columns = self.block
         choices = {
-            f"scale {self.scale!r}, wanted fp32, e4m3 or e8m0": self.scale in ("fp32", "e4m3", "e8m0"),
-            f"exponent_rounding {self.exponent_rounding!r}, wanted up, floor or even": self.exponent_rounding
+            f"scale {shown(self.scale)}, wanted fp32, e4m3 or e8m0": self.scale in ("fp32", "e4m3", "e8m0"),
+            f"exponent_rounding {shown(self.exponent_rounding)}, wanted up, floor or even": self.exponent_rounding
             in ("up", "floor", "even"),
-            f"dequantize {self.dequantize!r}, wanted multiply or divide": self.dequantize in ("multiply", "divide"),
+            f"dequantize {shown(self.dequantize)}, wanted multiply or divide": self.dequantize
+            in ("multiply", "divide"),
             f"dequantize 'divide' with {self.element} under {self.scale} scales, wanted integers or e4m3 scales": (
                 self.dequantize != "divide" or self.scale == "e4m3" or isinstance(self.element, IntElement)
             ),
@@ -148,7 +149,7 @@ class Format:
         }
         for found, is_right in choices.items():
             if not is_right:
-                raise ValueError(f"format {self.name!r}: found {found}")
+                raise ValueError(f"format {shown(self.name)}: found {found}")
         object.__setattr__(self, "_json", json.dumps(self.to_dict()))
 
     def __hash__(self) -> int:

@@ -60,7 +60,7 @@ def read_pickle(content: bytes) -> Any:
     Raises:
         ValueError: It is no pickle, or has a step that metadata does not.
 
-    Source: `pickletools` of the standard library, protocols 2 to 5.
+    Source: `pickletools` of the standard library, protocols 3 to 5.
 
     Example:
         >>> import pickle

@@ -150,8 +150,8 @@ def numbers_in(content: bytearray, shape: Sequence[int], dtype: torch.dtype, wha
             f"{what}: found {len(content)} bytes without {tuple(shape)} numbers of {dtype}: {error}"
         ) from error
     if not size:
-        return torch.empty(*shape, dtype=dtype)
-    return torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start).view(*shape)
+        return torch.empty(torch.Size(shape), dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start).view(torch.Size(shape))
 
 
 def _start_in_zip(content: bytearray, size: int) -> int:
@@ -247,7 +247,7 @@ def open_regular(path: Path) -> Generator[BufferedReader, None, None]:
     """A file to read. Raises ValueError for a device, a pipe or a socket, which may have no end, or wait for one."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a directory is an error that says so
-        raise ValueError(f"file {path.name!r}: found a device, pipe or socket, wanted a file")
+        raise ValueError(f"file {str(path)!r}: found a device, pipe or socket, wanted a file")
     with path.open("rb") as stream:
         yield stream
 
@@ -256,7 +256,7 @@ def read_all(path: Path, most: int) -> bytes:
     """The bytes of a file. Raises ValueError if there are more than `most`, before memory is taken for them."""
     with open_regular(path) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
-            raise ValueError(f"file {path.name!r}: found {size} bytes, wanted at most {most}")
+            raise ValueError(f"file {str(path)!r}: found {size} bytes, wanted at most {most}")
         return stream.read(size)
 
 

@@ -237,13 +237,13 @@ def _check_about(about: Any) -> set[str]:
     if found:
         raise ValueError(f"found {shown(found)}, which plain weights cannot have, wanted quantized weights only")
     known = {scheme.format for scheme in SCHEMES.values()}
-    formats: set[str] = set()
-    for name, group in groups.items():
-        format = group.get("format") or about.get("format")
+    named = {f"{name}.format": group.get("format") or about.get("format") for name, group in groups.items()}
+    if about.get("format") not in (None, "mixed-precision"):
+        named["format"] = about["format"]
+    for where, format in named.items():
         if not isinstance(format, str) or format not in known:
-            raise ValueError(f"found the format {shown(format)} for {shown(name)}, wanted one of {sorted(known)}")
-        formats.add(format)
-    return formats
+            raise ValueError(f"found {shown(where)}={shown(format)}, wanted one of {sorted(known)}")
+    return set(named.values())
 
 
 def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:

@@ -119,7 +119,9 @@ def test_any_reader_of_dcp_and_of_safetensors(tmp_path):
 def test_names_of_parameters_and_what_is_skipped_are_not_compared(tmp_path):
     """A Spec fits another that decides the same leaves: what else the model has may change."""
     fq, state, _ = small()
-    groups = tuple(replace(group, names=tuple(n.replace("experts.", "experts.0") for n in group.names)) for group in fq.spec.groups)
+    groups = tuple(
+        replace(group, names=tuple(n.replace("experts.", "experts.0") for n in group.names)) for group in fq.spec.groups
+    )
     other = fqt.transform(Spec(groups))
     for kind in KINDS:
         save_as(kind, tmp_path / kind, fq, state)
