@@ -73,11 +73,11 @@ def save(
 ) -> None:
     """Store a state or packed weights: `load(path, fq, like=tree)` gives the tree, whoever holds which part of it.
 
-    Every rank of the process group calls it, with the same path on a file system that all ranks see; one save at a
-    time. The checkpoint appears whole or not at all. What is stored, and how: docs/checkpoints.
+    Every rank of the process group calls it, with the same path on a file system that all ranks see. The checkpoint
+    appears whole or not at all. What is stored, and how: docs/checkpoints.
 
     Args:
-        path: A new name, an empty directory, or a checkpoint of the same kind, which is replaced. Not a URL.
+        path: A new name, an empty directory, or a checkpoint of the same kind, which is replaced. Not a URI.
         fq: Its spec is stored too; it may be each rank's own, as with pipeline stages.
         tree: From `calibrate` or `pack`. Leaves are DTensors, or plain tensors that are the same on all ranks.
         process_group: The ranks that save; all if None. Without torch.distributed, this process.
@@ -86,7 +86,7 @@ def save(
         KeyError: A group is missing.
         ValueError: The tree does not fit the spec; an amax is NaN, infinite, negative or uncalibrated; a DTensor is
             Partial; copies of a part differ between ranks; the path holds something else. The same on every rank.
-        OSError: The path cannot be written.
+        OSError: The path cannot be written, or another save to it is going on.
 
     Example:
         >>> import tempfile, fq_transforms as fqt

@@ -29,6 +29,7 @@ from fq_transforms.checkpoint import dcp_files
 from fq_transforms.checkpoint.storage import seal_of
 from tests.cases import assert_names, message_of
 from tests.checkpoint.samples import KINDS, assert_same, damaged, files_below, load_as, save_as, small
+from tests.full import FULL
 from tests.ranks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
@@ -277,7 +278,7 @@ def in_fresh_process(function, *args):
     process.start()
     theirs.close()
     try:
-        assert ours.poll(100), "no answer"
+        assert ours.poll(100 if not FULL else 3000), "no answer"
         result, error = ours.recv()
     finally:
         process.kill()
