@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
 from fq_transforms.formats import FORMATS, Format, check_layout, own_format
-from fq_transforms.parse import check_text, nearest, parse_json, read_fields, shown, unique
+from fq_transforms.parse import check_name, check_text, nearest, parse_json, read_fields, shown, unique
 
 __all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml"]
 
@@ -82,6 +82,9 @@ class Rule:
         weights, inputs = (format and own_format(format, layout) for format in (self.weights, self.inputs))
         return replace(self, weights=weights, inputs=inputs)
 
+
+# Characters of YAML, of which PyYAML reads 100,000 in a second, and entries of a mapping: a format has eight.
+MOST_YAML, MOST_ENTRIES = 2**20, 100
 
 Rules: TypeAlias = Mapping[str, Format | None] | Sequence[Rule]
 
@@ -180,8 +183,20 @@ def from_yaml(text: str) -> tuple[Rule, ...]:
             unique((key.value, value.value) for key, value in node.value)
             return super().construct_mapping(node, deep)
 
+        def flatten_mapping(self, node: Any) -> None:
+            """Merges of merges have as many entries as a file likes: each can double them."""
+            super().flatten_mapping(node)
+            if len(node.value) > MOST_ENTRIES:
+                raise ValueError(f"found {len(node.value)} entries in a mapping, wanted at most {MOST_ENTRIES}")
+
+        def construct_scalar(self, node: Any) -> Any:
+            """A number of many digits takes minutes to read."""
+            return check_name(super().construct_scalar(node), "scalar")
+
     try:
-        return rules_from_list(yaml.load(check_text(text), Loader=Loader))
+        if len(check_text(text)) > MOST_YAML:
+            raise ValueError(f"found {len(text)} characters, wanted at most {MOST_YAML}; JSON is read faster")
+        return rules_from_list(yaml.load(text, Loader=Loader))
     except yaml.YAMLError as error:
         raise ValueError(f"not rules in YAML; is each pattern quoted, as '*.experts.*' is? {error}") from error
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:

@@ -251,6 +251,8 @@ def test_specs_and_rules(good):
             with watched():
                 try:
                     found = reader(changed)
+                    assert str(found)
+                    assert not isinstance(found, Spec) or isinstance(found.diff(fq.spec), str)
                 except ValueError as error:
                     said = str(error)
             if said:

@@ -14,6 +14,7 @@ from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, INT4_BLOCK32, INT8, N
 from fq_transforms.rules import Rule, as_rules, from_json, from_yaml, to_json, to_yaml
 from fq_transforms.select import select
 from tests.cases import assert_names, message_of, meta
+from tests.hostile import watched
 
 OWN = replace(INT8, name="FP8", unit_scale_below=1e-5)  # of a name that is another format's
 OF_INPUTS = [format for format in FORMATS.values() if format.dynamic or format.block in ((None, None), (1, None))]
@@ -273,3 +274,20 @@ def test_yaml_without_pyyaml_says_what_to_install(monkeypatch):
     for door in (lambda: to_yaml(RULES), lambda: from_yaml("[]")):
         assert_names(message_of(ImportError, door), "PyYAML", "pip install pyyaml")
     assert from_json(to_json(RULES)) == tuple(RULES)
+
+
+YAML_BOMBS = {
+    "merges": "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(40)),
+    "aliases": "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)) + "b: *a40\n",
+    "a number": "- {pattern: 1" + ":1" * 100_000 + "}",
+    "a name": "- {pattern: " + "x" * 10**5 + "}",
+    "nesting": "[" * 10**5,
+    "megabytes": "- {pattern: x}\n" * 200_000,
+}
+
+
+@pytest.mark.parametrize("case", YAML_BOMBS)
+def test_yaml_takes_what_it_is(case):
+    """A file of rules from others: what grows when it is read is refused, within seconds."""
+    with watched():
+        assert_names(message_of(ValueError, from_yaml, YAML_BOMBS[case]), "not rules in YAML")

@@ -97,7 +97,10 @@ def decompress(
             "torch.bfloat16; or save(..., layout='plain')"
         )
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write(folder, _decompressed(compressed, about, dtype), {"config.json": config}, limit)
+    try:
+        write(folder, _decompressed(compressed, about, dtype), {"config.json": config}, limit)
+    except ValueError as error:
+        raise ValueError(f"folder {str(source)!r}: {error}") from error
 
 
 def _check_global_scales(plan: ExportPlan) -> None:
@@ -192,7 +195,7 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
     try:
         schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
     except ValueError as error:
-        raise ValueError(f"folder {str(folder)!r}: config_groups in config.json: {error}") from error
+        raise ValueError(f"config_groups in config.json: {str(error)[:500]}") from error
     with Files(folder) as files:
         modules = [name.removesuffix(".weight_scale") for name in files.shards if name.endswith(".weight_scale")]
         scheme_of = _schemes_of(modules, schemes)
@@ -208,7 +211,13 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
             compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
             stored = {name.removeprefix(f"{module}."): files.read(name) for name in names_of[module]}
             _check_stored(module, stored, compressor.compression_param_names(scheme))
-            yield f"{module}.weight", compressor.decompress(stored, scheme)["weight"].to(dtype)
+            try:
+                weight = compressor.decompress(stored, scheme)["weight"]
+            except Exception as error:  # whatever it finds wrong with numbers, shapes and arguments
+                raise ValueError(
+                    f"folder {str(folder)!r}, module {module!r}: {type(error).__name__}: {error}"
+                ) from error
+            yield f"{module}.weight", weight.to(dtype)
 
 
 def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[str]) -> None:
@@ -217,6 +226,13 @@ def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[s
     others = stored.keys() - PARTS
     if not wanted <= stored.keys() or others:
         raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and nothing but {PARTS}")
+    shape, packed = stored.get("weight_shape"), stored.get("weight_packed")
+    if shape is None or packed is None:
+        return
+    sizes = shape.flatten().tolist()
+    most = (packed.shape[0], 32 * packed.shape[-1]) if packed.dim() == 2 else (0, 0)  # at most 32 codes in a word
+    if len(sizes) != 2 or not all(0 < size <= limit for size, limit in zip(sizes, most, strict=True)):
+        raise ValueError(f"module {module!r}: found weight_shape {sizes[:3]} for codes of {tuple(packed.shape)}")
 
 
 def _check_about(about: Any) -> set[str]:
@@ -243,7 +259,7 @@ def _check_about(about: Any) -> set[str]:
     for where, format in named.items():
         if not isinstance(format, str) or format not in known:
             raise ValueError(f"found {shown(where)}={shown(format)}, wanted one of {sorted(known)}")
-    return set(named.values())
+    return {str(format) for format in named.values()}
 
 
 def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
