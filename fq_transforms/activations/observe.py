@@ -5,11 +5,11 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.activations.products import Use, products
 from fq_transforms.checks import DTYPES, plain_weights_of
+from fq_transforms.in_use import InUse
 from fq_transforms.ops.private import is_mapped
 from fq_transforms.spec import Inputs
 
@@ -77,6 +77,7 @@ def observe(
     # Calibration changes nothing: what a layer writes into its buffers as it runs goes into copies.
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(params)
     ran: set[str] = set()
+    in_use = InUse(caller, model.named_modules(), nests=True)
     found = {inputs.key: kind(inputs, params[inputs.names[0]].device) for inputs in wanted}
     number = -1
     for number, one in enumerate(_batches(batches, wanted[0], caller)):
@@ -95,9 +96,9 @@ def observe(
                 of_batch[use.inputs.key].add(use, x.detach())
             return x
 
-        with torch.no_grad(), products(model, values, wanted, see) as keys:
+        with torch.no_grad(), in_use, in_use, products(model, values, wanted, see) as keys:
             try:
-                _run(lambda *args, **kwargs: functional_call(model, values, args, kwargs), one, forward)
+                _run(lambda *args, **kwargs: in_use.call(model, values, args, kwargs), one, forward)
             except Exception as error:
                 error.add_note(f"{caller}: in batch {number}")
                 raise

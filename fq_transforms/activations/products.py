@@ -20,7 +20,7 @@ NOTE cost: about 12 us of the host for each call of a PyTorch function, measured
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fq_transforms.in_use import InUse, Within
 from fq_transforms.ops.private import is_mapped, unwrapped
 from fq_transforms.spec import Inputs
 
@@ -89,10 +90,13 @@ _CASTS = ("to", "type", "type_as", "float", "bfloat16", "half", "contiguous", "c
 _GATHERS = ("__getitem__", "index_select")
 
 
-@contextmanager
 def products(
-    model: Module, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], on_input: OnInput
-) -> Generator[set[str]]:
+    model: Module,
+    weights: Mapping[str, Tensor],
+    inputs: Sequence[Inputs],
+    on_input: OnInput,
+    end: Callable[[set[str]], None] | None = None,
+) -> AbstractContextManager[set[str]]:
     """Within, each product of `model` with one of the weights has `on_input(use, x)` in place of its input x.
 
     Args:
@@ -100,57 +104,128 @@ def products(
         weights: Names to the tensors that it computes with.
         inputs: Which of them.
         on_input: Called with each input, [..., in], in the order of the computation.
+        end: Called on leaving, unless an exception is on its way, with the keys of the inputs that were seen.
 
     A further call within is its own: what this one quantizes is left alone there. A backward pass within is not seen.
+    Calls may be left in any order.
 
-    Yields:
-        The keys of the inputs that were seen so far.
+    Returns:
+        A context manager, which gives the keys of the inputs that were seen so far.
 
     Raises:
         ValueError: Within: a weight is used in another way than x @ w.T, or by a layer whose input cannot be seen.
-            Here: a weight is on meta, is mapped by vmap, or is compiled.
+            On entering: a weight is on meta, is mapped by vmap, or is compiled; a layer that is hooked for the time of
+            the call, as Transformer Engine's are, is in use by another thread.
     """
-    seen: set[str] = set()
-
-    def see(use: Use, x: Tensor) -> Tensor:
-        seen.add(use.inputs.key)
-        return on_input(use, x)
-
-    with ExitStack() as leaving:
-        mode = _Products(see)
-        mode.add(weights, inputs, _hook(model, inputs, see, mode.is_resting, leaving))
-        for outer in _CALLS.running:
-            outer.resting += 1
-            leaving.callback(outer.wake)
-        leaving.enter_context(mode)
-        _CALLS.running.append(mode)
-        leaving.callback(_CALLS.running.pop)
-        yield seen
+    return _Seeing(model, weights, inputs, on_input, end)
 
 
-class _Calls(threading.local):
-    """The calls that run in this thread, as modes of PyTorch are of a thread; the outermost first."""
+class _Seeing(Within[set[str]]):
+    def __init__(
+        self,
+        model: Module,
+        weights: Mapping[str, Tensor],
+        inputs: Sequence[Inputs],
+        on_input: OnInput,
+        end: Callable[[set[str]], None] | None,
+    ) -> None:
+        self.model, self.weights, self.inputs, self.on_input, self.end = model, weights, inputs, on_input, end
+
+    def _use(self) -> InUse:
+        self.seen: set[str] = set()
+        self.hooked = _hooked(self.model, self.inputs)
+        return InUse("quantized inputs", ((path, module) for path, module, _ in self.hooked), nests=True)
+
+    def _begin(self, use: InUse) -> set[str]:
+        seen, on_input = self.seen, self.on_input  # and not this context, which would be held by what it begins
+
+        def see(use: Use, x: Tensor) -> Tensor:
+            seen.add(use.inputs.key)
+            return on_input(use, x)
+
+        call = _Watch(see)
+        for _, module, held in self.hooked:
+            use.hook_before(module, _PreHook(module, list(held.values()), see, call.is_resting), with_kwargs=True)
+        call.add(self.weights, self.inputs, {name for *_, held in self.hooked for name in held})
+        use.undo.append(call.end)
+        call.begin()
+        return seen
+
+    def _end(self) -> None:
+        if self.end is not None:
+            self.end(self.seen)
+
+
+class _Stack:
+    """The calls that run in a thread, the outermost first, and a mode for each."""
 
     def __init__(self) -> None:
-        self.running: list[_Products] = []
+        self.calls: list[_Watch] = []
+        self.modes: list[_Mode] = []
 
 
-_CALLS = _Calls()
+class _Here(threading.local):
+    """The stack of this thread, as modes of PyTorch are of a thread."""
+
+    def __init__(self) -> None:
+        self.stack = _Stack()
 
 
-class _Products(TorchFunctionMode):
-    def __init__(self, see: OnInput) -> None:
+_HERE = _Here()
+_PROBE = torch.empty(0)
+
+
+class _Mode(TorchFunctionMode):
+    """A place in PyTorch's stack of modes, of which only the top can be taken away: serves whoever has its number."""
+
+    def __init__(self, stack: _Stack, number: int) -> None:
         super().__init__()
+        self.stack, self.number = stack, number
+        self.was_asked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.was_asked = True
+        calls = self.stack.calls
+        if self.number < len(calls):
+            return calls[self.number].on_function(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def is_pushed(self) -> bool:
+        """An interrupt may come before or behind what pushes it, or pops it, and nobody tells."""
+        self.was_asked = False
+        _PROBE.dim()
+        return self.was_asked
+
+
+class _Watch:
+    """What one call watches for."""
+
+    def __init__(self, see: OnInput) -> None:
         self.see = see
-        self.resting = 0  # calls within this one
+        self.stack = _HERE.stack
         self.spans: dict[int, list[_Span]] = {}  # by address of the storage, in order
         self.copies: Any = WeakIdKeyDictionary()
 
-    def is_resting(self) -> bool:
-        return self.resting > 0
+    def begin(self) -> None:
+        stack = self.stack
+        stack.calls.append(self)
+        stack.modes.append(_Mode(stack, len(stack.modes)))
+        stack.modes[-1].__enter__()
 
-    def wake(self) -> None:
-        self.resting -= 1
+    def end(self) -> None:
+        """Once more is no fault. Calls that began later move down by a place each."""
+        stack = self.stack
+        if self in stack.calls:
+            stack.calls.remove(self)
+        while len(stack.modes) > len(stack.calls):
+            if stack is _HERE.stack and stack.modes[-1].is_pushed():
+                stack.modes[-1].__exit__(None, None, None)
+            stack.modes.pop()
+
+    def is_resting(self) -> bool:
+        """True while another call runs within this one, in its thread."""
+        calls = _HERE.stack.calls
+        return bool(calls) and calls[-1] is not self
 
     def add(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], hooked: set[str]) -> None:
         for group in inputs:
@@ -162,10 +237,9 @@ class _Products(TorchFunctionMode):
         for spans in self.spans.values():
             spans.sort(key=lambda span: span.start)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         name: str = getattr(func, "__name__", "").removesuffix(".default")
-        if (name == "__get__" and not self.copies) or self.resting:
+        if (name == "__get__" and not self.copies) or self.is_resting():
             return func(*args, **kwargs)
         found = [(t, at) for t in _tensors((*args, *kwargs.values())) if (at := self.find(t)) is not None]
         if not found:
@@ -309,7 +383,7 @@ def _slot(args: Any, kwargs: Any, position: int, keywords: Sequence[str]) -> Any
     return position if position < len(args) else next(keyword for keyword in keywords if keyword in kwargs)
 
 
-def _one(mode: _Products, args: Any, kwargs: Any) -> _Span:
+def _one(mode: _Watch, args: Any, kwargs: Any) -> _Span:
     at = next(at for t in _tensors((*args, *kwargs.values())) if (at := mode.find(t)) is not None)
     return at.span if isinstance(at, _Copy) else at
 
@@ -355,12 +429,10 @@ def _not_followed(span: _Span, use: str) -> ValueError:
 _OPAQUE = ("transformer_engine.", "megatron.core.tensor_parallel.")
 
 
-def _hook(
-    model: Module, inputs: Sequence[Inputs], see: OnInput, is_resting: Callable[[], bool], leaving: ExitStack
-) -> set[str]:
-    """Hook the modules that hold selected weights and whose products cannot be seen; the names of those weights."""
+def _hooked(model: Module, inputs: Sequence[Inputs]) -> list[tuple[str, Module, dict[str, tuple[Inputs, int]]]]:
+    """The modules that hold selected weights and whose products cannot be seen, with their names and those weights."""
     where = {name: (group, number) for group in inputs for number, name in enumerate(group.names)}
-    hooked: set[str] = set()
+    found: list[tuple[str, Module, dict[str, tuple[Inputs, int]]]] = []
     for path, module in model.named_modules():
         kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith(_OPAQUE)]
         if not kinds:
@@ -375,10 +447,8 @@ def _hook(
                 f"inputs {next(iter(held.values()))[0].key!r}: found {type(module).__name__}, which normalizes its "
                 "input itself, so that nobody sees what its weight gets; take it out with a rule to None"
             )
-        hook = _PreHook(module, list(held.values()), see, is_resting)
-        leaving.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        hooked |= held.keys()
-    return hooked
+        found.append((path, module, held))
+    return found
 
 
 class _PreHook:

@@ -1,7 +1,7 @@
 """Inputs of the selected weights: what a model multiplies them with, observed in calibration, quantized in `apply`."""
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -75,7 +75,6 @@ class _Largest:
         return {"amax": amax, "tokens": self.tokens[:-1].clone()}
 
 
-@contextmanager
 def quantized_inputs(
     model: Module,
     weights: Mapping[str, Tensor],
@@ -83,14 +82,13 @@ def quantized_inputs(
     *,
     spec: Spec,
     backward: Backward,
-) -> Generator[None]:
+) -> AbstractContextManager[object]:
     """Within, the model computes with each selected input quantized, if `weights` are what it has as parameters.
 
     One call or several. Raises ValueError as `Transform.apply` does; for a layer that never ran, on leaving.
     """
     if not spec.inputs:
-        yield
-        return
+        return nullcontext()
     for inputs in spec.inputs:
         plain_weights_of(weights, inputs)
     _check_seen(state, spec)
@@ -101,14 +99,15 @@ def quantized_inputs(
             _refuse_recomputed(use, x, weights)
         return quantize_input(use, x, state[use.inputs.key], backward=backward)
 
-    with products(model, weights, spec.inputs, quantize) as seen:
-        yield
-    if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen and inputs.always_runs]:
-        raise ValueError(
-            f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} "
-            "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take it "
-            "out with a rule to None"
-        )
+    def check_seen(seen: set[str]) -> None:
+        if idle := [inputs.key for inputs in spec.inputs if inputs.key not in seen and inputs.always_runs]:
+            raise ValueError(
+                f"inputs {idle[0]!r}: found that its layer never ran in this call ({len(idle)} of {len(spec.inputs)} "
+                "groups did not), or used another tensor than its parameter, wanted every selected layer to run; take "
+                "it out with a rule to None"
+            )
+
+    return products(model, weights, spec.inputs, quantize, check_seen)
 
 
 def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> None:

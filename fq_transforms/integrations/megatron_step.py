@@ -58,14 +58,18 @@ class Attached:
         self._own_prepare: Callable[[], bool] = getattr(optimizer, _PREPARE)
         self._is_attached = True
         self.write()  # before anything is replaced: what it refuses leaves the optimizer as it was
-        self._replaced: list[tuple[Any, str]] = []
-        self._replace(optimizer, _STEP, self._step)
-        if fq.backward == "clip":
-            self._replace(optimizer, _PREPARE, self._prepare)
-        for part in parts:
-            self._replace(part, _RELOAD, _reloading(getattr(part, _RELOAD)))
-            if not is_distributed:
-                self._replace(part, _CAST, lambda: None)
+        self._replaced: list[tuple[Any, str, Callable[..., Any]]] = []
+        try:
+            self._replace(optimizer, _STEP, self._step)
+            if fq.backward == "clip":
+                self._replace(optimizer, _PREPARE, self._prepare)
+            for part in parts:
+                self._replace(part, _RELOAD, _reloading(getattr(part, _RELOAD)))
+                if not is_distributed:
+                    self._replace(part, _CAST, lambda: None)
+        except BaseException:
+            self._give_back()
+            raise
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(part).__name__ for part in self._parts)
@@ -98,14 +102,20 @@ class Attached:
     def detach(self) -> None:
         """Give the optimizer its own step back, and the model its masters, unquantized."""
         self._check_attached()
-        self._is_attached = False
-        for owner, name in self._replaced:
-            delattr(owner, name)
+        self._give_back()
         self.cast()
+        self._is_attached = False  # last: what interrupts may call it once more
 
     def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        setattr(owner, name, function)
-        self._replaced.append((owner, name))
+        self._replaced.append((owner, name, function))  # before it is done, as an interrupt may follow
+        if vars(owner).setdefault(name, function) is not function:  # in one instruction, as threads may attach at once
+            raise ValueError("optimizer: found it attached already, wanted attached.detach() first")
+
+    def _give_back(self) -> None:
+        """The optimizer has its own methods again. Once more is no fault."""
+        for owner, name, function in self._replaced:
+            if vars(owner).get(name) is function:
+                delattr(owner, name)
 
     def _check_attached(self) -> None:
         if not self._is_attached:

@@ -6,14 +6,14 @@ autocast Transformer Engine would quantize the fake-quantized weights once more:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 import fq_transforms as fqt
+from fq_transforms.in_use import InUse
 from fq_transforms.state import State
 
 __all__ = ["functional_call", "is_te", "layerwise", "refuse_autocast"]
@@ -45,6 +45,10 @@ def refuse_autocast(module: Module) -> None:
         )
 
 
+def _refuse(module: Module, args: Any) -> None:
+    refuse_autocast(module)
+
+
 def functional_call(
     model: Module, weights: Mapping[str, Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Any:
@@ -62,11 +66,11 @@ def functional_call(
     replaced = {
         name.rpartition(".")[0] for name, param in model.named_parameters() if weights.get(name, param) is not param
     }
-    with ExitStack() as hooks:
+    use = InUse("integrations.te.functional_call", model.named_modules(), nests=True)
+    with use, use:
         for name in replaced:
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda module, _: refuse_autocast(module))
-            hooks.callback(hook.remove)
-        return torch.func.functional_call(model, dict(weights), tuple(args), dict(kwargs or {}))
+            use.hook_before(model.get_submodule(name), _refuse)
+        return use.call(model, dict(weights), tuple(args), dict(kwargs or {}))
 
 
 def layerwise(

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
+from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -68,16 +69,18 @@ V = TypeVar("V")
 
 
 class Bounded(dict[K, V]):
-    """What was added last, at most so many: first in, first out."""
+    """What was added last, at most so many: first in, first out. Threads may add at once."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
+        self._lock = RLock()  # as what makes room may free an object whose finalizer adds
 
     def __setitem__(self, key: K, value: V) -> None:
-        super().__setitem__(key, value)
-        if len(self) > self.most:
-            del self[next(iter(self))]
+        with self._lock:
+            super().__setitem__(key, value)
+            while len(self) > self.most:
+                del self[next(iter(self))]
 
 
 # Groups.

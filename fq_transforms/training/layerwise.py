@@ -7,8 +7,11 @@ NOTE who asks again: experts whose weights are one module's (Transformer Engine,
 one launch makes them; experts that are modules of their own need one at a time, and get it.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fq_transforms.checks import check_state, is_read
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.fakequant import quantize_group
+from fq_transforms.in_use import InUse, Within
 from fq_transforms.ops import private
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, Spec, refuse_inputs
@@ -33,7 +37,6 @@ __all__ = ["layerwise"]
 CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)  # which have no forward
 
 
-@contextmanager
 def layerwise(
     fq: Transform,
     model: Module,
@@ -41,7 +44,7 @@ def layerwise(
     *,
     recompute: bool = True,
     inspect: Callable[[Module], None] | None = None,
-) -> Generator[None]:
+) -> AbstractContextManager[None]:
     """Within, each selected layer of `model` computes with the weights of `fq.fakequant`, made when its forward begins.
 
     One layer's fake weights exist at a time, and nothing stays on the model. Call `.backward()` inside if activations
@@ -56,8 +59,9 @@ def layerwise(
 
     Raises:
         KeyError, ValueError: As `fq.fakequant`; "lsq" or inputs; a layer is wrapped or compiled (docs/training.md), its
-            weight is tied, parametrized or read by another module, or it never ran; with `recompute` a DTensor,
-            torch.func, or Megatron's own fused accumulation; "clip" and `main_grad`.
+            weight is tied, parametrized or read by another module, or it never ran; the model, or a part of it, is
+            in use already; with `recompute` a DTensor, torch.func, or Megatron's own fused accumulation; "clip" and
+            `main_grad`.
         RuntimeError: In backward, weights or amax have changed since forward.
 
     Example:
@@ -68,49 +72,65 @@ def layerwise(
         >>> with layerwise(fq, model, fq.calibrate(params)):
         ...     model(torch.ones(2, 32)).sum().backward()
     """
-    if fq.backward == "lsq":
-        raise ValueError("backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fq.fakequant")
-    spec = fq.spec
-    refuse_inputs(spec, "layerwise")
-    check_state(state, spec, values=is_read)
-    check_unparametrized(spec)
-    options = _Options(fq, recompute, inspect)
-    paths, owners = _owners(model, spec)
-    sites = [_Site(module, groups, state, options) for module, groups in owners.items()]
-    _check_untied(model, sites)
-    running: list[Module] = []
+    return _Layerwise(model, state, _Options(fq, recompute, inspect))
 
-    def begin(module: Module, args: Any) -> None:
-        running.append(module)
 
-    def end(module: Module, args: Any, output: Any) -> None:
-        if running:
-            running.pop()
+class _Layerwise(Within[None]):
+    def __init__(self, model: Module, state: State, options: "_Options") -> None:
+        self.model, self.state, self.options = model, state, options
 
-    with ExitStack() as undo:
-        for module in paths:
-            undo.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
-            undo.callback(module.register_forward_hook(end, always_call=True).remove)
-        for site in sites:
-            undo.callback(site.leave_all)
-            undo.callback(site.module.register_forward_pre_hook(site.before).remove)
-            undo.callback(site.module.register_forward_hook(site.after, always_call=True).remove)
+    def _use(self) -> InUse:
+        fq, model = self.options.fq, self.model
+        if fq.backward == "lsq":
+            raise ValueError(
+                "backward: found 'lsq', wanted 'pass_through' or 'clip'; to learn a state, call fq.fakequant"
+            )
+        refuse_inputs(fq.spec, "layerwise")
+        check_state(self.state, fq.spec, values=is_read)
+        check_unparametrized(fq.spec)
+        return InUse("layerwise", chain(model.named_modules(), model.named_parameters()))
+
+    def _begin(self, use: InUse) -> None:
+        paths, owners = _owners(self.model, self.options.fq.spec)
+        calls = _Calls()
+        self.sites = sites = [
+            _Site(module, groups, self.state, self.options, calls) for module, groups in owners.items()
+        ]
+        _check_untied(self.model, sites)
+
+        def begin(module: Module, args: Any) -> None:
+            calls.running.append(None if torch.compiler.is_compiling() else _frame_of_call())
+
+        def end(module: Module, args: Any, output: Any) -> None:
+            if calls.running:
+                calls.running.pop()
+
         for holder, of_holder in _by_holder(sites).items():
 
             def is_refused(attribute: str, of_holder: Mapping[str, _Site] = of_holder) -> bool:
-                return bool(running) and not of_holder[attribute].entered
+                return not of_holder[attribute].is_entered() and calls.are_running()
 
             names = {attribute: site.names[holder, attribute] for attribute, site in of_holder.items()}
-            undo.callback(Guarded(holder, names, is_refused).put_back)
-        yield
-    if idle := [site for site in sites if site.runs == 0]:
-        group = idle[0].groups[0]
-        raise ValueError(
-            f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran "
-            f"({len(idle)} of {len(sites)} selected layers did not), wanted every selected layer to run; if another "
-            f"module computes with its weights, call functional_call(model, fq.fakequant(params, state), ...), or "
-            f"{OTHER_WAY}"
-        )
+            guarded = Guarded(holder, names, is_refused)
+            use.undo.append(guarded.put_back)
+            guarded.stand_in()
+        for module in paths:
+            use.hook_before(module, begin, prepend=True)
+            use.hook_after(module, end, always_call=True)
+        for site in sites:
+            use.hook_before(site.module, site.before)
+            use.hook_after(site.module, site.after, always_call=True)
+        use.undo.append(calls.leave_all)  # last, and so the first to be done
+
+    def _end(self) -> None:
+        if idle := [site for site in self.sites if site.runs == 0]:
+            group = idle[0].groups[0]
+            raise ValueError(
+                f"parameter {group.names[0]!r}: found that its layer, {type(idle[0].module).__name__}, never ran "
+                f"({len(idle)} of {len(self.sites)} selected layers did not), wanted every selected layer to run; if "
+                f"another module computes with its weights, call functional_call(model, fq.fakequant(params, state), "
+                f"...), or {OTHER_WAY}"
+            )
 
 
 class _Options(NamedTuple):
@@ -122,7 +142,9 @@ class _Options(NamedTuple):
 class _Site:
     """A module whose forward uses all weights of some groups."""
 
-    def __init__(self, module: Module, groups: dict[Group, list[Module]], state: State, options: _Options) -> None:
+    def __init__(
+        self, module: Module, groups: dict[Group, list[Module]], state: State, options: _Options, calls: "_Calls"
+    ) -> None:
         self.module, self.options = module, options
         self.groups = list(groups)
         self.scales = [state[group.key] for group in groups]
@@ -133,7 +155,7 @@ class _Site:
                 self.names[holder, name.rpartition(".")[2]] = name
                 self.modules[name] = holder
         self.runs = 0
-        self.entered: list[_Exchanged | None] = []
+        self.calls = calls
 
     def take(self) -> dict[str, Tensor]:
         """What hangs there now."""
@@ -145,36 +167,45 @@ class _Site:
             found[name] = tensor
         return found
 
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        for (holder, attribute), name in self.names.items():
-            tensors_in(holder)[attribute] = tensors[name]
-
     def before(self, module: Module, args: Any) -> None:
         if private.is_in_compiled():  # which would keep this hook for later
             raise ValueError(
                 f"layer {type(module).__name__}: found torch.compile around it within layerwise, wanted eager mode; or "
                 f"{OTHER_WAY}"
             )
-        is_within_itself = any(self.entered)
-        self.entered.append(None)  # `after` is called even if this raises
+        entered = _Entered(self, _frame_of_call())
+        is_within_itself = self._is_within_itself()
+        self.calls.entered.append(entered)  # `after` is called even if this raises
         inspect = self.options.inspect
         if inspect is not None:
             for inner in dict.fromkeys([module, *self.modules.values()]):
                 inspect(inner)
         if not is_within_itself:
-            self.entered[-1] = self._exchange(self.take())
+            self._exchange(self.take(), entered)
         self.runs += 1
 
     def after(self, module: Module, args: Any, output: Any) -> None:
-        entered = self.entered.pop() if self.entered else None
+        entered = next((one for one in reversed(self.calls.entered) if one.site is self), None)
         if entered is not None:
             entered.leave(output)
 
-    def leave_all(self) -> None:
-        while self.entered:
-            self.after(self.module, (), None)
+    def is_entered(self) -> bool:
+        return any(one.site is self for one in self.calls.entered)
 
-    def _exchange(self, params: dict[str, Tensor]) -> "_Exchanged":
+    def _is_within_itself(self) -> bool:
+        """True if a call of this layer led to this one. One that an interrupt ended is over: its weights are old."""
+        for one in [one for one in reversed(self.calls.entered) if one.site is self]:
+            if _is_on_stack(one.frame, _frame_of_call()):
+                return True
+            if _is_on_a_stack(one.frame):
+                raise ValueError(
+                    f"layer {type(self.module).__name__}: found that another thread runs it, within one layerwise, "
+                    "wanted one thread; give each a model of its own: copy.deepcopy(model)"
+                )
+            one.leave(None)
+        return False
+
+    def _exchange(self, params: dict[str, Tensor], entered: "_Entered") -> None:
         fq = self.options.fq
         weights: dict[str, Tensor] = {}
         for group, scales in zip(self.groups, self.scales, strict=True):
@@ -183,14 +214,14 @@ class _Site:
             )
             weights.update(zip(group.names, outs, strict=True))
         carry_main_grad(fq, params, weights)
-        leaving, remake = ExitStack(), None
         if self.options.recompute and torch.is_grad_enabled():
             self._check_flags_return(params)
-            remake = self._remake(params, weights)
-            if remake is not None:
-                leaving.enter_context(torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack))
-        self.put(weights)
-        return _Exchanged(self, params, leaving, remake)
+            entered.remake = self._remake(params, weights)
+        entered.params, entered.weights = params, weights
+        if entered.remake is not None:
+            torch.autograd.graph.saved_tensors_hooks(entered.remake.pack, entered.remake.unpack).__enter__()
+        for (holder, attribute), name in self.names.items():
+            tensors_in(holder)[attribute] = weights[name]
 
     def _check_flags_return(self, params: Mapping[str, Tensor]) -> None:
         """Raise ValueError for layers that set `grad_added_to_main_grad` on the weight that they saved."""
@@ -220,19 +251,63 @@ class _Site:
         return remake
 
 
-class _Exchanged(NamedTuple):
-    """A forward with fake weights in the place of the parameters."""
+class _Entered:
+    """A forward of a layer, and what it has exchanged: nothing within itself."""
 
-    site: _Site
-    params: dict[str, Tensor]
-    leaving: ExitStack
-    remake: "_Remake | None"
+    def __init__(self, site: _Site, frame: FrameType) -> None:
+        self.site, self.frame = site, frame
+        self.params: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.remake: _Remake | None = None
 
     def leave(self, output: Any) -> None:
-        self.site.put(self.params)
-        self.leaving.close()
+        """Put the parameters back, wherever the fake weights still are. Once more is no fault."""
+        for (holder, attribute), name in self.site.names.items() if self.weights else ():
+            if tensors_in(holder).get(attribute) is self.weights[name]:
+                tensors_in(holder)[attribute] = self.params[name]
         if self.remake is not None:
+            if self.remake.is_of(private.saved_tensors_hooks()):
+                torch.autograd.graph.saved_tensors_hooks(self.remake.pack, self.remake.unpack).__exit__()
             self.remake.forward_is_done(output)
+        if self in self.site.calls.entered:
+            self.site.calls.entered.remove(self)
+
+
+class _Calls:
+    """The forwards that run within one `layerwise`: of modules on the way to selected weights, and of their layers.
+
+    They are known by their frames, as KeyboardInterrupt ends a forward without its hooks; None in what is compiled.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[FrameType | None] = []
+        self.entered: list[_Entered] = []
+
+    def are_running(self) -> bool:
+        while self.running:
+            if (frame := self.running[-1]) is None or _is_on_a_stack(frame):
+                return True
+            self.running.pop()
+        return False
+
+    def leave_all(self) -> None:
+        while self.entered:
+            self.entered[-1].leave(None)
+
+
+def _frame_of_call() -> FrameType:
+    """Of what has called the caller of this: PyTorch's, as long as a module's hooks and its forward run."""
+    return sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_on_a_stack(frame: FrameType) -> bool:
+    return any(_is_on_stack(frame, top) for top in sys._current_frames().values())  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
+    while top is not None and top is not frame:
+        top = top.f_back
+    return top is not None
 
 
 class _Source:
@@ -303,6 +378,9 @@ class _Remake:
         self.weights: dict[int, tuple[Tensor, _Place, int]] = {}
         self.storages: dict[int, list[tuple[Tensor, _Place]]] | None = None
         self.is_complete = True
+
+    def is_of(self, hooks: Any) -> bool:
+        return hooks is not None and getattr(hooks[0], "__self__", None) is self
 
     def add(self, source: _Source, weights: Sequence[Tensor]) -> None:
         for number, weight in enumerate(weights):

@@ -11,8 +11,8 @@ Whatever drives a torch optimizer drives it, because its `param_groups` hold the
   number of the step, all of which it reshards. Save `opt.quantizer_state` beside it, and set it after loading.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from fq_transforms.checks import check_same_spread, check_state, check_tensor, is_read
 from fq_transforms.dtensor import local_values
+from fq_transforms.in_use import InUse, Within
 from fq_transforms.masters import cast, masters, tensors_of
 from fq_transforms.ops.quantize.reference import TINY_AMAX
 from fq_transforms.rounding import Stochastic, check_rounding, check_seed_of_steps, of_step
@@ -174,14 +175,13 @@ class FakeQuantOptimizer(Optimizer):
                     )
                 self._versions[name] = self._params[name]._version
 
-    @contextmanager
-    def unquantized(self) -> Generator[None]:
-        """Within, the model holds its unquantized weights, cast to its dtypes: to evaluate, average or save it."""
-        cast(self.masters, out=self.model)
-        try:
-            yield
-        finally:
-            self.write()
+    def unquantized(self) -> AbstractContextManager[None]:
+        """Within, the model holds its unquantized weights, cast to its dtypes: to evaluate, average or save it.
+
+        Raises:
+            ValueError: On entering: somebody is within it already, who would leave fake weights to the other.
+        """
+        return _Unquantized(self)
 
     @property
     def quantizer_state(self) -> State:
@@ -424,6 +424,21 @@ class FakeQuantOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("FakeQuantOptimizer: found a copy or a pickle of it, wanted its state_dict()")
+
+
+class _Unquantized(Within[None]):
+    def __init__(self, optimizer: FakeQuantOptimizer) -> None:
+        self.optimizer = optimizer
+
+    def _use(self) -> InUse:
+        return InUse("unquantized", self.optimizer._params.items())  # pyright: ignore[reportPrivateUsage] (its own)
+
+    def _begin(self, use: InUse) -> None:
+        use.undo.append(self.optimizer.write)
+        cast(self.optimizer.masters, out=self.optimizer.model)
+
+    def _end(self) -> None:
+        """Nothing can be amiss."""
 
 
 class _Part(NamedTuple):

@@ -33,13 +33,18 @@ class Guarded(dict[str, Tensor | None]):
         module: Whose.
         names: Attributes to the names of those parameters.
         is_refused: True for an attribute that is read by another than its layer.
+
+    It takes the dict's place in `stand_in`, until `put_back`, which may be called before that, and again.
     """
 
     def __init__(self, module: Module, names: Mapping[str, str], is_refused: Callable[[str], bool]) -> None:
         self.module, self.names, self.is_refused = module, names, is_refused
         self.own: dict[str, Tensor | None] = vars(module)["_parameters"]
         super().__init__(self.own)
-        vars(module)["_parameters"] = self
+
+    def stand_in(self) -> None:
+        """From now on the module has this one."""
+        vars(self.module)["_parameters"] = self
 
     def __getitem__(self, attribute: str) -> Tensor | None:
         tensor = super().__getitem__(attribute)
@@ -55,8 +60,11 @@ class Guarded(dict[str, Tensor | None]):
         return dict, (dict(self),)  # a copy of the model is not guarded
 
     def put_back(self) -> None:
-        """The module has the dict that it had, with what is in it now."""
-        self.own.clear()
+        """The module has the dict that it had, with what is in it now: at no time without its parameters."""
+        if vars(self.module)["_parameters"] is not self:
+            return
+        for attribute in self.own.keys() - self.keys():
+            del self.own[attribute]
         self.own.update(self)
         vars(self.module)["_parameters"] = self.own
 

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.activations.quantize import quantized_inputs
+from fq_transforms.in_use import InUse
 from fq_transforms.rounding import Stochastic
 from fq_transforms.state import State
 from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
@@ -45,7 +45,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
     Raises:
         KeyError, ValueError: As `fq.fakequant`; a parameter is not in the model; none is trained; no microbatch; a loss
             is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; a module is wrapped or compiled, a weight
-            parametrized (docs/training.md).
+            parametrized, the model in use by another thread or by `layerwise` (docs/training.md).
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -87,10 +87,11 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
             leaves = {name: weight.detach().requires_grad_(name in trained) for name, weight in weights.items()}
             carry_main_grad(fq, params, {name: leaves[name] for name in trained})
             named = {f"model.{name}": leaf for name, leaf in leaves.items()}
+            use = InUse("value_and_grad", model.named_modules(), nests=True)
             try:
-                with quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
+                with use, use, quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
                     for microbatch in microbatches:  # each is drawn with the model as it is
-                        losses.append(functional_call(run, named, (microbatch,)))
+                        losses.append(use.call(run, named, (microbatch,), {}))
                         for name, param in fused.items():
                             _settle(param, leaves[name])
             finally:
