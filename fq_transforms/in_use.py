@@ -22,7 +22,7 @@ __all__ = ["InUse", "Within"]
 
 T = TypeVar("T")
 
-_LOCK = threading.RLock()  # which a finalizer may take again in the thread that holds it
+# In the order of their beginnings. No lock: one that is held at an interrupt, or at a fork, is never given back.
 _USES: list["InUse"] = []
 
 
@@ -46,15 +46,16 @@ class InUse(AbstractContextManager["InUse"]):
 
     def __enter__(self) -> Self:
         try:
-            with _LOCK:
-                if self not in _USES:
-                    for other in _USES:
-                        self._check_apart(other)
-                    _USES.append(self)
+            if self not in _USES:
+                _USES.append(self)  # first: of two that begin at once one is earlier, and the other sees it
+                for other in (*_USES,):  # as it is now, whoever leaves meanwhile
+                    if other is self:
+                        break
+                    self._check_apart(other)
+            return self
         except BaseException:
             self.leave()
             raise
-        return self
 
     def _check_apart(self, other: "InUse") -> None:
         if self.nests and other.nests and other.thread is self.thread:
@@ -75,13 +76,13 @@ class InUse(AbstractContextManager["InUse"]):
         """Undo all, in the order from last to first, and let others have the parts."""
         try:
             self._undo_all()
+            self._end()
         except BaseException:  # an interrupt, which comes once
             try:
                 self._undo_all()
             finally:
                 self._end()
             raise
-        self._end()
 
     def _undo_all(self) -> None:
         while self.undo:
@@ -89,9 +90,8 @@ class InUse(AbstractContextManager["InUse"]):
             self.undo.pop()
 
     def _end(self) -> None:
-        with _LOCK:
-            if self in _USES:
-                _USES.remove(self)
+        if self in _USES:
+            _USES.remove(self)
 
     # What a use does to its modules.
 
@@ -166,6 +166,7 @@ class Within(AbstractContextManager[T], Generic[T]):
     def __exit__(self, kind: object, *error: object) -> None:
         if self._now is not None:
             self._now.leave()
+            self._now = None
         if kind is None:
             self._end()
 

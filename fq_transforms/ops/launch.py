@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
-from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,13 +73,15 @@ class Bounded(dict[K, V]):
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
-        self._lock = RLock()  # as what makes room may free an object whose finalizer adds
 
     def __setitem__(self, key: K, value: V) -> None:
-        with self._lock:
-            super().__setitem__(key, value)
-            while len(self) > self.most:
-                del self[next(iter(self))]
+        super().__setitem__(key, value)
+        while len(self) > self.most:
+            try:
+                oldest = next(iter(self))
+            except (RuntimeError, StopIteration):  # another thread has added, or taken away, in between
+                continue
+            self.pop(oldest, None)
 
 
 # Groups.

@@ -8,6 +8,7 @@ one launch makes them; experts that are modules of their own need one at a time,
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -99,11 +100,13 @@ class _Layerwise(Within[None]):
         _check_untied(self.model, sites)
 
         def begin(module: Module, args: Any) -> None:
-            calls.running.append(None if torch.compiler.is_compiling() else _frame_of_call())
+            frame = None if torch.compiler.is_compiling() else _frame_of_call()
+            calls.running.append((_thread(), frame))
 
         def end(module: Module, args: Any, output: Any) -> None:
-            if calls.running:
-                calls.running.pop()
+            last = [one for one in calls.running if one[0] == _thread()][-1:]
+            for one in last:
+                calls.running.remove(one)
 
         for holder, of_holder in _by_holder(sites).items():
 
@@ -174,8 +177,9 @@ class _Site:
                 f"{OTHER_WAY}"
             )
         entered = _Entered(self, _frame_of_call())
-        is_within_itself = self._is_within_itself()
+        earlier = self._forwards()
         self.calls.entered.append(entered)  # `after` is called even if this raises
+        is_within_itself = self._is_within_one_of(earlier)
         inspect = self.options.inspect
         if inspect is not None:
             for inner in dict.fromkeys([module, *self.modules.values()]):
@@ -185,16 +189,19 @@ class _Site:
         self.runs += 1
 
     def after(self, module: Module, args: Any, output: Any) -> None:
-        entered = next((one for one in reversed(self.calls.entered) if one.site is self), None)
-        if entered is not None:
-            entered.leave(output)
+        last = [one for one in self._forwards() if one.thread == _thread()][:1]
+        for one in last:
+            one.leave(output)
 
     def is_entered(self) -> bool:
         return any(one.site is self for one in self.calls.entered)
 
-    def _is_within_itself(self) -> bool:
-        """True if a call of this layer led to this one. One that an interrupt ended is over: its weights are old."""
-        for one in [one for one in reversed(self.calls.entered) if one.site is self]:
+    def _forwards(self) -> "list[_Entered]":
+        return [one for one in reversed(self.calls.entered) if one.site is self]
+
+    def _is_within_one_of(self, forwards: "Iterable[_Entered]") -> bool:
+        """True if a forward of this layer led to this one. One that an interrupt ended is over: its weights are old."""
+        for one in forwards:
             if _is_on_stack(one.frame, _frame_of_call()):
                 return True
             if _is_on_a_stack(one.frame):
@@ -255,7 +262,7 @@ class _Entered:
     """A forward of a layer, and what it has exchanged: nothing within itself."""
 
     def __init__(self, site: _Site, frame: FrameType) -> None:
-        self.site, self.frame = site, frame
+        self.site, self.frame, self.thread = site, frame, _thread()
         self.params: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.remake: _Remake | None = None
@@ -280,12 +287,12 @@ class _Calls:
     """
 
     def __init__(self) -> None:
-        self.running: list[FrameType | None] = []
+        self.running: list[tuple[int, FrameType | None]] = []
         self.entered: list[_Entered] = []
 
     def are_running(self) -> bool:
         while self.running:
-            if (frame := self.running[-1]) is None or _is_on_a_stack(frame):
+            if (frame := self.running[-1][1]) is None or _is_on_a_stack(frame):
                 return True
             self.running.pop()
         return False
@@ -293,6 +300,10 @@ class _Calls:
     def leave_all(self) -> None:
         while self.entered:
             self.entered[-1].leave(None)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()  # which cannot be traced
 
 
 def _frame_of_call() -> FrameType:

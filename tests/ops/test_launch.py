@@ -1,5 +1,8 @@
 """A launch is found again by addresses: what else differs at the same addresses is seen."""
 
+import random
+import threading
+
 import optree
 import pytest
 import torch
@@ -9,6 +12,7 @@ from fq_transforms.ops import launch, private
 from fq_transforms.ops.amax.launch import expert_amax_triton
 from fq_transforms.ops.quantize.launch import forward_plan
 from tests.cases import assert_names, experts, message_of
+from tests.interrupts import switching_often
 from tests.variants import by_kernel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -90,6 +94,39 @@ def test_another_stream(monkeypatch):
             assert set(launched[found:]) <= {stream.cuda_stream}
     assert len(set(launched)) == 2
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_threads_that_plan_at_once():
+    """Named bug: kernels were kept by the id of a plan. One that lost a race was freed, and a later one had its id."""
+    formats = (fqt.INT8, fqt.INT8_PER_CHANNEL, fqt.FP8, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.MXFP4)
+    cases = []
+    for rows in (16, 32, 48, 64):
+        for format in formats:
+            params = named(experts(3, (rows, 64), torch.bfloat16, seed=rows))
+            fq = fqt.transform(fqt.select(params, {"*": format}))
+            state = fq.calibrate(params)
+            wanted = [weight.cuda() for weight in fq.fakequant(params, state).values()]
+            params, state = optree.tree_map(torch.Tensor.cuda, (params, state))
+            cases.append((fq, params, state, wanted))
+    wrong, start = [], threading.Barrier(4)
+
+    def run(seed):
+        start.wait()
+        for fq, params, state, wanted in random.Random(seed).sample(cases, len(cases)):
+            found = [*fq.fakequant(params, state).values()]
+            wrong.extend(fq for one, other in zip(found, wanted, strict=True) if not torch.equal(one, other))
+
+    with switching_often():
+        for again in range(25):
+            forward_plan.cache_clear()
+            launch._CALLS.clear()
+            threads = [threading.Thread(target=run, args=(4 * again + i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert not wrong
 
 
 def read(matrices):
