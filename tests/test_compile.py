@@ -5,12 +5,13 @@ import warnings
 import optree
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vjp, vmap
 
 import fq_transforms as fqt
+from fq_transforms.ops.amax import autograd as amax_autograd
+from fq_transforms.ops.quantize import autograd
 from tests.cases import CORE_FORMATS, ONE_OF_EACH_LEAF, experts, name_of
-
-# Dynamo makes an instance of an autograd.Function when it traces one, and PyTorch warns that nobody should.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 every_format = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)
@@ -66,6 +67,254 @@ def test_fullgraph_calibrate(format, device):
     fq = transform_of(params, format)
     compiled = torch.compile(fq.calibrate, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     assert_same(fqt.state.flatten(compiled(params)), fqt.state.flatten(fq.calibrate(params)))
+
+
+def layouts(device):
+    """Weights as N matrices, as one tensor of all experts, and as one dense matrix; with zeros of both signs."""
+    weights = torch.stack(experts(2, (4, 128), torch.float32, device=device))
+    weights[0, 0, :4] = torch.tensor([-0.0, 0.0, 1e-45, -1e-30])
+    return {
+        "grouped": {f"experts.{i}.weight": weight for i, weight in enumerate(weights)},
+        "stacked": {"experts.weight": weights},
+        "dense": {"experts": weights[1]},
+    }
+
+
+def vectors_like(tree):
+    """Numbers that every compiler computes exactly."""
+    return optree.tree_map(lambda t: (torch.arange(t.numel(), device=t.device) % 7 - 2.5).view(t.shape) * 0.5, tree)
+
+
+def transforms_of(fq):
+    """Functions of params and state, each one or more transforms of torch.func around `fakequant` or `pullback`."""
+
+    def loss(params, state):
+        return sum(w.square().sum() for w in fq.fakequant(params, state).values())
+
+    def pull(params, state):
+        return vjp(fq.fakequant, params, state)[1](vectors_like(params))
+
+    def push(params, state):
+        return jvp(fq.fakequant, (params, state), (vectors_like(params), vectors_like(state)))
+
+    def push_gradient(params, state):
+        return jvp(grad(loss, argnums=(0, 1)), (params, state), (vectors_like(params), vectors_like(state)))
+
+    def pull_each(params, state):
+        return vmap(pull, (0, None))({name: torch.stack([p, p * 0.5, -p]) for name, p in params.items()}, state)
+
+    def pull_rows(params, state):
+        return jacrev(lambda params: {name: w.sum(-1) for name, w in fq.fakequant(params, state).items()})(params)
+
+    def calibrate(params, state):
+        return grad(lambda params: loss(params, fq.calibrate(params)))(params)
+
+    def pull_twice(params, state):
+        def of(grads):
+            return sum(g.square().sum() for g in fq.pullback(params, state, grads)[0].values())
+
+        return grad(of)(vectors_like(params)), fq.pullback(params, state, vectors_like(params))
+
+    return {
+        "grad": grad(loss, argnums=(0, 1)),
+        "grad_and_value": grad_and_value(loss),
+        "vjp": pull,
+        "jvp": push,
+        "jvp of grad": push_gradient,
+        "vmap of vjp": pull_each,
+        "jacrev": pull_rows,
+        "grad through calibrate": calibrate,
+        "grad of pullback": pull_twice,
+    }
+
+
+TRANSFORMS = tuple(transforms_of(None))
+
+
+def assert_same_bits(found, wanted):
+    """Every leaf of a tree, signs of zeros included."""
+    paths, found_leaves, found_structure = optree.tree_flatten_with_path(found)
+    _, wanted_leaves, wanted_structure = optree.tree_flatten_with_path(wanted)
+    assert found_structure == wanted_structure
+    for path, one, other in zip(paths, found_leaves, wanted_leaves, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text, at=path: f"{at}: {text}"
+        )
+        assert torch.equal(one.signbit(), other.signbit()), path
+
+
+def assert_compiles(device, layout, format, backward, backend, names):
+    """Some transforms, in one graph, equal eager ones. To compile each alone takes four times as long."""
+    torch.compiler.reset()
+    params = layouts(device)[layout]
+    fq = fqt.transform(fqt.select(params, {"*": format}), backward=backward)
+    state, transforms = fq.calibrate(params), transforms_of(fq)
+
+    def every(params, state):
+        return {name: transforms[name](params, state) for name in names}
+
+    wanted = every(params, state)
+    for name in {"grad", "vjp"} & wanted.keys():
+        assert all(g.any() for g in wanted[name][0].values())
+    assert_same_bits(torch.compile(every, fullgraph=True, backend=backend)(params, state), wanted)
+
+
+def rules_of(format):
+    """Backward rules that a format has."""
+    return ("pass_through", *("clip" for _ in range(format.clips)), *("lsq" for _ in range(not format.is_stateless)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("format", "backward"),
+    [(format, rules_of(format)[-1]) for format in CORE_FORMATS] + [(fqt.INT8, "pass_through"), (fqt.INT8, "clip")],
+    ids=name_of,
+)
+def test_compiled_gradients_of_every_format(format, backward, device):
+    """Gradients and tangents, compiled around `fakequant`, have the eager bits: they were 0, silently."""
+    assert_compiles(device, "stacked", format, backward, "eager", ("grad", "jvp"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("layout", "format", "backward"),
+    [
+        ("grouped", fqt.NVFP4_STATIC, "lsq"),
+        ("stacked", fqt.INT8_PER_CHANNEL, "clip"),
+        ("dense", fqt.MXFP4, "pass_through"),
+    ],
+    ids=name_of,
+)
+def test_every_compiled_transform(layout, format, backward, device):
+    """Whatever transform is compiled around `fakequant` and `pullback` equals the eager one, bit for bit."""
+    assert_compiles(device, layout, format, backward, "eager", TRANSFORMS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_later_passes_of_the_compiler_keep_the_bits(backend, device):
+    """What AOTAutograd lowers, and what Inductor makes of it, is the eager result too."""
+    if backend == "inductor":  # whose sums, of learned scales, are its own
+        assert_compiles(device, "dense", fqt.NVFP4_STATIC, "clip", backend, ("vjp",))
+    else:
+        assert_compiles(device, "dense", fqt.NVFP4_STATIC, "lsq", backend, ("vjp", "jvp", "vmap of vjp"))
+
+
+def in_steps(fq, state):
+    """Losses of params in which a graph breaks, or a compiled function calls another, or is called by a transform."""
+
+    def loss(params):
+        return sum(w.square().sum() for w in fq.fakequant(params, state).values())
+
+    def broken(params):
+        torch._dynamo.graph_break()
+        weights = fq.fakequant(params, state)
+        torch._dynamo.graph_break()
+        return sum(w.square().sum() for w in weights.values())
+
+    compiled = {"fullgraph": True, "backend": "eager"}
+    return grad(loss), {
+        # With the backend "eager" PyTorch itself refuses what a transform has wrapped, behind a break, by an assertion.
+        "break within": torch.compile(grad(broken), backend="aot_eager"),
+        "transform of compiled": grad(torch.compile(loss, **compiled)),
+        "compiled of transform of compiled": torch.compile(grad(torch.compile(loss, **compiled)), **compiled),
+        "dynamic shapes": torch.compile(grad(loss), dynamic=True, **compiled),
+    }
+
+
+# A warning of Dynamo's, of tensors that torch.func has wrapped.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backward", ["pass_through", "clip", "lsq"])
+def test_breaks_and_nesting_keep_the_gradient(backward, device):
+    """However compiled and eager code are nested, the gradient is that of eager code."""
+    torch.compiler.reset()
+    params = layouts(device)["stacked"]
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}), backward=backward)
+    eager, nested = in_steps(fq, fq.calibrate(params))
+    wanted = eager(params)
+    for name, function in nested.items():
+        assert_same_bits({name: function(params)}, {name: wanted})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backward", ["pass_through", "clip", "lsq"])
+def test_compiled_forward_mode_outside_torch_func(backward, device):
+    """A dual level that only the graph enters is seen too: its tangents were 0."""
+    torch.compiler.reset()
+    params = layouts(device)["grouped"]
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}), backward=backward)
+    state = fq.calibrate(params)
+
+    def push(params, tangents):
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p, tangents[name]) for name, p in params.items()}
+            return {name: forward_ad.unpack_dual(w).tangent for name, w in fq.fakequant(duals, state).items()}
+
+    wanted = push(params, vectors_like(params))
+    compiled = torch.compile(push, fullgraph=True, backend="eager")
+    assert_same_bits(compiled(params, vectors_like(params)), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_within_compiled_transforms(device):
+    """`functional_call` with fake weights, its gradient compiled whole, and a compiled function's own `backward`."""
+    torch.compiler.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"*.weight": fqt.NVFP4_STATIC}), backward="lsq")
+    state, x = fq.calibrate(params), torch.linspace(-1, 1, 96, device=device).view(3, 32)
+
+    def loss(params, state):
+        return functional_call(model, fq.fakequant(params, state), (x,)).square().sum()
+
+    def leaf_gradients(loss):
+        leaves = optree.tree_map(lambda t: t.detach().clone().requires_grad_(), (params, state))
+        loss(*leaves).backward()
+        return optree.tree_map(lambda leaf: leaf.grad, leaves)
+
+    compiled = {"fullgraph": True, "backend": "aot_eager"}
+    wanted = grad(loss, argnums=(0, 1))(params, state)
+    assert_same_bits(torch.compile(grad(loss, argnums=(0, 1)), **compiled)(params, state), wanted)
+    assert_same_bits(leaf_gradients(torch.compile(loss, **compiled)), leaf_gradients(loss))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_stochastic_rounding_under_transforms(device):
+    """The bits that eager code draws, of one seed and of a mapped one, and the gradient that does not see them."""
+    torch.compiler.reset()
+    params = layouts(device)["grouped"]
+    fq = fqt.transform(fqt.select(params, {"*": fqt.MXFP8}))
+    state, seeds = fq.calibrate(params), torch.arange(3, device=device)
+
+    def loss(params, seed):
+        weights = fq.fakequant(params, state, rounding=fqt.Stochastic(seed))
+        return sum(w.square().sum() for w in weights.values()), weights
+
+    every = vmap(grad(loss, has_aux=True), (None, 0))
+    assert_same_bits(torch.compile(every, fullgraph=True, backend="eager")(params, seeds), every(params, seeds))
+
+
+@pytest.mark.parametrize("method", [fqt.methods.Mse(), fqt.methods.Percentile(99.0)], ids=name_of)
+def test_searches_are_refused_where_they_are_compiled(method):
+    """A method that cannot be traced raises under a compiled transform and names what to do, rather than give zeros."""
+    torch.compiler.reset()
+    params = layouts("cpu")["grouped"]
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}), method=method)
+    compiled = torch.compile(
+        grad(lambda params: sum(w.sum() for w in fq.fakequant(params, fq.calibrate(params)).values()))
+    )
+    with pytest.raises(ValueError, match="found torch.compile, wanted Max there; calibrate before you compile"):
+        compiled(params)
+
+
+@pytest.mark.parametrize("backward", ["clip", "lsq"])
+def test_compiled_transforms_of_kernels(backward, monkeypatch):
+    """The operators that stand for kernels in a graph, run by Triton's interpreter, equal eager launches."""
+    for module in (autograd, amax_autograd):
+        monkeypatch.setattr(module, "has_kernel", lambda weights: True)
+    names = ("vjp", "jvp", "vmap of vjp", "grad of pullback") if backward == "lsq" else ("grad", "grad of pullback")
+    assert_compiles("cpu", "grouped", fqt.NVFP4_STATIC, backward, "aot_eager", names)
 
 
 @pytest.mark.gpu

@@ -53,6 +53,7 @@ __all__ = [
     "flat",
     "format_of",
     "has_kernel",
+    "is_traced",
     "launch",
     "launch_again",
     "matrices_of",
@@ -103,6 +104,14 @@ def has_kernel(weights: Sequence[Tensor]) -> bool:
     return weights[0].is_cuda
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def is_traced(weights: Sequence[Tensor]) -> bool:
+    """True where weights may have no addresses: what torch.compile and export trace with stands in for them."""
+    return torch.compiler.is_compiling() or type(weights[0]) not in _PLAIN
+
+
 def experts_of(weights: Sequence[Tensor]) -> int:
     """How many experts some tensors [*experts, ., .] hold together."""
     return len(weights) if weights[0].dim() == 2 else sum(prod(w.shape[:-2]) for w in weights)
@@ -151,8 +160,6 @@ def unstacked(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Such results as one tensor per weight, in the weight's own shape, all in one storage."""
     if weights[0].dim() == 2:
         rows = out.shape[0] // len(weights)
-        if torch.compiler.is_compiling():
-            return out.split(rows)
         # The cheapest way to N tensors (bench, host): autograd does not count them as views.
         return tuple(torch.unsafe_split_with_sizes(out, [rows] * len(weights)))
     parts = out.split([w.numel() // out.shape[1] for w in weights])

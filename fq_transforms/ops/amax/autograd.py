@@ -10,18 +10,18 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.reference import expert_amax_reference
-from fq_transforms.ops.launch import check_not_empty, flat, has_kernel
+from fq_transforms.ops.launch import check_not_empty, flat, has_kernel, is_traced
 from fq_transforms.ops.vmap import Constant, Mapped
 
 __all__ = ["expert_amax"]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
-class _Statics:
+class Statics:
     format: Format
     transposed: bool
 
-    def mapped(self, size: int) -> "_Statics":
+    def mapped(self, size: int) -> "Statics":
         return self
 
 
@@ -47,21 +47,22 @@ def expert_amax(
         (tensor([3.0000, 0.5000]), None)
     """
     check_not_empty(weights)
-    statics = _Statics(format, transposed)
     if torch.compiler.is_compiling():
-        amax, global_amax = _run_expert_amax(statics, *(weight.detach() for weight in weights))
+        from fq_transforms.ops import traced
+
+        amax, global_amax = traced.expert_amax_traced(format.to_json(), transposed, *weights)
     else:
-        amax, global_amax = _ExpertAmax.apply(statics, *weights)
+        amax, global_amax = ExpertAmax.apply(Statics(format, transposed), *weights)
     return amax, global_amax if format.has_global_amax else None
 
 
-def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor]:
+def _run_expert_amax(statics: Statics, *weights: Tensor) -> tuple[Tensor, Tensor]:
     """Amax and global amax, of which an empty one stands for none: a Function returns tensors."""
     format, transposed = statics.format, statics.transposed
     if has_kernel(weights):
         from fq_transforms.ops.amax.launch import expert_amax_operator, expert_amax_triton
 
-        if torch.compiler.is_compiling():
+        if is_traced(weights):
             return expert_amax_operator(list(weights), format.to_json(), transposed)
         amax, global_amax = expert_amax_triton(weights, format=format, transposed=transposed)
         return amax, amax.new_empty(0) if global_amax is None else global_amax
@@ -71,11 +72,11 @@ def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tenso
     return amax, torch.cat(globals_) if globals_ else amax.new_empty(0)
 
 
-class _ExpertAmax(Constant, Mapped):
+class ExpertAmax(Constant, Mapped):
     leaf_results = 2
 
     @staticmethod
-    def forward(statics: _Statics, *weights: Tensor) -> Any:
+    def forward(statics: Statics, *weights: Tensor) -> Any:
         return _run_expert_amax(statics, *weights)
 
     @staticmethod

@@ -7,9 +7,9 @@ Function of its own, whose forward sees plain tensors again. All of them are lin
 order of derivatives is there: the clip gradient is its own transpose, and the pullback and the pushforward of learned
 scales are each other's. Errors of rounding count as constants, as they do in the formula.
 
-NOTE three Functions: torch.compile refuses one that has rules for jvp and vmap; torch.func needs them; and where
-`setup_context` is apart, PyTorch binds a signature at each call, which plain autograd need not pay: for 32 experts its
-own Function costs the host 65 us, torch.func's 89.
+NOTE two Functions: torch.func needs rules for jvp and vmap, and `setup_context` apart, for which PyTorch binds a
+signature at each call. Plain autograd need not pay for that: for 32 experts its own Function costs the host 65 us,
+torch.func's 89. torch.compile traces neither: see `fq_transforms.ops.traced`.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from fq_transforms.ops.launch import (
     experts_of,
     flat,
     has_kernel,
+    is_traced,
     results_for,
     split,
     unstacked,
@@ -100,11 +101,15 @@ def fake_quantize(
         backward = "pass_through"
     dtype, is_contiguous = out_dtype or weights[0].dtype, type(weights) is Contiguous
     statics = _statics(weights, stream, format, transposed, dtype, backward, separate, is_contiguous)
+    if torch.compiler.is_compiling():
+        from fq_transforms.ops import traced
+
+        draws = None if statics.stream is None else statics.stream.numbers
+        numbers = (format.to_json(), transposed, dtype, backward, separate, draws)
+        return traced.fake_quantize_traced(*numbers, seed, amax, global_amax, *weights)
     if not _is_differentiated(weights, seed, amax, global_amax):
         return _run_fake_quantize(statics, seed, amax, global_amax, weights)
-    if torch.compiler.is_compiling():
-        return _Traced.apply(statics, seed, amax, global_amax, *weights)
-    function = _FakeQuantize if private.is_transformed() else _Eager
+    function = FakeQuantize if private.is_transformed() else _Eager
     return function.apply(statics, seed, amax, global_amax, *weights)
 
 
@@ -159,11 +164,31 @@ def pull_back(
     """
     if (backward == "clip" and not format.clips) or amax is None:
         backward = "pass_through"
-    dtypes = [grad.dtype for grad in grads if grad is not None]
-    if not dtypes:
+    if all(grad is None for grad in grads):
         return None, None, list(grads)
+    if torch.compiler.is_compiling() and backward != "pass_through":
+        from fq_transforms.ops import traced
+
+        numbers = (format.to_json(), transposed, backward)
+        of_amax, of_global, *pulled = traced.pull_back_traced(*numbers, amax, global_amax, list(weights), *grads)
+        return of_amax, of_global, pulled
+    return pull_back_eager(grads, weights, amax, global_amax, format=format, transposed=transposed, backward=backward)
+
+
+def pull_back_eager(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *,
+    format: Format,
+    transposed: bool,
+    backward: Backward,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """`pull_back` of at least one gradient, but what torch.compile leaves alone."""
+    dtypes = [grad.dtype for grad in grads if grad is not None]
     saved = (amax, *weights) if backward == "clip" else (amax, global_amax, *weights)
-    kept = _Kept(_Statics(format, transposed, dtypes[0], backward), weights[0].dtype, saved)
+    kept = _Kept(Statics(format, transposed, dtypes[0], backward), weights[0].dtype, saved)
     if backward == "lsq":
         of_amax, of_global, *pulled = _pull_learned(kept, grads)
         return of_amax, of_global, pulled
@@ -173,13 +198,13 @@ def pull_back(
 class _Kept(NamedTuple):
     """What a Function's context would have kept for `backward`."""
 
-    statics: "_Statics"
+    statics: "Statics"
     dtype: torch.dtype
     saved_tensors: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
-class _Statics:
+class Statics:
     format: Format
     transposed: bool
     out_dtype: torch.dtype  # of the results, of gradients too
@@ -188,7 +213,7 @@ class _Statics:
     contiguous: bool = False  # the weights are known to be
     stream: Stream | None = None
 
-    def mapped(self, size: int) -> "_Statics":
+    def mapped(self, size: int) -> "Statics":
         """Of copies of the weights. Under one seed they draw the same bits, as a loop over them would."""
         if self.stream is None:
             return self
@@ -199,13 +224,13 @@ class _Statics:
         return tensor.mT if self.transposed else tensor
 
 
-_known_statics = cache(_Statics)
+_known_statics = cache(Statics)
 
 
-def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) -> _Statics:
+def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) -> Statics:
     if stream is not None:
         stream = replace(stream, experts=experts_of(weights[:1]))
-    make = _Statics if torch.compiler.is_compiling() else _known_statics
+    make = Statics if torch.compiler.is_compiling() else _known_statics
     return make(*statics) if stream is None else make(*statics, stream=stream)
 
 
@@ -230,7 +255,7 @@ def _is_differentiated(weights: Sequence[Tensor], *others: Tensor | None) -> boo
 
 
 def _run_fake_quantize(
-    statics: _Statics,
+    statics: Statics,
     seed: Tensor | None,
     amax: Tensor | None,
     global_amax: Tensor | None,
@@ -254,15 +279,11 @@ def _run_fake_quantize(
         else:
             y = stochastic_reference(statics.matrix(w), a, g, words, **numbers)
         outs.append(statics.matrix(y).contiguous())
-    if torch.compiler.is_compiling():
-        # `to` and `contiguous` may return what they are given. PyTorch 2.11 makes each intermediate a result too, and
-        # of one tensor's places among the results only the last gets its gradient: without a copy, all were zero.
-        outs = [out.clone() for out in outs]
     return tuple(outs)
 
 
 def _write(
-    statics: _Statics,
+    statics: Statics,
     outs: Sequence[Tensor],
     seed: Tensor | None,
     amax: Tensor | None,
@@ -271,7 +292,7 @@ def _write(
 ) -> None:
     """One launch, which torch.compile sees as one operator."""
     format, transposed, stream = statics.format, statics.transposed, statics.stream
-    if torch.compiler.is_compiling():
+    if is_traced(weights):
         draws = None if stream is None else list(stream.numbers)
         run = _launchers().fake_quantize_operator
         run(list(outs), list(weights), amax, global_amax, seed, format.to_json(), transposed, draws)
@@ -280,7 +301,7 @@ def _write(
     run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
 
 
-def _words(statics: _Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+def _words(statics: Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """Random words for each tensor, laid out as [*experts, out, in]; None where none are asked for."""
     stream = statics.stream
     if seed is None or stream is None:
@@ -300,12 +321,14 @@ def _words(statics: _Statics, seed: Tensor | None, weights: Sequence[Tensor]) ->
     return found
 
 
-class _Traced(Function):
-    """What torch.compile can trace: no rules for jvp and vmap, which it refuses."""
+class FakeQuantize(Mapped):
+    """What torch.func needs."""
+
+    leaves = 3
 
     @staticmethod
     def forward(
-        statics: _Statics, seed: Tensor | None, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+        statics: Statics, seed: Tensor | None, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
     ) -> Any:
         return _run_fake_quantize(statics, seed, amax, global_amax, weights)
 
@@ -325,10 +348,6 @@ class _Traced(Function):
             return None, None, *_pull_learned(ctx, grads)
         return None, None, None, None, *_pull(ctx, grads, ctx.dtype)
 
-
-class _FakeQuantize(Mapped, _Traced):  # pyright: ignore[reportIncompatibleMethodOverride] (see Mapped)
-    leaves = 3
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         # A tangent for each output, also where a weight has none: forward-mode autograd asks for all or nothing.
@@ -346,7 +365,7 @@ class _Eager(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        statics: _Statics,
+        statics: Statics,
         seed: Tensor | None,
         amax: Tensor | None,
         global_amax: Tensor | None,
@@ -354,12 +373,12 @@ class _Eager(Function):
     ) -> tuple[Tensor, ...]:
         tensors = Contiguous(weights) if statics.contiguous else weights
         out = _run_fake_quantize(statics, seed, amax, global_amax, tensors)
-        _Traced.setup_context(ctx, (statics, seed, amax, global_amax, *weights), out)
+        FakeQuantize.setup_context(ctx, (statics, seed, amax, global_amax, *weights), out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _Traced.backward(ctx, *grads)
+        return FakeQuantize.backward(ctx, *grads)
 
 
 def _zeros(ctx: Any) -> Tensor:
@@ -386,16 +405,15 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
         return list(vectors)
     some = next(v for v in vectors if v is not None)  # in place of one that is not there; what comes of it is dropped
     filled = [some if v is None else v for v in vectors]
-    run = _run_clip_backward if torch.compiler.is_compiling() else _ClipBackward.apply
-    pulled = run(replace(ctx.statics, out_dtype=dtype), amax, *filled, *weights)
+    pulled = _ClipBackward.apply(replace(ctx.statics, out_dtype=dtype), amax, *filled, *weights)
     return [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]
 
 
-def _run_clip_backward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
+def _run_clip_backward(statics: Statics, amax: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
     grads, weights = _halves(pairs)
     format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
     if has_kernel(weights):
-        if torch.compiler.is_compiling():
+        if is_traced(weights):
             run = _launchers().clip_backward_operator
             out = run(list(grads), list(weights), amax, format.to_json(), transposed)
         else:
@@ -416,7 +434,7 @@ class _ClipBackward(Mapped):
     lists = 2
 
     @staticmethod
-    def forward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> Any:
+    def forward(statics: Statics, amax: Tensor, *pairs: Tensor) -> Any:
         return _run_clip_backward(statics, amax, *pairs)
 
     @staticmethod
@@ -446,22 +464,19 @@ def _pull_learned(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | No
     live = [grad is not None for grad in grads]
     if not any(live):
         return None, None, *grads
-    run = _run_lsq_backward if torch.compiler.is_compiling() else _LsqBackward.apply
     filled = _filled(grads, weights, ctx.statics.out_dtype)
     statics = replace(ctx.statics, out_dtype=ctx.dtype)
-    of_amax, of_global, *pulled = run(statics, amax, global_amax, *filled, *weights)
+    of_amax, of_global, *pulled = _LsqBackward.apply(statics, amax, global_amax, *filled, *weights)
     kept = [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]
     return of_amax, None if global_amax is None else of_global, *kept
 
 
-def _run_lsq_backward(
-    statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor
-) -> tuple[Tensor, ...]:
+def _run_lsq_backward(statics: Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> tuple[Tensor, ...]:
     """Gradients of amax, of global amax (empty if there is none), and of the weights."""
     grads, weights = _halves(pairs)
     format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
     if has_kernel(weights):
-        if torch.compiler.is_compiling():
+        if is_traced(weights):
             run = _launchers().lsq_backward_operator
             out, of_amax, of_global = run(list(grads), list(weights), amax, global_amax, format.to_json(), transposed)
         else:
@@ -495,7 +510,7 @@ class _LsqBackward(Mapped):
     leaf_results = 2
 
     @staticmethod
-    def forward(statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> Any:
+    def forward(statics: Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> Any:
         return _run_lsq_backward(statics, amax, global_amax, *pairs)
 
     @staticmethod
@@ -524,7 +539,7 @@ class _LsqBackward(Mapped):
 
 
 def _run_lsq_push(
-    statics: _Statics,
+    statics: Statics,
     amax: Tensor,
     global_amax: Tensor | None,
     amax_tangent: Tensor,
@@ -550,7 +565,7 @@ class _LsqPush(Mapped):
     lists = 2
 
     @staticmethod
-    def forward(statics: _Statics, *tensors: Any) -> Any:
+    def forward(statics: Statics, *tensors: Any) -> Any:
         return _run_lsq_push(statics, *tensors)
 
     @staticmethod
