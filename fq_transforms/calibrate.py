@@ -53,6 +53,11 @@ def calibrate(
     found: list[dict[str, Tensor]] = []
     for group in spec.groups:
         weights = [weight.detach() for weight in weights_of(params, group)]
+        if weights[0].is_meta:
+            raise ValueError(
+                f"parameter {group.names[0]!r}: found on meta, wanted values; load the weights, those too that "
+                "accelerate has offloaded, or call init, which gives the shapes of a state"
+            )
         layouts.append(layout_of(group, weights))
         check_whole(method, group, layouts[-1])
         held.append(weights)

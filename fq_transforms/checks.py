@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fq_transforms.dtensor import (
     Layout,
@@ -25,6 +26,8 @@ __all__ = [
     "UNCALIBRATED",
     "LeafType",
     "check_dtype",
+    "check_is_tensor",
+    "check_readable",
     "check_same_leaves",
     "check_same_spread",
     "check_state",
@@ -76,6 +79,8 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
                 return weights
             known = _Checked(group, Guards(weights), all(map(Tensor.is_contiguous, weights)))
             _CHECKED[id(group)] = known
+        elif weights[0].is_cpu and not all(map(Tensor.data_ptr, weights)):  # elsewhere a launch looks at addresses
+            _check_weights(group, weights, weights)
         return Contiguous(weights) if known.are_contiguous else weights
     return weights
 
@@ -94,6 +99,8 @@ _CHECKED: Bounded[int, _Checked] = Bounded(16384)
 
 def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tensor]) -> None:
     """Raise unless the weights fit the spec; `inner` are they without the wrappers of torch.func."""
+    for name, tensor in zip(group.names, inner, strict=True):
+        check_is_tensor(f"parameter {name!r}", tensor)
     shape, dtype, device = group.parameter_shape, weights[0].dtype, weights[0].device
     n = len(weights)  # counted in C: a group may have hundreds of parameters
     if (
@@ -102,9 +109,11 @@ def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tens
         and [w.shape for w in weights].count(shape) == n  # pyright: ignore[reportArgumentType] (a Size is a tuple)
         and [w.dtype for w in weights].count(dtype) == n
         and [w.device for w in weights].count(device) == n
+        and (torch.compiler.is_compiling() or all(map(_is_plain, inner)))
     ):
         return
     for name, weight, tensor in zip(group.names, weights, inner, strict=True):
+        check_readable(f"parameter {name!r}", tensor)
         _check_spread(name, tensor, group.names[0], inner[0])
         if tuple(weight.shape) != shape:
             raise ValueError(
@@ -122,7 +131,93 @@ def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tens
 def check_dtype(name: str, weight: Tensor) -> None:
     """Raise ValueError unless a parameter is bf16, fp16 or fp32."""
     if weight.dtype not in DTYPES:
-        raise ValueError(f"parameter {name!r}: found {weight.dtype}, wanted bfloat16, float16 or float32")
+        raise ValueError(
+            f"parameter {name!r}: found {weight.dtype}, wanted bfloat16, float16 or float32{_if_packed(weight.dtype)}"
+        )
+
+
+def _if_packed(dtype: torch.dtype) -> str:
+    """What to do about weights of a dtype that only codes have."""
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1):
+        return ""
+    return (
+        "; of a folder that is quantized already make one of weights first, by fqt.export.decompress(folder, out), or "
+        "load it by from_pretrained(..., dequantize=True) of transformers' config for its method"
+    )
+
+
+# Subclasses that are seen through: shards, and what stands for tensors while a program is traced.
+_SEEN_THROUGH = ("DTensor", "FakeTensor", "FunctionalTensor")
+
+
+def check_is_tensor(what: str, tensor: Any) -> None:
+    """Raise ValueError, beginning with `what`, for what is no tensor, or one that has no shape yet."""
+    if not _is_tensor(tensor):
+        kind = type(tensor)
+        if isinstance(tensor, Tensor):
+            raise ValueError(f"{what}: found {kind.__name__}, wanted values; run the lazy module once first")
+        raise ValueError(f"{what}: found {kind.__name__}, wanted a tensor")
+
+
+def check_readable(what: str, tensor: Any) -> None:
+    """Raise ValueError, beginning with `what`, unless a tensor's values lie in its memory as its strides say."""
+    check_is_tensor(what, tensor)
+    kind = type(tensor)
+    if _sees_its_own_functions(kind) or tensor.is_nested:
+        raise ValueError(
+            f"{what}: found {kind.__module__}.{kind.__name__}, whose values are not in memory of its own, wanted a "
+            "plain tensor; dequantize() or unwrap it first, or leave it out with a rule to None"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{what}: found {tensor.layout}, wanted a dense tensor; call to_dense() first")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            f"{what}: found a lazily negated or conjugated view, wanted its values in memory; call resolve_neg() or "
+            "resolve_conj() first"
+        )
+    here = local_values(tensor)
+    if here is not tensor:
+        check_readable(f"{what}, shard", here)
+    elif _is_in_memory(tensor) and (wanted := _bytes_of(tensor)) > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{what}: found memory of {tensor.untyped_storage().nbytes()} bytes, wanted {wanted} for "
+            f"{tuple(tensor.shape)} of {tensor.dtype}: it was freed, as by FSDP; gather it first"
+        )
+
+
+def _is_tensor(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and not isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+
+
+def _sees_its_own_functions(kind: Any) -> bool:
+    """True for subclasses of Tensor that compute in ways of their own, as wrappers of codes do."""
+    if kind in (Tensor, torch.nn.Parameter) or any(base.__name__ in _SEEN_THROUGH for base in kind.__mro__):
+        return False
+    plain: Any = Tensor
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    known = (plain.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
+    return kind.__torch_dispatch__ is not plain.__torch_dispatch__ or function not in known
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """`check_readable`, in short, of a tensor or a parameter that is no subclass."""
+    is_lazy = tensor.is_neg() or tensor.is_conj() or tensor.is_nested or tensor.layout is not torch.strided
+    return not is_lazy and (not _is_in_memory(tensor) or _bytes_of(tensor) <= tensor.untyped_storage().nbytes())
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    """False on meta, while a program is traced, and for wrappers of torch.func."""
+    return is_concrete(tensor) and not is_functorch_active() and type(tensor).__name__ != "FunctionalTensor"
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Bytes of storage up to a tensor's last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _check_spread(name: str, weight: Tensor, first_name: str, first: Tensor) -> None:
@@ -209,10 +304,14 @@ def check_state(
             )
         for name, shape in wanted.items():
             leaf, dtype = found[name], _DTYPES.get(name, torch.float32)
-            if type(leaf) is not Tensor or leaf.shape != shape or leaf.dtype != dtype:
+            if type(leaf) is not Tensor or leaf.shape != shape or leaf.dtype != dtype or not _is_dense(leaf):
                 check_tensor(f"state '{group.key}.{name}'", leaf, shape, dtype)
             if values(leaf) if callable(values) else values:
                 _check_values(f"{group.key}.{name}", leaf, group)
+
+
+def _is_dense(leaf: Tensor) -> bool:
+    return torch.compiler.is_compiling() or not (leaf.is_neg() or leaf.layout is not torch.strided)
 
 
 def _check_expected(state: Mapping[str, Any], groups: Sequence[Group]) -> None:
@@ -243,8 +342,7 @@ def check_same_spread(what: str, leaf: Tensor, like: Tensor) -> None:
 
 def check_tensor(what: str, leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ValueError, beginning with `what`, unless a leaf is a tensor of that shape and dtype."""
-    if not isinstance(leaf, Tensor):
-        raise ValueError(f"{what}: found {type(leaf).__name__}, wanted a tensor")
+    check_readable(what, leaf)
     if tuple(leaf.shape) != shape or leaf.dtype != dtype:
         raise ValueError(f"{what}: found {tuple(leaf.shape)} {leaf.dtype}, wanted {shape} {dtype}")
 

@@ -120,19 +120,34 @@ def quantize_group(
     if ready.is_empty:
         outs = tuple(weight.to(out_dtype or weight.dtype) for weight in weights)
     else:
-        outs = fake_quantize(
-            weights,
-            ready.amax,
-            ready.global_amax,
-            format=group.format,
-            transposed=group.transposed,
-            out_dtype=out_dtype,
-            backward=backward,
-            separate=separate,
-            seed=ready.seed,
-            stream=ready.stream,
-        )
+        try:
+            outs = fake_quantize(
+                weights,
+                ready.amax,
+                ready.global_amax,
+                format=group.format,
+                transposed=group.transposed,
+                out_dtype=out_dtype,
+                backward=backward,
+                separate=separate,
+                seed=ready.seed,
+                stream=ready.stream,
+            )
+        except RuntimeError as error:
+            _refuse_inference(group, weights, scales, error)
+            raise
     return outs if layout is None else sharded_tensors(layout, outs)
+
+
+def _refuse_inference(group: Group, weights: Sequence[Tensor], scales: GroupState, error: RuntimeError) -> None:
+    """Raise ValueError for a tensor that autograd cannot save: asked for only once it has failed to."""
+    names = [f"parameter {name!r}" for name in group.names] + [f"state '{group.key}.{name}'" for name in scales]
+    for name, tensor in zip(names, [*weights, *scales.values()], strict=True):
+        if not torch.compiler.is_compiling() and tensor.is_inference():
+            raise ValueError(
+                f"{name}: found an inference tensor, wanted one that autograd can save; make it outside of "
+                "torch.inference_mode, or clone() it there"
+            ) from error
 
 
 class _Ready(NamedTuple):

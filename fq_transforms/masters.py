@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from fq_transforms.checks import DTYPES, weights_of
+from fq_transforms.checks import DTYPES, check_dtype, check_is_tensor, check_readable, weights_of
 from fq_transforms.dtensor import is_sharded, local_values, spread_in_words, spread_of
 from fq_transforms.ops.launch import Bounded, Contiguous
 from fq_transforms.ops.private import Guards, copy_all, is_transformed
@@ -60,6 +60,8 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
         tensor([1., 1.], requires_grad=True)}
     """
     tensors = tensors_of(params, tied=False)
+    for name, param in tensors.items():
+        check_is_tensor(f"parameter {name!r}", param)
     dtypes = dict.fromkeys(tensors, torch.float32)
     shared = set[str]()
     if fq is not None:
@@ -71,8 +73,10 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
                 dtypes |= {name: weight.dtype for name, weight in weights.items()}
     made: dict[str, Tensor] = {}
     for name, param in tensors.items():
-        if param.requires_grad and param.dtype not in DTYPES:
-            raise ValueError(f"parameter {name!r}: found {param.dtype}, wanted bfloat16, float16 or float32")
+        if param.requires_grad:
+            check_dtype(name, param)
+        if name not in shared:
+            check_readable(f"parameter {name!r}", param)
         if param.is_meta:
             raise ValueError(f"parameter {name!r}: found it on meta, wanted values; materialize the model first")
         if name in shared:
@@ -265,8 +269,13 @@ def _plan(masters: Mapping[str, Tensor], outs: Sequence[Any], spec: Spec | None)
 
 
 def _check_target(name: str, master: Tensor, target: Any, is_selected: bool) -> None:
-    if not isinstance(target, Tensor):
-        raise ValueError(f"out {name!r}: found {type(target).__name__}, wanted a tensor")
+    check_readable(f"out {name!r}", target)
+    check_readable(f"parameter {name!r}", master)
+    if not torch.compiler.is_compiling() and target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"out {name!r}: found an inference tensor, wanted one that can be written to; make it outside of "
+            "torch.inference_mode, or write within it"
+        )
     if target.shape != master.shape:
         raise ValueError(f"out {name!r}: found shape {tuple(target.shape)}, wanted {tuple(master.shape)}")
     if target.device != master.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fq_transforms.checks import DTYPES, check_state, local_group, weights_of
+from fq_transforms.checks import DTYPES, check_readable, check_state, local_group, weights_of
 from fq_transforms.distributed import sum_over
 from fq_transforms.dtensor import (
     Layout,
@@ -160,8 +160,8 @@ def _are_matrices(masters: Sequence[Tensor]) -> bool:
 
 
 def _check_grad(name: str, grad: Tensor, master: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(f"gradient {name!r}: found {grad.layout}, wanted a dense tensor; make no sparse gradients")
+    check_readable(f"gradient {name!r}", grad)
+    check_readable(f"parameter {name!r}", master)
     if grad.shape != master.shape or grad.device != master.device or grad.dtype not in DTYPES:
         raise ValueError(
             f"gradient {name!r}: found {tuple(grad.shape)} {grad.dtype} on {grad.device}, wanted "

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from fq_transforms.checks import check_dtype
+from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
 from fq_transforms.formats import Format
 from fq_transforms.rules import Rule, Rules, as_rules
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
@@ -15,6 +15,12 @@ from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 __all__ = ["select"]
 
 _STACKED_EXPERTS = (r"(?:.*\.)?(?:local_)?experts\..+",)
+_ROUTER = re.compile(r"(?P<block>(?:.*\.)?)(?:router|gate)(?:\.[^.]+)?\.weight")
+# Roles whose `in` is the width of the model, as a router's is, and roles whose `out` is.
+_FROM_HIDDEN = re.compile(r"(?:.*\.)?(?:gate_up_proj|gate_proj|up_proj|w1|w3|input_linear)(?:\.weight)?")
+_TO_HIDDEN = re.compile(r"(?:.*\.)?(?:down_proj|w2|output_linear)(?:\.weight)?")
+# Roles of stacks that models of transformers store either way.
+_EITHER_WAY = re.compile(r"(?:.*\.)?(?:gate_up|gate|up|down)_proj")
 _BIAS = re.compile(r"(?:^|[._])bias\d*$")
 _NO_RULE = Rule("", required=False)
 
@@ -24,7 +30,7 @@ def select(
     rules: Rules,
     *,
     experts: str | Sequence[str] = (),
-    transposed: str | Sequence[str] = (),
+    transposed: str | Sequence[str] | Mapping[str, bool] = (),
 ) -> Spec:
     r"""Which parameters are quantized, and how: the last rule whose glob matches a name decides its weights and inputs.
 
@@ -35,27 +41,37 @@ def select(
         params: `dict(model.named_parameters())`, names to tensors.
         rules: Globs to formats of weights; or a list of `Rule`s, of weights and inputs; or a preset, which is one.
         experts: Regular expressions (full match) for names that are not found by themselves. With a named group
-            `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter.
-        transposed: Globs of parameters whose matrices are stored [in, out]. Found by itself where the shapes of
-            `gate_up_proj` and `down_proj` tell (gpt-oss, Llama 4); else [out, in] is taken.
+            `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter, or a single matrix.
+        transposed: Globs of parameters whose matrices are stored [in, out]; or globs to False for [out, in] and True
+            for [in, out], the last match counts. Matrices are taken as [out, in], as `nn.Linear` has them. Of stacks
+            `gate_up_proj` and `down_proj`, a router or a bias beside them tell; where nothing does, say it.
 
     Raises:
         ValueError: A rule or a glob matches nothing, or nothing is selected; a group lacks an expert, or its experts
-            differ in shape, dtype or rule; a 3-D parameter is not known to be experts; `in` is not a multiple of the
-            block; a dtype is not bf16, fp16 or fp32; a weight is empty.
+            differ in shape, dtype or rule; which part of a parameter is which expert's, or which side is `in`, is not
+            known; `in` is not a multiple of the block; a dtype is not bf16, fp16 or fp32; a weight is empty, or is
+            no tensor whose values lie in memory; the message shows the rule to write.
 
     Example:
         >>> import torch
         >>> from fq_transforms.formats import FP8, NVFP4
         >>> params = {"mlp.experts.down_proj": torch.empty(4, 64, 32), "attn.q.weight": torch.empty(64, 64)}
-        >>> spec = select(params, [Rule("*", FP8), Rule("*.experts.*", NVFP4, inputs=FP8)])
+        >>> rules = [Rule("*", FP8), Rule("*.experts.*", NVFP4, inputs=FP8)]
+        >>> spec = select(params, rules, transposed={"*.down_proj": False})
         >>> [(group.key, group.format.name) for group in spec.all_groups]
         [('mlp.experts.down_proj', 'NVFP4'), ('attn.q.weight', 'FP8'), ('mlp.experts.down_proj.input', 'FP8')]
     """
     rules = as_rules(rules)
     patterns = (experts,) if isinstance(experts, str) else tuple(experts)
-    transposed = (transposed,) if isinstance(transposed, str) else tuple(transposed)
-    _check_patterns(params, rules, patterns, transposed)
+    if not isinstance(params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"params: found {type(params).__name__}, wanted names to tensors, such as dict(model.named_parameters())"
+        )
+    for name, param in params.items():
+        check_is_tensor(f"parameter {name!r}", param)
+    orientation = _orientation(transposed)
+    _check_patterns(params, rules, patterns, tuple(orientation))
+    layouts = _Layouts(params, patterns, orientation)
 
     members: dict[str, list[tuple[int, str, Rule]]] = {}
     skipped: list[Skipped] = []
@@ -71,11 +87,8 @@ def select(
 
     of_weights = {key: found for key, found in members.items() if any(rule.weights for _, _, rule in found)}
     of_inputs = {key: found for key, found in members.items() if any(rule.inputs for _, _, rule in found)}
-    groups = [_group(key, sorted(found), "weights", params, patterns, transposed) for key, found in of_weights.items()]
-    inputs = [
-        _inputs(_group(key, sorted(found), "inputs", params, patterns, transposed), found, params)
-        for key, found in of_inputs.items()
-    ]
+    groups = [_group(key, sorted(found), "weights", layouts) for key, found in of_weights.items()]
+    inputs = [_inputs(_group(key, sorted(found), "inputs", layouts), found, params) for key, found in of_inputs.items()]
     if not groups and not inputs:
         raise ValueError(
             f"the rules select no weight among {len(params)} parameters; patterns: {[r.pattern for r in rules]}"
@@ -146,14 +159,20 @@ def _not_a_weight(name: str, param: Tensor) -> str:
     return "" if param.dim() in (2, 3) else f"{param.dim()}-D"
 
 
+def _orientation(transposed: Any) -> dict[str, bool]:
+    """Globs to whether matrices are stored [in, out]."""
+    if isinstance(transposed, Mapping):
+        for glob, is_transposed in transposed.items():
+            if not isinstance(is_transposed, bool):
+                raise ValueError(f"transposed={{{glob!r}: {is_transposed!r}}}: found no bool, wanted True or False")
+        return dict(transposed)
+    return dict.fromkeys((transposed,) if isinstance(transposed, str) else transposed, True)
+
+
 def _group(
-    key: str,
-    found: Sequence[tuple[int, str, Rule]],
-    role: Literal["weights", "inputs"],
-    params: Mapping[str, Tensor],
-    patterns: Sequence[str],
-    transposed: Sequence[str],
+    key: str, found: Sequence[tuple[int, str, Rule]], role: Literal["weights", "inputs"], layouts: "_Layouts"
 ) -> Group:
+    params = layouts.params
     numbers, names = [number for number, _, _ in found], tuple(name for _, name, _ in found)
     wanted = range(numbers[-1] + 1)
     if numbers != list(wanted):
@@ -172,6 +191,8 @@ def _group(
     assert format is not None
     first = params[names[0]]
     for name in names:
+        layouts.check_computed_with(name)
+        check_readable(f"parameter {name!r}", params[name])
         check_dtype(name, params[name])
         if params[name].shape != first.shape or params[name].dtype != first.dtype:
             raise ValueError(
@@ -181,19 +202,9 @@ def _group(
         if params[name].numel() == 0:
             raise ValueError(f"parameter {name!r}: found the empty shape {tuple(first.shape)}, wanted a weight")
     stacked = first.dim() == 3
-    if stacked and (key not in names or not any(re.fullmatch(p, key) for p in (*patterns, *_STACKED_EXPERTS))):
-        raise ValueError(
-            f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, wanted a matrix or stacked experts; "
-            "exclude it with a rule to None, or name it in experts="
-        )
+    layouts.check_experts(key, names, first)
+    is_transposed = layouts.is_transposed(key, names, first)
     matrix = first.shape[-2:]
-    marked = [name for name in names if any(fnmatchcase(name, glob) for glob in transposed)]
-    if marked and len(marked) < len(names):
-        raise ValueError(
-            f"group {key!r}: transposed= matches {len(marked)} of {len(names)} experts, such as {marked[0]!r}; "
-            "let it match all"
-        )
-    is_transposed = bool(marked) or (stacked and _stored_transposed(key, params))
     shape = (matrix[1], matrix[0]) if is_transposed else (matrix[0], matrix[1])
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
@@ -204,10 +215,117 @@ def _group(
     return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
 
 
-def _stored_transposed(key: str, params: Mapping[str, Tensor]) -> bool:
-    """True if stacked gate_up_proj and down_proj fit together only as [E, in, out], gate_up twice as wide."""
-    parent = key[: key.rfind(".") + 1]
-    gate_up, down = params.get(f"{parent}gate_up_proj"), params.get(f"{parent}down_proj")
-    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
-        return False
-    return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
+class _Layouts:
+    """Which part of a parameter is which expert's, and which side of a matrix is `in`: told, or shown by what is there.
+
+    NOTE nothing is guessed: [E, a, b] alone may be [E, out, in] or [E, in, out]. What shows which: a bias [E, out]; a
+    `gate_up_proj` that is twice as wide as its `down_proj` only one way round; a router [E, hidden], whose `in` is
+    that of gate and up and the `out` of down.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], patterns: Sequence[str], told: dict[str, bool]) -> None:
+        self.params, self.patterns, self.told = params, patterns, told
+        self.widths: dict[str, set[int]] = {}  # of the routers that lie in a block
+        for name, param in params.items():
+            if param.dim() == 2 and (match := _ROUTER.fullmatch(name)):
+                self.widths.setdefault(match["block"], set()).add(param.shape[1])
+
+    def check_computed_with(self, name: str) -> None:
+        """Raise ValueError for what a weight is computed from, which would be off the grid, unless it is told."""
+        pair = {"weight_g": "weight_v", "weight_v": "weight_g"}.get(name.rpartition(".")[2], "")
+        has_pair = bool(pair) and f"{name[: -len(pair)]}{pair}" in self.params
+        is_made_into_another = "parametrizations" in name.split(".") or name.endswith("weight_orig") or has_pair
+        if is_made_into_another and not any(re.fullmatch(pattern, name) for pattern in self.patterns):
+            raise ValueError(
+                f"parameter {name!r}: found what torch.nn.utils computes a weight from, wanted the weight that the "
+                "layer computes with: call remove_parametrizations, or the remove_* of its kind; exclude it with the "
+                f"rule {_glob(name)!r}: None; or, if updates are added to what is quantized, pass "
+                f"experts=r'{_regex(name)}'"
+            )
+
+    def check_experts(self, key: str, names: Sequence[str], first: Tensor) -> None:
+        """Raise ValueError unless the experts of a group are a list, a stack, or one."""
+        is_told = any(re.fullmatch(pattern, key) for pattern in self.patterns)
+        is_among_experts = any(re.fullmatch(pattern, key) for pattern in _STACKED_EXPERTS)
+        if first.dim() == 3 and (key not in names or not (is_told or is_among_experts)):
+            raise ValueError(
+                f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, wanted a matrix or stacked "
+                f"experts; exclude it with the rule {_glob(key)!r}: None, or, if it is a stack of experts, pass "
+                f"experts=r'{_regex(key)}'"
+            )
+        if first.dim() == 2 and key in names and is_among_experts and not (is_told or _ROUTER.fullmatch(key)):
+            numbered = re.sub(r"(.*)\\d\+", r"\1(?P<expert>\\d+)", _regex(key))
+            own = f", or, if its last number is the expert's, pass experts=r'{numbered}'" * ("expert>" in numbered)
+            raise ValueError(
+                f"parameter {key!r}: found the matrix {tuple(first.shape)} among experts, without the number of one in "
+                "its name: it may hold all of them, wanted a matrix per expert, or a stack [E, out, in]; exclude "
+                f"it with the rule {_glob(key)!r}: None{own}, or, if it is a single matrix, pass "
+                f"experts=r'{_regex(key)}'"
+            )
+
+    def is_transposed(self, key: str, names: Sequence[str], first: Tensor) -> bool:
+        """True if a group's matrices are stored [in, out]."""
+        globs = [next((g for g in reversed(self.told) if fnmatchcase(name, g)), None) for name in names]
+        values = [None if glob is None else self.told[glob] for glob in globs]
+        if len(set(values)) > 1:
+            marked = [name for name, value in zip(names, values, strict=True) if value is not None]
+            raise ValueError(
+                f"group {key!r}: transposed= matches {len(marked)} of {len(names)} experts, such as {marked[0]!r}, or "
+                "says different things of them; let it match all"
+            )
+        if values[0] is not None:
+            return values[0]
+        shown = [self._shown(name) for name in names]
+        if first.dim() == 3 and shown[0] is None and _EITHER_WAY.fullmatch(key):
+            raise ValueError(
+                f"parameter {key!r}: found the stack {tuple(first.shape)} and nothing that shows whether its matrices "
+                f"are [out, in] or [in, out], wanted to be told: pass transposed={{{_glob(key)!r}: False}} for "
+                "[out, in], as nn.Linear has them, or True for [in, out]"
+            )
+        if first.dim() == 2 and True in shown:
+            name = names[shown.index(True)]
+            raise ValueError(
+                f"parameter {name!r}: found {tuple(first.shape)} beside a bias of {first.shape[1]}, wanted [out, in]; "
+                f"pass transposed={{{_glob(name)!r}: True}} if it is stored [in, out], else False"
+            )
+        return bool(shown[0])
+
+    def _shown(self, name: str) -> bool | None:
+        """What the parameters beside one show; None if that is nothing."""
+        a, b = self.params[name].shape[-2:]
+        experts = self.params[name].shape[:-2]
+        bias = self.params.get(f"{name}_bias" if experts else f"{name.removesuffix('weight')}bias")
+        if bias is not None and a != b and tuple(bias.shape) in ((*experts, a), (*experts, b)):
+            return tuple(bias.shape) == (*experts, b)
+        if not experts:
+            return None
+        parent = name[: name.rfind(".") + 1]
+        gate_up, down = self.params.get(f"{parent}gate_up_proj"), self.params.get(f"{parent}down_proj")
+        if gate_up is not None and down is not None and gate_up.dim() == down.dim() == 3:
+            (p, q), (r, s) = gate_up.shape[1:], down.shape[1:]
+            if ((p, q) == (2 * s, r)) != ((p, q) == (s, 2 * r)):
+                return (p, q) == (s, 2 * r)
+        is_from, is_to = _FROM_HIDDEN.fullmatch(name), _TO_HIDDEN.fullmatch(name)
+        hidden = self._hidden(name)
+        if a == b or hidden not in (a, b) or not (is_from or is_to):
+            return None
+        return hidden == (a if is_from else b)
+
+    def _hidden(self, name: str) -> int | None:
+        """The `in` of the routers in the nearest block around a parameter, if it is one number."""
+        block = name
+        while block:
+            block = block[: block.rstrip(".").rfind(".") + 1]
+            if widths := self.widths.get(block):
+                return next(iter(widths)) if len(widths) == 1 else None
+        return None
+
+
+def _glob(name: str) -> str:
+    """A name with `*` for numbers between dots, such as the layer's."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _regex(name: str) -> str:
+    """A name as a regular expression, with any digits for its numbers between dots or behind an underscore."""
+    return re.sub(r"(?<=[._])\d+(?=\.)", r"\\d+", name)

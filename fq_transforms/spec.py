@@ -5,6 +5,7 @@ A group is one role in one layer. Its key is the parameter's name with the exper
     ...linear_fc1.weight0 .. weightN-1            Transformer Engine GroupedLinear
     ...local_experts.{i}.linear_fc1.weight        Megatron SequentialMLP
     ...experts.{i}.w1.weight                      module lists (Mixtral, DeepSeek, Qwen checkpoints)
+    ...experts.expert_{i}.wi.weight               module dicts (Switch, NLLB)
     ...experts.gate_up_proj  [E, out, in]         stacked experts (transformers 5); [E, in, out] in gpt-oss, Llama 4
     any other matrix                              dense: a group of one
 """
@@ -26,7 +27,10 @@ from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 __all__ = ["Group", "Inputs", "Skipped", "Spec", "group_key", "ranges", "refuse_inputs"]
 
 # Names of the experts of a list; `expert` is the number.
-EXPERT_LISTS = (r"(?:.*\.)?(?:local_)?experts\.(?P<expert>\d+)\..+", r"(?:.*\.)?weight(?P<expert>\d+)")
+EXPERT_LISTS = (
+    r"(?:.*\.)?(?:local_)?experts\.(?:expert_)?(?P<expert>\d+)\..+",
+    r"(?:.*\.)?weight(?P<expert>\d+)",
+)
 
 
 @dataclass(frozen=True)

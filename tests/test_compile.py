@@ -436,12 +436,12 @@ def test_more_than_two_to_the_31_elements(format):
     """A group beyond 2**31 elements, stacked: the last expert is as right as the first."""
     weight = torch.empty(33, 8192, 8192, dtype=torch.bfloat16, device="cuda").normal_()
     weight[-1] *= 64
-    params = {"experts.gate_up_proj": weight}
+    params = {"experts.w13": weight}
     fq = transform_of(params, format)
     state = fq.calibrate(params)
-    out = fq.fakequant(params, state)["experts.gate_up_proj"]
+    out = fq.fakequant(params, state)["experts.w13"]
     for expert in (0, 32):
-        one = {"experts.gate_up_proj": weight[expert : expert + 1]}
+        one = {"experts.w13": weight[expert : expert + 1]}
         alone = transform_of(one, format)
-        wanted = alone.fakequant(one, alone.calibrate(one))["experts.gate_up_proj"]
+        wanted = alone.fakequant(one, alone.calibrate(one))["experts.w13"]
         assert torch.equal(out[expert], wanted[0])

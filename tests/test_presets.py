@@ -245,7 +245,7 @@ def test_experts_only_on_a_dense_model_is_an_error(preset):
 @pytest.mark.parametrize(
     "templates",
     [
-        {"experts.gate_up_proj": (4, *HIDDEN), "experts.down_proj": (4, *HIDDEN)},
+        {"experts.w13": (4, *HIDDEN), "experts.w2": (4, *HIDDEN)},
         {"experts.{i}.w1.weight": HIDDEN},
         {"experts.linear_fc1.weight{i}": HIDDEN},
         {"local_experts.{i}.linear_fc1.weight": HIDDEN},

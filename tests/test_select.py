@@ -97,6 +97,52 @@ CONVENTIONS = {
         [("gate_up_proj", 4, (192, 64), True, True), ("down_proj", 4, (64, 96), True, True)],
         {"experts": "gate_up_proj|down_proj"},
     ),
+    "module dict of Switch and NLLB": (
+        expert_list("encoder.block.1.layer.1.mlp.experts.expert_{}.wi.weight", experts=12),
+        [("encoder.block.1.layer.1.mlp.experts.expert_*.wi.weight", 12, (48, 64), False, False)],
+        {},
+    ),
+    "stacked without a gate, beside a router": (
+        {
+            "layers.0.mixer.experts.up_proj": meta(4, 96, 64),
+            "layers.0.mixer.experts.down_proj": meta(4, 64, 96),
+            "layers.0.mixer.gate.weight": meta(4, 64),
+        },
+        [
+            ("layers.0.mixer.experts.up_proj", 4, (96, 64), True, False),
+            ("layers.0.mixer.experts.down_proj", 4, (64, 96), True, False),
+            ("layers.0.mixer.gate.weight", 1, (4, 64), False, False),
+        ],
+        {},
+    ),
+    "stacked without a gate, transposed, beside a router": (
+        {
+            "layers.0.experts.up_proj": meta(4, 64, 96),
+            "layers.0.experts.down_proj": meta(4, 96, 64),
+            "layers.0.router.layer.weight": meta(6, 64),
+        },
+        [
+            ("layers.0.experts.up_proj", 4, (96, 64), True, True),
+            ("layers.0.experts.down_proj", 4, (64, 96), True, True),
+            ("layers.0.router.layer.weight", 1, (6, 64), False, False),
+        ],
+        {},
+    ),
+    "stacked, told": (
+        {"a.experts.down_proj": meta(4, 96, 64), "b.experts.down_proj": meta(4, 96, 64)},
+        [("a.experts.down_proj", 4, (96, 64), True, False), ("b.experts.down_proj", 4, (64, 96), True, True)],
+        {"transposed": {"*": False, "b.*": True}},
+    ),
+    "a single matrix among experts, told": (
+        {"experts.w1": meta(48, 64)},
+        [("experts.w1", 1, (48, 64), False, False)],
+        {"experts": "experts.w1"},
+    ),
+    "dense, transposed, beside its bias": (
+        {"c_fc.weight": meta(64, 48)},
+        [("c_fc.weight", 1, (48, 64), False, True)],
+        {"transposed": {"c_fc.weight": True}},
+    ),
     "stacked, of matrices that tell nothing": (
         {"experts.w1": meta(4, 64, 192), "experts.w2": meta(4, 96, 64)},
         [("experts.w1", 4, (64, 192), True, False), ("experts.w2", 4, (96, 64), True, False)],
@@ -189,6 +235,15 @@ def test_every_parameter_is_in_exactly_one_list(convention):
         "tail.weight": ((8, 64), "excluded by tail*"),
         "scale": ((), "0-D"),
     }
+
+
+def test_a_bias_shows_how_its_stack_lies():
+    """A bias [E, out] beside a stack alone; and a router does not outweigh it."""
+    for matrix, is_transposed in (((96, 64), True), ((64, 96), False)):
+        params = {"experts.down_proj": meta(4, *matrix), "experts.down_proj_bias": meta(4, 64)}
+        for others in ({}, {"router.weight": meta(4, 96)}):
+            (group,) = select(params | others, {"experts.*": FP8}).groups
+            assert (group.shape, group.transposed) == ((64, 96), is_transposed)
 
 
 def test_biases_of_grouped_linears_are_not_experts():
@@ -320,17 +375,17 @@ def test_inputs_are_groups_of_their_own():
     params = (
         expert_list("layers.0.experts.{}.w1.weight")
         | expert_list("layers.0.experts.{}.w2.weight", shape=(64, 48))
-        | {"layers.0.experts.down_proj": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
+        | {"layers.0.experts.down": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
     )
     rules = [
         Rule("*.w1.*", NVFP4, FP8),
         Rule("*.w2.*", NVFP4, NVFP4, per_expert_inputs=True),
-        Rule("*down_proj", NVFP4, INT8_PER_CHANNEL),
+        Rule("*.down", NVFP4, INT8_PER_CHANNEL),
         Rule("*.q.*", inputs=MXFP4),
     ]
     spec = select(params, rules)
     assert [group.key for group in spec.groups] == [
-        "layers.0.experts.*.w1.weight", "layers.0.experts.*.w2.weight", "layers.0.experts.down_proj"
+        "layers.0.experts.*.w1.weight", "layers.0.experts.*.w2.weight", "layers.0.experts.down"
     ]  # fmt: skip
     assert {i.key: (i.format.name, i.names[-1], i.shape, i.leaf_shapes) for i in spec.inputs} == {
         "layers.0.experts.*.w1.weight.input": (
@@ -339,7 +394,7 @@ def test_inputs_are_groups_of_their_own():
         "layers.0.experts.*.w2.weight.input": (
             "NVFP4", "layers.0.experts.3.w2.weight", (64, 48), {"amax": (4,), "tokens": (4,)},
         ),
-        "layers.0.experts.down_proj.input": ("INT8_PER_CHANNEL", "layers.0.experts.down_proj", (64, 32), {}),
+        "layers.0.experts.down.input": ("INT8_PER_CHANNEL", "layers.0.experts.down", (64, 32), {}),
         "layers.0.q.weight.input": ("MXFP4", "layers.0.q.weight", (64, 64), {}),
     }  # fmt: skip
     assert [g.key for g in select(params, [Rule("*.q.*", inputs=FP8)]).all_groups] == ["layers.0.q.weight.input"]
@@ -500,10 +555,10 @@ REFUSALS = {
         ["'layer.weight'", (64, 40), "multiple of 16", "NVFP4", "exclude"],
     ),
     "a block that does not divide in, stacked": (
-        {"experts.gate_up_proj": meta(4, 64, 40)},
+        {"experts.w13": meta(4, 64, 40)},
         {"*": MXFP4},
         {},
-        ["'experts.gate_up_proj'", (64, 40), "multiple of 32", "MXFP4"],
+        ["'experts.w13'", (64, 40), "multiple of 32", "MXFP4"],
     ),
     "int8": (
         experts_with(_2=meta(32, 64, dtype=torch.int8)),
@@ -584,6 +639,79 @@ REFUSALS = {
         {"experts": r"net\.(?P<expert>\w+)"},
         ["experts=", "net.up", "up"],
     ),
+    "a stack that nothing shows the layout of": (
+        {"layers.3.experts.down_proj": meta(4, 96, 64)},
+        ALL_FP8,
+        {},
+        ["'layers.3.experts.down_proj'", (4, 96, 64), "transposed={'layers.*.experts.down_proj': False}", "or True"],
+    ),
+    "square matrices beside a bias and a router": (
+        {
+            "experts.up_proj": meta(4, 64, 64),
+            "experts.up_proj_bias": meta(4, 64),
+            "router.weight": meta(4, 64),
+        },
+        ALL_FP8,
+        {},
+        ["'experts.up_proj'", (4, 64, 64), "transposed={'experts.up_proj': False}"],
+    ),
+    "a router of another width": (
+        {"experts.up_proj": meta(4, 48, 64), "router.weight": meta(4, 96)},
+        ALL_FP8,
+        {},
+        ["'experts.up_proj'", "nothing that shows"],
+    ),
+    "all experts below each other": (
+        {"blocks.0.ffn.experts.mlp.w1": meta(192, 64)},
+        ALL_FP8,
+        {},
+        [
+            "'blocks.0.ffn.experts.mlp.w1'",
+            (192, 64),
+            "the rule 'blocks.*.ffn.experts.mlp.w1': None",
+            "experts=r'blocks.\\d+.ffn.experts.mlp.w1'",
+        ],
+    ),
+    "experts numbered behind their role": (
+        {"l.0.experts.w1.3.weight": meta(48, 64)},
+        ALL_FP8,
+        {},
+        ["pass experts=r'l.\\d+.experts.w1.(?P<expert>\\d+).weight'"],
+    ),
+    "a stack that is named otherwise": (
+        {"layers.0.mlp.input_linear.weight": meta(4, 48, 64)},
+        ALL_FP8,
+        {},
+        [
+            "(4, 48, 64)",
+            "the rule 'layers.*.mlp.input_linear.weight': None",
+            "experts=r'layers.\\d+.mlp.input_linear.weight'",
+        ],
+    ),
+    "a matrix whose bias is of its other side": (
+        {"h.0.c_fc.weight": meta(64, 48), "h.0.c_fc.bias": meta(48)},
+        ALL_FP8,
+        {},
+        ["'h.0.c_fc.weight'", (64, 48), "transposed={'h.*.c_fc.weight': True}", "else False"],
+    ),
+    "a parametrized weight": (
+        {"layers.0.experts.0.w1.parametrizations.weight.original": meta(48, 64)},
+        ALL_FP8,
+        {},
+        [
+            "w1.parametrizations.weight.original'",
+            "remove_parametrizations",
+            "the rule 'layers.*.experts.*.w1.parametrizations.weight.original': None",
+        ],
+    ),
+    "weight_norm": (
+        {"fc.weight_g": meta(48, 1), "fc.weight_v": meta(48, 64)},
+        ALL_FP8,
+        {},
+        ["'fc.weight_g'", "the rule 'fc.weight_g': None"],
+    ),
+    "a pruned weight": ({"fc.weight_orig": meta(48, 64)}, ALL_FP8, {}, ["'fc.weight_orig'", "remove_"]),
+    "transposed= of no bool": ({"w": meta(48, 64)}, ALL_FP8, {"transposed": {"w": None}}, ["found no bool"]),
     "a typo in transposed=": (
         experts_with(),
         ALL_FP8,

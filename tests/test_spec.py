@@ -23,12 +23,12 @@ def of_inputs():
     params = (
         expert_list("layers.0.experts.{}.w1.weight")
         | expert_list("layers.0.experts.{}.w2.weight", shape=(64, 48))
-        | {"layers.0.experts.down_proj": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
+        | {"layers.0.experts.down": meta(4, 64, 32), "layers.0.q.weight": meta(64, 64), "norm.weight": meta(64)}
     )
     rules = [
         Rule("*.w1.*", NVFP4, FP8),
         Rule("*.w2.*", NVFP4, NVFP4, per_expert_inputs=True),
-        Rule("*down_proj", NVFP4, INT8_PER_CHANNEL),
+        Rule("*.experts.down", NVFP4, INT8_PER_CHANNEL),
         Rule("*.q.*", inputs=MXFP4),
         Rule("*lm_head*", required=False),
     ]
@@ -392,7 +392,7 @@ def test_the_table_has_inputs():
         "inputs                              format                experts  in        scales\n"
         "layers.0.experts.*.w1.weight.input  FP8                         4  64        one amax\n"
         "layers.0.experts.*.w2.weight.input  NVFP4                       4  48        one amax per expert\n"
-        "layers.0.experts.down_proj.input    INT8_PER_CHANNEL            4  32        one scale per token\n"
+        "layers.0.experts.down.input         INT8_PER_CHANNEL            4  32        one scale per token\n"
         "layers.0.q.weight.input             MXFP4                       1  64        one scale per block"
     )
 

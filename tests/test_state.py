@@ -33,13 +33,13 @@ def separate(format, weights):
 
 def stacked(format, weights):
     """Weights as one parameter [E, out, in], and their transform."""
-    params = {"experts.down_proj": torch.stack(weights)}
+    params = {"experts.w2": torch.stack(weights)}
     return params, transform(select(params, {"*": format}))
 
 
 def transposed(format, weights):
     """Weights as one parameter [E, in, out], and their transform."""
-    params = {"experts.down_proj": torch.stack(weights).mT.contiguous()}
+    params = {"experts.w2": torch.stack(weights).mT.contiguous()}
     return params, transform(select(params, {"*": format}, transposed="*"))
 
 
@@ -376,12 +376,12 @@ def test_optree_names_what_differs():
 def checked():
     """A state of three kinds of group, and its transform."""
     params = {f"a.experts.{i}.weight": weight for i, weight in enumerate(experts(3, (4, 32)))}
-    params |= {"b.experts.down_proj": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
+    params |= {"b.experts.w2": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
     fq = transform(select(params, {"a.*": FP8, "b.*": NVFP4_STATIC, "c.*": MXFP4}))
     return fq.calibrate(params), fq
 
 
-A, B, C = "a.experts.*.weight", "b.experts.down_proj", "c.weight"
+A, B, C = "a.experts.*.weight", "b.experts.w2", "c.weight"
 
 
 def with_leaf(key, name, leaf):
@@ -567,7 +567,7 @@ def test_weights_that_are_not_finite_are_not_calibrated(format, layout, dtype):
         broken = [weight.clone() for weight in weights]
         broken[expert].view(-1)[place] = value
         params, fq = layout(format, broken)
-        name = f"'experts.{expert}.weight'" if layout is separate else f"'experts.down_proj[{expert}]'"
+        name = f"'experts.{expert}.weight'" if layout is separate else f"'experts.w2[{expert}]'"
         message = message_of(ValueError, fq.calibrate, params)
         assert_names(message, name, f"expert {expert}", "nan" if isnan(value) else "inf", "finite")
 
@@ -623,7 +623,7 @@ def test_fakequant_refuses_a_state_of_another_structure(misfit):
     change, error, fragments = STRUCTURE[misfit]
     state, fq = checked()
     params = {f"a.experts.{i}.weight": weight for i, weight in enumerate(experts(3, (4, 32)))}
-    params |= {"b.experts.down_proj": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
+    params |= {"b.experts.w2": torch.stack(experts(3, (4, 32))), "c.weight": torch.ones(4, 32)}
     change(state)
     assert_names(message_of(error, fq.fakequant, params, state), *fragments)
 

@@ -44,11 +44,13 @@ class Use(NamedTuple):
         inputs: The group.
         experts: The expert of all rows; or of each row, integers [...], where `inputs.experts` is no expert's.
         is_first: False for a further part of one expert's weight, which sees the same tokens again.
+        blocks: How many rows are one token's: a matrix may be used as several, each with rows of its own.
     """
 
     inputs: Inputs
     experts: int | Tensor
     is_first: bool
+    blocks: int = 1
 
 
 OnInput = Callable[[Use, Tensor], Tensor]
@@ -311,7 +313,8 @@ class _Watch:
         rows = x.mT if side == 1 and x.dim() > 1 else x
         rows, experts = _experts_of_rows(name, span, at, w, rows, _offsets(name, args, kwargs))
         is_first = at.is_first if isinstance(at, _Copy) else _begins_an_expert(span, w)
-        rows = self.see(Use(span.inputs, experts, is_first), rows)
+        is_split = w.dim() == 3 and isinstance(at, _Span) and not span.expert_stride and w.stride(0) > 0
+        rows = self.see(Use(span.inputs, experts, is_first, w.shape[0] if is_split else 1), rows)
         x = rows.mT if side == 1 and x.dim() > 1 else rows
         slot = slots[side]
         if isinstance(slot, int):
@@ -337,6 +340,8 @@ def _experts_of_rows(
         if w.shape[0] > 1 and w.stride(0) != (span.expert_stride or w.stride(0)):
             raise _not_followed(span, f"{name} with experts {w.stride(0)} elements apart")
         of_matrix = torch.arange(first, first + w.shape[0], device=x.device)
+        if not span.expert_stride:  # one matrix as several, such as the blocks of a block-diagonal one
+            of_matrix = torch.full_like(of_matrix, first)
     if name in _GROUPED_NAMES and offsets is not None:
         if x.dim() != 2:
             raise _not_followed(span, f"{name} of {tuple(x.shape)} by offsets")

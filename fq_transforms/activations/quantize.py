@@ -60,7 +60,8 @@ class _Largest:
         largest = x.abs().amax(-1).reshape(-1).float()
         self.amax = self.amax.scatter_reduce(0, experts, largest, "amax")
         if use.is_first:
-            self.tokens.index_add_(0, experts, torch.ones_like(experts, dtype=torch.float64))
+            rows = torch.zeros_like(self.tokens).index_add_(0, experts, torch.ones_like(experts, dtype=torch.float64))
+            self.tokens += rows.div(use.blocks, rounding_mode="floor")
 
     def merge(self, other: "_Largest") -> None:
         self.amax = torch.maximum(self.amax, other.amax.to(self.amax.device))
@@ -138,7 +139,7 @@ def quantize_input(use: Use, x: Tensor, scales: GroupState, *, backward: Backwar
     check_input(inputs, x)
     if x.numel() == 0:
         return x
-    format, matrix = inputs.format, x.reshape(-1, x.shape[-1])
+    format, matrix = inputs.format, x.reshape(-1, x.shape[-1]).resolve_neg()
     if "amax" in scales:
         amax = scales["amax"].to(x.device)
         if not inputs.per_expert or isinstance(use.experts, int):

@@ -205,9 +205,9 @@ def matrices_of(tensors: Sequence[Tensor], matrix: tuple[int, int] | None = None
     first = tensors[0]
     a, b = matrix = matrix or (first.shape[-2], first.shape[-1])
     if len(tensors) == 1 and first.is_contiguous():
-        return Matrices(
-            first, _evenly_spaced(first.data_ptr(), a * b, first.dtype), first.numel() // (a * b), matrix, tensors
-        )
+        if not (start := first.data_ptr()):
+            raise _freed(first)
+        return Matrices(first, _evenly_spaced(start, a * b, first.dtype), first.numel() // (a * b), matrix, tensors)
     # The usual case, without a loop in Python.
     if first.dim() == 2 and (type(tensors) is Contiguous or all(map(Tensor.is_contiguous, tensors))):
         addresses = tuple(map(Tensor.data_ptr, tensors))
@@ -216,6 +216,13 @@ def matrices_of(tensors: Sequence[Tensor], matrix: tuple[int, int] | None = None
         addresses = tuple(a for t in tensors for a in _addresses(t))
         first = tensors[0]
     return Matrices(first, _place_of(addresses, first), len(addresses), matrix, tensors)
+
+
+def _freed(tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"a tensor of {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}: found that its memory was freed, as by "
+        "FSDP, wanted its values; gather it first"
+    )
 
 
 def _place_of(addresses: tuple[int, ...], first: Tensor) -> _Place:
@@ -227,6 +234,8 @@ def _place_of(addresses: tuple[int, ...], first: Tensor) -> _Place:
     key = (stream, first.dtype, addresses)  # no two GPUs have an address in common
     place = _PLACES.get(key)
     if place is None:
+        if not all(addresses):
+            raise _freed(first)
         start, size, experts = addresses[0], first.element_size(), len(addresses)
         gap = addresses[1] - start if experts > 1 else 0
         is_even = gap % size == 0 and addresses[-1] == start + (experts - 1) * gap  # most that are not end here

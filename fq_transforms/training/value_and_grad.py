@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.quantize import quantized_inputs
+from fq_transforms.checks import check_is_tensor
 from fq_transforms.in_use import InUse
 from fq_transforms.rounding import Stochastic
 from fq_transforms.state import State
@@ -74,6 +75,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
         rounding: Stochastic | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         check_plain("model", model.modules())  # again: it may have been compiled or wrapped since
+        for name, param in params.items():
+            check_is_tensor(f"parameter {name!r}", param)
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")

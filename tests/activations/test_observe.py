@@ -291,3 +291,38 @@ def test_a_gpu_observes_what_a_cpu_does():
     (cpu,), (gpu,) = (list(state.values()) for state in states)
     assert torch.equal(cpu["tokens"], gpu["tokens"].cpu())
     torch.testing.assert_close(cpu["amax"], gpu["amax"].cpu(), rtol=1e-4, atol=0)
+
+
+class Blocks(nn.Module):
+    """A block-diagonal matrix as DeepSeek-V4's `o_a_proj` is: [groups * out, in], each group with rows of its own."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.randn(groups * 4, 8))
+
+    def forward(self, x):
+        weight = self.weight.view(self.groups, -1, 8).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, self.groups, 8).transpose(0, 1), weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("largest", range(4))
+def test_a_matrix_used_as_several_sees_the_inputs_of_all(groups, largest):
+    """Of a block-diagonal weight 1 was found where 100 was wanted: that of the first block. A token counts once."""
+    model = Blocks(groups)
+    batch = torch.ones(5, groups, 8)
+    batch[3, largest % groups, 2] = -100.0
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.FP8)]), method=fqt.methods.Mse())
+    state = fq.calibrate(params, batch, model=model)
+    assert state["weight.input"]["amax"].tolist() == [100.0]
+    assert state["weight.input"]["tokens"].tolist() == [5.0]
+    moments = fq.input_second_moments(params, batch, model=model)["weight"]
+    assert torch.equal(moments[0], batch.reshape(-1, 8).square().double().mean(0).float())
+    out = fq.apply(model, params, state, batch)
+    x = fake_quantize_reference(
+        batch.reshape(1, -1, 8), state["weight.input"]["amax"], None, format=fqt.FP8, out_dtype=torch.float32
+    )
+    wanted = torch.func.functional_call(model, fq.fakequant(params, state), (x.view(batch.shape),))
+    assert torch.equal(out, wanted)

@@ -83,6 +83,28 @@ CASES = [
         [[e] * T for e in range(E)],
         (E, T),
     ),
+    Case(
+        "the blocks of a matrix",
+        lambda m, x: torch.bmm(x, m.dense.view(2, OUT // 2, IN).transpose(1, 2)),
+        (x(2, T),),
+        "dense",
+        [[0] * T] * 2,
+    ),
+    Case(
+        "the blocks of one of a list, one input for all",
+        lambda m, x: x @ m.weight1.view(4, 2, IN).mT,
+        (x(T),),
+        "weight*",
+        [[1] * T] * 4,
+        (4, T),
+    ),
+    Case(
+        "a matrix for each of a batch",
+        lambda m, x: torch.bmm(x, m.weight1.expand(3, OUT, IN).mT),
+        (x(3, T),),
+        "weight*",
+        [[1] * T] * 3,
+    ),
     Case("matmul with some", lambda m, x: x @ m.experts["up"][1:].mT, (x(2, T),), "experts.up", [[1] * T, [2] * T]),
     Case(
         "baddbmm",

@@ -29,7 +29,7 @@ LAYER = "decoder.layers.1.mlp.experts."
 TE = f"{LAYER}linear_fc1."
 SEQUENTIAL = f"{LAYER}local_experts.{{i}}.linear_fc1."
 LIST = "model.layers.0.mlp.experts.{i}.w1."
-STACKED = "model.layers.0.mlp.experts.gate_up_proj"
+STACKED = "model.layers.0.mlp.experts.w13"
 SHAPE = (160, 384)  # ragged square blocks; 384 holds blocks of 16, 32 and 128
 STATEFUL = [format for format in CORE_FORMATS if not format.is_stateless]
 formats = pytest.mark.parametrize("format", CORE_FORMATS, ids=name_of)

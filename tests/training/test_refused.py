@@ -26,9 +26,9 @@ from tests.training.ways import (
 LENS = ("fq.fakequant(masters, state, out=model)", "fq.take_grads(model, masters, state)")
 
 
-def transform_of(model, patterns):
+def transform_of(model, patterns, **options):
     params = dict(model.named_parameters())
-    fq = fqt.transform(fqt.select(params, patterns))
+    fq = fqt.transform(fqt.select(params, patterns, **options))
     return fq, fq.calibrate(params)
 
 
@@ -41,9 +41,9 @@ def layering(fq, model, state):
     fqt.layerwise(fq, model, state).__enter__()
 
 
-def refusals(model, patterns):
+def refusals(model, patterns, **options):
     """What both say; and they leave the model as it was."""
-    fq, state = transform_of(model, patterns)
+    fq, state = transform_of(model, patterns, **options)
     before, said = numbers_of(model), []
     for way in (stepping, layering):
         with pytest.raises(ValueError, match="found") as error:
@@ -183,7 +183,10 @@ def test_parametrized_weights_are_refused():
     assert_equal(stepped(model, fq, state, x), wanted := functional(model, fq, state, x))
     assert_equal(by_layer(model, fq, state, x), wanted)
     register_parametrization(model.mlp[0].linear_fc1, "weight0", torch.nn.Identity())
-    for said in refusals(model, {"mlp.0.linear_fc1*weight0*": fqt.FP8}):
+    rules = {"mlp.0.linear_fc1*weight0*": fqt.FP8}
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        fqt.select(dict(model.named_parameters()), rules)
+    for said in refusals(model, rules, experts=r".*weight0\.original"):
         assert_names(said, "mlp.0.linear_fc1.parametrizations.weight0.original", "remove_parametrizations")
 
 

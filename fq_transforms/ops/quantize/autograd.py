@@ -345,13 +345,13 @@ class FakeQuantize(Mapped):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if ctx.statics.backward == "lsq":
-            return None, None, *_pull_learned(ctx, grads)
-        return None, None, None, None, *_pull(ctx, grads, ctx.dtype)
+            return None, None, *_pull_learned(ctx, _resolved(grads))
+        return None, None, None, None, *_pull(ctx, _resolved(grads), ctx.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         # A tangent for each output, also where a weight has none: forward-mode autograd asks for all or nothing.
-        filled = [_zeros(ctx) if tangent is None else tangent for tangent in tangents[4:]]
+        filled = [_zeros(ctx) if tangent is None else tangent for tangent in _resolved(tangents[4:])]
         if ctx.statics.backward == "lsq":
             amax, global_amax, *weights = ctx.saved_tensors
             along = _filled_leaves(tangents[2:4], (amax, global_amax))
@@ -379,6 +379,13 @@ class _Eager(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return FakeQuantize.backward(ctx, *grads)
+
+
+def _resolved(vectors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Vectors whose values are in memory, where a kernel reads them: of `z.conj().imag` they come lazily negated."""
+    if torch.compiler.is_compiling():
+        return vectors
+    return [vector if vector is None else vector.resolve_neg() for vector in vectors]
 
 
 def _zeros(ctx: Any) -> Tensor:

@@ -744,7 +744,7 @@ def gradients_are_slices(rank, size):
 
     mesh = init_device_mesh("cpu", (size,))
     weight, cotangent = torch.randn(4, 32, 64), torch.randn(4, 32, 64)
-    plain = {"experts.gate_up_proj": weight}
+    plain = {"experts.w13": weight}
 
     def gradients(fq, params, cotangents):
         state = fq.calibrate(params)
@@ -756,14 +756,14 @@ def gradients_are_slices(rank, size):
 
     for format in (INT8, INT4_BLOCK32, NVFP4_STATIC):
         fq = fqt.transform(fqt.select(plain, {"*": format}), backward="lsq")
-        wanted = gradients(fq, plain, {"experts.gate_up_proj": cotangent})
+        wanted = gradients(fq, plain, {"experts.w13": cotangent})
         for placement in (Replicate(), Shard(0)):
-            sharded = {"experts.gate_up_proj": placed(weight, placement)}
-            found = gradients(fq, sharded, {"experts.gate_up_proj": placed(cotangent, placement)})
+            sharded = {"experts.w13": placed(weight, placement)}
+            found = gradients(fq, sharded, {"experts.w13": placed(cotangent, placement)})
             for name, right in wanted.items():
                 assert found[name].placements == (placement,), name
                 assert torch.equal(found[name].full_tensor(), right), (format, placement, name)
-        sharded = {"experts.gate_up_proj": placed(weight, Shard(1))}
+        sharded = {"experts.w13": placed(weight, Shard(1))}
         state = fq.calibrate(sharded)
         if format is INT4_BLOCK32:
             fq.fakequant(sharded, state)

@@ -489,15 +489,15 @@ def shards_round_as_the_whole(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for transposed in (False, True):
         weight = torch.randn(4, 32, 64)
-        plain = {"experts.gate_up_proj": weight}
+        plain = {"experts.w13": weight}
         for format in (INT8, NVFP4_STATIC):
             spec = fqt.select(plain, {"*": format}, transposed="*" if transposed else ())
             fq = fqt.transform(spec)
-            whole = fq.fakequant(plain, fq.calibrate(plain), rounding=fqt.Stochastic(2))["experts.gate_up_proj"]
+            whole = fq.fakequant(plain, fq.calibrate(plain), rounding=fqt.Stochastic(2))["experts.w13"]
             for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
-                params = {"experts.gate_up_proj": distribute_tensor(weight, mesh, [placement], src_data_rank=None)}
+                params = {"experts.w13": distribute_tensor(weight, mesh, [placement], src_data_rank=None)}
                 found = fq.fakequant(params, fq.calibrate(params), rounding=fqt.Stochastic(2))
-                assert torch.equal(found["experts.gate_up_proj"].full_tensor(), whole), (transposed, format, placement)
+                assert torch.equal(found["experts.w13"].full_tensor(), whole), (transposed, format, placement)
 
 
 @pytest.mark.parametrize(
