@@ -226,9 +226,12 @@ class _Layouts:
     def __init__(self, params: Mapping[str, Tensor], patterns: Sequence[str], told: dict[str, bool]) -> None:
         self.params, self.patterns, self.told = params, patterns, told
         self.widths: dict[str, set[int]] = {}  # of the routers that lie in a block
+        self.stacks: dict[str, list[str]] = {}  # by the module that holds them
         for name, param in params.items():
             if param.dim() == 2 and (match := _ROUTER.fullmatch(name)):
                 self.widths.setdefault(match["block"], set()).add(param.shape[1])
+            if param.dim() == 3:
+                self.stacks.setdefault(name[: name.rfind(".") + 1], []).append(name)
 
     def check_computed_with(self, name: str) -> None:
         """Raise ValueError for what a weight is computed from, which would be off the grid, unless it is told."""
@@ -254,7 +257,7 @@ class _Layouts:
                 f"experts=r'{_regex(key)}'"
             )
         if first.dim() == 2 and key in names and is_among_experts and not (is_told or _ROUTER.fullmatch(key)):
-            numbered = re.sub(r"(.*)\\d\+", r"\1(?P<expert>\\d+)", _regex(key))
+            numbered = re.sub(r"(.*experts\..*)\\d\+", r"\1(?P<expert>\\d+)", _regex(key))
             own = f", or, if its last number is the expert's, pass experts=r'{numbered}'" * ("expert>" in numbered)
             raise ValueError(
                 f"parameter {key!r}: found the matrix {tuple(first.shape)} among experts, without the number of one in "
@@ -305,11 +308,9 @@ class _Layouts:
             (p, q), (r, s) = gate_up.shape[1:], down.shape[1:]
             if ((p, q) == (2 * s, r)) != ((p, q) == (s, 2 * r)):
                 return (p, q) == (s, 2 * r)
-        is_from, is_to = _FROM_HIDDEN.fullmatch(name), _TO_HIDDEN.fullmatch(name)
-        hidden = self._hidden(name)
-        if a == b or hidden not in (a, b) or not (is_from or is_to):
-            return None
-        return hidden == (a if is_from else b)
+        of_module = {n: _between(n, self.params[n], self._hidden(n)) for n in self.stacks[parent]}
+        known = {found for found in of_module.values() if found is not None}
+        return known.pop()[0] if len(known) == 1 and of_module[name] is not None else None
 
     def _hidden(self, name: str) -> int | None:
         """The `in` of the routers in the nearest block around a parameter, if it is one number."""
@@ -319,6 +320,16 @@ class _Layouts:
             if widths := self.widths.get(block):
                 return next(iter(widths)) if len(widths) == 1 else None
         return None
+
+
+def _between(name: str, stack: Tensor, hidden: int | None) -> tuple[bool, int] | None:
+    """Of a stack between `hidden` and another width, by its role: whether it is stored [in, out], and that width."""
+    a, b = stack.shape[-2:]
+    is_from, is_to = _FROM_HIDDEN.fullmatch(name), _TO_HIDDEN.fullmatch(name)
+    if a == b or hidden not in (a, b) or not (is_from or is_to):
+        return None
+    width = a + b - hidden
+    return hidden == (a if is_from else b), width // 2 if name.endswith("gate_up_proj") else width
 
 
 def _glob(name: str) -> str:

@@ -661,6 +661,12 @@ REFUSALS = {
         {},
         ["'experts.up_proj'", "nothing that shows"],
     ),
+    "stacks that fit together neither way": (
+        {"experts.up_proj": meta(4, 48, 64), "experts.down_proj": meta(4, 64, 96), "router.weight": meta(4, 64)},
+        ALL_FP8,
+        {},
+        ["'experts.up_proj'", "nothing that shows"],
+    ),
     "all experts below each other": (
         {"blocks.0.ffn.experts.mlp.w1": meta(192, 64)},
         ALL_FP8,

@@ -291,9 +291,10 @@ def _numbered(names: Sequence[str]) -> str | None:
     """The name with `*` that stands for all of these, by 0, 1, and so on in its place; None if there is none."""
     words = names[0].split(".")
     # From the end: of one expert alone in layer 0 the last number is the expert's.
-    for i in (i for i in reversed(range(len(words))) if words[i] == "0"):
-        if all(name.split(".") == [*words[:i], str(n), *words[i + 1 :]] for n, name in enumerate(names)):
-            return ".".join([*words[:i], "*", *words[i + 1 :]])
+    for i in (i for i in reversed(range(len(words))) if words[i] in ("0", "expert_0")):
+        word = words[i][:-1]  # Switch and NLLB have `expert_0`
+        if all(name.split(".") == [*words[:i], f"{word}{n}", *words[i + 1 :]] for n, name in enumerate(names)):
+            return ".".join([*words[:i], f"{word}*", *words[i + 1 :]])
     return None
 
 

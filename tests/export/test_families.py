@@ -149,7 +149,14 @@ def test_quantized_experts_have_the_names_of_save_pretrained(name, tmp_path):
     """
     model, entries = built(name)
     params = copy.deepcopy(model.state_dict())
-    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL}))
+    if name == "DbrxForCausalLM":
+        with pytest.raises(ValueError, match="among experts, without the number of one"):
+            fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL})
+        return
+    # Matrices cut to a few columns show no layout themselves.
+    whole = fqt.select(dict(families.model_of(entries).named_parameters()), {"*.experts.*": fqt.FP8_PER_CHANNEL})
+    layouts = {group.key: group.transposed for group in whole.groups if group.stacked}
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.FP8_PER_CHANNEL}, transposed=layouts))
     state = fq.calibrate(params)
 
     def written(layout):
