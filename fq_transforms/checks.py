@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "UNCALIBRATED",
     "LeafType",
+    "check_device",
     "check_dtype",
     "check_is_tensor",
     "check_readable",
@@ -128,6 +129,16 @@ def _check_weights(group: Group, weights: Sequence[Tensor], inner: Sequence[Tens
             )
 
 
+def check_device(group: Group, scales: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raise ValueError unless a group's state is on the device of its weights."""
+    for leaf in scales.values():
+        if leaf.device != device:
+            raise ValueError(
+                f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
+                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
+            )
+
+
 def check_dtype(name: str, weight: Tensor) -> None:
     """Raise ValueError unless a parameter is bf16, fp16 or fp32."""
     if weight.dtype not in DTYPES:
@@ -165,8 +176,8 @@ def check_readable(what: str, tensor: Any) -> None:
     kind = type(tensor)
     if _sees_its_own_functions(kind) or tensor.is_nested:
         raise ValueError(
-            f"{what}: found {kind.__module__}.{kind.__name__}, whose values are not in memory of its own, wanted a "
-            "plain tensor; dequantize() or unwrap it first, or leave it out with a rule to None"
+            f"{what}: found {kind.__module__}.{kind.__name__}, which has functions of its own, wanted a plain tensor: "
+            "dequantize() it, or unwrap it as its library says, or leave it out with a rule to None"
         )
     if torch.compiler.is_compiling():
         return
@@ -192,13 +203,11 @@ def _is_tensor(tensor: Any) -> bool:
 
 
 def _sees_its_own_functions(kind: Any) -> bool:
-    """True for subclasses of Tensor that compute in ways of their own, as wrappers of codes do."""
+    """True for subclasses that compute in ways of their own, as wrappers of codes do, or make results of their kind."""
     if kind in (Tensor, torch.nn.Parameter) or any(base.__name__ in _SEEN_THROUGH for base in kind.__mro__):
         return False
-    plain: Any = Tensor
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    known = (plain.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
-    return kind.__torch_dispatch__ is not plain.__torch_dispatch__ or function not in known
+    plain: Any = torch.nn.Parameter
+    return kind.__torch_dispatch__ != plain.__torch_dispatch__ or kind.__torch_function__ != plain.__torch_function__
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -311,7 +320,12 @@ def check_state(
 
 
 def _is_dense(leaf: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not (leaf.is_neg() or leaf.layout is not torch.strided)
+    """`check_readable`, in short, of a plain tensor."""
+    if torch.compiler.is_compiling():
+        return True
+    if leaf.layout is not torch.strided or leaf.is_neg() or leaf.is_nested:
+        return False
+    return leaf.is_meta or is_functorch_active() or leaf.data_ptr() != 0
 
 
 def _check_expected(state: Mapping[str, Any], groups: Sequence[Group]) -> None:

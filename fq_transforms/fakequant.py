@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import check_state, is_read, local_group, weights_of
+from fq_transforms.checks import check_device, check_state, is_read, local_group, weights_of
 from fq_transforms.dtensor import Layout, is_sharded, layout_of, local_values, position, sharded_tensors
 from fq_transforms.masters import Tensors, cast_all, count_up, planned_write, tensors_of
 from fq_transforms.ops.quantize.autograd import Backward, fake_quantize, fake_quantize_into
@@ -167,7 +167,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(weights: Sequence[Tensor], group: Group, scales: GroupState, rounding: Stochastic | None) -> _Ready:
-    _check_device(group, scales, weights[0].device)
+    check_device(group, scales, weights[0].device)
     layout = layout_of(group, weights)
     seed = stream = None
     if rounding is not None:
@@ -175,15 +175,6 @@ def _ready(weights: Sequence[Tensor], group: Group, scales: GroupState, rounding
     if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
     return _Ready(weights, scales.get("amax"), scales.get("global_amax"), layout, seed, stream)
-
-
-def _check_device(group: Group, scales: GroupState, device: torch.device) -> None:
-    for leaf in scales.values():
-        if leaf.device != device:
-            raise ValueError(
-                f"state {group.key!r}: found on {leaf.device}, wanted on {device} as its weights; "
-                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
-            )
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

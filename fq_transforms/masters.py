@@ -280,6 +280,8 @@ def _check_target(name: str, master: Tensor, target: Any, is_selected: bool) -> 
         raise ValueError(f"out {name!r}: found shape {tuple(target.shape)}, wanted {tuple(master.shape)}")
     if target.device != master.device:
         raise ValueError(f"out {name!r}: found it on {target.device}, wanted {master.device} as its master")
+    if target.dtype != master.dtype and not (master.is_floating_point() and master.dtype.itemsize > 1):
+        raise ValueError(f"out {name!r}: found {target.dtype}, wanted {master.dtype} as its master, which is no float")
     if target.dtype not in DTYPES and target.dtype != master.dtype:
         raise ValueError(f"out {name!r}: found {target.dtype}, wanted bfloat16, float16 or float32")
     found, wanted = spread_of(target), spread_of(master)

@@ -13,7 +13,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import DTYPES, LeafType, check_state, check_tensor, is_read, local_group, weights_of
+from fq_transforms.checks import (
+    DTYPES,
+    LeafType,
+    check_device,
+    check_state,
+    check_tensor,
+    is_read,
+    local_group,
+    weights_of,
+)
 from fq_transforms.dtensor import Layout, is_sharded, layout_of, sharded_tensors
 from fq_transforms.formats import Format, code_bits
 from fq_transforms.ops.launch import has_kernel
@@ -34,6 +43,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
     for group in spec.groups:
         check_packable(group)
         weights, scales = weights_of(params, group), state[group.key]
+        check_device(group, scales, weights[0].device)
         wanted = packed_leaves(group)
         layout = layout_of(group, weights, group.leaf_shapes | {name: shape for name, (shape, _) in wanted.items()})
         with torch.no_grad():
@@ -123,6 +133,10 @@ def check_packed(packed: PackedTree, spec: Spec) -> None:
             raise ValueError(f"packed {group.key!r}: found {found}, wanted {list(wanted)} as {group.format.name} has")
         for name, (shape, dtype) in wanted.items():
             check_tensor(f"packed '{group.key}.{name}'", leaves[name], shape, dtype)
+            if leaves[name].device != (device := leaves["codes"].device):
+                raise ValueError(
+                    f"packed '{group.key}.{name}': found on {leaves[name].device}, wanted on {device} as its codes"
+                )
 
 
 def _pack_group(group: Group, weights: Sequence[Tensor], scales: GroupState) -> list[Tensor]:

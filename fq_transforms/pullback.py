@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fq_transforms.checks import DTYPES, check_readable, check_state, local_group, weights_of
+from fq_transforms.checks import DTYPES, check_device, check_readable, check_state, local_group, weights_of
 from fq_transforms.distributed import sum_over
 from fq_transforms.dtensor import (
     Layout,
@@ -219,6 +219,7 @@ def _pull(
         if not group.format.is_stateless and (group.format.clips or backward == "lsq"):
             places = [place[name] for name in group.names]
             weights = weights_of(masters, group)
+            check_device(group, state[group.key], weights[0].device)
             vectors = [grads[i] for i in places]
             of_leaves, vectors = _pull_group(weights, group, state[group.key], vectors, backward)
             pulled.update(zip(places, vectors, strict=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import check_state, is_concrete, local_group, weights_of
+from fq_transforms.checks import check_device, check_state, is_concrete, local_group, weights_of
 from fq_transforms.dtensor import is_sharded, layout_of
 from fq_transforms.formats import Format
 from fq_transforms.ops.launch import has_kernel
@@ -252,12 +252,7 @@ def _own_part(params: Mapping[str, Tensor], group: Group, entry: GroupState) -> 
     for name, weight in zip(group.names, weights, strict=True):
         if weight.is_meta:
             raise ValueError(f"parameter {name!r}: found a tensor on meta, wanted values to measure")
-    for leaf in scales.values():
-        if leaf.device != weights[0].device:
-            raise ValueError(
-                f"state {group.key!r}: found on {leaf.device}, wanted on {weights[0].device} as its weights; "
-                "move it with optree.tree_map(lambda leaf: leaf.to(device), state)"
-            )
+    check_device(group, scales, weights[0].device)
     layout = layout_of(group, weights)
     if layout is not None or any(map(is_sharded, scales.values())):
         weights, scales = local_group(group, layout, weights, scales)
