@@ -1,6 +1,7 @@
 """Shapes, formats, dtypes and inputs that tests run over, as tables. No tolerances: what is compared here is exact."""
 
 import numpy as np
+import optree
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -119,3 +120,16 @@ def message_of(error, call, *args, **kwargs):
 def assert_names(message, *fragments):
     """A message says what was found, what was wanted, and of which leaf or weight."""
     assert not [fragment for fragment in fragments if str(fragment) not in message], message
+
+
+def assert_same_results(found, wanted, what):
+    """Two trees of tensors, and what else there is in them, alike to the bit; `what` says of which case."""
+    ones, others = (optree.tree_flatten(tree, none_is_leaf=True) for tree in (found, wanted))
+    assert ones[1] == others[1], what
+    for one, other in zip(ones[0], others[0], strict=True):
+        if isinstance(other, torch.Tensor):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape), what
+            bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (one, other)]
+            assert torch.equal(*bits), what
+        else:
+            assert one == other, what
