@@ -80,7 +80,9 @@ def weights_of(params: Mapping[str, Tensor], group: Group) -> list[Tensor]:
                 return weights
             known = _Checked(group, Guards(weights), all(map(Tensor.is_contiguous, weights)))
             _CHECKED[id(group)] = known
-        elif weights[0].is_cpu and not all(map(Tensor.data_ptr, weights)):  # elsewhere a launch looks at addresses
+        elif (
+            weights[0].is_cpu and is_concrete(weights[0]) and not all(map(Tensor.data_ptr, weights))
+        ):  # elsewhere a launch looks at addresses
             _check_weights(group, weights, weights)
         return Contiguous(weights) if known.are_contiguous else weights
     return weights

@@ -149,16 +149,16 @@ def megatron_of(params, config, layout):
     return found
 
 
-def calibrated(params, format, rules="*.experts.*"):
+def calibrated(params, format, rules="*.experts.*", transposed=()):
     """A Transform and its state, gate and up tied where they are two."""
-    fq = fqt.transform(fqt.select(params, {rules: format}))
+    fq = fqt.transform(fqt.select(params, {rules: format}, transposed=transposed))
     state = fq.calibrate(params)
     return fq, fqt.tie(state, GATE_UP) if any("gate_proj" in key for key in state) else state
 
 
-def exported(target, folder, params, format, config, rules="*.experts.*", **options):
+def exported(target, folder, params, format, config, rules="*.experts.*", transposed=(), **options):
     """The same, once they are exported to a folder."""
-    fq, state = calibrated(params, format, rules)
+    fq, state = calibrated(params, format, rules, transposed)
     target(folder, fq, params, state, config=config, **options)
     return fq, state
 

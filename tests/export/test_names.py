@@ -193,7 +193,8 @@ def test_latent_attention_and_hybrids_from_megatron(kind, format, tmp_path):
         rename = partial(of_nemotron, kinds=entries["layers_block_type"])
     other = in_megatron(params, rename, config)
     assert not other.keys() & params.keys()
-    exported(fqt.export.save, tmp_path / "a", params, format, entries)
+    # Matrices cut to a few columns show no layout themselves.
+    exported(fqt.export.save, tmp_path / "a", params, format, entries, transposed={"*.experts.*_proj": False})
     exported(fqt.export.save, tmp_path / "b", other, format, entries)
     assert_same_bytes(read(tmp_path / "b"), read(tmp_path / "a"))
 
