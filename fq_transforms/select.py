@@ -21,6 +21,7 @@ _FROM_HIDDEN = re.compile(r"(?:.*\.)?(?:gate_up_proj|gate_proj|up_proj|w1|w3|inp
 _TO_HIDDEN = re.compile(r"(?:.*\.)?(?:down_proj|w2|output_linear)(?:\.weight)?")
 # Roles of stacks that models of transformers store either way.
 _EITHER_WAY = re.compile(r"(?:.*\.)?(?:gate_up|gate|up|down)_proj")
+MOST_EXPERTS = 10**6  # of one layer: a number in a name is not yet so many experts
 _BIAS = re.compile(r"(?:^|[._])bias\d*$")
 _NO_RULE = Rule("", required=False)
 
@@ -174,6 +175,8 @@ def _group(
 ) -> Group:
     params = layouts.params
     numbers, names = [number for number, _, _ in found], tuple(name for _, name, _ in found)
+    if numbers[-1] >= MOST_EXPERTS:
+        raise ValueError(f"parameter {names[-1]!r}: found expert {numbers[-1]}, wanted at most {MOST_EXPERTS} experts")
     wanted = range(numbers[-1] + 1)
     if numbers != list(wanted):
         missing, twice = set(wanted) - set(numbers), {n for n in numbers if numbers.count(n) > 1}

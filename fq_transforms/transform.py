@@ -287,7 +287,7 @@ class Transform:
             set_to_none=set_to_none,
         )
 
-    def quantized_inputs(self, model: Module, state: State) -> AbstractContextManager[None]:
+    def quantized_inputs(self, model: Module, state: State) -> AbstractContextManager[object]:
         """Within, a model computes with each input that the spec selects quantized: the inputs' half of `apply`.
 
         For training with masters, whose fake weights the model has already: around forward and backward, under DDP of

@@ -13,6 +13,7 @@ from fq_transforms.formats import FP8, INT4_BLOCK32, INT8_PER_CHANNEL, MXFP4, NV
 from fq_transforms.rules import Rule
 from fq_transforms.select import select
 from tests.cases import ALL_FORMATS, assert_names, expert_list, message_of, meta, name_of
+from tests.hostile import watched
 
 # name -> (parameters, [(key, experts, (out, in), stacked, transposed)], keywords of select)
 CONVENTIONS = {
@@ -769,3 +770,11 @@ def test_forty_six_layers_of_128_experts_are_selected_at_once():
     assert spec.groups[0].names[127] == "decoder.layers.0.mlp.experts.linear_fc1.weight127"
     assert table.splitlines()[:-1] == FORTY_SIX_LAYERS.splitlines()
     assert table.endswith(": 99.0 % of 18,276,352 parameters")
+
+
+@pytest.mark.parametrize("number", ["1000000", "9" * 30, "9" * 990])
+def test_a_number_in_a_name_is_not_so_many_experts(number):
+    """Kills a list of a trillion missing experts, made for a message."""
+    with watched():
+        message = message_of(ValueError, select, {f"experts.{number}.w": torch.empty(8, 32, device="meta")}, {"*": FP8})
+    assert_names(message, f"found expert {number}", "at most 1000000")
