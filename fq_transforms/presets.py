@@ -6,7 +6,8 @@
     spec = select(params, presets.for_layout(presets.NVFP4_DEFAULT_CFG, "compressed-tensors"))
 
 A name that ModelOpt 0.47 has is its whole configuration: the same weights and inputs, in the same formats.
-`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take every matrix but the excluded, `*_EXPERTS_ONLY_CFG` only routed experts.
+`*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take the weights of modules but the excluded, and routed experts;
+`*_EXPERTS_ONLY_CFG` routed experts alone. docs/classes.md holds both libraries beside each other, class by class.
 ModelOpt has one of the latter, NVFP4's. The others are ours, made after it: each is the rule of a whole model's
 configuration, weights and inputs, for the routed experts.
 
@@ -20,7 +21,12 @@ from fq_transforms import formats
 from fq_transforms.formats import Format
 from fq_transforms.rules import Rule, Rules, as_rules
 
-# ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers.
+# What modules call their weight, also Transformer Engine's grouped linears. ModelOpt quantizes modules, so a parameter
+# of another name (a state matrix, a hyper-connection, a table of positions) is left alone, unless it is of experts.
+_WEIGHTS = ("*.weight", "*.weight[0-9]*", "weight", "weight[0-9]*")
+_EXPERTS = ("*.experts.*", "*.local_experts.*", "experts.*", "local_experts.*")
+
+# ModelOpt 0.47, configs/ptq/units/default_disabled_quantizers. Convolutions are never weights (`select`).
 _MODELOPT = (
     "*lm_head*",
     "*output_layer*",
@@ -30,9 +36,6 @@ _MODELOPT = (
     "*mlp.gate.*",
     "*block_sparse_moe.gate*",
     "*mlp.shared_expert_gate.*",
-    "*mixer.conv1d*",
-    "*linear_attn.conv1d*",
-    "*self_attention.conv1d*",
     "*linear_attn.in_proj_a*",
     "*linear_attn.in_proj_b*",
     "mtp.*",
@@ -42,30 +45,37 @@ _MODELOPT = (
     "*visual*",
     "*multi_modal_projector*",
 )
-# What ModelOpt leaves out by the class of the module, which a name has to tell here: embeddings, and gates and
-# convolutions that are parameters of their own. Norms and biases are never weights (`select`).
+# What ModelOpt leaves out by the class of the module, which a name has to tell here: routers by the block that they are
+# the gate of, embeddings (a patch *embedder* projects, but is one if the weight is its own), and LoRA without PEFT.
 _BY_CLASS = (
-    "*embed*",
+    "*moe.gate.*",
+    "*ffn.gate.*",
+    "*feed_forward.gate.*",
+    "*mixer.gate.*",
+    "*shared_expert_gate*",
+    "*embed[._s]*",
+    "*embedding*",
+    "*embedder.weight",
     "*wte.*",
     "*wpe.*",
-    "*conv1d*",
-    "*feed_forward.gate.*",
-    "*shared_expert_gate*",
-    "*shared_experts.gate_weight",
+    "shared.weight",
+    "*.shared.weight",
+    "*_bias.weight",
+    "*.lora_*",
 )
 # A model need not have any of these, so none is required.
 EXCLUDED = tuple(Rule(pattern, required=False) for pattern in (*_MODELOPT, *_BY_CLASS))
 
 
 def whole_model(weights: Format | None, inputs: Format | None = None) -> tuple[Rule, ...]:
-    """Every matrix but the excluded.
+    """What modules call `weight`, and routed experts, but the excluded: routers, embeddings, heads, vision.
 
     Example:
         >>> rule = whole_model(formats.FP8)[0]
         >>> rule.pattern, rule.weights.name, rule.inputs
-        ('*', 'FP8', None)
+        ('*.weight', 'FP8', None)
     """
-    return (Rule("*", weights, inputs), *EXCLUDED)
+    return _rules((*_WEIGHTS, *_EXPERTS), weights, inputs)
 
 
 def experts_only(weights: Format | None, inputs: Format | None = None) -> tuple[Rule, ...]:
@@ -75,7 +85,10 @@ def experts_only(weights: Format | None, inputs: Format | None = None) -> tuple[
         >>> [rule.pattern for rule in experts_only(formats.NVFP4)][:2]
         ['*.experts.*', '*.local_experts.*']
     """
-    patterns = ("*.experts.*", "*.local_experts.*", "experts.*", "local_experts.*")
+    return _rules(_EXPERTS, weights, inputs)
+
+
+def _rules(patterns: tuple[str, ...], weights: Format | None, inputs: Format | None) -> tuple[Rule, ...]:
     return (*(Rule(pattern, weights, inputs, required=False) for pattern in patterns), *EXCLUDED)
 
 

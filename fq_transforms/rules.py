@@ -12,14 +12,23 @@ The last rule that matches a name decides alone: its weights and its inputs.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 from fq_transforms.formats import FORMATS, Format, check_layout, own_format
 from fq_transforms.parse import check_name, check_text, nearest, parse_json, read_fields, shown, unique
 
-__all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml"]
+__all__ = ["Rule", "Rules", "as_rules", "from_json", "from_yaml", "to_json", "to_yaml", "unwrapped"]
+
+# What DDP, torch.compile, FSDP, activation checkpointing and PEFT put into the names of what they wrap.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer|to_wrap"
+    r"|original_module|modules_to_save\.[^.]+)\."
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Rule:
     leaves out weights and inputs; `Rule(pattern, inputs=FP8)` quantizes the inputs only.
 
     Attributes:
-        pattern: Glob over the whole parameter name, case-sensitive; `*` crosses dots.
+        pattern: Glob over the whole parameter name, case-sensitive; `*` crosses dots. It may leave out what wrappers
+            put into names: see `unwrapped`.
         weights: Format of the weights; None leaves them as they are.
         inputs: Format of the inputs; None leaves them as they are. Per tensor (FP8, INT8), with a calibrated amax; per
             channel (FP8_PER_CHANNEL), with one scale per token; in dynamic blocks (MX, or NVFP4 with a calibrated
@@ -76,6 +86,11 @@ class Rule:
         if self.per_expert_inputs and not self.inputs:
             raise ValueError(f"{what}: found per_expert_inputs=True without inputs, wanted inputs= a format beside it")
 
+    def matches(self, name: str) -> bool:
+        """True if the pattern is of this parameter, by its name or by the one that it has without wrappers."""
+        plain = unwrapped(name)
+        return fnmatchcase(name, self.pattern) or (plain != name and fnmatchcase(plain, self.pattern))
+
     def for_layout(self, layout: str) -> "Rule":
         """The same rule in a layout's own formats: see `formats.own_format`. Raises ValueError for no layout."""
         check_layout(layout)
@@ -85,6 +100,18 @@ class Rule:
 
 # Characters of YAML, of which PyYAML reads 100,000 in a second, and entries of a mapping: a format has eight.
 MOST_YAML, MOST_ENTRIES = 2**20, 100
+
+
+@lru_cache  # each name meets all the rules in turn
+def unwrapped(name: str) -> str:
+    """A parameter's name in the model itself, without what DDP, torch.compile, FSDP, checkpointing and PEFT put in.
+
+    Example:
+        >>> unwrapped("module._orig_mod.mtp.layers.0.mlp._orig_mod.up_proj.base_layer.weight")
+        'mtp.layers.0.mlp.up_proj.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
 
 Rules: TypeAlias = Mapping[str, Format | None] | Sequence[Rule]
 

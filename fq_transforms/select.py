@@ -1,7 +1,7 @@
 """Names and rules to a static `Spec`: rules choose a parameter's formats, and its name says whose expert it is."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
 from fq_transforms.formats import Format
-from fq_transforms.rules import Rule, Rules, as_rules
+from fq_transforms.rules import Rule, Rules, as_rules, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 
 __all__ = ["select"]
@@ -23,6 +23,8 @@ _TO_HIDDEN = re.compile(r"(?:.*\.)?(?:down_proj|w2|output_linear)(?:\.weight)?")
 _EITHER_WAY = re.compile(r"(?:.*\.)?(?:gate_up|gate|up|down)_proj")
 MOST_EXPERTS = 10**6  # of one layer: a number in a name is not yet so many experts
 _BIAS = re.compile(r"(?:^|[._])bias\d*$")
+# What PEFT and Megatron-Bridge call the layer that an adapter is put beside.
+_ADAPTED = re.compile(r"(?<![^.])(?=(?:base_layer|to_wrap)\.)")
 _NO_RULE = Rule("", required=False)
 
 
@@ -35,8 +37,9 @@ def select(
 ) -> Spec:
     r"""Which parameters are quantized, and how: the last rule whose glob matches a name decides its weights and inputs.
 
-    Only matrices (2-D) and stacked experts (3-D) can be quantized; biases and vectors never are. Values are not read,
-    so meta tensors will do. A DTensor counts by its global shape: every rank and every mesh has the same spec.
+    Only matrices (2-D) and stacked experts (3-D) can be quantized; biases, vectors, convolutions, and adapters beside a
+    `base_layer` never are. Values are not read, so meta tensors will do. A DTensor counts by its global shape: every
+    rank and every mesh has the same spec.
 
     Args:
         params: `dict(model.named_parameters())`, names to tensors.
@@ -71,15 +74,16 @@ def select(
     for name, param in params.items():
         check_is_tensor(f"parameter {name!r}", param)
     orientation = _orientation(transposed)
-    _check_patterns(params, rules, patterns, tuple(orientation))
+    never = _never_weights(params)
+    _check_patterns(params, [name for name in params if name not in never], rules, patterns, tuple(orientation))
     layouts = _Layouts(params, patterns, orientation)
 
     members: dict[str, list[tuple[int, str, Rule]]] = {}
     skipped: list[Skipped] = []
     for name, param in params.items():
-        why = _not_a_weight(name, param)
+        why = never.get(name, "")
         if not why:
-            rule = next((r for r in reversed(rules) if fnmatchcase(name, r.pattern)), _NO_RULE)
+            rule = next((r for r in reversed(rules) if r.matches(name)), _NO_RULE)
             key, expert = group_key(name, patterns)
             members.setdefault(key, []).append((expert, name, rule))
             why = _why_left(rule)
@@ -123,12 +127,15 @@ def _inputs(group: Group, found: Sequence[tuple[int, str, Rule]], params: Mappin
 
 
 def _check_patterns(
-    params: Mapping[str, Tensor], rules: Sequence[Rule], experts: Sequence[str], transposed: Sequence[str]
+    params: Mapping[str, Tensor],
+    weights: Sequence[str],
+    rules: Sequence[Rule],
+    experts: Sequence[str],
+    transposed: Sequence[str],
 ) -> None:
-    weights = [name for name, param in params.items() if not _not_a_weight(name, param)]
     for rule in rules:
-        if rule.required and not any(fnmatchcase(name, rule.pattern) for name in weights):
-            others = [name for name in params if fnmatchcase(name, rule.pattern)]
+        if rule.required and not any(rule.matches(name) for name in weights):
+            others = [name for name in params if rule.matches(name)]
             found = f"only {others[0]!r}, which is no weight" if others else "none"
             raise ValueError(
                 f"rule {rule.pattern!r} matches no weight: found {found}, among {len(weights)} weights such as "
@@ -153,11 +160,35 @@ def _check_patterns(
             raise ValueError(f"transposed={glob!r} matches no weight, among {len(weights)} such as {weights[:3]}")
 
 
-def _not_a_weight(name: str, param: Tensor) -> str:
+def _never_weights(params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of parameters that can never be quantized, and why."""
+    # Modules that hold an adapter beside the layer.
+    adapted = {name[: match.start()] for name in params for match in _ADAPTED.finditer(name)}
+    reasons = ((name, _not_a_weight(name, param, adapted)) for name, param in params.items())
+    return {name: why for name, why in reasons if why}
+
+
+def _not_a_weight(name: str, param: Tensor, adapted: Set[str]) -> str:
     """Why a parameter can never be quantized, or ''."""
     if _BIAS.search(name):
         return "bias"
-    return "" if param.dim() in (2, 3) else f"{param.dim()}-D"
+    if param.dim() not in (2, 3):
+        return f"{param.dim()}-D"
+    if param.dim() == 3 and _is_convolution(name):
+        return "convolution"
+    if not adapted:
+        return ""
+    own = {name[: match.start()] for match in _ADAPTED.finditer(name)}
+    modules = (name[: match.start()] for match in re.finditer(r"(?<![^.])", name))
+    return "adapter" if any(module in adapted and module not in own for module in modules) else ""
+
+
+def _is_convolution(name: str) -> bool:
+    """True if a parameter, its module or the list that has the module is called one: kernels [out, in, width]."""
+    *modules, last = unwrapped(name).split(".")
+    while modules and modules[-1].isdecimal():
+        modules.pop()
+    return any("conv" in part.lower() for part in (*modules[-1:], last))
 
 
 def _orientation(transposed: Any) -> dict[str, bool]:

@@ -259,6 +259,56 @@ def test_experts_only_takes_a_layer_alone(templates):
     assert quantized_by("FP8_EXPERTS_ONLY_CFG", left | params) == params.keys()
 
 
+ROUTED = ["mlp", "block_sparse_moe", "moe", "text_moe", "vision_moe", "ffn", "feed_forward", "mixer"]
+ALONE = {
+    "a state matrix": ("layers.0.mamba.A_log", (64, 16)),
+    "a hyper-connection": ("layers.0.attn_hc.fn", (24, 128)),
+    "a relative bias": ("layers.0.self_attn.rel_logits_proj.proj", (16, 128)),
+    "an embedding of biases": ("block.0.SelfAttention.relative_attention_bias.weight", (32, 16)),
+    "a shared embedding": ("shared.weight", (128, 128)),
+    "one within a model": ("model.shared.weight", (128, 128)),
+    "one of Nemotron-H": ("model.embeddings.weight", (128, 128)),
+    "an embedder": ("token_embedder.weight", (128, 128)),
+    "shared 3-D experts": ("layers.0.mlp.shared_experts.gate_proj", (2, 128, 128)),
+    "a convolution": ("layers.0.mamba.conv1d.weight", (64, 1, 4)),
+    "LoRA": ("layers.0.q.lora_A.default.weight", (8, 128)),
+    "LoRA in an expert": ("layers.0.mlp.experts.0.up.lora_B.default.weight", (128, 16)),
+} | {f"a router, {block}.gate": (f"layers.0.{block}.gate.weight", (4, 128)) for block in ROUTED}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_what_only_looks_like_a_matrix_is_left_alone(what):
+    """By every preset, alone and under wrappers; a linear beside it is taken, and so are experts that have its name."""
+    name, shape = ALONE[what]
+    others = {"layers.0.mlp.experts.0.up.weight": HIDDEN, "layers.0.mlp.experts.0.gate.weight": HIDDEN}
+    dense = {"layers.0.mlp.gate_proj.weight": HIDDEN, "layers.0.patch_embedder.proj.weight": HIDDEN}
+    for wrapper in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        params = expand({f"{wrapper}{each}": s for each, s in {name: shape, **others, **dense}.items()})
+        left = {f"{wrapper}{each}" for each in others}
+        assert quantized_by("FP8_EXPERTS_ONLY_CFG", params) == left
+        assert quantized_by("FP8_DEFAULT_CFG", params) == left | {f"{wrapper}{each}" for each in dense}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module", "base_model.model"])
+def test_wrappers_change_nothing(model, wrapper):
+    """Law: a preset takes the same weights of a wrapped model, wherever in it the wrapper is."""
+    parts = parameters(model)
+    params = parts["left"] | parts["dense"] | parts["experts"]
+    wanted = quantized_by("FP8_DEFAULT_CFG", params)
+    for depth in range(4):
+        names = {name: _wrapped(name, wrapper, depth) for name in params}
+        found = quantized_by("FP8_DEFAULT_CFG", {names[name]: param for name, param in params.items()})
+        assert found == {names[name] for name in wanted}
+
+
+def _wrapped(name, wrapper, depth):
+    """A name with a wrapper before its module at a depth, but not before a number, which stands in a list."""
+    parts = name.split(".")
+    at = min(depth, len(parts) - 1)
+    return name if parts[at].isdigit() else ".".join([*parts[:at], wrapper, *parts[at:]])
+
+
 def test_the_raw_gate_of_megatrons_shared_experts_is_left_alone():
     """SharedExpertMLP.gate_weight [1, hidden] gates as a router does, and is no layer that ModelOpt quantizes."""
     params = expand(

@@ -5,13 +5,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from torch.distributed.fsdp._common_utils import FSDP_PREFIX
 
 from fq_transforms import presets
 from fq_transforms.formats import FORMATS, FP8, FP8_BLOCK, INT4_BLOCK32, INT8, NVFP4, NVFP4_STATIC
-from fq_transforms.rules import Rule, as_rules, from_json, from_yaml, to_json, to_yaml
+from fq_transforms.rules import Rule, as_rules, from_json, from_yaml, to_json, to_yaml, unwrapped
 from fq_transforms.select import select
 from tests.cases import assert_names, message_of, meta
 from tests.hostile import watched
@@ -291,3 +294,35 @@ def test_yaml_takes_what_it_is(case):
     """A file of rules from others: what grows when it is read is refused, within seconds."""
     with watched():
         assert_names(message_of(ValueError, from_yaml, YAML_BOMBS[case]), "not rules in YAML")
+
+
+WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model.model"]
+WRAPPERS += ["base_layer", "to_wrap", "original_module", "modules_to_save.default"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("pattern", ["output.*", "*mlp.gate.*", "*.mlp.gate.weight", "output.mlp.gate.weight"])
+def test_a_pattern_sees_through_wrappers(wrapper, pattern):
+    """Before any part of a name, within another: a pattern of the model's own names matches, as one of all of it."""
+    parts = ["output", "mlp", "gate", "weight"]
+    for at in range(len(parts)):
+        name = ".".join([*parts[:at], wrapper, "module", *parts[at:]])
+        assert unwrapped(name) == "output.mlp.gate.weight"
+        assert Rule(pattern, FP8).matches(name)
+        assert Rule(name, FP8).matches(name)
+        assert not Rule(f"x{pattern}", FP8).matches(name)
+
+
+def test_a_name_is_a_wrappers_only_as_a_whole_part():
+    """A module of one's own may have such a name in its own; the parameter itself is nobody's wrapper."""
+    for name in ("my_module.weight", "modules.0.weight", "base_model.mlp.weight", "gate.module", "_orig_mod"):
+        assert unwrapped(name) == name
+
+
+def test_the_wrappers_of_pytorch_are_known():
+    """The names that PyTorch itself gives."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    names = [name for wrapped in (torch.nn.DataParallel(model), torch.compile(model)) for name in wrapped.state_dict()]
+    names += [f"{prefix}0.weight" for prefix in (FSDP_PREFIX, checkpoint_wrapper._CHECKPOINT_PREFIX)]
+    assert len(set(names)) == 4
+    assert {unwrapped(name) for name in names} == {"0.weight"}

@@ -260,6 +260,47 @@ def test_biases_of_grouped_linears_are_not_experts():
     assert [skipped.reason for skipped in spec.skipped] == ["bias"] * 3
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mixer.conv1d.weight", "a.conv_qk_grouped.weight", "stem.convs.0.weight", "conv.weight", "mixer.conv_weight"),
+        *("module.mixer.dwConv._orig_mod.weight", "mixer.conv1d.base_layer.weight"),
+    ],
+)
+def test_kernels_of_convolutions_are_never_weights(name):
+    """3-D as 4-D ones: no rule takes them, and one that asks for nothing else says so; linears beside them stay."""
+    params = {"conv.in_proj.weight": meta(32, 32), "conv.experts.up_proj": meta(4, 32, 32), name: meta(64, 1, 4)}
+    spec = select(params, {"*": FP8})
+    assert [group.key for group in spec.groups] == ["conv.in_proj.weight", "conv.experts.up_proj"]
+    assert [(skipped.name, skipped.reason) for skipped in spec.skipped] == [(name, "convolution")]
+    assert_names(message_of(ValueError, select, params, {name: FP8}), name, "which is no weight")
+
+
+ADAPTED = {
+    "a layer": ("q_proj.base_layer.weight", ["q_proj.lora_A.default.weight", "q_proj.hada_w1_a.default"]),
+    "an embedding": ("wte.base_layer.weight", ["wte.lora_embedding_A.default"]),
+    "an expert": ("experts.0.up.base_layer.weight", ["experts.0.up.lora_B.default.weight"]),
+    "a stack, twice": (
+        "experts.base_layer.base_layer.up_proj",
+        ["experts.lora_A.default.weight", "experts.base_layer.lora_A.default.weight"],
+    ),
+    "Megatron-Bridge": ("linear_fc1.to_wrap.weight", ["linear_fc1.adapter.linear_in.weight"]),
+    "the root": ("base_layer.weight", ["lora_A.default.weight"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_adapters_are_never_weights(kind):
+    """What stands beside a `base_layer` is the adapter's, whatever its kind calls it; what it wraps is a weight."""
+    base, adapters = ADAPTED[kind]
+    params = {base: meta(4, 32, 32) if kind == "a stack, twice" else meta(32, 32), "k.base_layer.weight": meta(32, 32)}
+    if base == "base_layer.weight":
+        del params["k.base_layer.weight"]
+    spec = select(params | {name: meta(8, 32) for name in adapters}, {"*": FP8})
+    assert {name for group in spec.groups for name in group.names} == params.keys()
+    assert {skipped.name: skipped.reason for skipped in spec.skipped} == dict.fromkeys(adapters, "adapter")
+
+
 def test_transposed_stacks_are_known_when_only_one_of_them_is_selected():
     """gate_up_proj and down_proj tell the layout by both shapes, also where a rule excludes one of them."""
     params = {"experts.gate_up_proj": meta(4, 64, 192), "experts.down_proj": meta(4, 96, 64)}
@@ -538,16 +579,16 @@ REFUSALS = {
         [KEY, "different formats", f"'{FIRST}': None", f"'{THIRD}': FP8"],
     ),
     "3-D, not known to be experts": (
-        {"conv.weight": meta(8, 32, 64)},
+        {"stem.weight": meta(8, 32, 64)},
         ALL_FP8,
         {},
-        ["'conv.weight'", "3-D", (8, 32, 64), "exclude", "experts="],
+        ["'stem.weight'", "3-D", (8, 32, 64), "exclude", "experts="],
     ),
     "a list of 3-D experts": (
-        {f"experts.{i}.conv.weight": meta(8, 32, 64) for i in range(2)},
+        {f"experts.{i}.stem.weight": meta(8, 32, 64) for i in range(2)},
         ALL_FP8,
         {},
-        ["'experts.0.conv.weight'", "3-D", (8, 32, 64), "exclude"],
+        ["'experts.0.stem.weight'", "3-D", (8, 32, 64), "exclude"],
     ),
     "a block that does not divide in": (
         {"layer.weight": meta(64, 40)},
