@@ -27,7 +27,7 @@ from fq_transforms.formats import (
     NVFP4,
     IntElement,
 )
-from fq_transforms.rules import Rule
+from fq_transforms.rules import Rule, unwrapped
 from fq_transforms.select import select
 
 LAYERS, EXPERTS = range(2), range(3)
@@ -289,14 +289,14 @@ def test_what_only_looks_like_a_matrix_is_left_alone(what):
         assert quantized_by("FP8_DEFAULT_CFG", params) == left | {f"{wrapper}{each}" for each in dense}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MIXTURES)
 @pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module", "base_model.model"])
 def test_wrappers_change_nothing(model, wrapper):
     """Law: a preset takes the same weights of a wrapped model, wherever in it the wrapper is."""
     parts = parameters(model)
     params = parts["left"] | parts["dense"] | parts["experts"]
     wanted = quantized_by("FP8_DEFAULT_CFG", params)
-    for depth in range(4):
+    for depth in range(6):
         names = {name: _wrapped(name, wrapper, depth) for name in params}
         found = quantized_by("FP8_DEFAULT_CFG", {names[name]: param for name, param in params.items()})
         assert found == {names[name] for name in wanted}
@@ -307,6 +307,44 @@ def _wrapped(name, wrapper, depth):
     parts = name.split(".")
     at = min(depth, len(parts) - 1)
     return name if parts[at].isdigit() else ".".join([*parts[:at], wrapper, *parts[at:]])
+
+
+class Expert(torch.nn.Module):
+    """One expert, of which PEFT adapts the layer `up`."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False)
+
+
+class Routed(torch.nn.Module):
+    """A layer with attention, a router and experts, and an embedding: only its names matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {}
+        self.wte, self.q = torch.nn.Embedding(8, 64), torch.nn.Linear(64, 64, bias=False)
+        self.mlp = torch.nn.ModuleDict({"gate": torch.nn.Linear(64, 2, bias=False)})
+        self.mlp["experts"] = torch.nn.ModuleList(Expert() for _ in range(2))
+
+
+KINDS = ["Lora", "LoHa", "LoKr", "HRA", "OFT", "BOFT", "Glora", "Delora", "RandLora", "LNTuning", "Hira"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about what it would like to have
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_peft_are_left_alone(kind):
+    """Law: whatever its kind, a preset takes of an adapted model what it takes of the plain one."""
+    peft = pytest.importorskip("peft")
+    plain = dict(Routed().named_parameters())
+    targets = ["up", "q", "wte"] if kind == "Lora" else ["up", "q"]
+    model = peft.get_peft_model(Routed(), getattr(peft, f"{kind}Config")(target_modules=targets))
+    params = dict(model.named_parameters())
+    assert len(params) > len(plain)
+    for preset in ("FP8_DEFAULT_CFG", "FP8_EXPERTS_ONLY_CFG"):
+        found = quantized_by(preset, params)
+        assert {unwrapped(name) for name in found} == quantized_by(preset, plain)
+        assert len(found) == len(quantized_by(preset, plain))
 
 
 def test_the_raw_gate_of_megatrons_shared_experts_is_left_alone():

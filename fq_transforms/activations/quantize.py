@@ -117,7 +117,8 @@ def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> No
         raise ValueError(
             f"inputs {use.inputs.key!r}: found its layer under activation checkpointing, saved-tensor hooks or "
             "torch.no_grad, wanted it as the rest of the call: backward would compute it again with inputs that are "
-            "not quantized; switch checkpointing off, or call `apply` within what sets the hooks"
+            "not quantized; switch checkpointing off, call `apply` within what sets the hooks, or take the inputs out "
+            "with a rule to None"
         )
 
 

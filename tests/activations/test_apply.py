@@ -312,7 +312,7 @@ def test_layers_that_run_again_in_backward_are_refused(reentrant):
     x = torch.ones(2, 4, requires_grad=True)
     state = fq.calibrate(params, x, model=model)
     message = message_of(ValueError, fq.apply, model, params, state, x)
-    assert_names(message, "'layer.weight.input'", "activation checkpointing", "switch checkpointing off")
+    assert_names(message, "'layer.weight.input'", "activation checkpointing", "switch checkpointing off", "a rule")
     with torch.no_grad():
         fq.apply(model, params, state, x)
 
