@@ -23,6 +23,7 @@ _TO_HIDDEN = re.compile(r"(?:.*\.)?(?:down_proj|w2|output_linear)(?:\.weight)?")
 _EITHER_WAY = re.compile(r"(?:.*\.)?(?:gate_up|gate|up|down)_proj")
 MOST_EXPERTS = 10**6  # of one layer: a number in a name is not yet so many experts
 _BIAS = re.compile(r"(?:^|[._])bias\d*$")
+_CONVOLUTION = re.compile(r"conv(?:s|olution|transpose)?(?![a-z])", re.IGNORECASE)
 # What PEFT and Megatron-Bridge call the layer that an adapter is put beside.
 _ADAPTED = re.compile(r"(?<![^.])(?=(?:base_layer|to_wrap)\.)")
 _NO_RULE = Rule("", required=False)
@@ -188,7 +189,7 @@ def _is_convolution(name: str) -> bool:
     *modules, last = unwrapped(name).split(".")
     while modules and modules[-1].isdecimal():
         modules.pop()
-    return any("conv" in part.lower() for part in (*modules[-1:], last))
+    return "expert" not in name and any(_CONVOLUTION.search(part) for part in (*modules[-1:], last))
 
 
 def _orientation(transposed: Any) -> dict[str, bool]:

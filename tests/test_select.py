@@ -264,7 +264,7 @@ def test_biases_of_grouped_linears_are_not_experts():
     "name",
     [
         *("mixer.conv1d.weight", "a.conv_qk_grouped.weight", "stem.convs.0.weight", "conv.weight", "mixer.conv_weight"),
-        *("module.mixer.dwConv._orig_mod.weight", "mixer.conv1d.base_layer.weight"),
+        *("module.mixer.dwConv._orig_mod.weight", "mixer.conv1d.base_layer.weight", "a.convolution.weight"),
     ],
 )
 def test_kernels_of_convolutions_are_never_weights(name):
@@ -274,6 +274,15 @@ def test_kernels_of_convolutions_are_never_weights(name):
     assert [group.key for group in spec.groups] == ["conv.in_proj.weight", "conv.experts.up_proj"]
     assert [(skipped.name, skipped.reason) for skipped in spec.skipped] == [(name, "convolution")]
     assert_names(message_of(ValueError, select, params, {name: FP8}), name, "which is no weight")
+
+
+@pytest.mark.parametrize(
+    "name", ["convert.weight", "conversation.0.weight", "conv_moe.experts", "experts.0.conv.weight"]
+)
+def test_what_may_be_experts_is_not_taken_for_a_convolution(name):
+    """Its name has the letters, or experts too: a 3-D weight that is not known is refused, never left in silence."""
+    message = message_of(ValueError, select, {"a.weight": meta(8, 8), name: meta(4, 8, 8)}, {"*": FP8})
+    assert_names(message, name, "3-D shape", "experts=")
 
 
 ADAPTED = {
