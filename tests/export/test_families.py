@@ -1,9 +1,7 @@
 """The law of names: those of every model of experts are what transformers' own `save_pretrained` writes."""
 
 import copy
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,36 +10,13 @@ import fq_transforms as fqt
 from fq_transforms.export import families, plan
 from fq_transforms.export.accounted import check_accounted
 from tests.cases import assert_names
+from tests.classes import OWN, classes, smaller
 from tests.export.models import assert_same_bytes, read, transformers
 from tests.full import FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
-LAYERS, EXPERTS, COLUMNS = 6, 4, 32
-# Numbers of config that are made smaller, wherever they stand in it. Layers for more tokens are none of transformers'.
-SMALLER = {
-    r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth": LAYERS,
-    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts": EXPERTS,
-    r"num_experts_per_tok": 2,
-    r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers": 0,
-}
-# What a class wants beside its config's defaults.
-_TALKER = {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
-_INDEXER = {"n_heads": 4, "kv_heads": 1, "head_dim": 256, "budget": 2048, "compress_ratio": 4}
-_QWEN4 = {f"indexer_{key}": value for key, value in _INDEXER.items()}
-OWN = {
-    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0}},
-    "DeepseekOcr2ForConditionalGeneration": {"text_config": {"mlp_layer_types": ["dense"] + 11 * ["sparse"]}},
-    "Dots1ForCausalLM": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "Gemma4ForCausalLM": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
-    "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
-    "Lfm2MoeForCausalLM": {"layer_types": 16 * ["conv", "full_attention"]},
-    "LongcatFlashForCausalLM": {"zero_expert_num": 0},
-    "Qwen3OmniMoeForConditionalGeneration": {"talker_config": _TALKER},
-    "Qwen4ExpForCausalLM": _QWEN4,
-    "Qwen4ExpForConditionalGeneration": {"text_config": _QWEN4},
-}
-OWN["Gemma4ForConditionalGeneration"] = {"text_config": OWN["Gemma4ForCausalLM"]}
+COLUMNS = 32
 # Classes whose files hold a parameter otherwise than by its rows: that parameter, and what the error says of it.
 REFUSED = {
     "Ernie4_5_VLMoeForConditionalGeneration": ("text_moe.gate.weight", "not rows of it"),
@@ -66,33 +41,6 @@ DEFAULT = [
     *("NemotronHForCausalLM", "JambaForCausalLM", "GraniteMoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"),
     "Ernie4_5_VLMoeForConditionalGeneration",
 ]
-
-
-def classes():
-    """All classes of transformers that generate, in files that have experts."""
-    found = []
-    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        text = file.read_text()
-        if re.search(r"^class \w*Experts\w*\(", text, re.MULTILINE):
-            found += re.findall(r"^class (\w+For(?:CausalLM|ConditionalGeneration))\(", text, re.MULTILINE)
-    return [name for name in found if not re.search("PreTrained|CodePredictor|Talker", name)]  # parts of Qwen3-Omni
-
-
-def smaller(entries):
-    """The same config with few layers and experts."""
-    depth = next((entries[key] for key in entries if re.fullmatch("num_hidden_layers|n_layers?", str(key))), None)
-    found = {}
-    for key, value in entries.items():
-        number = next((number for pattern, number in SMALLER.items() if re.fullmatch(pattern, str(key))), None)
-        if key == "per_layer_config":
-            found[key] = {layer: own for layer, own in value.items() if int(layer) < LAYERS}
-        elif isinstance(value, dict):
-            found[key] = smaller(value)
-        elif isinstance(value, list) and depth and len(value) == depth:
-            found[key] = value[:LAYERS]
-        else:
-            found[key] = min(value, number) if isinstance(value, int) and number is not None else value
-    return found
 
 
 def built(name):
