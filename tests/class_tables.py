@@ -294,8 +294,8 @@ NOTES = {
     "f": (
         "run",
         "without a gradient: ",
-        "Some layers have no gradient, in the model that holds the fake weights neither: those of sound and pictures, "
-        "which text does not run, indexers, which choose under no_grad, experts that got no token.",
+        "Some layers have no gradient, nor in the model that holds the fake weights: those of sound and pictures, "
+        "which text does not run; indexers, which choose and are no factor; experts that got no token.",
     ),
     "g": ("inputs", "its layer never ran", "Of the same layers. Inputs that were never seen have no amax."),
     "h": (

@@ -27,20 +27,25 @@ DEFAULT = [
 each = pytest.mark.parametrize("name", classes() if FULL else DEFAULT)
 
 
+def rows_of(head):
+    """The rows of one of the page's tables, by class."""
+    table = PAGE.read_text().partition(head)[2].partition("\n\n")[0]
+    return {re.match(r"\| `(\w+)` \|", line)[1]: line for line in table.splitlines()}
+
+
 @pytest.mark.parametrize(("head", "reasons"), [(SELECTION, REASONS), (OF_STEPS, NOTES)], ids=["selection", "steps"])
 def test_every_class_is_on_the_page(head, reasons):
     """Those of the installed transformers, no other, and none with something that no reason explains."""
-    after = PAGE.read_text().partition(head)[2]
-    table = after.partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == classes()
-    assert "?" not in table
-    assert legend(reasons) in after
+    rows = rows_of(head)
+    assert [*rows] == classes()
+    assert not [line for line in rows.values() if "?" in line]
+    assert legend(reasons) in PAGE.read_text().partition(head)[2]
 
 
 @each
 def test_presets_select_what_modelopt_quantizes(name):
     """Weight by weight, at the class's own widths, but for what the page says; and the inputs of the same weights."""
-    assert row(name) in PAGE.read_text()
+    assert row(name) == rows_of(SELECTION)[name]
     for pair in PRESETS:
         assert not differing(name, *pair)[2]
 
@@ -48,4 +53,4 @@ def test_presets_select_what_modelopt_quantizes(name):
 @each
 def test_each_step_holds_or_refuses_by_name(name):
     """Laws are in `Steps`: amax as ModelOpt's, logits and gradients as of written weights, codes of fake weights."""
-    assert steps_row(name) in PAGE.read_text()
+    assert steps_row(name) == rows_of(OF_STEPS)[name]
