@@ -269,9 +269,9 @@ def test_biases_of_grouped_linears_are_not_experts():
 )
 def test_kernels_of_convolutions_are_never_weights(name):
     """3-D as 4-D ones: no rule takes them, and one that asks for nothing else says so; linears beside them stay."""
-    params = {"conv.in_proj.weight": meta(32, 32), "conv.experts.up_proj": meta(4, 32, 32), name: meta(64, 1, 4)}
+    params = {"conv.in_proj.weight": meta(32, 32), "conv.experts.w1": meta(4, 32, 32), name: meta(64, 1, 4)}
     spec = select(params, {"*": FP8})
-    assert [group.key for group in spec.groups] == ["conv.in_proj.weight", "conv.experts.up_proj"]
+    assert [group.key for group in spec.groups] == ["conv.in_proj.weight", "conv.experts.w1"]
     assert [(skipped.name, skipped.reason) for skipped in spec.skipped] == [(name, "convolution")]
     assert_names(message_of(ValueError, select, params, {name: FP8}), name, "which is no weight")
 
@@ -290,7 +290,7 @@ ADAPTED = {
     "an embedding": ("wte.base_layer.weight", ["wte.lora_embedding_A.default"]),
     "an expert": ("experts.0.up.base_layer.weight", ["experts.0.up.lora_B.default.weight"]),
     "a stack, twice": (
-        "experts.base_layer.base_layer.up_proj",
+        "experts.base_layer.base_layer.w1",
         ["experts.lora_A.default.weight", "experts.base_layer.lora_A.default.weight"],
     ),
     "Megatron-Bridge": ("linear_fc1.to_wrap.weight", ["linear_fc1.adapter.linear_in.weight"]),

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.reference import expert_amax_reference
-from fq_transforms.ops.launch import check_not_empty, flat, has_kernel, is_traced
+from fq_transforms.ops.launch import check_not_empty, flat, format_of, has_kernel, is_traced
+from fq_transforms.ops.traced import left_alone
 from fq_transforms.ops.vmap import Constant, Mapped
 
 __all__ = ["expert_amax"]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
-class Statics:
+class _Statics:
     format: Format
     transposed: bool
 
-    def mapped(self, size: int) -> "Statics":
+    def mapped(self, size: int) -> "_Statics":
         return self
 
 
@@ -48,15 +49,21 @@ def expert_amax(
     """
     check_not_empty(weights)
     if torch.compiler.is_compiling():
-        from fq_transforms.ops import traced
+        from fq_transforms.ops import in_graph  # noqa: F401  # pyright: ignore[reportUnusedImport] (tells the compiler)
 
-        amax, global_amax = traced.expert_amax_traced(format.to_json(), transposed, *weights)
+        amax, global_amax = expert_amax_traced(format.to_json(), transposed, *weights)
     else:
-        amax, global_amax = ExpertAmax.apply(Statics(format, transposed), *weights)
+        amax, global_amax = _ExpertAmax.apply(_Statics(format, transposed), *weights)
     return amax, global_amax if format.has_global_amax else None
 
 
-def _run_expert_amax(statics: Statics, *weights: Tensor) -> tuple[Tensor, Tensor]:
+@left_alone
+def expert_amax_traced(format: str, transposed: bool, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`expert_amax`; an empty tensor stands for "no global amax"."""
+    return _ExpertAmax.apply(_Statics(format_of(format), transposed), *weights)
+
+
+def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tensor]:
     """Amax and global amax, of which an empty one stands for none: a Function returns tensors."""
     format, transposed = statics.format, statics.transposed
     if has_kernel(weights):
@@ -72,11 +79,11 @@ def _run_expert_amax(statics: Statics, *weights: Tensor) -> tuple[Tensor, Tensor
     return amax, torch.cat(globals_) if globals_ else amax.new_empty(0)
 
 
-class ExpertAmax(Constant, Mapped):
+class _ExpertAmax(Constant, Mapped):
     leaf_results = 2
 
     @staticmethod
-    def forward(statics: Statics, *weights: Tensor) -> Any:
+    def forward(statics: _Statics, *weights: Tensor) -> Any:
         return _run_expert_amax(statics, *weights)
 
     @staticmethod

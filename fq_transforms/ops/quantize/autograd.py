@@ -29,6 +29,7 @@ from fq_transforms.ops.launch import (
     check_not_empty,
     experts_of,
     flat,
+    format_of,
     has_kernel,
     is_traced,
     results_for,
@@ -43,6 +44,7 @@ from fq_transforms.ops.quantize.reference import (
     random_words,
     stochastic_reference,
 )
+from fq_transforms.ops.traced import left_alone
 from fq_transforms.ops.vmap import Mapped
 from fq_transforms.rounding import Stream
 
@@ -102,14 +104,14 @@ def fake_quantize(
     dtype, is_contiguous = out_dtype or weights[0].dtype, type(weights) is Contiguous
     statics = _statics(weights, stream, format, transposed, dtype, backward, separate, is_contiguous)
     if torch.compiler.is_compiling():
-        from fq_transforms.ops import traced
+        from fq_transforms.ops import in_graph  # noqa: F401  # pyright: ignore[reportUnusedImport] (tells the compiler)
 
         draws = None if statics.stream is None else statics.stream.numbers
         numbers = (format.to_json(), transposed, dtype, backward, separate, draws)
-        return traced.fake_quantize_traced(*numbers, seed, amax, global_amax, *weights)
+        return fake_quantize_traced(*numbers, seed, amax, global_amax, *weights)
     if not _is_differentiated(weights, seed, amax, global_amax):
         return _run_fake_quantize(statics, seed, amax, global_amax, weights)
-    function = FakeQuantize if private.is_transformed() else _Eager
+    function = _FakeQuantize if private.is_transformed() else _Eager
     return function.apply(statics, seed, amax, global_amax, *weights)
 
 
@@ -167,15 +169,15 @@ def pull_back(
     if all(grad is None for grad in grads):
         return None, None, list(grads)
     if torch.compiler.is_compiling() and backward != "pass_through":
-        from fq_transforms.ops import traced
+        from fq_transforms.ops import in_graph  # noqa: F401  # pyright: ignore[reportUnusedImport] (tells the compiler)
 
         numbers = (format.to_json(), transposed, backward)
-        of_amax, of_global, *pulled = traced.pull_back_traced(*numbers, amax, global_amax, list(weights), *grads)
+        of_amax, of_global, *pulled = pull_back_traced(*numbers, amax, global_amax, list(weights), *grads)
         return of_amax, of_global, pulled
-    return pull_back_eager(grads, weights, amax, global_amax, format=format, transposed=transposed, backward=backward)
+    return _pull_back(grads, weights, amax, global_amax, format=format, transposed=transposed, backward=backward)
 
 
-def pull_back_eager(
+def _pull_back(
     grads: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     amax: Tensor | None,
@@ -188,23 +190,59 @@ def pull_back_eager(
     """`pull_back` of at least one gradient, but what torch.compile leaves alone."""
     dtypes = [grad.dtype for grad in grads if grad is not None]
     saved = (amax, *weights) if backward == "clip" else (amax, global_amax, *weights)
-    kept = _Kept(Statics(format, transposed, dtypes[0], backward), weights[0].dtype, saved)
+    kept = _Kept(_Statics(format, transposed, dtypes[0], backward), weights[0].dtype, saved)
     if backward == "lsq":
         of_amax, of_global, *pulled = _pull_learned(kept, grads)
         return of_amax, of_global, pulled
     return None, None, _pull(kept, grads, kept.dtype)
 
 
+@left_alone
+def fake_quantize_traced(
+    format: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+    backward: Backward,
+    separate: bool,
+    draws: Sequence[int] | None,
+    seed: Tensor | None,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    *weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """`fake_quantize`; a stream as its numbers, in their order."""
+    stream = None if draws is None else Stream(*draws)
+    statics = _Statics(format_of(format), transposed, out_dtype, backward, separate, stream=stream)
+    return _FakeQuantize.apply(statics, seed, amax, global_amax, *weights)
+
+
+@left_alone
+def pull_back_traced(
+    format: str,
+    transposed: bool,
+    backward: Backward,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    weights: Sequence[Tensor],
+    *grads: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`pull_back`: the gradients of amax, of global amax, and of the weights."""
+    of_amax, of_global, pulled = _pull_back(
+        grads, weights, amax, global_amax, format=format_of(format), transposed=transposed, backward=backward
+    )
+    return of_amax, of_global, *pulled
+
+
 class _Kept(NamedTuple):
     """What a Function's context would have kept for `backward`."""
 
-    statics: "Statics"
+    statics: "_Statics"
     dtype: torch.dtype
     saved_tensors: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
-class Statics:
+class _Statics:
     format: Format
     transposed: bool
     out_dtype: torch.dtype  # of the results, of gradients too
@@ -213,7 +251,7 @@ class Statics:
     contiguous: bool = False  # the weights are known to be
     stream: Stream | None = None
 
-    def mapped(self, size: int) -> "Statics":
+    def mapped(self, size: int) -> "_Statics":
         """Of copies of the weights. Under one seed they draw the same bits, as a loop over them would."""
         if self.stream is None:
             return self
@@ -224,13 +262,13 @@ class Statics:
         return tensor.mT if self.transposed else tensor
 
 
-_known_statics = cache(Statics)
+_known_statics = cache(_Statics)
 
 
-def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) -> Statics:
+def _statics(weights: Sequence[Tensor], stream: Stream | None, *statics: Any) -> _Statics:
     if stream is not None:
         stream = replace(stream, experts=experts_of(weights[:1]))
-    make = Statics if torch.compiler.is_compiling() else _known_statics
+    make = _Statics if torch.compiler.is_compiling() else _known_statics
     return make(*statics) if stream is None else make(*statics, stream=stream)
 
 
@@ -255,7 +293,7 @@ def _is_differentiated(weights: Sequence[Tensor], *others: Tensor | None) -> boo
 
 
 def _run_fake_quantize(
-    statics: Statics,
+    statics: _Statics,
     seed: Tensor | None,
     amax: Tensor | None,
     global_amax: Tensor | None,
@@ -283,7 +321,7 @@ def _run_fake_quantize(
 
 
 def _write(
-    statics: Statics,
+    statics: _Statics,
     outs: Sequence[Tensor],
     seed: Tensor | None,
     amax: Tensor | None,
@@ -301,7 +339,7 @@ def _write(
     run(outs, weights, amax, global_amax, seed, format=format, transposed=transposed, stream=stream)
 
 
-def _words(statics: Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+def _words(statics: _Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """Random words for each tensor, laid out as [*experts, out, in]; None where none are asked for."""
     stream = statics.stream
     if seed is None or stream is None:
@@ -321,14 +359,14 @@ def _words(statics: Statics, seed: Tensor | None, weights: Sequence[Tensor]) -> 
     return found
 
 
-class FakeQuantize(Mapped):
+class _FakeQuantize(Mapped):
     """What torch.func needs."""
 
     leaves = 3
 
     @staticmethod
     def forward(
-        statics: Statics, seed: Tensor | None, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
+        statics: _Statics, seed: Tensor | None, amax: Tensor | None, global_amax: Tensor | None, *weights: Tensor
     ) -> Any:
         return _run_fake_quantize(statics, seed, amax, global_amax, weights)
 
@@ -365,7 +403,7 @@ class _Eager(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        statics: Statics,
+        statics: _Statics,
         seed: Tensor | None,
         amax: Tensor | None,
         global_amax: Tensor | None,
@@ -373,12 +411,12 @@ class _Eager(Function):
     ) -> tuple[Tensor, ...]:
         tensors = Contiguous(weights) if statics.contiguous else weights
         out = _run_fake_quantize(statics, seed, amax, global_amax, tensors)
-        FakeQuantize.setup_context(ctx, (statics, seed, amax, global_amax, *weights), out)
+        _FakeQuantize.setup_context(ctx, (statics, seed, amax, global_amax, *weights), out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return FakeQuantize.backward(ctx, *grads)
+        return _FakeQuantize.backward(ctx, *grads)
 
 
 def _resolved(vectors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -416,7 +454,7 @@ def _pull(ctx: Any, vectors: Sequence[Tensor | None], dtype: torch.dtype) -> lis
     return [p if is_live else None for p, is_live in zip(pulled, live, strict=True)]
 
 
-def _run_clip_backward(statics: Statics, amax: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
+def _run_clip_backward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
     grads, weights = _halves(pairs)
     format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
     if has_kernel(weights):
@@ -441,7 +479,7 @@ class _ClipBackward(Mapped):
     lists = 2
 
     @staticmethod
-    def forward(statics: Statics, amax: Tensor, *pairs: Tensor) -> Any:
+    def forward(statics: _Statics, amax: Tensor, *pairs: Tensor) -> Any:
         return _run_clip_backward(statics, amax, *pairs)
 
     @staticmethod
@@ -478,7 +516,9 @@ def _pull_learned(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | No
     return of_amax, None if global_amax is None else of_global, *kept
 
 
-def _run_lsq_backward(statics: Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> tuple[Tensor, ...]:
+def _run_lsq_backward(
+    statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of amax, of global amax (empty if there is none), and of the weights."""
     grads, weights = _halves(pairs)
     format, transposed, dtype = statics.format, statics.transposed, statics.out_dtype
@@ -517,7 +557,7 @@ class _LsqBackward(Mapped):
     leaf_results = 2
 
     @staticmethod
-    def forward(statics: Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> Any:
+    def forward(statics: _Statics, amax: Tensor, global_amax: Tensor | None, *pairs: Tensor) -> Any:
         return _run_lsq_backward(statics, amax, global_amax, *pairs)
 
     @staticmethod
@@ -546,7 +586,7 @@ class _LsqBackward(Mapped):
 
 
 def _run_lsq_push(
-    statics: Statics,
+    statics: _Statics,
     amax: Tensor,
     global_amax: Tensor | None,
     amax_tangent: Tensor,
@@ -572,7 +612,7 @@ class _LsqPush(Mapped):
     lists = 2
 
     @staticmethod
-    def forward(statics: Statics, *tensors: Any) -> Any:
+    def forward(statics: _Statics, *tensors: Any) -> Any:
         return _run_lsq_push(statics, *tensors)
 
     @staticmethod
