@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
 from fq_transforms.formats import Format
+from fq_transforms.parse import check_name
 from fq_transforms.rules import Rule, Rules, as_rules, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 
@@ -73,7 +74,7 @@ def select(
             f"params: found {type(params).__name__}, wanted names to tensors, such as dict(model.named_parameters())"
         )
     for name, param in params.items():
-        check_is_tensor(f"parameter {name!r}", param)
+        check_is_tensor(f"parameter {check_name(name, 'params')!r}", param)
     orientation = _orientation(transposed)
     never = _never_weights(params)
     _check_patterns(params, [name for name in params if name not in never], rules, patterns, tuple(orientation))

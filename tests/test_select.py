@@ -828,3 +828,12 @@ def test_a_number_in_a_name_is_not_so_many_experts(number):
     with watched():
         message = message_of(ValueError, select, {f"experts.{number}.w": torch.empty(8, 32, device="meta")}, {"*": FP8})
     assert_names(message, f"found expert {number}", "at most 1000000")
+
+
+@pytest.mark.parametrize("part", ["base_layer.", "experts.1.", "module.", "a", "conv.0."])
+def test_a_name_of_megabytes_is_no_name(part):
+    """Names come from files; what looks for wrappers and experts in one takes time that grows with its square."""
+    with watched():
+        message = message_of(ValueError, select, {part * 40_000 + "w": torch.empty(8, 32, device="meta")}, {"*": FP8})
+    assert_names(message, "wanted at most 1000")
+    assert len(message) < 1000
