@@ -132,5 +132,8 @@ def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value for a message: short, whatever it is."""
-    text = reprlib.repr(value)
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # of a number with more digits than Python prints
+        text = f"a long {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:117]}..."

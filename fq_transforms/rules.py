@@ -71,6 +71,7 @@ class Rule:
             raise ValueError(
                 f"{what}: found {type(self.pattern).__name__}, wanted a glob pattern such as '*.experts.*'"
             )
+        check_name(self.pattern, "rule")
         for role in ("weights", "inputs"):
             found: Any = getattr(self, role)
             if not (found is None or isinstance(found, Format)):
@@ -88,8 +89,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """True if the pattern is of this parameter, by its name or by the one that it has without wrappers."""
-        plain = unwrapped(name)
-        return fnmatchcase(name, self.pattern) or (plain != name and fnmatchcase(plain, self.pattern))
+        return name_matches(name, self.pattern)
 
     def for_layout(self, layout: str) -> "Rule":
         """The same rule in a layout's own formats: see `formats.own_format`. Raises ValueError for no layout."""
@@ -100,6 +100,12 @@ class Rule:
 
 # Characters of YAML, of which PyYAML reads 100,000 in a second, and entries of a mapping: a format has eight.
 MOST_YAML, MOST_ENTRIES = 2**20, 100
+
+
+def name_matches(name: str, glob: str) -> bool:
+    """True if a glob is of a parameter, by its name or by the one that it has without wrappers."""
+    plain = unwrapped(name)
+    return fnmatchcase(name, glob) or (plain != name and fnmatchcase(plain, glob))
 
 
 @lru_cache  # each name meets all the rules in turn

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
 from fq_transforms.formats import Format
 from fq_transforms.parse import check_name
-from fq_transforms.rules import Rule, Rules, as_rules, unwrapped
+from fq_transforms.rules import Rule, Rules, as_rules, name_matches, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 
 __all__ = ["select"]
@@ -158,7 +157,7 @@ def _check_patterns(
                     r"let the group `expert` match \d+"
                 )
     for glob in transposed:
-        if not any(fnmatchcase(name, glob) for name in weights):
+        if not any(name_matches(name, glob) for name in weights):
             raise ValueError(f"transposed={glob!r} matches no weight, among {len(weights)} such as {weights[:3]}")
 
 
@@ -304,7 +303,7 @@ class _Layouts:
 
     def is_transposed(self, key: str, names: Sequence[str], first: Tensor) -> bool:
         """True if a group's matrices are stored [in, out]."""
-        globs = [next((g for g in reversed(self.told) if fnmatchcase(name, g)), None) for name in names]
+        globs = [next((g for g in reversed(self.told) if name_matches(name, g)), None) for name in names]
         values = [None if glob is None else self.told[glob] for glob in globs]
         if len(set(values)) > 1:
             marked = [name for name, value in zip(names, values, strict=True) if value is not None]

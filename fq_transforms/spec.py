@@ -357,6 +357,7 @@ def _group_from_dict(kind: type[AnyGroup], what: str, data: Any) -> AnyGroup:
 
 def _skipped_from_dict(what: str, data: Any) -> Skipped:
     values = read_fields(data, what, {"name": "text", "shape": "a list of counts", "reason": "text"})
+    check_name(values["name"], what)
     return Skipped(values["name"], tuple(values["shape"]), values["reason"])
 
 

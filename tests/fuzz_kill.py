@@ -4,16 +4,18 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 
 import torch
+from tqdm import tqdm
 
 import fq_transforms as fqt
 from tests.checkpoint.samples import assert_same, load_as, of, save_as
 from tests.checkpoint.test_storage import forked, in_fresh_process
 from tests.full import FULL
 
-ROUNDS = 300 if FULL else 15
+ROUNDS = 300 if FULL else 10
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
@@ -69,6 +71,8 @@ def _killed_saves(folder, kind, start):
 
 def _killed_exports(folder, start):
     """Kill a process that exports, after a drawn time: a whole folder, or one that the next export takes."""
+    # tqdm's own lock is one of processes, which a child that is killed can keep.
+    tqdm.set_lock(threading.RLock())
     params = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(32, 32) * (i + 1) for i in range(4)}
     fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
     state = fq.calibrate(params)

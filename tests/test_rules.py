@@ -326,3 +326,11 @@ def test_the_wrappers_of_pytorch_are_known():
     names += [f"{prefix}0.weight" for prefix in (FSDP_PREFIX, checkpoint_wrapper._CHECKPOINT_PREFIX)]
     assert len(set(names)) == 4
     assert {unwrapped(name) for name in names} == {"0.weight"}
+
+
+def test_a_pattern_of_megabytes_is_none():
+    """Translating a glob takes time that grows with its square."""
+    for pattern in ("[" * 10**6, "*" * 10**6):
+        with watched():
+            message_of(ValueError, from_json, json.dumps([{"pattern": pattern, "weights": "FP8"}]))
+            message_of(ValueError, select, {"a.weight": meta(8, 32)}, {pattern: FP8})

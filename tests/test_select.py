@@ -837,3 +837,11 @@ def test_a_name_of_megabytes_is_no_name(part):
         message = message_of(ValueError, select, {part * 40_000 + "w": torch.empty(8, 32, device="meta")}, {"*": FP8})
     assert_names(message, "wanted at most 1000")
     assert len(message) < 1000
+
+
+def test_what_is_told_of_layouts_sees_through_wrappers():
+    """As rules do: a model that was compiled since is the same model."""
+    name = "module._orig_mod.mlp.experts.down_proj"
+    for told in (False, True):
+        (group,) = select({name: meta(4, 32, 64)}, {"*": FP8}, transposed={"mlp.experts.down_proj": told}).groups
+        assert group.transposed == told

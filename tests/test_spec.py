@@ -246,6 +246,10 @@ GARBAGE = {
         broken(lambda data: data["groups"][0]["format"].update(min_scale=-1)),
         ["found min_scale=-1, wanted an E4M3 scale"],
     ),
+    "a skipped name of digits": (
+        broken(lambda data: data["skipped"][0].update(name="9" * 5000)),
+        ["a name of 5000 characters"],
+    ),
     "a nested list of a megabyte": ("[" * 10**6, ["nested too deeply"]),
     "a skipped parameter without a reason": (
         broken(lambda data: data["skipped"][0].pop("reason")),

@@ -257,6 +257,8 @@ def check_stored_leaves(metadata: "Metadata", wanted: Mapping[str, LeafType]) ->
     for name, leaf in metadata.state_dict_metadata.items():
         if not isinstance(leaf, TensorStorageMetadata):
             raise ValueError(f"leaf {name!r}: found bytes, wanted a tensor")
+        if prod(max(1, size) for size in leaf.size) >= 2**48:
+            raise ValueError(f"leaf {name!r}: found shape {tuple(leaf.size)}, which no memory holds")
         found[name] = leaf
     leaves = {name: torch.empty(leaf.size, dtype=leaf.properties.dtype, device="meta") for name, leaf in found.items()}
     check_same_leaves("metadata", leaves, wanted)

@@ -489,6 +489,8 @@ def _read_record(folder: Path, key: str, record: _Record, dtype: torch.dtype) ->
             file.seek(record.start)
             data = bytearray(record.length)
             read = file.readinto(data)
+        if not data.startswith(b"PK"):
+            raise zipfile.BadZipFile("no archive begins here")
         numbers = numbers_in(data, record.shape, dtype, where)
         bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
     except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, zipfile.BadZipFile) as error:

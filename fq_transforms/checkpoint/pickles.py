@@ -27,7 +27,7 @@ from fq_transforms.parse import shown
 __all__ = ["METADATA", "MOST_METADATA", "Named", "metadata_in", "read_pickle"]
 
 # Its file, and the most bytes that are read of one; a chunk takes about 0.3 KB.
-METADATA, MOST_METADATA = ".metadata", 2**30
+METADATA, MOST_METADATA = ".metadata", 2**28
 
 
 @dataclass(eq=False)
@@ -153,7 +153,10 @@ def _set_items(items: list[Any], stack: list[Any]) -> None:
     if type(stack[-1]) is not dict or len(items) % 2:
         raise TypeError("entries for what is no dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int, Named):  # a tuple may hold itself many times over, and is hashed as often
+        if type(key) not in (
+            str,
+            Named,
+        ):  # numbers can be made to collide, and tuples to hold themselves many times over
             raise TypeError(f"a key that is {type(key).__name__}")
         stack[-1][key] = value
 
@@ -209,6 +212,7 @@ _STEPS: dict[str, Callable[[list[Any], Any], None]] = {
 # DCP's records, of what a pickle names.
 
 _DCP = "torch.distributed.checkpoint.metadata."
+_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGE_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
 
 
@@ -237,7 +241,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _count(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
+    if type(value) is not int or not 0 <= value < 2**48:
         raise ValueError(f"{where}: found {shown(value)}, wanted a count")
     return value
 
@@ -275,8 +279,8 @@ def _properties(value: Any, where: str) -> TensorProperties:
     is_named = type(value) is Named and value.name == _DCP + "TensorProperties" and value.arguments == ()
     state = value.state if is_named else None
     dtype = state[0] if type(state) is tuple and state else None
-    found = getattr(torch, dtype.name.removeprefix("torch."), None) if type(dtype) is Named else None
-    if not isinstance(found, torch.dtype):
+    found = _DTYPES.get(dtype.name) if type(dtype) is Named and dtype.arguments is None else None
+    if found is None:
         raise ValueError(f"{where}: found {shown(value)}, wanted properties with a dtype")
     return TensorProperties(found)
 

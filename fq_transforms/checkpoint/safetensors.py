@@ -130,6 +130,8 @@ def _read(path: str | os.PathLike[str], wanted: Spec | None = None) -> tuple[Spe
             types = STATE.leaves_of(spec)
             check_same_leaves("leaves", {name: _on_meta(name, entry) for name, entry in entries.items()}, types)
             nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in types.values())
+            if nbytes > os.fstat(stream.fileno()).st_size:
+                raise ValueError(f"found no {nbytes} bytes of leaves, as its spec has: truncated or damaged")
             leaves = from_safetensors(start + text + stream.read(nbytes + 1))
         if about.get("crc32") != _checksum(about["spec"], leaves):
             raise ValueError("found bytes that are not those written (crc32): damaged")
@@ -162,7 +164,7 @@ def _on_meta(name: str, entry: Any) -> Tensor:
     )
     if fields["dtype"] not in DTYPES:
         raise ValueError(f"leaf {shown(name)}: found {shown(fields['dtype'])}, wanted one of {list(DTYPES)}")
-    if prod(fields["shape"]) >= 2**48:
+    if prod(max(1, size) for size in fields["shape"]) >= 2**48:
         raise ValueError(f"leaf {shown(name)}: found shape {shown(fields['shape'])}, which no memory holds")
     return torch.empty(fields["shape"], dtype=DTYPES[fields["dtype"]], device="meta")
 

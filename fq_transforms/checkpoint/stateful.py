@@ -36,7 +36,7 @@ class Stateful:
 
     Attributes:
         fq: As given.
-        tree: As given; after a load, the loaded one. DCP writes into the leaves, as it does into a model's.
+        tree: As given; after a load that was not refused, the loaded one, of new tensors.
 
     Source: `torch.distributed.checkpoint.stateful`, PyTorch 2.13.
 
@@ -57,7 +57,7 @@ class Stateful:
         self.fq, self.tree = fq, tree
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Of each group the leaves themselves, and its format as bytes.
+        """Of each group a copy of the leaves, since DCP loads into what it is given, and its format as bytes.
 
         Raises:
             ValueError: A value cannot be saved. A tree without any values is one to load into.
@@ -65,7 +65,7 @@ class Stateful:
         kind, leaves = kind_of(self.tree), flatten(self.tree)
         kind.check(self.tree, self.fq.spec, values=any(kind.has_values(leaf) for leaf in leaves.values()))
         return {
-            group.key: {name: leaves[f"{group.key}.{name}"].detach() for name in kind.leaves(group)}
+            group.key: {name: leaves[f"{group.key}.{name}"].detach().clone() for name in kind.leaves(group)}
             | {FORMAT: encode_format(group.format)}
             for group in self.fq.spec.all_groups
         }

@@ -160,6 +160,8 @@ def _start_in_zip(content: bytearray, size: int) -> int:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("they are compressed")
+    if sum(entry.file_size for entry in entries) > len(content):
+        raise ValueError("its entries are more than it holds")
     (entry,) = (entry for entry in entries if entry.filename.endswith("/data/0"))
     at = entry.header_offset
     name, extra = (int.from_bytes(content[at + i : at + i + 2], "little") for i in (26, 28))
@@ -273,28 +275,32 @@ class Lock:
     """
 
     def __init__(self, target: Path) -> None:
-        # Of a directory that is there nothing is known but that it can be written to: it may be a mount point.
-        self._path = target / _LOCK if target.is_dir() else target.parent / f".{target.name}{_LOCK}"
         self._file: int | None = None
         while self._file is None:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._path = _lock_of(target)
+            file = _opened_lock(self._path)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(file)
-                raise OSError(
-                    errno.EBUSY, f"another save to it is going on, and holds {str(self._path)!r}", str(target)
-                ) from None
-            except OSError as error:
-                warnings.warn(
-                    f"{str(target)!r}: found a file system without locks ({error.strerror}); take care that one save "
-                    "at a time goes to a path",
-                    stacklevel=2,
-                )
-            if _is_at(file, self._path):  # or the one who had it has removed it
-                self._file = file
-            else:
-                os.close(file)
+                self._take(file, target)
+                # Or the one who had it has removed it, or has made the directory in which the next is.
+                if _is_at(file, self._path) and self._path == _lock_of(target):
+                    self._file = file
+            finally:
+                if self._file is None:
+                    os.close(file)
+
+    def _take(self, file: int, target: Path) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                errno.EBUSY, f"another save to it is going on, and holds {str(self._path)!r}", str(target)
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{str(target)!r}: found a file system without locks ({error.strerror}); take care that one save at a "
+                "time goes to a path",
+                stacklevel=4,
+            )
 
     def release(self) -> None:
         """Let go, and remove the file."""
@@ -309,6 +315,19 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def _lock_of(target: Path) -> Path:
+    # Of a directory that is there nothing is known but that it can be written to: it may be a mount point.
+    return target / _LOCK if target.is_dir() else target.parent / f".{target.name}{_LOCK}"
+
+
+def _opened_lock(path: Path) -> int:
+    """To read, where another user has left it, whose it stays: a lock needs no more."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -31,7 +31,7 @@ from fq_transforms.export.files import Files, bytes_of, check_free, progress, re
 from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
 from fq_transforms.export.schemes import SCHEMES, Scheme
 from fq_transforms.ops.quantize.reference import expert_scale
-from fq_transforms.parse import shown
+from fq_transforms.parse import check_name, shown
 
 __all__ = ["TARGET", "decompress"]
 
@@ -194,7 +194,7 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
         raise ImportError("decompress needs compressed-tensors: pip install 'fq_transforms[export]'") from error
     try:
         schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
-    except ValueError as error:
+    except Exception as error:  # its own checks compare what they are given
         raise ValueError(f"config_groups in config.json: {str(error)[:500]}") from error
     with Files(folder) as files:
         modules = [name.removesuffix(".weight_scale") for name in files.shards if name.endswith(".weight_scale")]
@@ -211,12 +211,13 @@ def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) ->
             compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
             stored = {name.removeprefix(f"{module}."): files.read(name) for name in names_of[module]}
             _check_stored(module, stored, compressor.compression_param_names(scheme))
+            shape = _shape_of(module, stored, scheme.weights.num_bits)
             try:
                 weight = compressor.decompress(stored, scheme)["weight"]
             except Exception as error:  # whatever it finds wrong with numbers, shapes and arguments
-                raise ValueError(
-                    f"folder {str(folder)!r}, module {module!r}: {type(error).__name__}: {error}"
-                ) from error
+                raise ValueError(f"module {module!r}: {type(error).__name__}: {str(error)[:500]}") from error
+            if weight.shape != shape:
+                raise ValueError(f"module {module!r}: found a weight of {tuple(weight.shape)}, wanted {shape}")
             yield f"{module}.weight", weight.to(dtype)
 
 
@@ -226,13 +227,27 @@ def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[s
     others = stored.keys() - PARTS
     if not wanted <= stored.keys() or others:
         raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and nothing but {PARTS}")
-    shape, packed = stored.get("weight_shape"), stored.get("weight_packed")
-    if shape is None or packed is None:
-        return
-    sizes = shape.flatten().tolist()
-    most = (packed.shape[0], 32 * packed.shape[-1]) if packed.dim() == 2 else (0, 0)  # at most 32 codes in a word
-    if len(sizes) != 2 or not all(0 < size <= limit for size, limit in zip(sizes, most, strict=True)):
-        raise ValueError(f"module {module!r}: found weight_shape {sizes[:3]} for codes of {tuple(packed.shape)}")
+
+
+def _shape_of(module: str, stored: Mapping[str, Tensor], bits: int) -> tuple[int, ...]:
+    """The shape of the weight that codes stand for, [out, in]; with no more scales, by which it would be made larger.
+
+    Raises:
+        ValueError: Codes or scales are no matrix, or do not fit.
+    """
+    packed, scale = stored.get("weight_packed"), stored["weight_scale"]
+    codes = stored["weight"] if packed is None else packed
+    if codes.dim() != 2 or not 1 <= bits <= 8:
+        raise ValueError(f"module {module!r}: found codes {tuple(codes.shape)} of {bits} bits, wanted a matrix")
+    rows, columns = codes.shape
+    most = columns if packed is None else columns * 8 * codes.element_size() // bits
+    sizes = stored["weight_shape"].flatten()[:3].tolist() if "weight_shape" in stored else [rows, most]
+    if len(sizes) != 2 or sizes[0] != rows or not 0 < sizes[1] <= most:
+        raise ValueError(f"module {module!r}: found weight_shape {sizes} for codes of {tuple(codes.shape)}")
+    fits = scale.numel() == 1 or (scale.dim() == 2 and scale.shape[0] <= rows and scale.shape[1] <= sizes[1])
+    if not fits:
+        raise ValueError(f"module {module!r}: found weight_scale {tuple(scale.shape)} for a weight of {tuple(sizes)}")
+    return tuple(sizes)
 
 
 def _check_about(about: Any) -> set[str]:
@@ -271,11 +286,21 @@ def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
 
     until = monotonic() + MOST_SECONDS
     found: dict[str, Any] = {}
+
+    def left() -> float:
+        if (seconds := until - monotonic()) <= 0:
+            raise TimeoutError
+        return seconds
+
+    def compiled(target: str) -> Any:
+        left()
+        return regex.compile(check_name(target, "config_groups").removeprefix("re:"))
+
     exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
     try:
-        patterns = [(regex.compile(t[3:]), s) for s in schemes for t in s.targets if t.startswith("re:")]
+        patterns = [(compiled(t), s) for s in schemes for t in s.targets if t.startswith("re:")]
         for module in modules:
-            matching = (s for pattern, s in patterns if pattern.match(module, timeout=max(until - monotonic(), 1e-3)))
+            matching = (scheme for pattern, scheme in patterns if pattern.match(module, timeout=left()))
             scheme = next(matching, None) or exact.get(module) or exact.get("Linear")
             if scheme is None:
                 raise ValueError(f"module {module!r}: found no scheme among {shown([s.targets for s in schemes])}")

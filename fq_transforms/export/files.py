@@ -39,6 +39,7 @@ T = TypeVar("T")
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 # In a stage: the names of what is moved up from it.
 MOVING = "moving.json"
+_OURS = re.compile(r"[\w-][\w.-]*\.(safetensors|json)")
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -118,8 +119,8 @@ def write(
                 fsync_directory(stage)
                 _commit(stage, folder)
             except BaseException:
-                shutil.rmtree(stage, ignore_errors=True)
                 _remove_left(folder)
+                shutil.rmtree(stage, ignore_errors=True)
                 raise
 
 
@@ -127,23 +128,28 @@ def _commit(stage: Path, folder: Path) -> None:
     """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
     if stage.parent == folder:
         files = sorted(stage.iterdir(), key=lambda file: file.name == CONFIG)
-        _write_json(stage / MOVING, [file.name for file in files])
+        _write_json(stage / f".{MOVING}", [file.name for file in files])
+        (stage / f".{MOVING}").rename(stage / MOVING)
         for file in files:
             file.rename(folder / file.name)
         fsync_directory(folder)
-        shutil.rmtree(stage)
+        shutil.rmtree(stage, ignore_errors=True)  # it is written; what stays is removed by the next
     else:
         stage.rename(folder)
         fsync_directory(folder.parent)
 
 
 def _moved(folder: Path) -> set[str]:
-    """What a write has moved into a directory that was empty, before it was cut: it is no folder of a model yet."""
+    """What a write has moved into a directory that was empty, before it was cut: it is no folder of a model yet.
+
+    What still lies in the stage was not moved, and a file of its name is somebody else's.
+    """
     names: set[str] = set()
     for stage in stages_within(folder):
         if (stage / MOVING).exists() and (stage / CONFIG).exists():
             moving: Any = parse_json(read_all(stage / MOVING, MOST_TEXT).decode())
-            names |= {name for name in moving if Path(name).name == name}
+            ours = [name for name in moving if isinstance(name, str) and _OURS.fullmatch(name)]
+            names |= {name for name in ours if not (stage / name).exists()}
     return names
 
 

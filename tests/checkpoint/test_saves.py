@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import dcp_files, storage
+from fq_transforms.export import files
 from fq_transforms.state import flatten
 from tests.cases import assert_names, message_of
 from tests.checkpoint.samples import KINDS, assert_same, load_as, save_as, sharded, small, whole_params
@@ -154,6 +155,30 @@ def test_a_lock_that_was_left_blocks_nothing(tmp_path):
     assert len(os.listdir(tmp_path / "directory")) == 2
 
 
+def test_one_lock_wherever_it_lies(tmp_path, monkeypatch):
+    """A path that becomes a directory while its lock is taken: who locked beside it begins again, within it."""
+    target = tmp_path / "a"
+    flock, left = storage.fcntl.flock, [1]
+
+    def commits(*args):
+        if left[0]:
+            left[0] -= 1
+            target.mkdir()
+        return flock(*args)
+
+    monkeypatch.setattr(storage.fcntl, "flock", commits)
+    with storage.Lock(target), pytest.raises(OSError, match="another save to it is going on"):
+        storage.Lock(target)
+    assert not list(target.iterdir())
+
+
+def test_a_lock_that_another_user_has_left(tmp_path):
+    fq, state, _ = small()
+    (tmp_path / ".a.saving").touch(mode=0o444)
+    checkpoint.save_file(tmp_path / "a", fq, state)
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -259,6 +284,73 @@ def test_a_directory_that_is_there_is_kept(door, tmp_path, monkeypatch):
         assert Path.cwd() == path
         assert not [name for name in os.listdir(path) if "saving" in name]
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def left_by_a_cut(path, fq, params, state, monkeypatch, cut):
+    """An export into an empty directory that was killed after so many files were moved up."""
+    path.mkdir()
+    rename, count = Path.rename, [cut]
+
+    class Killed(BaseException):
+        pass
+
+    def moves(self, to):
+        if Path(to).parent == path:
+            count[0] -= 1
+            if count[0] < 0:
+                raise Killed
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", moves)
+        patch.setattr(files, "_remove_left", lambda folder: None)
+        patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            fqt.export.save(path, fq, params, state, config=CONFIG, max_shard_size=100)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_what_a_cut_export_has_left_is_told_from_what_others_put_there(cut, tmp_path, monkeypatch):
+    """The next export takes the directory; a file that was not moved is somebody else's, and stays."""
+    params = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(32, 32) for i in range(2)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    given = fq, params, fq.calibrate(params)
+    left_by_a_cut(tmp_path / "a", *given, monkeypatch, cut)
+    left_by_a_cut(tmp_path / "b", *given, monkeypatch, cut)
+    (tmp_path / "b" / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="wanted a new name or an empty directory"):
+        fqt.export.save(tmp_path / "b", *given, config=CONFIG)
+    assert (tmp_path / "b" / "config.json").read_text() == "mine"
+    left_by_a_cut(tmp_path / "c", *given, monkeypatch, cut)
+    (stage,) = (tmp_path / "c").glob(".saving-*")
+    for content in ('["../b/config.json", "..", 7]', "{}"):
+        (stage / files.MOVING).write_text(content)
+        assert not files._moved(tmp_path / "c")
+    fqt.export.save(tmp_path / "a", *given, config=CONFIG)
+    assert sorted(os.listdir(tmp_path / "a")) == ["config.json", "model.safetensors"]
+
+
+def test_an_error_while_files_are_moved_leaves_nothing(tmp_path, monkeypatch):
+    """A disk that fails at the second rename: the directory is empty again, and takes the next."""
+    params = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(32, 32) for i in range(2)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    given = fq, params, fq.calibrate(params)
+    (tmp_path / "a").mkdir()
+    rename, count = Path.rename, [1]
+
+    def moves(self, to):
+        if Path(to).parent == tmp_path / "a":
+            count[0] -= 1
+            if count[0] < 0:
+                raise OSError(errno.EIO, "Input/output error")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", moves)
+        with pytest.raises(OSError, match="Input/output"):
+            fqt.export.save(tmp_path / "a", *given, config=CONFIG, max_shard_size=100)
+    assert not os.listdir(tmp_path / "a")
+    fqt.export.save(tmp_path / "a", *given, config=CONFIG)
 
 
 def test_a_directory_whose_parent_is_closed(tmp_path):

@@ -65,6 +65,11 @@ def test_another_format_is_refused(format, tmp_path):
     with pytest.raises(ValueError) as caught:
         load(tmp_path, fq=kept)
     assert_names(str(caught.value), "experts.*.w", "FP8", "in the checkpoint")
+    mine = Stateful(other, other.calibrate({name: 3 * weight for name, weight in params.items()}))
+    before = {name: leaf.clone() for name, leaf in flatten(mine.tree).items()}
+    with pytest.raises(ValueError):
+        load(tmp_path, fq=mine)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in flatten(mine.tree).items())
 
 
 def test_a_bare_state_is_not_taken_for_one(tmp_path):

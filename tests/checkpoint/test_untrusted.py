@@ -7,18 +7,20 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import fq_transforms as fqt
 from fq_transforms import checkpoint
-from fq_transforms.checkpoint import modelopt, pickles, storage
+from fq_transforms.checkpoint import megatron, modelopt, pickles, storage
 from fq_transforms.checkpoint.manifest import are_tiles, from_bytes
 from fq_transforms.spec import Spec
 from tests.cases import assert_names, message_of
@@ -101,6 +103,20 @@ def test_metadata_of_every_protocol(protocol, saved):
     assert_same(checkpoint.load(path, fq, like=state), state)
 
 
+def test_a_dtype_is_one(saved):
+    """Torch imports modules whose names it is asked for."""
+    path, fq, state = saved
+    content = pickle.dumps(metadata_of(path), 4)
+    for name in ("_inductor", "compile", "float32.x", "ops"):
+        changed = content.replace(b"\x8c\x07float32", b"\x8c" + bytes([len(name)]) + name.encode())
+        assert changed != content
+        before = {*sys.modules}
+        # In a frame whose length is put right.
+        reseal(path / ".metadata", changed[:2] + changed[11:])
+        refused(path, fq, state)
+        assert not {each for each in {*sys.modules} - before if each.startswith("torch.")}
+
+
 def test_classes_stay_as_they_are(saved):
     """A BUILD on a class would change it for the process."""
     path, fq, state = saved
@@ -119,7 +135,15 @@ def nested(count):
     return steps
 
 
+def colliding(count):
+    """A dict whose keys are numbers of one hash."""
+    numbers = (((2**61 - 1) * i).to_bytes(16, "little", signed=True) for i in range(count))
+    return b"\x80\x04}(" + b"".join(b"\x8a\x10" + number + b"N" for number in numbers) + b"u."
+
+
 BOMBS = {
+    "keys that collide": colliding(100_000),
+    "a number to print": b"\x80\x04\x8b" + struct.pack("<i", 10**4) + b"\x7f" * 10**4 + b".",
     "a place in the memo": b"\x80\x02Nr\x00\x00\x00\x10.",
     "a length": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
     "a text length": b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.",
@@ -346,6 +370,15 @@ def test_sizes_are_bounded_before_memory_is_taken(tmp_path):
         message_of(ValueError, checkpoint.read_spec, tmp_path / "file")
     sparse(tmp_path / "directory" / ".metadata", 2**42)
     refused(tmp_path / "directory", fq, state, ".metadata", "wanted at most")
+    claims = tmp_path / "claims"
+    text = fq.spec.to_json().replace("[128, 256]", "[8388608, 16777216]")
+    for shape in ([4], [0, 2**64]):
+        entries = {"experts.*.w.amax": {"dtype": "F32", "shape": shape, "data_offsets": [0, 16]}}
+        about = {"format": "fq_transforms", "version": "1", "spec": text, "crc32": "0"}
+        content = json.dumps(entries | {"__metadata__": about}).encode()
+        claims.write_bytes(struct.pack("<Q", len(content)) + content)
+        with watched(tmp_path):
+            assert_names(message_of(ValueError, checkpoint.read_spec, claims), str(claims))
     header = tmp_path / "header"
     header.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     with watched(tmp_path):
@@ -391,6 +424,26 @@ def test_parts_are_numbers_and_nothing_else(tmp_path):
                 assert torch.equal(
                     found.view(torch.uint8) if shape else found, tensor.view(torch.uint8) if shape else tensor
                 )
+
+
+def test_records_of_megatron_are_archives(tmp_path):
+    """Each number is under the CRC-32 of an archive: bytes that are none are refused, whatever archive ends them."""
+    whole, bomb = io.BytesIO(), io.BytesIO()
+    torch.save(torch.arange(4.0), whole)
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a/data/0", bytes(2**28))
+    numbers = bomb.getvalue() + bytes(-len(bomb.getvalue()) % 4)
+    old = (len(numbers) // 4).to_bytes(8, "little") + numbers
+    flipped = whole.getvalue().replace(torch.arange(4.0).numpy().tobytes(), torch.arange(1.0, 5.0).numpy().tobytes())
+    assert flipped != whole.getvalue()
+    for content, count in ((whole.getvalue(), 4), (old, len(numbers) // 4), (flipped, 4)):
+        (tmp_path / "a.distcp").write_bytes(content)
+        record = megatron._Record((0,), (count,), "a.distcp", 0, len(content))
+        with watched(tmp_path):
+            if content == whole.getvalue():
+                assert megatron._read_record(tmp_path, "a", record, torch.float32).tolist() == [0, 1, 2, 3]
+            else:
+                message_of(ValueError, megatron._read_record, tmp_path, "a", record, torch.float32)
 
 
 def test_names_of_modelopt_take_time_in_proportion():
@@ -445,6 +498,9 @@ CONFIGS = {
     "a pattern that is none": set_group(targets=["re:(" * 3]),
     "a nested pattern": set_group(targets=["re:" + "(" * 10**5]),
     "targets of numbers": set_group(targets=[1]),
+    "a pattern of megabytes": set_group(targets=["re:" + "x" * 10**6]),
+    "a size that is text": set_group(weights={"num_bits": 8, "type": "float", "group_size": "x"}),
+    "a size that is a list": set_group(weights={"num_bits": 8, "type": "float", "group_size": [1]}),
     "no groups": ("config.json", lambda d: d["quantization_config"].pop("config_groups")),
     "groups of text": ("config.json", lambda d: d["quantization_config"].update(config_groups={"a": "b"})),
     "a config that is a list": ("config.json", lambda d: d.update(quantization_config=[])),
@@ -473,6 +529,31 @@ def test_no_config_names_code_or_paths(case, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+PARTS = {
+    "a scale of more rows": lambda t: t.update({"a.weight_scale": torch.ones(3000, 1)}),
+    "a scale of more columns": lambda t: t.update({"a.weight_scale": torch.ones(1, 3000)}),
+    "a scale of three dims": lambda t: t.update({"a.weight_scale": torch.ones(2, 32, 32)}),
+    "scales in a row": lambda t: t.update({"a.weight_scale": torch.ones(32)}),
+    "codes of three dims": lambda t: t.update({"a.weight": torch.zeros(2, 32, 32).to(torch.float8_e4m3fn)}),
+    "another shape": lambda t: t.update({"a.weight_shape": torch.tensor([2**30, 2**30])}),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_scales_do_not_make_a_weight_larger(case, folder, tmp_path):
+    """Codes of kilobytes and scales of kilobytes are no weight of gigabytes: shapes fit before anything is made."""
+    tensors = {"a.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    for file in folder.glob("model*"):
+        file.unlink()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    fqt.export.decompress(folder, tmp_path / "good")
+    PARTS[case](tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with watched(tmp_path, writes=tmp_path):
+        message = message_of(ValueError, fqt.export.decompress, folder, tmp_path / "out")
+    assert_names(message, str(folder), "module 'a': found")
+
+
 def test_patterns_have_seconds(monkeypatch):
     """A pattern that backtracks for hours is given up, whichever of many modules it meets."""
     from fq_transforms.export import compressed_tensors
@@ -485,6 +566,13 @@ def test_patterns_have_seconds(monkeypatch):
     with watched():
         message = message_of(ValueError, compressed_tensors._schemes_of, [*["a"] * 9, "a" * 60 + "b"], [Scheme()])
     assert_names(message, "0.5 seconds", "(a|a)+")
+
+    class Many:
+        targets = ("Linear", *(f"re:.*x{i}" for i in range(400)))
+
+    with watched():  # none of which takes long
+        message = message_of(ValueError, compressed_tensors._schemes_of, [f"m{i}" for i in range(10**5)], [Many()])
+    assert_names(message, "0.5 seconds")
 
 
 def test_not_json(folder, tmp_path):
