@@ -408,7 +408,7 @@ def _read_index(folder: Path) -> dict[str, _StoredTensor]:
     try:
         backend = json.loads(read_all(config, MOST_TEXT))["sharded_backend"]
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{config}: found {shown(error)}, {wanted}") from error
+        raise ValueError(f"{config}: found {repr(error)[:300]}, {wanted}") from error
     if backend != "torch_dist":
         raise ValueError(f"{config}: found a checkpoint of {shown(backend)}, wanted 'torch_dist'")
     try:
@@ -426,7 +426,7 @@ def _read_index(folder: Path) -> dict[str, _StoredTensor]:
                 records[item.fqn].append(_Record(offset, shape, where.relative_path, where.offset, where.length))
     except (OSError, LookupError, ValueError) as error:
         raise ValueError(
-            f"{folder / METADATA}: found {shown(error)}, {wanted}; the file is missing or damaged"
+            f"{folder / METADATA}: found {repr(error)[:300]}, {wanted}; the file is missing or damaged"
         ) from error
     return {
         key: _StoredTensor(tuple(tensor.size), tensor.properties.dtype, tuple(records[key]))
@@ -495,7 +495,7 @@ def _read_record(folder: Path, key: str, record: _Record, dtype: torch.dtype) ->
         bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
     except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{where}: found {shown(error)}, wanted what was written; the file is missing or damaged"
+            f"{where}: found {repr(error)[:300]}, wanted what was written; the file is missing or damaged"
         ) from error
     if read != record.length or bad is not None:
         raise ValueError(

@@ -60,7 +60,8 @@ def models(draw, layouts=LAYOUTS, fewest=1):
         params |= experts_of(f"{prefix}layers.{layer}.{block}", layout, experts)
     if key:
         config[key] = experts
-    return params, config, experts, {"experts": STACKED} if ".weight" in layout or layout == "base_layer" else {}
+    told = {"experts": STACKED} if ".weight" in layout or layout == "base_layer" else {}
+    return params, config, experts, told | {"transposed": {"*_proj*": False}}
 
 
 @TARGETS
@@ -221,7 +222,10 @@ LOST = {
         "it would be lost",
     ),
     "a stack within a wrapper": (
-        {"model.layers.0._orig_mod.mlp.experts.gate_up_proj": torch.randn(2, 64, 32)},
+        {
+            "model.layers.0._orig_mod.mlp.experts.gate_up_proj": torch.randn(2, 64, 32),
+            "model.layers.0._orig_mod.mlp.experts.down_proj": torch.randn(2, 32, 32),
+        },
         {},
         "*",
         "a wrapper's prefix",

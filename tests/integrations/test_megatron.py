@@ -345,7 +345,8 @@ def test_transformer_engines_op_fuser_is_refused():
     """It computes with the parameters themselves, and calls hooks by hand."""
     model = torch.nn.Module()
     model.experts = torch.nn.Module()
-    model.experts.linear_fc1 = torch.nn.Linear(32, 32, bias=False)
+    model.experts.linear_fc1 = torch.nn.Module()
+    model.experts.linear_fc1.weight0 = torch.nn.Parameter(torch.randn(32, 32))
     fq = fqt.transform(megatron.select(model, {"*": fqt.FP8}))
     state = fq.calibrate(dict(model.named_parameters()))
     megatron.fakequant(fq, model, state)
