@@ -327,6 +327,8 @@ def _opened_lock(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
+        if not path.exists():
+            raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 

@@ -353,19 +353,37 @@ def test_an_error_while_files_are_moved_leaves_nothing(tmp_path, monkeypatch):
     fqt.export.save(tmp_path / "a", *given, config=CONFIG)
 
 
-def test_a_directory_whose_parent_is_closed(tmp_path):
-    """A mount point: nothing can be made beside it, and nothing has to be."""
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    fq, state, _ = small()
-    path = tmp_path / "closed" / "a"
+def test_a_directory_whose_parent_is_closed(tmp_path, monkeypatch):
+    """A mount point: nothing can be made beside it, and nothing has to be. Root could, so the calls are refused."""
+    closed = tmp_path / "closed"
+    path = closed / "a"
     path.mkdir(parents=True)
-    path.parent.chmod(0o555)
-    try:
+    up = {"up_proj.weight": torch.ones(32, 32)}
+    fq = fqt.transform(fqt.select(up, {"*": fqt.FP8}))
+    state = fq.calibrate(up)
+
+    (closed / "b").mkdir()
+    calls = {name: getattr(os, name) for name in ("open", "mkdir", "rename", "replace")}
+
+    def refusing(name):
+        def call(*args, **kwargs):
+            reads = name == "open" and not args[1] & os.O_CREAT
+            for place in args[: 2 if name in ("rename", "replace") else 1]:
+                if Path(place).parent == closed and not reads:
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+            return calls[name](*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(os, name, refusing(name))
+    with pytest.raises(PermissionError):
+        checkpoint.save(closed / "new", fq, state)
+    for _ in range(2):
         checkpoint.save(path, fq, state)
         assert_same(checkpoint.load(path, fq, like=state), state)
-    finally:
-        path.parent.chmod(0o755)
+    fqt.export.save(closed / "b", fq, up, state, config=CONFIG)
+    assert sorted(os.listdir(closed)) == ["a", "b"]
 
 
 def _masked(connection, folder, mask):
