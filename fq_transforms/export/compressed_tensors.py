@@ -10,97 +10,35 @@
 {module}.input_global_scale     inputs in NVFP4: 6 * 448 / amax, fp32 [1]
 config.json                     `quantization_config`: a scheme per format, and which modules are not quantized
 
-Source: the compressors, `QuantizationConfig` and `BaseCompressor.decompress` of compressed-tensors 0.20.
+Source: the compressors, `QuantizationConfig` and `BaseCompressor.decompress` of compressed-tensors 0.20, which reads
+them here too.
 """
 
 import json
-import os
 import re
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.storage import local_path
-from fq_transforms.checks import DTYPES
-from fq_transforms.export.files import Files, bytes_of, check_free, progress, read_document, write
+from fq_transforms.export.encoded import EncodedWeight, Found
 from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
 from fq_transforms.export.schemes import SCHEMES, Scheme
+from fq_transforms.export.shards import Files
 from fq_transforms.ops.quantize.reference import expert_scale
 from fq_transforms.parse import check_name, shown
 
-__all__ = ["TARGET", "decompress"]
+__all__ = ["TARGET", "find"]
 
 # For all patterns of a folder to be matched; 50,000 modules and ten patterns take half a second.
 MOST_SECONDS = 10
 
-# What files may hold of a quantized module.
+# What files may hold of a quantized module, and of its inputs.
+INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
-
-
-def decompress(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write the plain weights that a folder of compressed-tensors stands for, as its own decompressors read them.
-
-    It is an ordinary folder of transformers, which `from_pretrained` loads into any class.
-
-    Args:
-        source: From `save`, or another whose `config_groups` name their formats.
-        destination: A new name, or an empty directory. It appears whole or not at all.
-        dtype: Of the weights that were quantized: bf16, fp16 or fp32; of NVFP4 bf16.
-        max_shard_size: Of a file: bytes, or such as "5GB".
-
-    Raises:
-        ValueError: `source` is no such folder, or says what plain weights cannot; `destination` is taken; tensors of a
-            module are missing or unexpected; `dtype` is another.
-        ImportError: compressed-tensors or tqdm is not installed.
-        OSError: A file cannot be read or written.
-
-    Source: `BaseCompressor.decompress`, compressed-tensors 0.20.
-
-    Example:
-        >>> import tempfile
-        >>> import fq_transforms as fqt
-        >>> from fq_transforms.export import save
-        >>> params = {"up_proj.weight": torch.full((4, 16), 6.0)}
-        >>> fq = fqt.transform(fqt.select(params, {"*": fqt.NVFP4}), layout="compressed-tensors")
-        >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     save(f"{parent}/a", fq, params, fq.calibrate(params), config=config)
-        ...     decompress(f"{parent}/a", f"{parent}/b")
-        ...     json.loads(Path(parent, "b", "config.json").read_text())["dtype"]
-        'bfloat16'
-    """
-    folder, limit = local_path(destination), bytes_of(max_shard_size)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: found {dtype}, wanted bfloat16, float16 or float32")
-    check_free(folder)
-    compressed = local_path(source)
-    config = read_document(compressed / "config.json")
-    about = config.pop("quantization_config", None)
-    try:
-        formats = _check_about(about)
-    except ValueError as error:
-        raise ValueError(f"folder {str(source)!r}: quantization_config in config.json: {error}") from error
-    if "nvfp4-pack-quantized" in formats and dtype != torch.bfloat16:
-        raise ValueError(
-            f"dtype: found {dtype} for NVFP4, which compressed-tensors decompresses to bfloat16 only, wanted "
-            "torch.bfloat16; or save(..., layout='plain')"
-        )
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    try:
-        write(folder, _decompressed(compressed, about, dtype), {"config.json": config}, limit)
-    except ValueError as error:
-        raise ValueError(f"folder {str(source)!r}: {error}") from error
 
 
 def _check_global_scales(plan: ExportPlan) -> None:
@@ -185,40 +123,54 @@ def _patterns(modules: list[str]) -> list[str]:
     return [f"re:^{pattern}$" for pattern in dict.fromkeys(experts)]
 
 
-def _decompressed(folder: Path, about: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """All weights of a folder, module by module."""
+def find(files: Files, about: Mapping[str, Any]) -> Found:
+    """What is stored so. Raises ValueError for formats that are not known here, and parts that do not fit."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError as error:
-        raise ImportError("decompress needs compressed-tensors: pip install 'fq_transforms[export]'") from error
+        raise ImportError("to read it needs compressed-tensors: pip install 'fq_transforms[export]'") from error
     try:
+        _check_about(about)
         schemes = [QuantizationScheme.model_validate(group) for group in about["config_groups"].values()]
     except Exception as error:  # its own checks compare what they are given
-        raise ValueError(f"config_groups in config.json: {str(error)[:500]}") from error
-    with Files(folder) as files:
-        modules = [name.removesuffix(".weight_scale") for name in files.shards if name.endswith(".weight_scale")]
-        scheme_of = _schemes_of(modules, schemes)
-        names_of: dict[str, list[str]] = {module: [] for module in modules}
-        for name in files.shards:
-            module = name.rpartition(".")[0]
-            if module in names_of and not name.endswith(".bias"):
-                names_of[module].append(name)
-            else:
-                yield name, files.read(name)
-        for module in progress(modules, f"decompress {folder.name}"):
-            scheme = scheme_of[module]
-            compressor: Any = BaseCompressor.get_value_from_registry(str(scheme.format or about["format"]))
-            stored = {name.removeprefix(f"{module}."): files.read(name) for name in names_of[module]}
-            _check_stored(module, stored, compressor.compression_param_names(scheme))
-            shape = _shape_of(module, stored, scheme.weights.num_bits)
-            try:
-                weight = compressor.decompress(stored, scheme)["weight"]
-            except Exception as error:  # whatever it finds wrong with numbers, shapes and arguments
-                raise ValueError(f"module {module!r}: {type(error).__name__}: {str(error)[:500]}") from error
-            if weight.shape != shape:
-                raise ValueError(f"module {module!r}: found a weight of {tuple(weight.shape)}, wanted {shape}")
-            yield f"{module}.weight", weight.to(dtype)
+        raise ValueError(f"quantization_config in config.json: {str(error)[:500]}") from error
+    modules = [name.removesuffix(".weight_scale") for name in files.places if name.endswith(".weight_scale")]
+    scheme_of = _schemes_of(modules, schemes)
+    parts_of: dict[str, dict[str, str]] = {module: {} for module in modules}
+    left: dict[str, str] = {}
+    for name in files.places:
+        module, _, part = name.rpartition(".")
+        if part in ("k_scale", "v_scale"):
+            left[name] = "a scale of the cache of keys and values"
+        elif module in parts_of and part in INPUTS:
+            left[name] = "a scale of inputs, of the codes that were there"
+        elif module in parts_of and part != "bias":
+            parts_of[module][part] = name
+    weights: dict[str, EncodedWeight] = {}
+    for module, parts in parts_of.items():
+        scheme = scheme_of[module]
+        format = str(scheme.format or about["format"])
+        compressor: Any = BaseCompressor.get_value_from_registry(format)
+        stored = {part: files.read(name) for part, name in parts.items()}  # mapped: values of few are looked at
+        _check_stored(module, stored, compressor.compression_param_names(scheme))
+        shape = _shape_of(module, stored, scheme.weights.num_bits)
+        decode = partial(_decode, module=module, shape=shape, scheme=scheme, compressor=compressor)
+        exponents = "weight_scale" if format == "mxfp4-pack-quantized" else None
+        weights[f"{module}.weight"] = EncodedWeight(format, parts, shape, decode, exponents)
+    return Found(weights, left)
+
+
+def _decode(
+    parts: Mapping[str, Tensor], dtype: torch.dtype, *, module: str, shape: tuple[int, ...], scheme: Any, compressor: Any
+) -> Tensor:
+    try:
+        weight = compressor.decompress(dict(parts), scheme)["weight"]
+    except Exception as error:  # whatever it finds wrong with numbers, shapes and arguments
+        raise ValueError(f"module {module!r}: {type(error).__name__}: {str(error)[:500]}") from error
+    if weight.shape != shape:
+        raise ValueError(f"module {module!r}: found a weight of {tuple(weight.shape)}, wanted {shape}")
+    return weight.to(dtype)
 
 
 def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[str]) -> None:
@@ -250,23 +202,17 @@ def _shape_of(module: str, stored: Mapping[str, Tensor], bits: int) -> tuple[int
     return tuple(sizes)
 
 
-def _check_about(about: Any) -> set[str]:
-    """The formats that a `quantization_config` names, each of which is known here.
+def _check_about(about: Any) -> None:
+    """Raise ValueError for a `quantization_config` with formats that are not known here, rotations or sparsity.
 
-    compressed-tensors imports a format that is called like a file. Raises ValueError for such, and for what plain
-    weights do not say: rotations, sparsity, quantized activations or caches.
+    compressed-tensors imports a format that is called like a file.
     """
-    method = about.get("quant_method") if isinstance(about, dict) else about
-    if method != "compressed-tensors":
-        raise ValueError(f"found quant_method {shown(method)}, wanted 'compressed-tensors'")
     groups = about.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise ValueError(f"found config_groups={shown(groups)}, wanted an object of groups")
-    found = [key for key in ("transform_config", "sparsity_config", "kv_cache_scheme") if about.get(key)]
-    for name, group in groups.items():
-        found += [f"{name}.{key}" for key in ("input_activations", "output_activations") if group.get(key)]
+    found = [key for key in ("transform_config", "sparsity_config") if about.get(key)]
     if found:
-        raise ValueError(f"found {shown(found)}, which plain weights cannot have, wanted quantized weights only")
+        raise ValueError(f"found {shown(found)}, which is not undone here, wanted quantized weights only")
     known = {scheme.format for scheme in SCHEMES.values()}
     named = {f"{name}.format": group.get("format") or about.get("format") for name, group in groups.items()}
     if about.get("format") not in (None, "mixed-precision"):
@@ -274,7 +220,6 @@ def _check_about(about: Any) -> set[str]:
     for where, format in named.items():
         if not isinstance(format, str) or format not in known:
             raise ValueError(f"found {shown(where)}={shown(format)}, wanted one of {sorted(known)}")
-    return {str(format) for format in named.values()}
 
 
 def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
@@ -318,13 +263,17 @@ def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
 def _check(plan: ExportPlan) -> None:
     _check_global_scales(plan)
     check_inputs(plan)
+
+
+def _note(plan: ExportPlan) -> str | None:
     alone = [source.name for source in plan.sources if source.group and not source.inputs]
-    if added := [name for name in alone if plan.schemes[name].inputs is not None]:
-        warnings.warn(
-            f"group {added[0]!r} and {len(added) - 1} more: found weights alone, whose inputs this reader quantizes "
-            "too, when the model runs; to simulate it, select inputs: Rule(pattern, weights, inputs)",
-            stacklevel=4,
-        )
+    added = [name for name in alone if plan.schemes[name].inputs is not None]
+    if not added:
+        return None
+    return (
+        f"group {added[0]!r} and {len(added) - 1} more: found weights alone, whose inputs this reader quantizes too, "
+        "when the model runs; to simulate it, select inputs: Rule(pattern, weights, inputs)"
+    )
 
 
-TARGET = Target("compressed-tensors", "compressed-tensors", _documents, SCHEMES, _check, _encode)
+TARGET = Target("compressed-tensors", "compressed-tensors", _documents, SCHEMES, _check, _note, _encode)

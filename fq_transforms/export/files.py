@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -23,16 +22,27 @@ from fq_transforms.checkpoint.storage import (
     fsync_directory,
     is_taken,
     naming,
-    open_regular,
     read_all,
     remove_left,
     some_files,
     stage_of,
     stages_within,
 )
-from fq_transforms.parse import MOST_TEXT, check_name, parse_json, shown
+from fq_transforms.parse import MOST_TEXT, parse_json, shown
 
-__all__ = ["Files", "bytes_of", "check_free", "progress", "read_document", "write"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "bytes_of",
+    "check_free",
+    "commit",
+    "progress",
+    "read_document",
+    "remove_staged",
+    "write",
+    "write_json",
+]
 
 T = TypeVar("T")
 
@@ -40,7 +50,6 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 # In a stage: the names of what is moved up from it.
 MOVING = "moving.json"
 _OURS = re.compile(r"[\w-][\w.-]*\.(safetensors|json)")
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -108,27 +117,27 @@ def write(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Lock(folder):
             check_free(folder)
-            _remove_left(folder)
+            remove_staged(folder)
             stage = stage_of(folder, uuid4().hex)
             stage.mkdir()
             try:
                 shards, total = _write_shards(stage, tensors, max_shard_size)
                 _name_shards(stage, shards, total)
                 for name, document in documents.items():
-                    _write_json(stage / name, document)
+                    write_json(stage / name, document)
                 fsync_directory(stage)
-                _commit(stage, folder)
+                commit(stage, folder)
             except BaseException:
-                _remove_left(folder)
+                remove_staged(folder)
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
 
 
-def _commit(stage: Path, folder: Path) -> None:
+def commit(stage: Path, folder: Path) -> None:
     """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
     if stage.parent == folder:
         files = sorted(stage.iterdir(), key=lambda file: file.name == CONFIG)
-        _write_json(stage / f".{MOVING}", [file.name for file in files])
+        write_json(stage / f".{MOVING}", [file.name for file in files])
         (stage / f".{MOVING}").rename(stage / MOVING)
         for file in files:
             file.rename(folder / file.name)
@@ -153,32 +162,11 @@ def _moved(folder: Path) -> set[str]:
     return names
 
 
-def _remove_left(folder: Path) -> None:
+def remove_staged(folder: Path) -> None:
+    """Remove what interrupted writes have left of a folder that has not appeared. Only who holds its `Lock` may."""
     for name in _moved(folder):
         (folder / name).unlink(missing_ok=True)
     remove_left(folder)
-
-
-class Files:
-    """The tensors of a folder by name. Each file is opened once: its header may list thousands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, _shards_of(folder)
-        self._opened: dict[str, Any] = {}
-        self._closing = ExitStack()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._closing.close()
-
-    def read(self, name: str) -> Tensor:
-        """One tensor. Files are mapped, so others are not read."""
-        file = self.shards[name]
-        if file not in self._opened:
-            self._opened[file] = self._closing.enter_context(_opened(self.folder / file))
-        return self._opened[file].get_tensor(name)
 
 
 def read_document(file: Path) -> dict[str, Any]:
@@ -190,46 +178,6 @@ def read_document(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError(f"file {str(file)!r}: found {shown(document)}, wanted an object")
     return document
-
-
-def _opened(file: Path) -> Any:
-    """A file of safetensors, mapped. Raises ValueError for a device or a pipe, which the library would wait for."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with open_regular(file):
-            return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"file {str(file)!r}: found no safetensors, or damaged ones: {error}") from error
-
-
-def _shards_of(folder: Path) -> dict[str, str]:
-    """Name of each tensor of a folder to the name of its file.
-
-    Raises:
-        ValueError: The directory has no safetensors, or the index names a file or a tensor that is not there, or a file
-            of another directory.
-    """
-    index = folder / INDEX
-    if not index.exists() and not (folder / SINGLE).exists():
-        raise ValueError(f"folder {str(folder)!r}: found neither {SINGLE!r} nor {INDEX!r}, wanted a checkpoint")
-    named: Any = read_document(index).get("weight_map") if index.exists() else None
-    if index.exists() and not (isinstance(named, dict) and all(isinstance(file, str) for file in named.values())):
-        raise ValueError(f"file {str(index)!r}: found weight_map={shown(named)}, wanted names of files")
-    found: dict[str, str] = {}
-    for file in sorted(set(named.values())) if named else [SINGLE]:
-        if not _SHARD.fullmatch(file):
-            raise ValueError(f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory")
-        if not (folder / file).exists():
-            raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names")
-        with _opened(folder / file) as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    if named is not None and named != found:
-        wrong = sorted(named.items() ^ found.items())
-        raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {shown(wrong[:3])}")
-    for name in found:
-        check_name(name, f"folder {str(folder)!r}")
-    return found
 
 
 def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> tuple[list[list[str]], int]:
@@ -271,10 +219,11 @@ def _name_shards(stage: Path, shards: list[list[str]], total: int) -> None:
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (stage / f"{number}.safetensors").rename(stage / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _write_json(file: Path, document: Any) -> None:
+def write_json(file: Path, document: Any) -> None:
+    """Write a JSON file, which reaches the disk."""
     with file.open("w", encoding="utf-8") as stream:
         json.dump(document, stream, indent=2)
         stream.write("\n")

@@ -12,14 +12,20 @@ Source: `modelopt.torch.export.unified_export_hf` and `convert_hf_config`, Model
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fq_transforms.export.encoded import EncodedWeight, Found, of_blocks, take
 from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, largest
 from fq_transforms.export.schemes import FORMAT_KEYS
+from fq_transforms.export.shards import Files, TensorType
+from fq_transforms.formats import MXFP8, NVFP4
+from fq_transforms.ops.pack.reference import unpack_reference
 
-__all__ = ["TARGET"]
+__all__ = ["TARGET", "find"]
 
 
 class Algorithm(NamedTuple):
@@ -100,4 +106,78 @@ def _quantization_config(own: Mapping[str, Any]) -> dict[str, Any]:
     return groups | rest | {"quant_method": "modelopt"}
 
 
-TARGET = Target("ModelOpt's HF export", "modelopt", _documents, ALGORITHMS, check_inputs, _encode)
+TARGET = Target("ModelOpt's HF export", "modelopt", _documents, ALGORITHMS, check_inputs, None, _encode)
+
+
+# Scales of a cache of keys and values, and of inputs.
+_OF_CACHE = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale", ".k_bmm_scale", ".v_bmm_scale")
+_INPUTS = "a scale of inputs, of the codes that were there"
+
+
+def find(files: Files, about: Mapping[str, Any]) -> Found:
+    """What is stored so. Raises ValueError for codes of another kind, such as AWQ's, and scales that do not fit."""
+    weights: dict[str, EncodedWeight] = {}
+    left = {name: "a scale of the cache of keys and values" for name in files.places if name.endswith(_OF_CACHE)}
+    for scale in files.places:
+        if not scale.endswith(".weight_scale"):
+            continue
+        module = scale.removesuffix(".weight_scale")
+        named = {part: f"{module}.{part}" for part in ("weight", "weight_scale", "weight_scale_2", "input_scale")}
+        awq = f"{module}.pre_quant_scale"
+        parts = {part: name for part, name in named.items() if name in files.places}
+        if awq in files.places:
+            parts["pre_quant_scale"] = awq
+        if "input_scale" in parts:
+            left[parts["input_scale"]] = _INPUTS
+        what = f"module {module!r}"
+        is_nvfp4 = "weight_scale_2" in parts
+        wanted = ("weight", "weight_scale", *(["weight_scale_2"] if is_nvfp4 else []))
+        own = take(parts, wanted, ("input_scale",), what)
+        of_codes, of_scale = (files.places[own[part]].type for part in wanted[:2])
+        weights[own["weight"]] = _weight(what, own, of_codes, of_scale, is_nvfp4)
+    return Found(weights, left)
+
+
+def _weight(
+    what: str, parts: dict[str, str], codes: TensorType, scale: TensorType, is_nvfp4: bool
+) -> EncodedWeight:
+    refused = ValueError(
+        f"{what}: found {codes.dtype} {codes.shape} with scales {scale.dtype} {scale.shape}, wanted NVFP4, FP8, MXFP8 "
+        "or INT8 as ModelOpt 0.47 writes them"
+    )
+    if len(codes.shape) not in (2, 3):
+        raise refused
+    *stack, out, width = codes.shape
+    if is_nvfp4:
+        if codes.dtype != "U8" or scale != TensorType("F8_E4M3", (*stack, out, width // 8)):
+            raise refused
+        return EncodedWeight("NVFP4", parts, (*stack, out, 2 * width), _decode_nvfp4)
+    if codes.dtype == "F8_E4M3" and scale == TensorType("U8", (*stack, out, width // 32)):
+        return EncodedWeight("MXFP8", parts, codes.shape, _decode_mxfp8)
+    if codes.dtype not in ("F8_E4M3", "I8") or scale.dtype not in ("F32", "BF16", "F16"):
+        raise refused
+    name = "FP8" if codes.dtype == "F8_E4M3" else "INT8"
+    if scale.shape in ((), (1,)):
+        return EncodedWeight(name, parts, codes.shape, partial(_decode_blocks, block=(out, width)))
+    if scale.shape == (out,) and not stack:
+        return EncodedWeight(f"{name} per channel", parts, codes.shape, partial(_decode_blocks, block=(1, width)))
+    if scale.shape == (-(-out // 128), 1, -(-width // 128), 1):
+        return EncodedWeight(
+            f"{name} in blocks of (128, 128)", parts, codes.shape, partial(_decode_blocks, block=(128, 128))
+        )
+    raise refused
+
+
+def _decode_nvfp4(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    global_scale = parts["weight_scale_2"].reshape(parts["weight_scale_2"].shape[: parts["weight"].dim() - 2])
+    return unpack_reference(parts["weight"], parts["weight_scale"], global_scale, format=NVFP4, out_dtype=dtype)
+
+
+def _decode_mxfp8(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    return unpack_reference(parts["weight"], parts["weight_scale"], None, format=MXFP8, out_dtype=dtype)
+
+
+def _decode_blocks(parts: Mapping[str, Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> Tensor:
+    codes, scale = parts["weight"], parts["weight_scale"]
+    rows, columns = (-(-side // of) for side, of in zip(codes.shape[-2:], block, strict=True))
+    return of_blocks(codes, scale.reshape(*codes.shape[:-2], rows, columns), block, dtype)

@@ -34,9 +34,13 @@ __all__ = [
     "FormatKeys",
     "Target",
     "check_inputs",
+    "check_values",
     "export",
     "format_key",
     "largest",
+    "planned",
+    "tensors_of",
+    "warn_of_notes",
 ]
 
 # Element, what shares a scale, and the type of the scale.
@@ -114,7 +118,8 @@ class Target(NamedTuple):
         layout: Of `formats.LAYOUTS`.
         documents: The JSON files, by name.
         schemes: Its word for formats of weights and inputs, for all that it has one for; None: weights are plain.
-        check: Raises ValueError for what its readers could not use.
+        check: Raises ValueError for numbers that its readers could not use.
+        note: What its readers do otherwise than the spec says, for a warning; None for nothing.
         encode: From a weight to the tensors of its module, by their last names; None where weights are plain.
     """
 
@@ -123,6 +128,7 @@ class Target(NamedTuple):
     documents: Callable[[ExportPlan], dict[str, Any]]
     schemes: Mapping[FormatKeys, Any] | None = None
     check: Callable[[ExportPlan], None] | None = None
+    note: Callable[[ExportPlan], str | None] | None = None
     encode: Callable[[CodedWeight], dict[str, Tensor]] | None = None
 
 
@@ -180,41 +186,60 @@ def export(
     """Write a folder in the layout of a target, for a reader. Arguments and errors: `fq_transforms.export.save`."""
     folder, limit = local_path(path), bytes_of(max_shard_size)
     check_free(folder)
-    plan = _plan(target, reader, fq, params, state, config)
-    if target.check is not None:
-        target.check(plan)
+    plan = planned(target, reader, fq.spec, params, config, state=state, out_dtype=fq.out_dtype)
+    check_values(plan, target)
+    warn_of_notes(plan, target, stacklevel=4)
     _warn_of_differences(plan, target)
-    write(folder, _tensors(plan, target, f"export {folder.name}"), target.documents(plan), limit)
+    tensors = (pair for source in progress(plan.sources, f"export {folder.name}") for pair in tensors_of(plan, source, target))
+    write(folder, tensors, target.documents(plan), limit)
 
 
-def _plan(
-    target: Target, reader: Engine | None, fq: Transform, params: Mapping[str, Tensor], state: State, config: Any
+def planned(
+    target: Target,
+    reader: Engine | None,
+    spec: Spec,
+    params: Mapping[str, Tensor],
+    config: Any,
+    *,
+    state: State | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> ExportPlan:
-    """Check all that can be checked without packing, and decide every name."""
-    spec, entries = fq.spec, _config(config)
-    if not spec.groups:
+    """Check all that can be checked without values, and decide every name.
+
+    Args:
+        target: The layout.
+        reader: Who must load it, if somebody must.
+        spec: What is quantized.
+        params: All tensors of the model; where there is no state, of a folder: on the meta device, by names of files.
+        config: `model.config`, or what config.json holds.
+        state: Of the weights and inputs; None if it is made later, group by group.
+        out_dtype: Of the weights that files stand for; None for their own.
+    """
+    entries, is_folder = _config(config), state is None
+    if not spec.groups and not (is_folder and target.schemes is None):
         raise ValueError(
             f"export to {target.name}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
             "weights to pack; give them a rule"
         )
     if target.schemes is None:
         refuse_inputs(spec, f"export to {target.name}")
-    check_state(state, spec)
+    if state is not None:
+        check_state(state, spec)
     inputs = _inputs(spec)
     for group in spec.groups:
         if target.schemes is not None:
             check_packable(group)
             _check_scheme(target, target.schemes, group, inputs.get(group.key))
         weights_of(params, group)
-    for name, tensor in params.items():
+    for name, tensor in params.items() if not is_folder else ():
         _check_storable(name, tensor)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
-    if fq.out_dtype is None and len(dtypes) > 1:
+    if out_dtype is None and len(dtypes) > 1:
         raise ValueError(
             f"groups: found weights of {dtypes}, wanted one dtype, or an out_dtype of fq; config.json has room for one"
         )
-    dtype = fq.out_dtype or next(iter(dtypes))
-    sources = _sources(params, spec.groups, inputs, entries)
+    dtype = out_dtype or next(iter(dtypes), None)
+    sources = _sources(params, spec.groups, inputs, entries, is_folder=is_folder)
     check_accounted(sources)
     schemes: dict[str, Any] = {}
     if target.schemes is not None:
@@ -223,14 +248,27 @@ def _plan(
                 check_codes(source.group, source.tensors)
                 _check_cuts(source.group, source.tensors)
                 schemes[source.name] = _scheme_for(target.name, target.schemes, reader, source)
-        check_ties(state, sources)
+        check_ties(sources, state)
     check_config(sources, entries)
     if target.schemes is not None:
         _check_layers(sources)
     if reader is not None:
         _check_model(reader, sources, schemes, entries)
-    config_json = entries | {"dtype": str(dtype).removeprefix("torch.")}
-    return ExportPlan(params, state, sources, schemes, config_json, dtype)
+    if dtype is not None:
+        entries |= {"dtype": str(dtype).removeprefix("torch.")}
+    return ExportPlan(params, state or {}, sources, schemes, entries, dtype or torch.bfloat16)
+
+
+def warn_of_notes(plan: ExportPlan, target: Target, *, stacklevel: int) -> None:
+    """Warn of what the target's readers do otherwise."""
+    if target.note is not None and (note := target.note(plan)):
+        warnings.warn(note, stacklevel=stacklevel)
+
+
+def check_values(plan: ExportPlan, target: Target) -> None:
+    """Raise ValueError for numbers of the state that the target's readers could not use."""
+    if target.check is not None:
+        target.check(plan)
 
 
 def _keys_of(group: Group, inputs: Inputs | None) -> FormatKeys:
@@ -373,25 +411,31 @@ def _warn_of_differences(plan: ExportPlan, target: Target) -> None:
         )
 
 
-def _tensors(plan: ExportPlan, target: Target, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the files. One group is packed at a time: what is yielded need not be kept."""
-    for source in progress(plan.sources, what):
-        if source.group and target.encode is not None:
-            yield from _packed(plan, source, source.group, target.layout, target.encode)
-            continue
-        whole: Any = _fake(plan, source.group) if source.group else plan.params[source.name].detach()
-        for tensor in source.tensors:
-            experts = whole if "*" in tensor.name else [whole]
-            for name, weight in zip(source.names_of(tensor), experts, strict=True):
-                yield name, weight[tensor.rows] if weight.dim() else weight
+def tensors_of(plan: ExportPlan, source: Source, target: Target, first: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in the files of one source. What is yielded need not be kept.
+
+    Args:
+        plan: With the parameters and the state of at least this source.
+        source: A group, or a parameter that is not quantized.
+        target: The layout.
+        first: Number of the first expert, where the source has a part of them.
+    """
+    if source.group and target.encode is not None:
+        yield from _packed(plan, source, source.group, target.layout, target.encode, first)
+        return
+    weights = _fake(plan, source.group) if source.group else [plan.params[source.name].detach()]
+    is_list = source.group is not None and not source.group.stacked
+    for tensor in source.tensors:
+        experts: Iterable[Tensor] = weights if is_list or "*" not in tensor.name else weights[0]
+        for expert, weight in enumerate(experts, first):
+            yield tensor.name.replace("*", str(expert)), weight[tensor.rows] if weight.dim() else weight
 
 
-def _fake(plan: ExportPlan, group: Group) -> Tensor | list[Tensor]:
+def _fake(plan: ExportPlan, group: Group) -> list[Tensor]:
     """The fake-quantized weights of a group, stored as they are: a stack, one matrix, or one per expert."""
     weights = {name: _finite(plan, name).detach() for name in group.names}
     state, spec = {group.key: plan.state[group.key]}, Spec((group,))
-    fakes = list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
-    return fakes if "*" in group.key else fakes[0]
+    return list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
 
 
 def _finite(plan: ExportPlan, name: str) -> Tensor:
@@ -401,10 +445,15 @@ def _finite(plan: ExportPlan, name: str) -> Tensor:
 
 
 def _packed(
-    plan: ExportPlan, source: Source, group: Group, layout: str, encode: Callable[[CodedWeight], dict[str, Tensor]]
+    plan: ExportPlan,
+    source: Source,
+    group: Group,
+    layout: str,
+    encode: Callable[[CodedWeight], dict[str, Tensor]],
+    first: int,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in group.names:
-        if not plan.params[name].is_cpu:  # on a CPU `pack` says so; elsewhere it does not wait for the device
+        if plan.params[name].is_cuda:  # on a CPU `pack` says so; elsewhere it does not wait for the device
             _finite(plan, name)
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
     inputs = source.inputs
@@ -428,7 +477,7 @@ def _packed(
                 inputs=inputs.format if inputs else None,
                 input_amax=None if amax is None else amax.expand(group.experts)[expert],
             )
-            module = module_of(name.replace("*", str(expert)))
+            module = module_of(name.replace("*", str(first + expert)))
             yield from ((f"{module}.{last}", tensor) for last, tensor in encode(coded).items())
 
 
@@ -481,24 +530,34 @@ def _check_storable(name: str, tensor: Any) -> None:
 
 
 def _sources(
-    params: Mapping[str, Tensor], groups: Iterable[Group], inputs: Mapping[str, Inputs], config: Mapping[str, Any]
+    params: Mapping[str, Tensor],
+    groups: Iterable[Group],
+    inputs: Mapping[str, Inputs],
+    config: Mapping[str, Any],
+    *,
+    is_folder: bool = False,
 ) -> list[Source]:
-    """What each group and each other parameter becomes. A group stands where its first parameter is."""
+    """What each group and each other parameter becomes. A group stands where its first parameter is.
+
+    What comes from a folder has the names of files already, and all of it goes there.
+    """
     group_of = {name: group for group in groups for name in group.names}
     sources: dict[str, Source] = {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in params.items() if not name.endswith("_extra_state")}
-    in_files, tied = file_tensors(shapes, config), is_tied(config)
-    for parameter, tensor in params.items():
+    kept = {name: tensor for name, tensor in params.items() if is_folder or not name.endswith("_extra_state")}
+    shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    own = {name: [FileTensor(name, slice(None))] for name in shapes}
+    in_files, tied = own if is_folder else file_tensors(shapes, config), is_tied(config)
+    for parameter, tensor in kept.items():
         group = group_of.get(parameter)
         name = group.key if group else parameter
-        if name in sources or parameter.endswith("_extra_state"):
+        if name in sources:
             continue
         tensors = of_group(group, in_files) if group else in_files[parameter]
         is_stack = any("*" in part.name for part in tensors)
         shape = group.shape if group else shapes[parameter][1 if is_stack else 0 :]
         experts = group.experts if group else len(tensor) if tensor.dim() else 0
         source = Source(name, group, inputs.get(name), shape, experts, tensors)
-        if tied and source.tensors[0].name == "lm_head.weight":
+        if tied and source.tensors[0].name == "lm_head.weight" and (group or not is_folder):
             _check_is_embedding(source, params)
             continue  # transformers does not store it either
         if group:

@@ -7,8 +7,10 @@ refused.
 
 from fq_transforms.export.plan import Engine, FormatKeys
 from fq_transforms.export.schemes import FORMAT_KEYS, Scheme, packed_int8, with_inputs
+from fq_transforms.formats import check_layout
+from fq_transforms.parse import nearest
 
-__all__ = ["PLACES", "READERS"]
+__all__ = ["PLACES", "READERS", "engine_of"]
 
 PLACES = ("experts", "linears", "lm_head")
 
@@ -70,3 +72,15 @@ READERS: dict[str, dict[str, Engine]] = {
     "fp8": {"vllm": Engine("vllm", "0.32", dict.fromkeys(PLACES[:2], _own("FP8_BLOCK")), _NOT_IN_VLLM)},
     "plain": {"vllm": Engine("vllm", "0.32", None, _NOT_IN_VLLM), "transformers": Engine("transformers", "5.23", None)},
 }
+
+
+def engine_of(layout: str, reader: str | None) -> Engine | None:
+    """What a reader loads of a layout; None for no reader. Raises ValueError if it reads no such layout."""
+    readers = READERS[check_layout(layout)]
+    if reader is None or str(reader) in readers:
+        return None if reader is None else readers[str(reader)]
+    meant = nearest(str(reader), {name for some in READERS.values() for name in some})[0]
+    of = [name for name, some in READERS.items() if meant in some]
+    raise ValueError(
+        f"reader: found {reader!r} of layout {layout!r}, wanted one of {sorted(readers)}, or None; {meant!r} reads {of}"
+    )

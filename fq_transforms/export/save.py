@@ -8,9 +8,8 @@ from torch import Tensor
 
 from fq_transforms.export import compressed_tensors, fp8, modelopt
 from fq_transforms.export.plan import ExportPlan, Target, export
-from fq_transforms.export.readers import READERS
+from fq_transforms.export.readers import engine_of
 from fq_transforms.formats import Layout, check_layout
-from fq_transforms.parse import nearest
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 
@@ -69,13 +68,4 @@ def save(
         ...     sorted(os.listdir(f"{parent}/model"))
         ['config.json', 'model.safetensors']
     """
-    readers = READERS[check_layout(layout)]
-    if reader is not None and str(reader) not in readers:
-        known = {name: of for of, some in READERS.items() for name in some}
-        meant = nearest(str(reader), known)[0]
-        of = [name for name, some in READERS.items() if meant in some]
-        raise ValueError(
-            f"reader: found {reader!r} of layout {layout!r}, wanted one of {sorted(readers)}, or None; {meant!r} reads "
-            f"{of}"
-        )
-    export(LAYOUTS[layout], readers[reader] if reader else None, path, fq, params, state, config, max_shard_size)
+    export(LAYOUTS[check_layout(layout)], engine_of(layout, reader), path, fq, params, state, config, max_shard_size)

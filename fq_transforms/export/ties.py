@@ -10,27 +10,40 @@ from fq_transforms.export.names import Source
 from fq_transforms.spec import Group
 from fq_transforms.state import State
 
-__all__ = ["check_ties", "is_fused"]
+__all__ = ["check_ties", "fused_sources", "is_fused"]
 
 # ModelOpt's, and those of DeepSeek's latent attention in vLLM and SGLang.
 FUSED_BY_ENGINES = (*FUSED, ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
-def check_ties(state: State, sources: Iterable[Source]) -> None:
-    """Raise ValueError unless fused roles have one format and, where it is one number per weight or input, one amax."""
+def check_ties(sources: Iterable[Source], state: State | None) -> None:
+    """Raise ValueError unless fused roles have one format and, where it is one number per weight or input, one amax.
+
+    Without a state only formats are compared: who makes it ties it.
+    """
+    for fused in fused_sources(sources):
+        source, others = fused[0], fused[1:]
+        # What the error tells to tie: all that is fused with this source.
+        pairs = [pair for other in others for pair in _words_apart(source.name, other.name)]
+        for other in others:
+            _check_tied(state, (source.name, other.name), (source.group, other.group), pairs)
+            inputs = f"{source.name}.input", f"{other.name}.input"
+            _check_tied(state, inputs, (source.inputs, other.inputs), pairs)
+
+
+def fused_sources(sources: Iterable[Source]) -> list[list[Source]]:
+    """Sources that engines fuse into one matrix, two or more together."""
     # The experts of a group are alike, so the first stands for all.
     source_of = {tensor.name.replace("*", "0"): source for source in sources for tensor in source.tensors}
+    found: list[list[Source]] = []
     for name, source in source_of.items():
         words = name.split(".")
         for first, *roles in (roles for roles in FUSED_BY_ENGINES if roles[0] in words):
             named = [source_of.get(".".join(role if word == first else word for word in words)) for role in roles]
             others = [other for other in named if other is not None and other is not source]
-            # What the error tells to tie: all that is fused with this source.
-            pairs = [pair for other in others for pair in _words_apart(source.name, other.name)]
-            for other in others:
-                _check_tied(state, (source.name, other.name), (source.group, other.group), pairs)
-                inputs = f"{source.name}.input", f"{other.name}.input"
-                _check_tied(state, inputs, (source.inputs, other.inputs), pairs)
+            if others:
+                found.append([source, *others])
+    return found
 
 
 def is_fused(name: str) -> bool:
@@ -49,7 +62,7 @@ def _words_apart(first: str, second: str) -> list[tuple[str, str]]:
 
 
 def _check_tied(
-    state: State,
+    state: State | None,
     names: tuple[str, str],
     groups: tuple[Group | None, Group | None],
     pairs: Sequence[tuple[str, str]],
@@ -63,6 +76,8 @@ def _check_tied(
             f"{both}: found {found[0]} and {found[1]}, wanted one format: inference engines fuse them into one matrix; "
             "let the rules treat them alike"
         )
+    if state is None:
+        return
     one, two = _one_number(state, a), _one_number(state, b)
     if one is None or two is None:
         return

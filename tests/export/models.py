@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import files
 from fq_transforms.export.names import file_tensors
+from fq_transforms.export.shards import Files
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -181,8 +181,8 @@ def of_each_expert(spec, first=1.0):
 
 def read(folder):
     """All tensors of a folder."""
-    with files.Files(folder) as opened:
-        return {name: opened.read(name) for name in opened.shards}
+    with Files(folder) as opened:
+        return {name: opened.read(name) for name in opened.places}
 
 
 def in_files(weights, config):

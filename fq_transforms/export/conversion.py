@@ -1,0 +1,80 @@
+"""What became of a folder: a table of formats, weights and bytes, and what was left out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fq_transforms.spec import Spec
+
+__all__ = ["Conversion"]
+
+
+@dataclass(frozen=True, repr=False)
+class Conversion:
+    """What a folder became, or, of a dry run, would become. Prints as a table.
+
+    Attributes:
+        source: The folder that was read.
+        destination: The folder that was written.
+        spec: What was quantized, and what was not, with why.
+        rows: Format to weights, bytes before and bytes after.
+        left: Names of tensors that are not in the new folder, and why.
+        shards: How many files of tensors it has.
+        copied: Files that were copied.
+        exact: NVFP4 out of MXFP4: blocks of 16 that stand for the same weights, and all; None if there are none, (0, 0)
+            in a dry run.
+    """
+
+    source: Path
+    destination: Path
+    spec: Spec
+    rows: dict[str, tuple[int, int, int]]
+    left: dict[str, str]
+    shards: int
+    copied: tuple[str, ...]
+    exact: tuple[int, int] | None
+
+    @property
+    def before(self) -> int:
+        """Bytes of tensors that were read."""
+        return sum(before for _, before, _ in self.rows.values())
+
+    @property
+    def after(self) -> int:
+        """Bytes of tensors that were written."""
+        return sum(after for _, _, after in self.rows.values())
+
+    def __repr__(self) -> str:
+        return f"Conversion({str(self.destination)!r}: {_bytes(self.before)} to {_bytes(self.after)})"
+
+    def __str__(self) -> str:
+        weights = sum(count for count, _, _ in self.rows.values())
+        cells = [
+            ("format", "weights", "before", "after"),
+            *((name, f"{count:,}", _bytes(a), _bytes(b)) for name, (count, a, b) in self.rows.items()),
+            ("all", f"{weights:,}", _bytes(self.before), _bytes(self.after)),
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        if self.exact is not None and self.exact[1]:
+            same, count = self.exact
+            lines.append(f"MXFP4 to NVFP4: {same:,} of {count:,} blocks exact, {100 * same / count:.2f} %")
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            lines.append(f"left out: {len(names)} tensors such as {names[0]!r}, {why}")
+        lines.append(f"{self.shards} shards, {len(self.copied)} files copied")
+        return "\n".join(lines)
+
+
+def _bytes(size: int) -> str:
+    """Bytes in the largest unit of which there is one.
+
+    Example:
+        >>> _bytes(1_500_000_000), _bytes(12)
+        ('1.50 GB', '12 B')
+    """
+    for unit, value in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= value:
+            return f"{size / value:.2f} {unit}"
+    return f"{size} B"

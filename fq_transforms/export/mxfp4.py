@@ -1,0 +1,47 @@
+"""Experts as gpt-oss has them on the hub: stacks of MXFP4, read only.
+
+    {stack}_blocks    two E2M1 in a byte, uint8 [E, out, in/32, 16]
+    {stack}_scales    exponent + 127, uint8 [E, out, in/32]
+
+They stand for a stack [E, in, out], of the name without the ending.
+
+Source: `convert_moe_packed_tensors` of transformers 5.23, which decodes them here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.shards import Files
+
+__all__ = ["find"]
+
+
+def find(files: Files, about: Mapping[str, Any]) -> Found:
+    """What is stored so. Raises ValueError for blocks without scales, and shapes that do not fit."""
+    weights: dict[str, EncodedWeight] = {}
+    for name, place in files.places.items():
+        if not name.endswith("_blocks"):
+            continue
+        stack = name.removesuffix("_blocks")
+        scales = files.places.get(f"{stack}_scales")
+        shape = place.type.shape
+        if scales is None or len(shape) != 4 or shape[3] != 16 or scales.type.shape != shape[:3]:
+            found = None if scales is None else scales.type.shape
+            raise ValueError(
+                f"tensor {name!r}: found {shape} and scales {found}, wanted [E, out, in/32, 16] and '{stack}_scales' "
+                "[E, out, in/32]"
+            )
+        experts, out, blocks, _ = shape
+        parts = {"blocks": name, "scales": f"{stack}_scales"}
+        weights[stack] = EncodedWeight("MXFP4", parts, (experts, 32 * blocks, out), _decode, "scales")
+    return Found(weights, {})
+
+
+def _decode(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(parts["blocks"], parts["scales"], dtype=dtype)

@@ -1,0 +1,160 @@
+"""A folder to read: its plain weights by name, whatever it stores them in, and the other files beside them."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fq_transforms.checkpoint.storage import local_path
+from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
+from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.files import CONFIG, INDEX, read_document
+from fq_transforms.export.shards import DTYPES, Files, Place
+from fq_transforms.parse import nearest, shown
+
+__all__ = ["READS", "Folder"]
+
+# What `quant_method` in config.json can be, and who finds what is stored so.
+READS: dict[str, Callable[[Files, Mapping[str, Any]], Found]] = {
+    "compressed-tensors": compressed_tensors.find,
+    "modelopt": modelopt.find,
+    "fp8": fp8.find,
+    "mxfp4": mxfp4.find,
+}
+MODELOPT = "hf_quant_config.json"
+# Other forms of the weights, which are not copied, and what belongs to the folder that it was.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class Folder:
+    """A folder of safetensors, read tensor by tensor.
+
+    Attributes:
+        path: The directory.
+        config: What config.json holds, without what it says of quantization.
+        method: How it is quantized, as config.json calls it; None if it is not.
+        files: Its tensors.
+        encoded: Weights that are stored in codes, by the name of the plain weight.
+        left: Names of tensors that plain weights do not need, and why.
+        dtype: Of the plain weights that codes stand for: the one that config.json names, or bf16.
+
+    Raises:
+        ValueError: The directory has no safetensors or no config.json; a file is damaged; it is quantized in a way that
+            is not read; codes and scales do not fit.
+        OSError: A file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = local_path(path)
+        self.files = Files(self.path)
+        try:
+            if not (self.path / CONFIG).exists():
+                raise ValueError(f"folder {str(self.path)!r}: found no {CONFIG!r}, wanted what transformers writes")
+            self.config = read_document(self.path / CONFIG)
+            about = self._about()
+            self.method = None if about is None else str(about["quant_method"])
+            self.dtype = _dtype_of(self.config)
+            try:
+                found = Found({}, {}) if self.method is None else READS[self.method](self.files, about or {})
+            except ValueError as error:
+                raise ValueError(f"folder {str(self.path)!r}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        self.encoded, self.left = found.weights, found.left
+        self._name_of = {part: name for name, weight in self.encoded.items() for part in weight.parts.values()}
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.files.__exit__()
+
+    def params(self) -> dict[str, Tensor]:
+        """All plain weights on the meta device, in the order of the files: what `select` takes.
+
+        Of a dtype that PyTorch does not have a tensor has bytes, [bytes].
+        """
+        found: dict[str, Tensor] = {}
+        for part, place in self.files.places.items():
+            name = self._name_of.get(part, part)
+            if part in self.left or name in found:
+                continue
+            if weight := self.encoded.get(name):
+                found[name] = torch.empty(weight.shape, dtype=self.dtype, device="meta")
+            elif dtype := DTYPES.get(place.type.dtype):
+                found[name] = torch.empty(place.type.shape, dtype=dtype, device="meta")
+            else:
+                found[name] = torch.empty(place.size, dtype=torch.uint8, device="meta")
+        return found
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """A plain weight, or some experts of a stack, on the CPU; mapped where it is stored as it is."""
+        weight = self.encoded.get(name)
+        if weight is None:
+            return self.files.read(name, part)
+        is_stack = len(weight.shape) > 2
+        parts = {key: self.files.read(tensor, part if is_stack else None) for key, tensor in weight.parts.items()}
+        return weight.decode(parts, self.dtype)
+
+    def exponents(self, name: str, part: slice | None = None) -> Tensor | None:
+        """Exponents + 127 of the blocks of 32 of a weight that is stored in MXFP4, [..., out, in/32]; else None."""
+        weight = self.encoded.get(name)
+        if weight is None or weight.exponents is None:
+            return None
+        return self.files.read(weight.parts[weight.exponents], part if len(weight.shape) > 2 else None)
+
+    def places(self, name: str) -> list[Place]:
+        """Where the tensors of a plain weight are."""
+        weight = self.encoded.get(name)
+        return [self.files.places[part] for part in (weight.parts.values() if weight else (name,))]
+
+    def size(self, name: str) -> int:
+        """Bytes that a plain weight takes in the files."""
+        return sum(place.size for place in self.places(name))
+
+    def others(self) -> Iterator[str]:
+        """Files that are copied: all but weights, their index, config.json, and what is hidden."""
+        for directory, names, files in os.walk(self.path):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            for file in sorted(files):
+                relative = Path(directory, file).relative_to(self.path)
+                is_ours = str(relative) in (CONFIG, INDEX, MODELOPT)
+                if not (is_ours or file.startswith(".") or file.endswith(_WEIGHTS)) and (self.path / relative).is_file():
+                    yield str(relative)
+
+    def _about(self) -> dict[str, Any] | None:
+        """What says how the folder is quantized."""
+        about: Any = self.config.pop("quantization_config", None) or self.config.pop("compression_config", None)
+        if about is None and (self.path / MODELOPT).exists():  # older exporters wrote that alone
+            about = {"quant_method": "modelopt"} | read_document(self.path / MODELOPT)
+        if about is None:
+            return None
+        method = about.get("quant_method") if isinstance(about, dict) else None
+        if method is None and isinstance(about, dict) and "quant_algo" in about:
+            method = "modelopt"
+        if not isinstance(method, str) or method not in READS:
+            meant = f" (did you mean {nearest(method, READS)[0]!r}?)" if isinstance(method, str) else ""
+            raise ValueError(
+                f"folder {str(self.path)!r}: found quant_method {shown(method)}, wanted one of {sorted(READS)}, or a "
+                f"model that is not quantized{meant}"
+            )
+        return about | {"quant_method": method}
+
+
+def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that config names, or that of its text; bf16 if it names none that weights can have."""
+    inner: Any = config.get("text_config")
+    for entries in (config, inner if isinstance(inner, dict) else {}):
+        named = str(entries.get("dtype") or entries.get("torch_dtype")).removeprefix("torch.")
+        if named in ("bfloat16", "float16", "float32"):
+            return getattr(torch, named)
+    return torch.bfloat16
+
