@@ -74,7 +74,7 @@ with torch.no_grad():
 
 # %%
 fqt.export.save(folder / "compressed", fq, params, state, config=model.config, max_shard_size="500KB")
-fqt.export.decompress(folder / "compressed", folder / "plain")
+fqt.export.folder(folder / "compressed", folder / "plain", layout="plain")
 loaded = AutoModelForCausalLM.from_pretrained(folder / "plain")
 with torch.no_grad():
     found = loaded(tokens).logits

@@ -154,8 +154,9 @@ def _if_packed(dtype: torch.dtype) -> str:
     if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1):
         return ""
     return (
-        "; of a folder that is quantized already make one of weights first, by fqt.export.decompress(folder, out), or "
-        "load it by from_pretrained(..., dequantize=True) of transformers' config for its method"
+        "; of a folder that is quantized already make one of weights first, by "
+        "fqt.export.folder(folder, out, layout='plain'), or load it by from_pretrained(..., dequantize=True) of "
+        "transformers' config for its method"
     )
 
 

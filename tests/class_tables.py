@@ -261,7 +261,7 @@ class Steps:
             folder = Path(name)
             fqt.export.save(folder / layout, *given, config=self.config, layout=layout)
             if layout == "compressed-tensors":
-                fqt.export.decompress(folder / layout, folder / "read")
+                fqt.export.folder(folder / layout, folder / "read", layout="plain")
                 fqt.export.save(folder / "plain", *given, config=self.config, layout="plain")
                 found, wanted = read(folder / "read"), read(folder / "plain")
                 assert found.keys() == wanted.keys()

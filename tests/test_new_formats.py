@@ -208,7 +208,7 @@ def test_integers_of_fewer_bits_are_exported_in_a_byte(tmp_path):
     params, fq, config = exported(NEW[0])
     state = fq.calibrate(params)
     fqt.export.save(tmp_path / "out", fq, params, state, config=config)
-    fqt.export.decompress(tmp_path / "out", tmp_path / "plain")
+    fqt.export.folder(tmp_path / "out", tmp_path / "plain", layout="plain")
     with safe_open(tmp_path / "plain" / "model.safetensors", framework="pt") as file:
         read = {name: file.get_tensor(name) for name in params}
     fakes = fq.fakequant(params, state)

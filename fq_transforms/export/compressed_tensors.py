@@ -124,7 +124,7 @@ def _patterns(modules: list[str]) -> list[str]:
 
 
 def find(files: Files, about: Mapping[str, Any]) -> Found:
-    """What is stored so. Raises ValueError for formats that are not known here, and parts that do not fit."""
+    """What is stored so. Raises ValueError for formats that are not known here, parts that do not fit."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
@@ -162,7 +162,13 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
 
 
 def _decode(
-    parts: Mapping[str, Tensor], dtype: torch.dtype, *, module: str, shape: tuple[int, ...], scheme: Any, compressor: Any
+    parts: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    module: str,
+    shape: tuple[int, ...],
+    scheme: Any,
+    compressor: Any,
 ) -> Tensor:
     try:
         weight = compressor.decompress(dict(parts), scheme)["weight"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FileLayout", "FileTensor", "files_of", "folded", "is_tied", "model_of", "rows_of"]
+__all__ = ["FileLayout", "FileTensor", "decode_mxfp4", "files_of", "folded", "is_tied", "model_of", "rows_of"]
 
 # Of a parameter's columns, as many as tell a matrix from its transpose.
 COLUMNS = 2
@@ -172,6 +172,13 @@ def files_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> FileLayout:
                 f"found a name that {type(model).__name__} has neither in memory nor in files, wanted one of either"
             )
     return files
+
+
+def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stack [E, in, out] that gpt-oss's blocks [E, out, in/32, 16] and scales [E, out, in/32] stand for."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(blocks, scales, dtype=dtype)
 
 
 def folded(of_experts: Sequence[Sequence[FileTensor]]) -> list[FileTensor] | None:

@@ -1,31 +1,22 @@
 """A folder in the layout of transformers: safetensors in shards, their index, and the JSON files beside them.
 
-It is written into a staging directory beside the target, whose renaming is the commit. Tensors come one at a time; no
-more than a shard of them is held.
+It is written into a staging directory beside the target, whose renaming is the commit.
 """
 
 import json
-import os
 import re
 import shutil
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
-
-from torch import Tensor
 
 from fq_transforms.checkpoint.storage import (
-    Lock,
     fsync,
     fsync_directory,
     is_taken,
-    naming,
     read_all,
     remove_left,
     some_files,
-    stage_of,
     stages_within,
 )
 from fq_transforms.parse import MOST_TEXT, parse_json, shown
@@ -40,7 +31,6 @@ __all__ = [
     "progress",
     "read_document",
     "remove_staged",
-    "write",
     "write_json",
 ]
 
@@ -49,7 +39,7 @@ T = TypeVar("T")
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 # In a stage: the names of what is moved up from it.
 MOVING = "moving.json"
-_OURS = re.compile(r"[\w-][\w.-]*\.(safetensors|json)")
+_OURS = re.compile(r"[^./\0][^/\0]*")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -90,49 +80,6 @@ def progress(items: Sequence[T], what: str) -> Iterable[T]:
     return tqdm(items, desc=what, mininterval=0.5)
 
 
-def write(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], documents: Mapping[str, Any], max_shard_size: int
-) -> None:
-    """Write a folder: it appears whole or not at all.
-
-    Args:
-        folder: A new name, or an empty directory.
-        tensors: Names and tensors, on any device, taken one at a time.
-        documents: Names of JSON files to what they hold.
-        max_shard_size: Of a file, in bytes. A larger tensor has a file of its own.
-
-    Raises:
-        ValueError: The folder is taken.
-        OSError: A file cannot be written.
-
-    Example:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     folder = Path(parent, "model")
-        ...     write(folder, [("a", torch.ones(4)), ("b", torch.ones(4))], {"config.json": {}}, 20)
-        ...     sorted(path.name for path in folder.iterdir())[2:]
-        ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
-    """
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(folder):
-            check_free(folder)
-            remove_staged(folder)
-            stage = stage_of(folder, uuid4().hex)
-            stage.mkdir()
-            try:
-                shards, total = _write_shards(stage, tensors, max_shard_size)
-                _name_shards(stage, shards, total)
-                for name, document in documents.items():
-                    write_json(stage / name, document)
-                fsync_directory(stage)
-                commit(stage, folder)
-            except BaseException:
-                remove_staged(folder)
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
-
-
 def commit(stage: Path, folder: Path) -> None:
     """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
     if stage.parent == folder:
@@ -165,7 +112,10 @@ def _moved(folder: Path) -> set[str]:
 def remove_staged(folder: Path) -> None:
     """Remove what interrupted writes have left of a folder that has not appeared. Only who holds its `Lock` may."""
     for name in _moved(folder):
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     remove_left(folder)
 
 
@@ -178,48 +128,6 @@ def read_document(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError(f"file {str(file)!r}: found {shown(document)}, wanted an object")
     return document
-
-
-def _write_shards(stage: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> tuple[list[list[str]], int]:
-    """The names in each shard, and the bytes of all."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    size = total = 0
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > limit:
-            shards.append(_write_shard(stage, len(shards), held))
-            held, size = {}, 0
-        # A copy of its own: a view would keep alive the whole group that it was packed with.
-        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    shards.append(_write_shard(stage, len(shards), held))
-    return shards, total
-
-
-def _write_shard(stage: Path, number: int, held: dict[str, Tensor]) -> list[str]:
-    from safetensors.torch import save_file
-
-    file = stage / f"{number}.safetensors"
-    with file.open("xb") as stream:
-        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)  # that of any new file here, which safetensors leaves
-    save_file(held, file, {"format": "pt"})
-    with file.open("r+b") as stream:
-        os.fchmod(stream.fileno(), mode)
-        fsync(stream)
-    return list(held)
-
-
-def _name_shards(stage: Path, shards: list[list[str]], total: int) -> None:
-    """Rename the files, now that their number is known, and write the index if there are several."""
-    if len(shards) == 1:
-        (stage / "0.safetensors").rename(stage / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (stage / f"{number}.safetensors").rename(stage / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_json(file: Path, document: Any) -> None:

@@ -1,4 +1,4 @@
-"""A folder to another, streamed: each piece is read, calibrated, quantized and written by itself, whatever the model's size.
+"""A folder to another, streamed: each piece is read, calibrated, quantized and written by itself.
 
     plan      names, formats, ties and the place of each byte, from headers alone
     pieces    some experts of the roles that engines fuse; a matrix; or tensors that are copied
@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock as ThreadLock
@@ -36,11 +36,11 @@ from fq_transforms.checkpoint.storage import (
 )
 from fq_transforms.export.conversion import Conversion
 from fq_transforms.export.files import INDEX, bytes_of, check_free, commit, remove_staged, write_json
-from fq_transforms.export.plan import Target, check_values, planned, tensors_of, warn_of_notes
+from fq_transforms.export.plan import Target, check_values, planned, tensors_of, types_of, warn_of_notes
 from fq_transforms.export.ranks import Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
-from fq_transforms.export.shards import TensorType, Writer, index_of, lay_out, type_of
+from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
 from fq_transforms.export.sources import Folder
 from fq_transforms.export.states import in_files
 from fq_transforms.export.ties import fused_sources
@@ -122,7 +122,7 @@ def folder(
         dry_run: Write nothing.
 
     Raises:
-        ValueError: As `select` and `save`; `src` is no such folder; a weight is not finite; all but that before a write.
+        ValueError: As `select` and `save`; `src` is no such folder; a weight is not finite: all else before a write.
         OSError: A file cannot be read or written; the disk has too little space.
     """
     target, engine, limit = LAYOUTS[check_layout(layout)], engine_of(layout, reader), bytes_of(max_shard_size)
@@ -132,13 +132,23 @@ def folder(
         source = stack.enter_context(Folder(src))
         if path == source.path or source.path in path.parents:
             raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
-        given = _given(source, rules, layout, method, state, inputs, experts, transposed)
-        job = _Job(source, target, given, method, engine, torch.device(device or _device()), limit)
+        with _named(source):
+            given = _given(source, rules, layout, method, state, inputs, experts, transposed)
+            job = _Job(source, target, given, method, engine, torch.device(device or _device()), limit)
         warn_of_notes(job.plan, target, stacklevel=3)
         if not dry_run:
             ranks = stack.enter_context(Ranks())
             _run(job, path, ranks, count, resume)
         return job.conversion(path)
+
+
+@contextmanager
+def _named(source: Folder) -> Generator[None, None, None]:
+    """Let each ValueError inside say which folder it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"folder {str(source.path)!r}: {error}") from error
 
 
 def _jobs(jobs: int | None) -> int:
@@ -150,7 +160,11 @@ def _jobs(jobs: int | None) -> int:
 
 
 def _device() -> str:
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return (
+        f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
 
 
 class _Given(NamedTuple):
@@ -197,9 +211,9 @@ def _given(
     if calibrated := [one for one in spec.inputs if one.is_calibrated and one.key not in known]:
         if inputs is None:
             raise ValueError(
-                f"inputs {calibrated[0].key!r}: found no amax for {calibrated[0].format.name} and {len(calibrated) - 1} "
-                "more, wanted inputs=, a checkpoint of a state that was calibrated with batches; or rules of weights "
-                "alone, such as fqt.presets.weights_only(rules)"
+                f"inputs {calibrated[0].key!r}: found no amax for them, nor for {len(calibrated) - 1} others, wanted "
+                "inputs=, a checkpoint of a state that was calibrated with batches; or rules of weights alone, such as "
+                "fqt.presets.weights_only(rules)"
             )
         _, of_inputs = in_files(inputs, params, source.config)
         for one in calibrated:
@@ -269,18 +283,11 @@ class _Job:
         self._lock = ThreadLock()
 
     def _types_of(self, source: Any) -> dict[str, tuple[TensorType, int]]:
-        """All tensors that a source becomes: what comes out for weights on the meta device."""
-        group: Group | None = source.group
-        if group is None and source.name not in self.source.encoded:
+        """All tensors that a source becomes."""
+        if source.group is None and source.name not in self.source.encoded:
             place = self.source.files.places[source.name]
             return {source.name: (place.type, place.size)}
-        if group is None or self.target.encode is None:
-            dtype = self.plan.dtype if group else self.source.dtype
-            likes = {name: self.params[name].to(dtype) for name in (group.names if group else [source.name])}
-            return {name: (type_of(like), like.nbytes) for name, like in likes.items()}
-        state = {one.key: _meta(one) for one in (group, source.inputs) if one}
-        tensors = tensors_of(self.plan._replace(state=state), source, self.target)
-        return {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors}
+        return types_of(self.plan, source, self.target)
 
     def _pieces(self) -> Iterator[Piece]:
         """Fused roles together, cut by experts; copies together."""
@@ -320,7 +327,7 @@ class _Job:
             count = min(step, experts - first)
             yield Piece(sources, first, count, size * count // experts)
 
-    def convert(self, piece: Piece, writer: Writer) -> None:
+    def convert(self, piece: Piece, writer: ShardWriter) -> None:
         """Read, quantize and write a piece. On a CPU expert by expert, which stays in caches."""
         if piece.sources[0].group is None:
             for one in piece.sources:
@@ -337,7 +344,7 @@ class _Job:
         for first in range(piece.first, piece.first + piece.experts, step):
             self._quantize(piece.sources, slice(first, min(first + step, piece.first + piece.experts)), writer)
 
-    def _quantize(self, sources: Sequence[Any], part: slice | None, writer: Writer) -> None:
+    def _quantize(self, sources: Sequence[Any], part: slice | None, writer: ShardWriter) -> None:
         first = part.start if part else 0
         cut = [_part_of(one, part) for one in sources]
         params: dict[str, Tensor] = {}
@@ -428,13 +435,6 @@ def _has_number(source: Any) -> bool:
     return of_weights or (source.inputs is not None and source.inputs.is_calibrated)
 
 
-def _meta(group: Group) -> dict[str, Tensor]:
-    return {
-        name: torch.empty(shape, dtype=torch.float64 if name == "tokens" else torch.float32, device="meta")
-        for name, shape in group.leaf_shapes.items()
-    }
-
-
 def _part_of(source: Any, part: slice | None) -> Any:
     """A source with some of its experts."""
     if part is None:
@@ -502,7 +502,7 @@ class _Stage:
         _check_space(job, path, stage)
         try:
             stage.mkdir()
-            with Writer(stage, job.shards) as writer:
+            with ShardWriter(stage, job.shards) as writer:
                 writer.sync()
             with (stage / f"{DONE}.new").open("xb") as stream:
                 stream.write(bytes(len(job.pieces)))
@@ -571,12 +571,13 @@ def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
         if middle * ranks.size // max(1, total) == ranks.rank and not done[number]:
             mine.append((number, piece))
     with ExitStack() as stack:
-        writer = stack.enter_context(Writer(stage, job.shards, is_new=False))
+        writer = stack.enter_context(ShardWriter(stage, job.shards, is_new=False))
         marks = stack.enter_context(_Marks(stage / DONE, writer))
         bar = stack.enter_context(_bar(sum(piece.size for _, piece in mine), job, ranks))
 
         def one(number: int, piece: Piece) -> None:
-            job.convert(piece, writer)
+            with _named(job.source):
+                job.convert(piece, writer)
             marks.add(number, piece.size)
             bar.update(piece.size)
 
@@ -598,7 +599,7 @@ def _alone() -> None:
 class _Marks:
     """Which pieces are on the disk: a byte each, written once the pieces are."""
 
-    def __init__(self, path: Path, writer: Writer) -> None:
+    def __init__(self, path: Path, writer: ShardWriter) -> None:
         self._writer, self._lock = writer, ThreadLock()
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._held: list[int] = []

@@ -138,9 +138,7 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     return Found(weights, left)
 
 
-def _weight(
-    what: str, parts: dict[str, str], codes: TensorType, scale: TensorType, is_nvfp4: bool
-) -> EncodedWeight:
+def _weight(what: str, parts: dict[str, str], codes: TensorType, scale: TensorType, is_nvfp4: bool) -> EncodedWeight:
     refused = ValueError(
         f"{what}: found {codes.dtype} {codes.shape} with scales {scale.dtype} {scale.shape}, wanted NVFP4, FP8, MXFP8 "
         "or INT8 as ModelOpt 0.47 writes them"

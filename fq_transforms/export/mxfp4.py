@@ -5,7 +5,7 @@
 
 They stand for a stack [E, in, out], of the name without the ending.
 
-Source: `convert_moe_packed_tensors` of transformers 5.23, which decodes them here.
+Source: `convert_moe_packed_tensors` of transformers, which decodes them here.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.families import decode_mxfp4
 from fq_transforms.export.shards import Files
 
 __all__ = ["find"]
@@ -42,6 +43,4 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
 
 
 def _decode(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    return convert_moe_packed_tensors(parts["blocks"], parts["scales"], dtype=dtype)
+    return decode_mxfp4(parts["blocks"], parts["scales"], dtype)

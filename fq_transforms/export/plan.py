@@ -15,8 +15,9 @@ from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.accounted import DEEPSEEKS, check_accounted, check_config, is_router
 from fq_transforms.export.families import is_tied
-from fq_transforms.export.files import bytes_of, check_free, progress, write
+from fq_transforms.export.files import bytes_of, check_free, progress
 from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
+from fq_transforms.export.shards import TensorType, type_of, write
 from fq_transforms.export.stored import Difference, difference, stored
 from fq_transforms.export.ties import check_ties, is_fused
 from fq_transforms.fakequant import fakequant
@@ -40,6 +41,7 @@ __all__ = [
     "largest",
     "planned",
     "tensors_of",
+    "types_of",
     "warn_of_notes",
 ]
 
@@ -190,8 +192,10 @@ def export(
     check_values(plan, target)
     warn_of_notes(plan, target, stacklevel=4)
     _warn_of_differences(plan, target)
-    tensors = (pair for source in progress(plan.sources, f"export {folder.name}") for pair in tensors_of(plan, source, target))
-    write(folder, tensors, target.documents(plan), limit)
+    sources = progress(plan.sources, f"export {folder.name}")
+    tensors = (pair for source in sources for pair in tensors_of(plan, source, target))
+    types = {name: one for source in plan.sources for name, one in types_of(plan, source, target).items()}
+    write(folder, types, tensors, target.documents(plan), limit)
 
 
 def planned(
@@ -223,16 +227,14 @@ def planned(
         )
     if target.schemes is None:
         refuse_inputs(spec, f"export to {target.name}")
-    if state is not None:
-        check_state(state, spec)
     inputs = _inputs(spec)
     for group in spec.groups:
         if target.schemes is not None:
             check_packable(group)
             _check_scheme(target, target.schemes, group, inputs.get(group.key))
         weights_of(params, group)
-    for name, tensor in params.items() if not is_folder else ():
-        _check_storable(name, tensor)
+    if state is not None:
+        _check_in_memory(params, state, spec)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
     if out_dtype is None and len(dtypes) > 1:
         raise ValueError(
@@ -431,8 +433,28 @@ def tensors_of(plan: ExportPlan, source: Source, target: Target, first: int = 0)
             yield tensor.name.replace("*", str(expert)), weight[tensor.rows] if weight.dim() else weight
 
 
+def types_of(plan: ExportPlan, source: Source, target: Target) -> dict[str, tuple[TensorType, int]]:
+    """Types and bytes of what `tensors_of` gives: it is run on the meta device."""
+    names = source.group.names if source.group else (source.name,)
+    params = {name: plan.params[name].to("meta") for name in names}
+    state = {one.key: _on_meta(one) for one in (source.group, source.inputs) if one}
+    tensors = tensors_of(plan._replace(params=params, state=state), source, target)
+    return {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors}
+
+
+def _on_meta(group: Group) -> dict[str, Tensor]:
+    """The state of a group, or of inputs, without numbers."""
+    dtypes = {"tokens": torch.float64}
+    return {
+        name: torch.empty(shape, dtype=dtypes.get(name, torch.float32), device="meta")
+        for name, shape in group.leaf_shapes.items()
+    }
+
+
 def _fake(plan: ExportPlan, group: Group) -> list[Tensor]:
     """The fake-quantized weights of a group, stored as they are: a stack, one matrix, or one per expert."""
+    if plan.params[group.names[0]].is_meta:
+        return [plan.params[name].to(plan.dtype) for name in group.names]
     weights = {name: _finite(plan, name).detach() for name in group.names}
     state, spec = {group.key: plan.state[group.key]}, Spec((group,))
     return list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
@@ -517,6 +539,12 @@ def _config(config: Any) -> dict[str, Any]:
                 f"config: found {key}={value!r}, which JSON cannot hold, wanted a number, text or list"
             ) from error
     return {key: value for key, value in entries.items() if key != "torch_dtype"}  # `dtype` is its name now
+
+
+def _check_in_memory(params: Mapping[str, Tensor], state: State, spec: Spec) -> None:
+    check_state(state, spec)
+    for name, tensor in params.items():
+        _check_storable(name, tensor)
 
 
 def _check_storable(name: str, tensor: Any) -> None:

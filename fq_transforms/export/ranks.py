@@ -1,5 +1,6 @@
-"""Processes that write one folder together: torchrun's ranks, or those of torch.distributed as it is. Nothing but what
-each has to say is sent.
+"""Processes that write one folder together: torchrun's ranks, or those of torch.distributed as it is.
+
+Nothing but what each has to say is sent.
 """
 
 import os
@@ -32,7 +33,7 @@ class Ranks(AbstractContextManager["Ranks"]):
             self._is_own = True
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Objects go through memory of the host, whatever the job's own backend is.
-        self._group = None if self._is_own else dist.new_group(backend="gloo")
+        self._group: Any = None if self._is_own else dist.new_group(backend="gloo")
 
     def __exit__(self, *error: object) -> None:
         if self._is_own:

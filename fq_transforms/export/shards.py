@@ -11,21 +11,23 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Lock as ThreadLock
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.storage import open_regular
-from fq_transforms.export.files import INDEX, SINGLE, read_document
+from fq_transforms.checkpoint.storage import Lock, fsync_directory, naming, open_regular, stage_of
+from fq_transforms.export.files import INDEX, SINGLE, check_free, commit, read_document, remove_staged, write_json
 from fq_transforms.parse import check_name, parse_json, shown
 
-__all__ = ["DTYPES", "Files", "Place", "Shard", "TensorType", "Writer", "index_of", "lay_out", "type_of"]
+__all__ = ["DTYPES", "Files", "Place", "Shard", "ShardWriter", "TensorType", "index_of", "lay_out", "type_of", "write"]
 
 # Names that safetensors has for PyTorch's dtypes. Files may have others, which can be copied only.
 DTYPES = {
@@ -141,13 +143,13 @@ def index_of(shards: Iterable[Shard]) -> dict[str, Any] | None:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-class Writer:
+class ShardWriter:
     """Shards in a directory, each of its full size from the start, to be filled in any order, by several threads.
 
     Args:
         folder: The directory.
         shards: Of `lay_out`.
-        is_new: False to go on with what another `Writer` has made there.
+        is_new: False to go on with what another one has made there.
     """
 
     def __init__(self, folder: Path, shards: Iterable[Shard], *, is_new: bool = True) -> None:
@@ -164,7 +166,7 @@ class Writer:
             self.close()
             raise
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -178,9 +180,10 @@ class Writer:
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Write a tensor, or, of a stack of matrices, those from the `first` on."""
         place, found = self.places[name], type_of(tensor)
-        row = place.size // max(1, place.type.shape[0]) if place.type.shape else 0
-        is_whole, is_part = found == place.type, found == TensorType(place.type.dtype, (len(tensor), *place.type.shape[1:])) if tensor.dim() else False
-        assert is_whole or (is_part and first + len(tensor) <= place.type.shape[0]), (name, found, place)
+        dtype, shape = place.type
+        assert (found.dtype, found.shape[1:]) == (dtype, shape[1:]), (name, found, place)
+        assert not shape or first + found.shape[0] <= shape[0], (name, found, place)
+        row = place.size // max(1, shape[0]) if shape else 0
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         _write(self._files[place.file], flat.numpy().data, place.start + first * row)
 
@@ -224,6 +227,60 @@ def _copy(source: int, target: int, start: int, to: int, size: int, name: Path) 
         size, start, to = size - count, start + count, to + count
 
 
+def write(
+    folder: Path,
+    types: Mapping[str, tuple[TensorType, int]],
+    tensors: Iterable[tuple[str, Tensor]],
+    documents: Mapping[str, Any],
+    max_shard_size: int,
+) -> None:
+    """Write a folder: it appears whole or not at all. No tensor is held.
+
+    Args:
+        folder: A new name, or an empty directory.
+        types: Of all tensors, with their bytes.
+        tensors: The same names and tensors, on any device, taken one at a time.
+        documents: Names of JSON files to what they hold.
+        max_shard_size: Of a file, in bytes.
+
+    Raises:
+        ValueError: The folder is taken.
+        OSError: A file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> tensors = {"a": torch.ones(4), "b": torch.ones(4)}
+        >>> types = {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors.items()}
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = Path(parent, "model")
+        ...     write(folder, types, tensors.items(), {"config.json": {}}, 20)
+        ...     sorted(path.name for path in folder.iterdir())[2:]
+        ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
+    """
+    shards = lay_out(types, max_shard_size)
+    index = index_of(shards)
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(folder):
+            check_free(folder)
+            remove_staged(folder)
+            stage = stage_of(folder, uuid4().hex)
+            stage.mkdir()
+            try:
+                with ShardWriter(stage, shards) as writer:
+                    for name, tensor in tensors:
+                        writer.write(name, tensor)
+                    writer.sync()
+                for name, document in {**documents, **({INDEX: index} if index else {})}.items():
+                    write_json(stage / name, document)
+                fsync_directory(stage)
+                commit(stage, folder)
+            except BaseException:
+                remove_staged(folder)
+                shutil.rmtree(stage, ignore_errors=True)
+                raise
+
+
 class Files:
     """The tensors of a folder by name. Each file is opened once: its header may list thousands.
 
@@ -239,7 +296,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._opened: dict[str, Any] = {}
-        self._closing, self._lock = ExitStack(), Lock()
+        self._closing, self._lock = ExitStack(), ThreadLock()
         try:
             self.places = self._places_of(folder)
         except BaseException:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
-from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.encoded import Found
 from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
 from fq_transforms.parse import nearest, shown
@@ -125,14 +125,15 @@ class Folder:
         for directory, names, files in os.walk(self.path):
             names[:] = sorted(name for name in names if not name.startswith("."))
             for file in sorted(files):
-                relative = Path(directory, file).relative_to(self.path)
-                is_ours = str(relative) in (CONFIG, INDEX, MODELOPT)
-                if not (is_ours or file.startswith(".") or file.endswith(_WEIGHTS)) and (self.path / relative).is_file():
-                    yield str(relative)
+                name = str(Path(directory, file).relative_to(self.path))
+                is_left = name in (CONFIG, INDEX, MODELOPT) or file.startswith(".") or file.endswith(_WEIGHTS)
+                if not is_left and (self.path / name).is_file():
+                    yield name
 
     def _about(self) -> dict[str, Any] | None:
         """What says how the folder is quantized."""
-        about: Any = self.config.pop("quantization_config", None) or self.config.pop("compression_config", None)
+        found = [self.config.pop(key, None) for key in ("quantization_config", "compression_config")]
+        about: Any = next((one for one in found if one is not None), None)
         if about is None and (self.path / MODELOPT).exists():  # older exporters wrote that alone
             about = {"quant_method": "modelopt"} | read_document(self.path / MODELOPT)
         if about is None:
@@ -157,4 +158,3 @@ def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
         if named in ("bfloat16", "float16", "float32"):
             return getattr(torch, named)
     return torch.bfloat16
-

@@ -40,7 +40,7 @@ def in_files(
         for group in spec.all_groups:
             parts = tensors[group.names[0]] if group.names == (group.key,) else None
             for part in of_group(group, tensors) if parts is None else parts:
-                made = _part(group, part, params, path)
+                made = _part(group, part, params)
                 (inputs if isinstance(made, Inputs) else groups).append(made)  # pyright: ignore[reportArgumentType]
                 found[made.key] = {name: _rows(leaf, group, part, name) for name, leaf in state[group.key].items()}
     except ValueError as error:
@@ -65,9 +65,7 @@ def _loaded(path: str | os.PathLike[str]) -> tuple[Spec, State]:
     return spec, checkpoint.load(path, fq, like=like)
 
 
-def _tensors(
-    spec: Spec, params: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, list[FileTensor]]:
+def _tensors(spec: Spec, params: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, list[FileTensor]]:
     """What each parameter of the spec is in files."""
     shapes = {name: group.parameter_shape for group in spec.all_groups for name in group.names}
     if all(name in params for name in shapes):
@@ -75,13 +73,14 @@ def _tensors(
     return file_tensors(shapes, config)
 
 
-def _part(group: Group, part: FileTensor, params: Mapping[str, Tensor], path: Any) -> Group:
+def _part(group: Group, part: FileTensor, params: Mapping[str, Tensor]) -> Group:
     """The group of a folder that is some rows of another."""
     key = part.name + (".input" if isinstance(group, Inputs) else "")
-    names = tuple(part.name.replace("*", str(expert)) for expert in range(group.experts)) if "*" in part.name else (part.name,)
+    count = group.experts if "*" in part.name else 1
+    names = tuple(part.name.replace("*", str(expert)) for expert in range(count))
     stacked = group.stacked and "*" not in part.name
     rows = len(range(group.shape[0])[part.rows]) if isinstance(part.rows, slice) else len(part.rows)
-    made = replace(group, key=key, names=names, shape=(rows, group.shape[1]), stacked=stacked, transposed=group.transposed)
+    made = replace(group, key=key, names=names, shape=(rows, group.shape[1]), stacked=stacked)
     for name in names:
         if name not in params:
             raise ValueError(f"group {group.key!r}: found no {name!r} in the folder, wanted the state of this model")

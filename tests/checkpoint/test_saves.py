@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import dcp_files, storage
-from fq_transforms.export import files
+from fq_transforms.export import files, shards
 from fq_transforms.state import flatten
 from tests.cases import assert_names, message_of
 from tests.checkpoint.samples import KINDS, assert_same, load_as, save_as, sharded, small, whole_params
@@ -303,7 +303,7 @@ def left_by_a_cut(path, fq, params, state, monkeypatch, cut):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", moves)
-        patch.setattr(files, "_remove_left", lambda folder: None)
+        patch.setattr(shards, "remove_staged", lambda folder: None)
         patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(Killed):
             fqt.export.save(path, fq, params, state, config=CONFIG, max_shard_size=100)
@@ -430,8 +430,8 @@ def test_uris_are_refused_by_every_door(uri, tmp_path, monkeypatch):
         "read_spec": checkpoint.read_spec,
         "verify": lambda path: checkpoint.megatron.verify(path, fq, {}),
         "export": lambda path: fqt.export.save(path, fq, up, state, config=CONFIG),
-        "decompress": lambda path: fqt.export.decompress(path, tmp_path / "out"),
-        "decompress to": lambda path: fqt.export.decompress(tmp_path, path),
+        "folder": lambda path: fqt.export.folder(path, tmp_path / "out", layout="plain"),
+        "folder to": lambda path: fqt.export.folder(tmp_path, path, layout="plain"),
     }
     for name, door in doors.items():
         for path in (uri, Path(uri)):

@@ -333,7 +333,7 @@ def test_devices_and_pipes_are_no_files(tmp_path):
     readers = {
         "directory": lambda: checkpoint.load(tmp_path / "directory", fq, like=state),
         "file": lambda: checkpoint.load_file(tmp_path / "file", fq),
-        "model": lambda: fqt.export.decompress(tmp_path / "model", tmp_path / "plain"),
+        "model": lambda: fqt.export.folder(tmp_path / "model", tmp_path / "plain", layout="plain"),
     }
     files = [*(tmp_path / "directory").iterdir(), tmp_path / "file", *(tmp_path / "model").iterdir()]
     assert len(files) == 5
@@ -513,6 +513,10 @@ CONFIGS = {
 }
 
 
+def to_plain(source, out):
+    fqt.export.folder(source, out, layout="plain")
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_no_config_names_code_or_paths(case, folder, tmp_path):
     """Formats from a closed list, files within the directory, patterns within seconds; the rest is refused by name."""
@@ -523,7 +527,7 @@ def test_no_config_names_code_or_paths(case, folder, tmp_path):
     text = (folder / name).read_text()
     (folder / name).write_text(text.replace("{folder}", str(folder)))
     with watched(tmp_path, writes=tmp_path, seconds=60):
-        message = message_of(ValueError, fqt.export.decompress, folder, tmp_path / "out")
+        message = message_of(ValueError, to_plain, folder, tmp_path / "out")
     assert len(message) < 2000
     assert not (tmp_path / "called").exists()
     assert not (tmp_path / "out").exists()
@@ -546,11 +550,11 @@ def test_scales_do_not_make_a_weight_larger(case, folder, tmp_path):
     for file in folder.glob("model*"):
         file.unlink()
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    fqt.export.decompress(folder, tmp_path / "good")
+    fqt.export.folder(folder, tmp_path / "good", layout="plain")
     PARTS[case](tensors)
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     with watched(tmp_path, writes=tmp_path):
-        message = message_of(ValueError, fqt.export.decompress, folder, tmp_path / "out")
+        message = message_of(ValueError, to_plain, folder, tmp_path / "out")
     assert_names(message, str(folder), "module 'a': found")
 
 
@@ -580,5 +584,5 @@ def test_not_json(folder, tmp_path):
         kept = (folder / name).read_bytes()
         for content in (b"", b"[" * 10**6, b'{"a": 1, "a": 2}', b"\xff", b"7", kept[:-9]):
             (folder / name).write_bytes(content)
-            assert_names(message_of(ValueError, fqt.export.decompress, folder, tmp_path / "out"), name)
+            assert_names(message_of(ValueError, to_plain, folder, tmp_path / "out"), name)
         (folder / name).write_bytes(kept)

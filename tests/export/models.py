@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fq_transforms as fqt
+from fq_transforms.export import shards
 from fq_transforms.export.names import file_tensors
-from fq_transforms.export.shards import Files
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -181,8 +181,14 @@ def of_each_expert(spec, first=1.0):
 
 def read(folder):
     """All tensors of a folder."""
-    with Files(folder) as opened:
+    with shards.Files(folder) as opened:
         return {name: opened.read(name) for name in opened.places}
+
+
+def write(folder, tensors, documents, limit=10**9):
+    """A folder of these tensors."""
+    types = {name: (shards.type_of(tensor), tensor.nbytes) for name, tensor in tensors.items()}
+    shards.write(folder, types, tensors.items(), documents, limit)
 
 
 def in_files(weights, config):

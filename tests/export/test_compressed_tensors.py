@@ -8,7 +8,6 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
-from fq_transforms.export import files
 from fq_transforms.formats import FORMATS
 from tests.cases import assert_names, name_of
 from tests.export.models import (
@@ -24,6 +23,7 @@ from tests.export.models import (
     to_compressed_tensors,
     to_modelopt,
     transformers,
+    write,
 )
 
 pytest.importorskip("compressed_tensors")
@@ -35,7 +35,7 @@ CONVENTIONS = [FORMATS[name] for name in ("INT4_BLOCK32_KIMI", "NVFP4_TRANSFORME
 def decompressed(folder):
     """What its own decompressors read."""
     plain = folder.with_name(f"{folder.name}-plain")
-    fqt.export.decompress(folder, plain)
+    fqt.export.folder(folder, plain, layout="plain")
     return read(plain)
 
 
@@ -84,13 +84,13 @@ def test_zero_experts_are_zero(format, tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("format", [fqt.NVFP4, fqt.INT4_BLOCK32, fqt.FP8_BLOCK], ids=name_of)
 def test_decompressed_files_have_the_logits_of_the_fake_quantized_model(kind, format, tmp_path):
-    """from_pretrained of what `decompress` has written: the class, the names and every weight are right."""
+    """from_pretrained of what `folder` has decoded: the class, the names and every weight are right."""
     model, params = build(kind)
     fq, state = exported(to_compressed_tensors, tmp_path / "a", params, format, model.config)
     with torch.no_grad():
         wanted = functional_call(model, fq.fakequant(params, state), (TOKENS,)).logits
         original = model(TOKENS).logits
-    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     with torch.no_grad():
         found = loaded(TOKENS).logits
@@ -168,7 +168,7 @@ def test_tied_embeddings_are_written_once(tmp_path):
     # To a reader it is a Linear that is in no file: unless told, transformers gives it scales at random.
     about = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert "lm_head" in about["ignore"]
-    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     with torch.no_grad():
         weights = {name: w for name, w in fq.fakequant(params, state).items() if name != "lm_head.weight"}
@@ -186,7 +186,7 @@ def test_a_global_scale_without_a_reciprocal_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("engine", "call"), [("tqdm", "export"), ("compressed_tensors", "decompress")])
+@pytest.mark.parametrize(("engine", "call"), [("tqdm", "export"), ("tqdm", "folder"), ("compressed_tensors", "folder")])
 def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
     """The error names the extra, and nothing is written."""
     model, params = build()
@@ -195,67 +195,52 @@ def test_a_missing_engine_is_named(engine, call, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     calls = {
         "export": lambda: fqt.export.save(tmp_path / "b", fq, params, state, config=model.config),
-        "decompress": lambda: fqt.export.decompress(tmp_path / "a", tmp_path / "b"),
+        "folder": lambda: fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain"),
     }
     with pytest.raises(ImportError, match=r"pip install 'fq_transforms\[export\]'"):
         calls[call]()
     assert not (tmp_path / "b").exists()
 
 
-def test_decompress_refuses_what_weights_cannot_say(tmp_path):
-    """A rotation, quantized activations, another part of a module: each would silently be lost."""
+def test_what_weights_cannot_say_is_refused_when_read(tmp_path):
+    """A rotation, another part of a module: each would silently be lost."""
     model, params = build()
     exported(to_compressed_tensors, tmp_path / "a", params, fqt.FP8, model.config)
     tensors, config = read(tmp_path / "a"), json.loads((tmp_path / "a" / "config.json").read_text())
     about = config["quantization_config"]
-    group, name = next(iter(about["config_groups"])), next(n for n in tensors if n.endswith("weight_scale"))
-    module = name.removesuffix(".weight_scale")
-    activations = about["config_groups"][group] | {"input_activations": {"num_bits": 8, "type": "float"}}
+    module = next(n for n in tensors if n.endswith("weight_scale")).removesuffix(".weight_scale")
     for change, more, fragment in [
         ({"transform_config": {"config_groups": {"u": 1}}}, {}, "transform_config"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme"),
-        ({"config_groups": {group: activations}}, {}, "input_activations"),
         ({}, {f"{module}.weight_g_idx": torch.ones(2)}, "weight_g_idx"),
     ]:
         folder = tmp_path / fragment
-        files.write(
-            folder, (tensors | more).items(), {"config.json": config | {"quantization_config": about | change}}, 10**9
-        )
+        write(folder, tensors | more, {"config.json": config | {"quantization_config": about | change}})
         with pytest.raises(ValueError, match=fragment):
-            fqt.export.decompress(folder, tmp_path / "b")
+            fqt.export.folder(folder, tmp_path / "b", layout="plain")
     assert not (tmp_path / "b").exists()
 
 
-def test_decompress_refuses(tmp_path):
-    """What is no folder of compressed-tensors, a file that is missing, a module without its codes, a dtype."""
+def test_damaged_folders_are_refused_when_read(tmp_path):
+    """A file that is missing, a name that is not there, a module without its codes."""
     model, params = build()
     exported(to_compressed_tensors, tmp_path / "a", params, fqt.NVFP4, model.config, max_shard_size="200KB")
-    exported(to_modelopt, tmp_path / "m", params, fqt.NVFP4, model.config)
-    for folder, options, fragments in [
-        ("m", {}, ["modelopt", "compressed-tensors"]),
-        ("a", {"dtype": torch.float64}, ["float64", "bfloat16"]),
-        ("a", {"dtype": torch.float32}, ["float32", "NVFP4", "wanted torch.bfloat16"]),
-    ]:
-        with pytest.raises(ValueError) as caught:
-            fqt.export.decompress(tmp_path / folder, tmp_path / "b", **options)
-        assert_names(str(caught.value), *fragments)
     first = sorted((tmp_path / "a").glob("*.safetensors"))[1]
     content = first.read_bytes()
     first.unlink()
     with pytest.raises(ValueError, match=first.name):
-        fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+        fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     first.write_bytes(content)
     index = tmp_path / "a" / "model.safetensors.index.json"
     text = index.read_text()
     index.write_text(text.replace("0.down_proj.weight_packed", "0.down_proj.weight_lost"))
     with pytest.raises(ValueError, match="weight_lost"):
-        fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+        fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     index.write_text(text)
     tensors = read(tmp_path / "a")
     del tensors["model.layers.1.mlp.experts.0.up_proj.weight_packed"]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    files.write(tmp_path / "c", tensors.items(), {"config.json": config}, 10**9)
+    write(tmp_path / "c", tensors, {"config.json": config})
     with pytest.raises(ValueError) as caught:
-        fqt.export.decompress(tmp_path / "c", tmp_path / "b")
+        fqt.export.folder(tmp_path / "c", tmp_path / "b", layout="plain")
     assert_names(str(caught.value), "model.layers.1.mlp.experts.0.up_proj", "weight_packed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "m"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]

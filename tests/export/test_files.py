@@ -43,7 +43,7 @@ def test_each_file_is_opened_once(tmp_path, monkeypatch):
     opened: list[str] = []
     real = safetensors.safe_open
     monkeypatch.setattr(safetensors, "safe_open", lambda file, *args: opened.append(file.name) or real(file, *args))
-    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     shards = len(list((tmp_path / "a").glob("*.safetensors")))
     assert shards > 2
     assert len(opened) == shards
@@ -70,12 +70,13 @@ def test_a_killed_process_leaves_no_config(tmp_path):
     """SIGKILL while tensors are written: the path does not exist, so no index or config points at missing files."""
     script = (
         "import os, signal, sys, torch, pathlib\n"
-        "from fq_transforms.export.files import write\n"
+        "from fq_transforms.export.shards import type_of, write\n"
+        "types = {name: (type_of(torch.ones(100)), 400) for name in 'ab'}\n"
         "def tensors():\n"
         "    yield 'a', torch.ones(100)\n"
         "    yield 'b', torch.ones(100)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write(pathlib.Path(sys.argv[1]), tensors(), {'config.json': {}}, 400)\n"
+        "write(pathlib.Path(sys.argv[1]), types, tensors(), {'config.json': {}}, 400)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], check=False, capture_output=True)
     assert done.returncode == -9

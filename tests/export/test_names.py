@@ -226,5 +226,5 @@ def test_a_quantized_fused_qkv(format, tmp_path):
     other = megatron_of(params, model.config, "te")
     rules = "*linear_qkv.weight"
     fq, state = exported(to_compressed_tensors, tmp_path / "a", other, format, model.config, rules)
-    fqt.export.decompress(tmp_path / "a", tmp_path / "b")
+    fqt.export.folder(tmp_path / "a", tmp_path / "b", layout="plain")
     assert_equal(read(tmp_path / "b"), in_files(fq.fakequant(other, state), model.config.to_dict()))

@@ -27,12 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about wha
 
 
 def test_one_group_is_packed_at_a_time(tmp_path, monkeypatch):
-    """The packed model is never held: when a group is packed, at most a shard of the earlier ones is alive."""
+    """The packed model is never held: when a group is packed, at most one of the earlier ones is alive."""
     model, params = build(num_hidden_layers=6)
     alive, most = weakref.WeakSet(), []
 
     def counted(*args, **kwargs):
         packed = real(*args, **kwargs)
+        if args[0][next(iter(args[0]))].is_meta:  # only types are asked for
+            return packed
         alive.update(leaf for leaves in packed.values() for leaf in leaves.values())
         most.append(sum(leaf.nbytes for leaf in alive))
         return packed

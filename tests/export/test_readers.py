@@ -10,14 +10,13 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
-from fq_transforms.export import files
 from fq_transforms.export.plan import format_key
 from fq_transforms.export.readers import PLACES, READERS
 from fq_transforms.export.save import LAYOUTS
 from fq_transforms.export.schemes import FORMAT_KEYS, SCHEMES
 from fq_transforms.formats import FORMATS, Format
 from tests.cases import assert_names, message_of, name_of
-from tests.export.models import TOKENS, assert_equal, build, in_files, in_lists, read, to_modelopt, transformers
+from tests.export.models import TOKENS, assert_equal, build, in_files, in_lists, read, to_modelopt, transformers, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
@@ -63,8 +62,8 @@ def test_compressed_tensors_understands_every_scheme(weights, inputs, tmp_path):
     of_inputs = {
         name: tensors.pop(name) for name in list(tensors) if name.endswith(("input_scale", "input_global_scale"))
     }
-    files.write(tmp_path / "b", tensors.items(), {"config.json": config}, 10**9)
-    fqt.export.decompress(tmp_path / "b", tmp_path / "c")
+    write(tmp_path / "b", tensors, {"config.json": config})
+    fqt.export.folder(tmp_path / "b", tmp_path / "c", layout="plain")
     assert_equal(read(tmp_path / "c"), in_files(of_weights(fq, params, state), model.config.to_dict()))
 
     assert bool(of_inputs) == (inputs is not None and inputs.name in ("FP8", "INT8", "NVFP4"))
@@ -82,7 +81,7 @@ def test_int8_in_words_is_the_same_int8(format, tmp_path):
     model, params, fq, state = prepared(format, dtype=torch.bfloat16)
     for name, reader in (("bytes", None), ("words", "vllm")):
         fqt.export.save(tmp_path / name, fq, params, state, config=model.config, reader=reader)
-        fqt.export.decompress(tmp_path / name, tmp_path / f"{name}-plain")
+        fqt.export.folder(tmp_path / name, tmp_path / f"{name}-plain", layout="plain")
     assert {tensor.dtype for name, tensor in read(tmp_path / "words").items() if "packed" in name} == {torch.int32}
     assert_equal(read(tmp_path / "words-plain"), read(tmp_path / "bytes-plain"))
 

@@ -48,7 +48,7 @@ def read_by_compressed_tensors(folder, dtype):
     helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
     stored = read(folder)
     if f"{NAMES[0][:-7]}.weight_global_scale" not in stored or dtype == torch.bfloat16:
-        fqt.export.decompress(folder, folder.with_name(f"{folder.name}-plain"), dtype=dtype)
+        fqt.export.folder(folder, folder.with_name(f"{folder.name}-plain"), layout="plain")
         return read(folder.with_name(f"{folder.name}-plain"))
     args = quantization.QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
     found = {}
