@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from threading import Lock as ThreadLock
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def lay_out(sizes: Mapping[str, tuple[TensorType, int]], limit: int) -> list[Sha
 def _shard(file: str, sizes: Mapping[str, tuple[TensorType, int]]) -> Shard:
     def width(name: str) -> float:
         (_, shape), size = sizes[name]
-        return size / max(1, prod(shape))
+        return size / prod(shape) if size else inf  # without numbers, at the front, which suits any
 
     ordered = sorted(sizes, key=width, reverse=True)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
