@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["Ranks"]
+__all__ = ["RankError", "Ranks"]
 
 T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, which the message names."""
 
 
 class Ranks(AbstractContextManager["Ranks"]):
@@ -46,7 +50,7 @@ class Ranks(AbstractContextManager["Ranks"]):
 
         Raises:
             Exception: What it raised here.
-            RuntimeError: It raised on another rank, which the message names.
+            RankError: It raised on another rank.
         """
         if self.size == 1:
             return call()
@@ -63,5 +67,5 @@ class Ranks(AbstractContextManager["Ranks"]):
             raise error
         for rank, other in enumerate(said):
             if other is not None:
-                raise RuntimeError(f"rank {rank} of {self.size}: {other}")
+                raise RankError(f"rank {rank} of {self.size}: {other}")
         return value
