@@ -132,8 +132,7 @@ def folder(
         source = stack.enter_context(Folder(src))
         if path == source.path or source.path in path.parents:
             raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
-        with _named(source):
-            job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
+        job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
         warn_of_notes(job.plan, job.target, stacklevel=3)
         if not dry_run:
             ranks = stack.enter_context(Ranks())
@@ -172,10 +171,11 @@ def decided(
     limit: int,
 ) -> "Job":
     """The conversion that `folder` makes of these arguments, checked, before the first byte."""
-    target = LAYOUTS[check_layout(layout)]
-    where = _device(device)
-    given = _given(source, rules, layout, method, state, inputs, experts, transposed)
-    return Job(source, target, given, method, engine, where, limit)
+    with _named(source):
+        target = LAYOUTS[check_layout(layout)]
+        where = _device(device)
+        given = _given(source, rules, layout, method, state, inputs, experts, transposed)
+        return Job(source, target, given, method, engine, where, limit)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -224,7 +224,7 @@ def _given(
         if method != MAX:
             raise ValueError(f"method: found {method!r} beside a state, whose amax is taken as it is, wanted none")
         if not rules and (experts or transposed):
-            raise ValueError(f"experts, transposed: found {experts or transposed!r} beside a state, wanted none: it knows")
+            raise ValueError(f"experts, transposed: found {experts or transposed!r} beside a state, which says itself")
         spec, known = in_files(state, params, source.config)
         if rules is not None:
             ours, theirs = ({group.key: group.format for group in one.all_groups} for one in (chosen, spec))
@@ -380,8 +380,9 @@ class Job:
         cut = [_part_of(one, part) for one in sources]
         params: dict[str, Tensor] = {}
         for one in cut:
-            for name in one.group.names:
-                params[name] = self.source.read(name, part if one.group.stacked else None).to(self.device)
+            names = one.group.names
+            weights = self.source.read_all(names, part if one.group.stacked else None, self.device)
+            params |= zip(names, weights, strict=True)
         return self.plan._replace(params=params, state=self._state(cut, params, part), sources=cut)
 
     def _state(self, cut: Sequence[Any], params: Mapping[str, Tensor], part: slice | None) -> State:
@@ -621,7 +622,7 @@ def _fill(job: Job, stage: Path, ranks: Ranks, jobs: int) -> None:
             marks.add(number, piece.size)
             bar.update(piece.size)
 
-        with torch.no_grad(), ThreadPoolExecutor(jobs, initializer=_alone if jobs > 1 else None) as pool:
+        with ThreadPoolExecutor(jobs, initializer=_alone, initargs=(job.device,)) as pool:
             futures = [pool.submit(one, *entry) for entry in mine]
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -630,10 +631,13 @@ def _fill(job: Job, stage: Path, ranks: Ranks, jobs: int) -> None:
                 pool.shutdown(cancel_futures=True)
 
 
-def _alone() -> None:
-    """Let a thread compute by itself: with two that share each product both are slower."""
+def _alone(device: torch.device) -> None:
+    """Let a thread compute by itself: with two that share each product both are slower; on a GPU in its own stream."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 class _Marks:

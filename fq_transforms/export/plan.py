@@ -21,7 +21,8 @@ from fq_transforms.export.shards import TensorType, type_of, write
 from fq_transforms.export.stored import Difference, difference, stored
 from fq_transforms.export.ties import check_ties, is_fused
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import E4M3, FORMATS, Format, IntElement, code_bits, is_own
+from fq_transforms.formats import E4M3, FORMATS, FP8, Format, IntElement, code_bits, is_own
+from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.pack import check_packable, pack
 from fq_transforms.spec import Group, Inputs, Spec, ranges, refuse_inputs
 from fq_transforms.state import State
@@ -455,9 +456,30 @@ def _fake(plan: ExportPlan, group: Group) -> list[Tensor]:
     """The fake-quantized weights of a group, stored as they are: a stack, one matrix, or one per expert."""
     if plan.params[group.names[0]].is_meta:
         return [plan.params[name].to(plan.dtype) for name in group.names]
-    weights = {name: _finite(plan, name).detach() for name in group.names}
+    _check_finite(plan, group)
+    weights = {name: plan.params[name].detach() for name in group.names}
     state, spec = {group.key: plan.state[group.key]}, Spec((group,))
     return list(fakequant(weights, state, spec=spec, out_dtype=plan.dtype).values())
+
+
+def _on_host(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a GPU in memory of the host; others as they are."""
+    if not any(leaf.is_cuda for leaf in leaves.values()):
+        return dict(leaves)
+    host = {name: torch.empty_like(leaf, device="cpu", pin_memory=True) for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        host[name].copy_(leaf, non_blocking=True)
+    torch.cuda.current_stream(leaves["codes"].device).synchronize()
+    return host
+
+
+def _check_finite(plan: ExportPlan, group: Group) -> None:
+    """Raise ValueError for the first weight of a group with NaN or infinity; one wait for all of them."""
+    weights = [plan.params[name].detach() for name in group.names]
+    largest, _ = expert_amax(weights, format=FP8, transposed=group.transposed)
+    if not bool(largest.isfinite().all()):
+        for name in group.names:
+            _finite(plan, name)
 
 
 def _finite(plan: ExportPlan, name: str) -> Tensor:
@@ -474,12 +496,13 @@ def _packed(
     encode: Callable[[CodedWeight], dict[str, Tensor]],
     first: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in group.names:
-        if plan.params[name].is_cuda:  # on a CPU `pack` says so; elsewhere it does not wait for the device
-            _finite(plan, name)
+    if plan.params[group.names[0]].is_cuda:  # on a CPU `pack` says so; elsewhere it does not wait for the device
+        _check_finite(plan, group)
     leaves = pack(plan.params, {group.key: plan.state[group.key]}, spec=Spec((group,)))[group.key]
     inputs = source.inputs
     amax = plan.state[inputs.key].get("amax") if inputs else None
+    if is_own(group.format, layout):  # nothing is computed any more: one copy from the device in place of hundreds
+        leaves, amax = _on_host(leaves), amax if amax is None or amax.is_meta else amax.cpu()
     for expert in range(group.experts):
         codes, of_expert = leaves["codes"][expert], leaves.get("global_scale")
         scale, global_scale = stored(

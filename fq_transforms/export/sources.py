@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,21 @@ class Folder:
                 found[name] = torch.empty(place.size, dtype=torch.uint8, device="meta")
         return found
 
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """A plain weight, or some experts of a stack, on the CPU; mapped where it is stored as it is."""
+    def read_all(self, names: Sequence[str], part: slice | None, device: torch.device) -> list[Tensor]:
+        """Plain weights, or some experts of each, on a device."""
+        if device.type == "cuda" and not any(name in self.encoded for name in names):
+            return self.files.on_device(names, part, device)
+        return [self.read(name, part, device) for name in names]
+
+    def read(self, name: str, part: slice | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """A plain weight, or some experts of a stack, decoded on the device; on a CPU mapped where it is plain."""
         weight = self.encoded.get(name)
         if weight is None:
-            return self.files.read(name, part)
+            return self.files.read(name, part).to(device)
         experts = weight.shape[0] if len(weight.shape) > 2 else None  # a stack may share a number
         shapes = {key: self.files.places[tensor].type.shape for key, tensor in weight.parts.items()}
         own = {key: part if shape and shape[0] == experts else None for key, shape in shapes.items()}
-        parts = {key: self.files.read(tensor, own[key]) for key, tensor in weight.parts.items()}
+        parts = {key: self.files.read(tensor, own[key]).to(device) for key, tensor in weight.parts.items()}
         plain = weight.decode(parts, self.dtype)
         if not bool((is_finite := plain.isfinite()).all()):
             expert = int((~is_finite).nonzero()[0, 0]) + (part.start if part else 0)
