@@ -11,6 +11,7 @@ constant.
 import json
 import struct
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from math import frexp
 from typing import Any, Literal, TypeAlias, cast
 
@@ -356,6 +357,7 @@ def static_format(format: Format) -> Format:
     return next((known for known in FORMATS.values() if known == static), static)
 
 
+@cache  # a spec asks for each of its groups
 def own_format(format: Format, layout: str) -> Format:
     """The layout's own format in place of one that its readers would apply in another order; else the same.
 

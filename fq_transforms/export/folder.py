@@ -36,7 +36,16 @@ from fq_transforms.checkpoint.storage import (
 )
 from fq_transforms.export.conversion import Conversion
 from fq_transforms.export.files import INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
-from fq_transforms.export.plan import ExportPlan, Target, check_values, planned, tensors_of, types_of, warn_of_notes
+from fq_transforms.export.plan import (
+    ExportPlan,
+    Target,
+    check_values,
+    part_of,
+    planned,
+    tensors_of,
+    types_of,
+    warn_of_notes,
+)
 from fq_transforms.export.ranks import Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
@@ -377,7 +386,7 @@ class Job:
 
     def read(self, sources: Sequence[Any], part: slice | None) -> ExportPlan:
         """Weights of some sources, or of some experts of them, and their amax."""
-        cut = [_part_of(one, part) for one in sources]
+        cut = [part_of(one, part) if part else one for one in sources]
         params: dict[str, Tensor] = {}
         for one in cut:
             names = one.group.names
@@ -473,18 +482,6 @@ def _has_number(source: Any) -> bool:
     """True if engines that fuse a role need it to share a number."""
     of_weights = any(len(shape) == 1 for shape in source.group.leaf_shapes.values())
     return of_weights or (source.inputs is not None and source.inputs.is_calibrated)
-
-
-def _part_of(source: Any, part: slice | None) -> Any:
-    """A source with some of its experts."""
-    if part is None:
-        return source
-    group, count = source.group, part.stop - part.start
-    if group.stacked:
-        return source._replace(group=replace(group, experts=count), experts=count)
-    numbers = f"{part.start}" if count == 1 else f"{part.start}-{part.stop - 1}"
-    key, names = group.key.replace("*", numbers), group.names[part]
-    return source._replace(group=replace(group, key=key, names=names, experts=count), experts=count)
 
 
 def _tie(state: State, keys: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "export",
     "format_key",
     "largest",
+    "part_of",
     "planned",
     "tensors_of",
     "types_of",
@@ -435,12 +437,37 @@ def tensors_of(plan: ExportPlan, source: Source, target: Target, first: int = 0)
 
 
 def types_of(plan: ExportPlan, source: Source, target: Target) -> dict[str, tuple[TensorType, int]]:
-    """Types and bytes of what `tensors_of` gives: it is run on the meta device."""
-    names = source.group.names if source.group else (source.name,)
-    params = {name: plan.params[name].to("meta") for name in names}
-    state = {one.key: _on_meta(one) for one in (source.group, source.inputs) if one}
-    tensors = tensors_of(plan._replace(params=params, state=state), source, target)
-    return {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors}
+    """Types and bytes of what `tensors_of` gives: it is run on the meta device, for one expert, as all are alike."""
+    group = source.group
+    params = {name: plan.params[name].to("meta") for name in (group.names if group else (source.name,))}
+    one = source
+    if group and all("*" in tensor.name for tensor in source.tensors):
+        one = part_of(source, slice(0, 1))
+        params = {name: tensor[:1] if group.stacked else tensor for name, tensor in params.items()}
+    state = {each.key: _on_meta(each) for each in (one.group, one.inputs) if each}
+    tensors = tensors_of(plan._replace(params=params, state=state), one, target)
+    found = {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors}
+    if one is source:
+        return found
+    modules = [(module_of(tensor.name.replace("*", "0")), module_of(tensor.name)) for tensor in source.tensors]
+    return {
+        now.replace("*", str(expert)) + name.removeprefix(was): type
+        for expert in range(source.experts)
+        for was, now in modules
+        for name, type in found.items()
+        if name == was or name.startswith(f"{was}.")
+    }
+
+
+def part_of(source: Source, part: slice) -> Source:
+    """A source with some of its experts; its group has a key of its own."""
+    group, count = source.group, part.stop - part.start
+    assert group is not None
+    if group.stacked:
+        return source._replace(group=replace(group, experts=count), experts=count)
+    numbers = f"{part.start}" if count == 1 else f"{part.start}-{part.stop - 1}"
+    key, names = group.key.replace("*", numbers), group.names[part]
+    return source._replace(group=replace(group, key=key, names=names, experts=count), experts=count)
 
 
 def _on_meta(group: Group) -> dict[str, Tensor]:
@@ -503,21 +530,15 @@ def _packed(
     amax = plan.state[inputs.key].get("amax") if inputs else None
     if is_own(group.format, layout):  # nothing is computed any more: one copy from the device in place of hundreds
         leaves, amax = _on_host(leaves), amax if amax is None or amax.is_meta else amax.cpu()
-    for expert in range(group.experts):
-        codes, of_expert = leaves["codes"][expert], leaves.get("global_scale")
-        scale, global_scale = stored(
-            group.format,
-            layout,
-            leaves["scale"][expert],
-            None if of_expert is None else of_expert[expert],
-            plan.dtype,
-        )
+    codes, scale, of_expert = leaves["codes"], leaves["scale"], leaves.get("global_scale")
+    scales = _stored_scales(group, layout, scale, of_expert, plan.dtype)
+    for expert, (own, global_scale) in enumerate(scales):
         for name, rows in source.tensors:
             coded = CodedWeight(
                 format=group.format,
                 scheme=plan.schemes[source.name],
-                codes=_take(codes, rows),
-                scale=_take(scale, _rows_of_scale(rows, group.format)) if scale.dim() else scale,
+                codes=_take(codes[expert], rows),
+                scale=_take(own, _rows_of_scale(rows, group.format)) if own.dim() else own,
                 global_scale=global_scale,
                 inputs=inputs.format if inputs else None,
                 input_amax=None if amax is None else amax.expand(group.experts)[expert],
@@ -526,8 +547,21 @@ def _packed(
             yield from ((f"{module}.{last}", tensor) for last, tensor in encode(coded).items())
 
 
+def _stored_scales(
+    group: Group, layout: str, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scales and global scale of each expert, as files have them: at once, unless numbers have to be searched for."""
+    if is_own(group.format, layout):
+        scale, global_scale = stored(group.format, layout, scale, global_scale, dtype)
+    for expert in range(group.experts):
+        own = scale[expert], None if global_scale is None else global_scale[expert]
+        yield own if is_own(group.format, layout) else stored(group.format, layout, *own, dtype)
+
+
 def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """Rows of a matrix. PyTorch cannot take rows of float8 by their numbers, so they are taken as bytes."""
+    if isinstance(rows, slice):
+        return tensor if rows == slice(None) else tensor[rows]
     return tensor.view(torch.uint8)[rows].view(tensor.dtype)
 
 
