@@ -110,20 +110,25 @@ def _class_of(config: Mapping[str, Any]) -> Any:
 
 
 def _own_config(found: Any, config: Mapping[str, Any]) -> Any:
-    entries = _without_attention(config) | {"model_type": found.config_class.model_type}
     try:
+        entries = _for_class(config) | {"model_type": found.config_class.model_type}
         return found.config_class.from_dict(copy.deepcopy(entries))
     except Exception as error:  # whatever a class raises of a config that it does not take
         raise _not_built(found, error) from error
 
 
-def _without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config without the name of a kernel that may not be installed here, and that no name depends on."""
-    return {
-        key: _without_attention(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not str(key).endswith("attn_implementation")
-    }
+def _for_class(value: Any) -> Any:
+    """Config without the name of a kernel that may not be installed here, and that no name depends on.
+
+    Infinity is a number again, which transformers' files hold as {"__float__": "Infinity"}.
+    """
+    if isinstance(value, list):
+        return [_for_class(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    if list(value) == ["__float__"]:
+        return float(value["__float__"])
+    return {key: _for_class(one) for key, one in value.items() if not str(key).endswith("attn_implementation")}
 
 
 def _not_built(found: Any, error: Exception) -> ValueError:
