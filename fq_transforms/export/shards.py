@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def lay_out(sizes: Mapping[str, tuple[TensorType, int]], limit: int) -> list[Sha
 def _shard(file: str, sizes: Mapping[str, tuple[TensorType, int]]) -> Shard:
     def width(name: str) -> float:
         (_, shape), size = sizes[name]
-        return size / max(1, prod(shape))
+        return size / prod(shape) if size else inf  # without numbers, at the front, which suits any
 
     ordered = sorted(sizes, key=width, reverse=True)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -179,8 +179,9 @@ class Writer:
         """Write a tensor, or, of a stack of matrices, those from the `first` on."""
         place, found = self.places[name], type_of(tensor)
         row = place.size // max(1, place.type.shape[0]) if place.type.shape else 0
-        is_whole, is_part = found == place.type, found == TensorType(place.type.dtype, (len(tensor), *place.type.shape[1:])) if tensor.dim() else False
-        assert is_whole or (is_part and first + len(tensor) <= place.type.shape[0]), (name, found, place)
+        rows, most = found.shape[:1], place.type.shape[:1]
+        is_part = found == place.type._replace(shape=(*rows, *place.type.shape[1:]))
+        assert is_part and first + sum(rows) <= sum(most), (name, found, place)
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         _write(self._files[place.file], flat.numpy().data, place.start + first * row)
 

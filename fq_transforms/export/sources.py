@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
-from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.encoded import Found
 from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
 from fq_transforms.parse import nearest, shown
@@ -121,14 +121,25 @@ class Folder:
         return sum(place.size for place in self.places(name))
 
     def others(self) -> Iterator[str]:
-        """Files that are copied: all but weights, their index, config.json, and what is hidden."""
-        for directory, names, files in os.walk(self.path):
-            names[:] = sorted(name for name in names if not name.startswith("."))
+        """Files that are copied: all but weights, their index, config.json, and what is hidden. Links are followed.
+
+        Raises:
+            ValueError: One is no file, such as a link to nothing.
+        """
+        for directory, names, files in os.walk(self.path, followlinks=True):
+            at = Path(directory)
+            above = {os.path.realpath(one) for one in (at, *at.parents)}  # to which a link would lead in a circle
+            names[:] = sorted(n for n in names if not n.startswith(".") and os.path.realpath(at / n) not in above)
             for file in sorted(files):
-                relative = Path(directory, file).relative_to(self.path)
-                is_ours = str(relative) in (CONFIG, INDEX, MODELOPT)
-                if not (is_ours or file.startswith(".") or file.endswith(_WEIGHTS)) and (self.path / relative).is_file():
-                    yield str(relative)
+                relative = str((at / file).relative_to(self.path))
+                if relative in (CONFIG, INDEX, MODELOPT) or file.startswith(".") or file.endswith(_WEIGHTS):
+                    continue
+                if not (at / file).is_file():
+                    raise ValueError(
+                        f"folder {str(self.path)!r}: found {relative!r}, no file or a link to nothing, wanted one to "
+                        "copy; mend it, or take it away"
+                    )
+                yield relative
 
     def _about(self) -> dict[str, Any] | None:
         """What says how the folder is quantized."""
@@ -157,4 +168,3 @@ def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
         if named in ("bfloat16", "float16", "float32"):
             return getattr(torch, named)
     return torch.bfloat16
-
