@@ -1,0 +1,487 @@
+"""Laws of `folder`: it writes what an export from memory writes, and what decodes to `fakequant`'s weights; whole."""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import fq_transforms as fqt
+from fq_transforms import methods
+from fq_transforms.export import folder
+from fq_transforms.export.ties import FUSED_BY_ENGINES
+from fq_transforms.presets import weights_only
+from tests.cases import assert_names
+from tests.classes import classes, tiny
+from tests.export.models import assert_same_bytes, build, read
+from tests.full import FULL
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize besides, and of the libraries
+
+module = sys.modules["fq_transforms.export.folder"]
+EXPERTS_ONLY = "*.experts.*"
+# Names of stacks that are not called experts, so that it must be said: what `folder` is given besides.
+GRANITE = "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM"
+STACKS = "*.block_sparse_moe.*put_linear.weight", {"experts": r".*\.block_sparse_moe\.\w+put_linear\.weight"}
+# Classes whose experts are not selected by one rule, and what the error says.
+NOT_SELECTED = {
+    "DbrxForCausalLM": ("ffn.experts.mlp.v1", "among experts, without the number of one"),
+    "Ernie4_5_VLMoeForConditionalGeneration": ("layers.1.mlp.experts.*.down_proj", "of one shape and dtype"),
+    "Ernie4_5_VL_MoeForConditionalGeneration": ("layers.1.mlp.experts.*.down_proj", "of one shape and dtype"),
+}
+# Classes whose files hold all experts of a layer in one tensor: codes of them are read by no engine.
+ONE_TENSOR = {
+    *("AriaTextForCausalLM", "AriaForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+    *("GptOssForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM"),
+    *("GraniteMoeSharedForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM", "InklingForConditionalGeneration"),
+    *("Inkling2ForCausalLM", "Inkling2ForConditionalGeneration", "JetMoeForCausalLM", "Llama4ForCausalLM"),
+    *("Llama4ForConditionalGeneration", "MiniMaxM3VLForCausalLM", "Mistral4ForCausalLM", "ZayaForCausalLM"),
+    *("MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+}
+DEFAULT = [
+    *("MixtralForCausalLM", "DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
+    *("GraniteMoeForCausalLM", "Qwen3VLMoeForConditionalGeneration", "DbrxForCausalLM"),
+]
+FORMATS = [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.MXFP4]
+
+
+@pytest.fixture(autouse=True)
+def _few_pieces(monkeypatch):
+    """Pieces of some experts, so that groups are cut."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 10**4)
+
+
+def saved(name, path):
+    """A folder that transformers wrote of a tiny model of a class, in several shards."""
+    model, _ = tiny(name)
+    model.bfloat16().save_pretrained(path, max_shard_size="150KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+def config_of(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def files_of(path):
+    """All files within a directory, and what they hold."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def tied(state):
+    """The state with one number per expert for roles that engines fuse, found by their names."""
+    words = {word for key in state for word in key.split(".")}
+    is_number = any(leaf.dim() == 1 for leaves in state.values() for leaf in leaves.values())
+    pairs = [pair for roles in FUSED_BY_ENGINES for pair in itertools.pairwise(roles) if {*pair} <= words]
+    return fqt.tie(state, pairs) if is_number and pairs else state
+
+
+def in_memory(plain, rules, layout, **options):
+    """The Transform and the state of a folder's plain weights, as `folder` makes them."""
+    fq = fqt.transform(fqt.select(plain, rules, **options), layout=layout)
+    state = fq.calibrate(plain)
+    return fq, state if layout == "plain" else tied(state)
+
+
+def assert_law(src, tmp_path, rules, layout, **options):
+    """Decoded: fakequant's weights, and all else as it was. In files: what an export from memory writes."""
+    plain = read(src)
+    folder(src, tmp_path / "dst", rules, layout=layout, max_shard_size="100KB", jobs=2, **options)
+    folder(tmp_path / "dst", tmp_path / "back", layout="plain")
+    fq, state = in_memory(plain, rules, layout, **options)
+    selected = {name for group in fq.spec.groups for name in group.names}
+    fakes = fq.fakequant(plain, state)
+    back = read(tmp_path / "back")
+    assert_same_bytes(back, plain | fakes)
+    assert any(not torch.equal(back[name], plain[name]) for name in selected)
+    found = read(tmp_path / "dst")
+    others = plain.keys() - selected
+    assert_same_bytes({name: found[name] for name in others}, {name: plain[name] for name in others})
+    fqt.export.save(tmp_path / "mem", fq, plain, state, config=config_of(src), layout=layout)
+    assert_same_bytes(found, read(tmp_path / "mem"))
+    assert config_of(tmp_path / "dst") == config_of(tmp_path / "mem")
+    for name in ("dst", "back", "mem"):
+        shutil.rmtree(tmp_path / name)
+
+
+# Every class of transformers
+
+
+@pytest.mark.parametrize("name", classes() if FULL else DEFAULT)
+def test_every_class(name, tmp_path):
+    """Experts in codes that an engine reads, or a refusal that names them; fake weights always."""
+    src = saved(name, tmp_path / "src")
+    before = files_of(src)
+    pattern, options = STACKS if name in GRANITE else (EXPERTS_ONLY, {})
+    for format in FORMATS:
+        rules = {pattern: format}
+        if name in NOT_SELECTED:
+            with pytest.raises(ValueError) as caught:
+                folder(src, tmp_path / "dst", rules)
+            assert_names(str(caught.value), *NOT_SELECTED[name])
+        elif name in ONE_TENSOR:
+            with pytest.raises(ValueError) as caught:
+                folder(src, tmp_path / "dst", rules, **options)
+            assert_names(str(caught.value), pattern.strip("*").split("*")[0], "in files", "engines read codes")
+            assert_names(str(caught.value), "found", "wanted", "layout='plain'")
+            assert_law(src, tmp_path, rules, "plain", **options)
+        else:
+            assert_law(src, tmp_path, rules, "compressed-tensors")
+    assert os.listdir(tmp_path) == ["src"]
+    assert files_of(src) == before
+
+
+# Classes whose whole-model preset is refused, and what of them.
+WHOLE_REFUSED = {}
+
+
+@pytest.mark.parametrize("name", classes() if FULL else ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_a_preset_of_a_whole_model(name, tmp_path):
+    """Attention too: q, k and v share a global scale, wherever their weights lie."""
+    rules = weights_only(fqt.presets.NVFP4_DEFAULT_CFG)
+    src = saved(name, tmp_path / "src")
+    if name in WHOLE_REFUSED:
+        with pytest.raises(ValueError) as caught:
+            folder(src, tmp_path / "dst", rules)
+        assert_names(str(caught.value), *WHOLE_REFUSED[name])
+        return
+    assert_law(src, tmp_path, rules, "compressed-tensors")
+
+
+# Streamed
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder of a tiny Qwen3-MoE whose every tensor has a file of its own, and what lies beside weights."""
+    path = tmp_path_factory.mktemp("of") / "src"
+    model, _ = build()
+    model.save_pretrained(path.with_name("saved"))
+    plain = read(path.with_name("saved"))
+    names = sorted(plain, key=lambda name: name[::-1])
+    write_folder(path, [{name: plain[name]} for name in names], config_of(path.with_name("saved")))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "inference" / "deep").mkdir(parents=True)
+    (path / "inference" / "deep" / "code.py").write_text("raise SystemExit")
+    return path
+
+
+RULES = weights_only(fqt.presets.NVFP4_DEFAULT_CFG)
+
+
+def write_folder(path, shards, config):
+    """A folder of these tensors, one dict a shard."""
+    path.mkdir()
+    weight_map = {}
+    for number, tensors in enumerate(shards):
+        save_file(tensors, path / f"model-{number}.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"model-{number}.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+CONFIG = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
+
+
+def in_lists(roles, experts, shape=(32, 64)):
+    """Weights of experts, no two of one magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"layers.0.mlp.experts.{e}.{role}.weight": (torch.randn(shape, generator=generator) * 2.0 ** (e + i)).bfloat16()
+        for i, role in enumerate(roles)
+        for e in range(experts)
+    }
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
+def test_tied_roles_of_different_shards(layout, source, tmp_path):
+    """Gate, up, q, k and v, each in a file of its own, far from the others in name."""
+    assert len(list(source.glob("*.safetensors"))) == len(read(source))
+    assert_law(source, tmp_path, RULES, layout)
+
+
+METHODS = {
+    "max": (methods.MAX, fqt.NVFP4_STATIC),
+    "mse": (methods.Mse(), fqt.FP8_PER_CHANNEL),
+    "mse blocks": (methods.Mse(), fqt.NVFP4_STATIC),
+    "four over six": (methods.FourOverSix(), fqt.NVFP4_STATIC),
+    "percentile": (methods.Percentile(99.0), fqt.FP8),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name, source, tmp_path):
+    """Of some experts at a time: what a search over all of them finds."""
+    method, format = METHODS[name]
+    folder(source, tmp_path / "dst", {EXPERTS_ONLY: format}, method=method, layout="plain")
+    plain = read(source)
+    fq = fqt.transform(fqt.select(plain, {EXPERTS_ONLY: format}), method=method)
+    assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, fq.calibrate(plain)))
+
+
+SIZES = [1, 60_000, 100_000, 200_000, 400_000, 2**40]
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
+def test_the_bytes_do_not_depend_on_pieces_and_threads(layout, source, tmp_path, monkeypatch):
+    """Cut by every number of experts; 1, 2 and 8 threads."""
+    files, cuts = [], set()
+    for size in range(1, 450_000, 20_000) if FULL else SIZES:
+        monkeypatch.setattr(module, "PIECE_BYTES", size)
+        for jobs in (1, 2, 8) if FULL or size == SIZES[1] else (2,):
+            dst = tmp_path / f"{size}-{jobs}"
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "_fill", lambda job, *args: (cuts.add(len(job.pieces)), _fill(job, *args)))
+                folder(source, dst, RULES, layout=layout, jobs=jobs, max_shard_size="100KB")
+            files.append(files_of(dst))
+            shutil.rmtree(dst)
+    assert all(one == files[0] for one in files[1:])
+    assert len(cuts) > 2, cuts
+
+
+_fill = module._fill
+
+
+@pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"])
+def test_shards_of_any_size(limit, source, tmp_path):
+    """The same tensors, no file larger than it may be but for one tensor, an index that names each."""
+    folder(source, tmp_path / "dst", RULES, max_shard_size=limit)
+    folder(source, tmp_path / "one", RULES)
+    found = read(tmp_path / "dst")
+    assert_same_bytes(found, read(tmp_path / "one"))
+    most = fqt.export.files.bytes_of(limit)
+    shards = sorted((tmp_path / "dst").glob("*.safetensors"))
+    for shard in shards:
+        with safe_open(shard, "pt") as opened:
+            names = list(opened.keys())
+        assert len(names) == 1 or sum(found[name].nbytes for name in names) <= most, shard
+    index = tmp_path / "dst" / "model.safetensors.index.json"
+    assert index.exists() == (len(shards) > 1)
+    if index.exists():
+        document = json.loads(index.read_text())
+        assert document["weight_map"].keys() == found.keys()
+        assert document["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("experts", [1, 2, 7])
+def test_few_and_many_experts(experts, format, tmp_path):
+    """Also one that is alone, whose group is a list of one; more than ten come by number, not by letter."""
+    tensors = in_lists(["gate_proj", "up_proj", "down_proj"], experts + 10 * (experts == 7))
+    src = write_folder(tmp_path / "src", [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])], CONFIG)
+    assert_law(src, tmp_path, {EXPERTS_ONLY: format}, "compressed-tensors")
+
+
+ODD = {
+    "e8m0": torch.arange(5, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    "e5m2": torch.arange(3, dtype=torch.uint8).view(torch.float8_e5m2),
+    "e4m3": torch.arange(7, dtype=torch.uint8).view(torch.float8_e4m3fn),
+    "fnuz": torch.arange(7, dtype=torch.uint8).view(torch.float8_e4m3fnuz),
+    "i64": torch.arange(3),
+    "i16": torch.arange(3, dtype=torch.int16),
+    "u32": torch.arange(3, dtype=torch.int32).view(torch.uint32),
+    "u64": torch.arange(3).view(torch.uint64),
+    "bool": torch.tensor([True, False, True]),
+    "c64": torch.ones(3, dtype=torch.complex64),
+    "f64": torch.ones(1, 1, 1, dtype=torch.float64),
+    "scalar": torch.tensor(3.0),
+    "scalar.bool": torch.tensor(True),
+    "empty": torch.empty(0),
+    "empty.matrix": torch.empty(4, 0, dtype=torch.float64),
+    "nan": torch.tensor([torch.nan, torch.inf]),
+    "f4": torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+}
+
+
+def places_of(file):
+    """The header of a file and where its tensors begin."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), 8 + length, content
+
+
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def bytes_by_name(path):
+    found = {}
+    for file in path.glob("*.safetensors"):
+        header, start, content = places_of(file)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            at, end = entry["data_offsets"]
+            found[name] = entry["dtype"], entry["shape"], content[start + at : start + end]
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, "1GB"])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
+def test_odd_dtypes_and_shapes_keep_their_bytes(layout, limit, tmp_path):
+    """All that safetensors has, those included that PyTorch has not; each aligned to its numbers."""
+    src = write_folder(tmp_path / "src", [ODD, in_lists(["up_proj"], 2)], CONFIG)
+    folder(src, tmp_path / "dst", {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, layout=layout, max_shard_size=limit)
+    was, found = bytes_by_name(src), bytes_by_name(tmp_path / "dst")
+    assert {name: found[name] for name in ODD} == {name: was[name] for name in ODD}
+    for file in (tmp_path / "dst").glob("*.safetensors"):
+        header, start, _ = places_of(file)
+        assert header.pop("__metadata__") == {"format": "pt"}
+        for name, entry in header.items():
+            at = start + entry["data_offsets"][0]
+            assert at % WIDTHS.get(entry["dtype"], 1) == 0, (name, entry)
+        with safe_open(file, "pt") as opened:
+            assert all(opened.get_tensor(name) is not None for name in opened.keys() if name != "f4")  # noqa: SIM118
+
+
+def test_files_that_are_not_aligned_are_read(tmp_path):
+    """As older writers made them: a header of any length, numbers at odd places."""
+    tensors = in_lists(["up_proj"], 2) | {"norm.weight": torch.arange(3.0)}
+    src = write_folder(tmp_path / "src", [tensors], CONFIG)
+    for content in src.glob("*.safetensors"):
+        header, start, whole = places_of(content)
+        text = json.dumps(header).encode()
+        text += b" " * ((1 - len(text)) % 8)
+        content.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
+        assert (8 + len(text)) % 8 == 1
+    assert_law(src, tmp_path, {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, "compressed-tensors")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_files_have_the_mode_of_any_new_file(is_there, mask, source, tmp_path):
+    """Whatever the source's are."""
+    before = os.umask(mask)
+    try:
+        if is_there:
+            (tmp_path / "dst").mkdir()
+        folder(source, tmp_path / "dst", RULES, max_shard_size="100KB")
+        (tmp_path / "new").write_text("")
+        (tmp_path / "directory").mkdir()
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "dst").rglob("*"):
+        like = tmp_path / ("directory" if file.is_dir() else "new")
+        assert file.stat().st_mode == like.stat().st_mode, file
+    assert (tmp_path / "dst").stat().st_mode == (tmp_path / "directory").stat().st_mode
+
+
+def snapshot_of(source, path):
+    """The same as a snapshot in a Hugging Face cache: links to files elsewhere."""
+    blobs = path / "blobs"
+    snapshot = path / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.rglob("*"))):
+        if file.is_file():
+            shutil.copy(file, blobs / str(number))
+            link = snapshot / file.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    return snapshot
+
+
+LEFT = [".gitattributes", ".cache/x", "pytorch_model.bin", "original/consolidated.00.pth", "a/.hidden", "model.gguf"]
+KEPT = ["tokenizer.model", "README.md", "inference/convert.py", "a/b/c.json", "a/config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_other_files_are_copied(is_snapshot, is_there, source, tmp_path):
+    """Byte for byte, also from within directories, and files, not links; hidden ones and pickles are left."""
+    src = tmp_path / "src"
+    shutil.copytree(source, src)
+    for number, name in enumerate([*LEFT, *KEPT]):
+        (src / name).parent.mkdir(parents=True, exist_ok=True)
+        (src / name).write_bytes(bytes(range(number, 256)) * 100)
+    (src / "script.sh").write_text("exit 1")
+    (src / "script.sh").chmod(0o755)
+    if is_snapshot:
+        src = snapshot_of(src, tmp_path / "cache")
+    before = {file: (os.lstat(file).st_mtime_ns, os.lstat(file).st_mode) for file in src.rglob("*")}
+    was = files_of(src)
+    dst = tmp_path / "dst"
+    if is_there:
+        dst.mkdir()
+    inode = dst.stat().st_ino if is_there else None
+    made = folder(src, dst, RULES, max_shard_size="100KB")
+    found = files_of(dst)
+    own = {name for name in found if name.endswith((".safetensors", ".index.json"))} | {"config.json"}
+    assert found.keys() - own == {*KEPT, "script.sh", "tokenizer.json"} | {"inference/deep/code.py"}
+    assert sorted(made.copied) == sorted(found.keys() - own)
+    assert all(found[name] == was[name] for name in found.keys() - own)
+    assert not any(file.is_symlink() for file in dst.rglob("*"))
+    assert {file: (os.lstat(file).st_mtime_ns, os.lstat(file).st_mode) for file in src.rglob("*")} == before
+    assert files_of(src) == was
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert inode is None or dst.stat().st_ino == inode
+    assert not [name for name in os.listdir(dst) if name.startswith(".")]
+
+
+def test_a_link_to_nothing_is_told(source, tmp_path):
+    """As of a cache whose blob is gone: before a write, not a folder without it."""
+    src = tmp_path / "src"
+    shutil.copytree(source, src)
+    (src / "merges.txt").symlink_to("nowhere")
+    with pytest.raises((ValueError, OSError)) as caught:
+        folder(src, tmp_path / "dst", RULES)
+    assert_names(str(caught.value), "merges.txt")
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_links_to_directories_are_followed(source, tmp_path):
+    """Once, if one leads in a circle."""
+    src = tmp_path / "src"
+    shutil.copytree(source, src)
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "far" / "deep" / "x").write_text("x")
+    (src / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "circle").symlink_to(src)
+    (src / "one").mkdir()
+    (src / "two").mkdir()
+    (src / "one" / "to").symlink_to(src / "two")
+    (src / "two" / "to").symlink_to(src / "one")
+    (src / "two" / "y").write_text("y")
+    made = folder(src, tmp_path / "dst", RULES)
+    assert {*made.copied} == {"inference/deep/code.py", "link/deep/x", "one/to/y", "tokenizer.json", "two/y"}
+    assert all((tmp_path / "dst" / name).is_file() for name in made.copied)
+
+
+def test_within_the_source_is_refused(source, tmp_path):
+    """Also by a link: what is written there would be read, and the source changed."""
+    shutil.copytree(source, tmp_path / "src")
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    before = files_of(tmp_path / "src")
+    for dst in ("src", "src/out", "link/out", "link"):
+        with pytest.raises(ValueError, match="within src"):
+            folder(tmp_path / "src", tmp_path / dst, RULES)
+    for dst in ("src/out", "link"):
+        with pytest.raises(ValueError, match="within src"):
+            folder(tmp_path / "link", tmp_path / dst, RULES)
+    assert files_of(tmp_path / "src") == before
+
+
+def test_a_taken_destination_is_refused(source, tmp_path):
+    """A directory that has something, and a file; what is there stays."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("mine")
+    (tmp_path / "b").write_text("mine")
+    for name in "ab":
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="wanted a new name or an empty directory"):
+                folder(source, tmp_path / name, RULES, resume=resume)
+    assert files_of(tmp_path) == {"a/x": b"mine", "b": b"mine"}
+
+
+def test_a_dry_run_writes_nothing(source, tmp_path):
+    """And says the same sizes as the run itself."""
+    planned = folder(source, tmp_path / "dst", RULES, dry_run=True)
+    assert not os.listdir(tmp_path)
+    made = folder(source, tmp_path / "dst", RULES)
+    assert (planned.rows, planned.spec, planned.shards) == (made.rows, made.spec, made.shards)
+    found = read(tmp_path / "dst")
+    assert made.after == sum(tensor.nbytes for tensor in found.values())
+    assert made.before == sum(tensor.nbytes for tensor in read(source).values())
