@@ -303,7 +303,7 @@ def left_by_a_cut(path, fq, params, state, monkeypatch, cut):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", moves)
-        patch.setattr(files, "_remove_left", lambda folder: None)
+        patch.setattr(files, "remove_staged", lambda folder: None)
         patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(Killed):
             fqt.export.save(path, fq, params, state, config=CONFIG, max_shard_size=100)
