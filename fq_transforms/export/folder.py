@@ -1,4 +1,4 @@
-"""A folder to another, streamed: each piece is read, calibrated, quantized and written by itself, whatever the model's size.
+"""A folder to another, streamed: each piece is read, calibrated, quantized and written by itself.
 
     plan      names, formats, ties and the place of each byte, from headers alone
     pieces    some experts of the roles that engines fuse; a matrix; or tensors that are copied
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -32,20 +33,21 @@ from fq_transforms.checkpoint.storage import (
     local_path,
     naming,
     stage_of,
+    stages_beside,
     stages_within,
 )
 from fq_transforms.export.conversion import Conversion
-from fq_transforms.export.files import INDEX, bytes_of, check_free, commit, remove_staged, write_json
+from fq_transforms.export.files import CONFIG, INDEX, bytes_of, check_free, commit, remove_staged, write_json
 from fq_transforms.export.plan import Target, check_values, planned, tensors_of, warn_of_notes
-from fq_transforms.export.ranks import Ranks
+from fq_transforms.export.ranks import LostRankError, Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
 from fq_transforms.export.shards import TensorType, Writer, index_of, lay_out, type_of
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.sources import MODELOPT, Folder
 from fq_transforms.export.states import in_files
-from fq_transforms.export.ties import fused_sources
+from fq_transforms.export.ties import check_ties, fused_sources
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import FORMATS, Format, Layout, check_layout
+from fq_transforms.formats import FORMATS, Format, Layout, check_layout, is_own
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.quantize.reference import power_of_two
@@ -129,16 +131,34 @@ def folder(
     count = _jobs(jobs)
     path = local_path(dst)
     with ExitStack() as stack:
-        source = stack.enter_context(Folder(src))
-        if path == source.path or source.path in path.parents:
-            raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
-        given = _given(source, rules, layout, method, state, inputs, experts, transposed)
-        job = _Job(source, target, given, method, engine, torch.device(device or _device()), limit)
+        ranks = stack.enter_context(Ranks())
+
+        def decided() -> _Job:
+            source = stack.enter_context(Folder(src))
+            if path == source.path or source.path in path.parents:
+                raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
+            given = _given(source, rules, layout, method, state, inputs, experts, transposed)
+            return _Job(source, target, given, method, engine, torch.device(device or _device()), limit)
+
+        job = ranks.together(decided)
         warn_of_notes(job.plan, target, stacklevel=3)
+        _warn_of_other_formats(job)
         if not dry_run:
-            ranks = stack.enter_context(Ranks())
             _run(job, path, ranks, count, resume)
         return job.conversion(path)
+
+
+def _warn_of_other_formats(job: "_Job") -> None:
+    """Of a state: rules are in the layout's own formats."""
+    layout = job.target.layout
+    off = [group for group in job.given.spec.groups if job.target.encode and not is_own(group.format, layout)]
+    if off:
+        warnings.warn(
+            f"state: found {off[0].format.name} in {off[0].key!r} and {len(off) - 1} more, whose scales the library of "
+            f"{layout} applies in another order, so that some weights may be read otherwise; for none train in its own "
+            f"formats: transform(spec, layout={layout!r})",
+            stacklevel=3,
+        )
 
 
 def _jobs(jobs: int | None) -> int:
@@ -150,7 +170,9 @@ def _jobs(jobs: int | None) -> int:
 
 
 def _device() -> str:
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 class _Given(NamedTuple):
@@ -180,6 +202,8 @@ def _given(
     params = source.params()
     known: State = {}
     if state is not None:
+        if method != MAX:
+            raise ValueError(f"method: found {method!r} beside a state, whose amax is taken, wanted one of the two")
         spec, known = in_files(state, params, source.config)
         if rules is not None:
             chosen = select(params, rules, experts=experts, transposed=transposed)
@@ -261,6 +285,10 @@ class _Job:
         self.source, self.target, self.given, self.method, self.device = source, target, given, method, device
         self.params = source.params()
         self.plan = planned(target, engine, given.spec, self.params, source.config)
+        known = [one if one.name in given.state else one._replace(group=None) for one in self.plan.sources]
+        if target.schemes is not None:
+            check_ties(known, given.state)
+        check_values(self.plan._replace(state=given.state, sources=known), target)
         types = {one.name: self._types_of(one) for one in self.plan.sources}
         self.written = {name: sum(size for _, size in of_source.values()) for name, of_source in types.items()}
         self.shards = lay_out({name: one for of_source in types.values() for name, one in of_source.items()}, limit)
@@ -372,7 +400,6 @@ class _Job:
                 }
         if self.target.schemes is not None:
             _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
-            _tie(state, [one.inputs.key for one in cut if one.inputs])
         return state
 
     def _exact(self, group: Group, params: Mapping[str, Tensor], part: slice | None) -> dict[str, Tensor]:
@@ -460,11 +487,12 @@ def _tie(state: State, keys: Sequence[str]) -> None:
 
 def _run(job: _Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
     """Write the folder, with the other ranks."""
-    stage = stage_of(path, _fingerprint(job))
+    stage = ranks.together(lambda: stage_of(path, _fingerprint(job)))
+    ranks.check_same(str(stage), "src, dst and options")
     with ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(_Stage(job, path, stage, resume)), only_first=True)
-        ranks.together(lambda: _fill(job, stage, ranks, jobs))
-        ranks.together(lambda: _finish(job, path, stage), only_first=True)
+        ranks.on_first(lambda: stack.enter_context(_Stage(job, path, stage, resume)))
+        ranks.together(lambda: _fill(job, path, stage, ranks, jobs))
+        ranks.on_first(lambda: _finish(job, path, stage))
 
 
 class _Stage:
@@ -518,15 +546,15 @@ class _Stage:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Interrupted, it is left for the next run; so is what an error leaves, if somebody wants to go on.
-        if kind is not None and issubclass(kind, Exception) and not self._resume:
+        is_error = kind is not None and issubclass(kind, Exception) and not issubclass(kind, LostRankError)
+        if is_error and not self._resume:
             remove_staged(self._path)
             shutil.rmtree(self._stage, ignore_errors=True)
         self._lock.release()
 
 
 def _stages(path: Path) -> list[Path]:
-    beside = [one for one in path.parent.glob(f".{path.name}.saving-*") if one.is_dir()]
-    return [*beside, *stages_within(path)]
+    return [*stages_beside(path), *stages_within(path)]
 
 
 def _check_space(job: _Job, path: Path, stage: Path) -> None:
@@ -544,7 +572,8 @@ def _check_space(job: _Job, path: Path, stage: Path) -> None:
 def _fingerprint(job: _Job) -> str:
     """32 hex digits of all that the bytes depend on: of another source or another option they are others."""
     files = {place.file for place in job.source.files.places.values()}
-    stats = {name: (job.source.path / name).stat() for name in sorted({*files, *job.source.others()})}
+    about_source = [name for name in (CONFIG, MODELOPT) if (job.source.path / name).exists()]
+    stats = {name: (job.source.path / name).stat() for name in sorted({*files, *about_source, *job.source.others()})}
     about = [
         {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
         job.target.documents(job.plan),
@@ -560,7 +589,7 @@ def _fingerprint(job: _Job) -> str:
     return digest.hexdigest()[:32]
 
 
-def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
+def _fill(job: _Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
     """Convert this rank's pieces that are not on the disk yet."""
     done = (stage / DONE).read_bytes()
     total = sum(piece.size for piece in job.pieces)
@@ -570,7 +599,7 @@ def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
         middle, at = at + piece.size // 2, at + piece.size
         if middle * ranks.size // max(1, total) == ranks.rank and not done[number]:
             mine.append((number, piece))
-    with ExitStack() as stack:
+    with naming(path), ExitStack() as stack:
         writer = stack.enter_context(Writer(stage, job.shards, is_new=False))
         marks = stack.enter_context(_Marks(stage / DONE, writer))
         bar = stack.enter_context(_bar(sum(piece.size for _, piece in mine), job, ranks))

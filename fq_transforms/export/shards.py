@@ -180,8 +180,8 @@ class Writer:
         place, found = self.places[name], type_of(tensor)
         row = place.size // max(1, place.type.shape[0]) if place.type.shape else 0
         rows, most = found.shape[:1], place.type.shape[:1]
-        is_part = found == place.type._replace(shape=(*rows, *place.type.shape[1:]))
-        assert is_part and first + sum(rows) <= sum(most), (name, found, place)
+        assert found == place.type._replace(shape=(*rows, *place.type.shape[1:])), (name, found, place)
+        assert first + sum(rows) <= sum(most), (name, found, place)
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         _write(self._files[place.file], flat.numpy().data, place.start + first * row)
 
