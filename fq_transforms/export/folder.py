@@ -225,12 +225,18 @@ def _given(
                 "more, wanted inputs=, a checkpoint of a state that was calibrated with batches; or rules of weights "
                 "alone, such as fqt.presets.weights_only(rules)"
             )
-        _, of_inputs = in_files(inputs, params, source.config)
+        _, of_inputs = in_files(inputs, params, source.config, "inputs")
         for one in calibrated:
-            if one.key not in of_inputs:
+            if "amax" not in of_inputs.get(one.key, {}):
                 raise ValueError(
                     f"inputs {str(inputs)!r}: found no {one.key!r}, wanted an amax for it, among "
                     f"{sorted(key for key in of_inputs if key.endswith('.input'))[:3]}"
+                )
+            found, wanted = tuple(of_inputs[one.key]["amax"].shape), one.leaf_shapes["amax"]
+            if found != wanted:
+                raise ValueError(
+                    f"inputs {str(inputs)!r}: found amax {found} of {one.key!r}, wanted {wanted}: of this model, and "
+                    "with the same `per_expert_inputs`"
                 )
             known[one.key] = of_inputs[one.key]
     known |= {one.key: {} for one in spec.inputs if not one.is_calibrated}
