@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 import fq_transforms as fqt
 from tests.checkpoint.samples import assert_same, load_as, of, save_as
 from tests.checkpoint.test_storage import forked, in_fresh_process
+from tests.export.test_folder import SMALL, files_of, module, small
 from tests.full import FULL
 
 ROUNDS = 300 if FULL else 10
@@ -111,17 +113,59 @@ def _killed_exports(folder, start):
     return ends
 
 
+def _killed_conversions(place, start):
+    """Kill a process that converts a folder, after a drawn time, again and again until it has ended: the same bytes.
+
+    Every other time it is asked to go on; whatever was converted already is not converted again.
+    """
+    os.makedirs(place)
+    src = small(Path(place) / "src")
+    module.PIECE_BYTES, module.SYNC_BYTES = 5000, 1
+    whole, path = Path(place) / "whole", Path(place) / "to" / "model"
+
+    def convert(dst, **options):
+        fqt.export.folder(src, dst, SMALL, max_shard_size="4KB", jobs=2, **options)
+
+    before = time.monotonic()
+    convert(whole)
+    takes = time.monotonic() - before
+    wanted, draws, ends = files_of(whole), random.Random(start), {"whole": 0, "none": 0}
+    begin = path if start == "empty directory" else path.parent
+    begin.mkdir(parents=True)
+    for number in range(ROUNDS):
+        child = forked(lambda number=number: convert(path, resume=number % 4 != 3))
+        time.sleep(draws.random() * 2 * takes * bool(number))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not (path / "config.json").exists():
+            assert start == "empty directory" or not path.exists(), number
+            ends["none"] += 1
+            if draws.random() < 0.7:  # the next goes on with it
+                continue
+            convert(path, resume=True)
+        ends["whole"] += 1
+        found = {name: content for name, content in files_of(path).items() if "saving" not in name}
+        assert found == wanted, number
+        shutil.rmtree(path.parent)
+        begin.mkdir(parents=True)
+    return ends
+
+
 def _all(folder):
     """In one process, which imports once."""
     saves = {
         (kind, start): _killed_saves(os.path.join(folder, start), kind, start)
         for kind, start in (("directory", "new"), ("directory", "empty directory"), ("file", "new"))
     }
-    return saves, {start: _killed_exports(os.path.join(folder, start), start) for start in ("new", "empty directory")}
+    starts = "new", "empty directory"
+    exports = {start: _killed_exports(os.path.join(folder, start), start) for start in starts}
+    conversions = {start: _killed_conversions(os.path.join(folder, start, "of"), start) for start in starts}
+    return saves, exports, conversions
 
 
 def test_saves_and_exports(tmp_path):
-    """Rounds of saves have something to load; exports are cut before their end, and after it."""
-    saves, exports = in_fresh_process(_all, str(tmp_path))
+    """Rounds of saves have something to load; exports and conversions are cut before their end, and after it."""
+    saves, exports, conversions = in_fresh_process(_all, str(tmp_path))
     assert min(saves.values()) > 0, saves
+    assert all(min(ends.values()) > 0 for ends in conversions.values()), conversions
     assert all(min(ends.values()) > 0 for ends in exports.values()), exports

@@ -36,6 +36,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.tensor.debug",
         "megatron.core.dist_checkpointing",
         "megatron.core.parallel_state",
+        "transformers.modeling_utils",
     ]
 )
 

@@ -51,6 +51,7 @@ __all__ = [
     "stage_beside",
     "stage_of",
     "stage_within",
+    "stages_beside",
     "stages_within",
     "threads_for",
     "write_tensor",
@@ -412,6 +413,12 @@ def stages_within(target: Path) -> list[Path]:
     """Where saves to a directory that is there have begun, and not ended."""
     entries = target.iterdir() if target.is_dir() else ()
     return [entry for entry in entries if _is_stage(entry.name, f".{_STAGE}")]
+
+
+def stages_beside(target: Path) -> list[Path]:
+    """Where saves to a directory that is not there have begun, and not ended."""
+    entries = target.parent.iterdir() if target.parent.is_dir() else ()
+    return [entry for entry in entries if _is_stage(entry.name, f".{target.name}.{_STAGE}") and entry.is_dir()]
 
 
 def some_files(path: Path) -> str:

@@ -39,8 +39,8 @@ __all__ = [
 T = TypeVar("T")
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-# In a stage: the names of what is moved up from it.
-MOVING = "moving.json"
+# In a stage: the names of what is moved up from it. Nothing else there is hidden then.
+MOVING = ".moving.json"
 _OURS = re.compile(r"[^./\0][^/\0]*")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -104,8 +104,8 @@ def commit(stage: Path, folder: Path) -> None:
     """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
     if stage.parent == folder:
         files = sorted(stage.iterdir(), key=lambda file: file.name == CONFIG)
-        write_json(stage / f".{MOVING}", [file.name for file in files])
-        (stage / f".{MOVING}").rename(stage / MOVING)
+        write_json(stage / f"{MOVING}.new", [file.name for file in files])
+        (stage / f"{MOVING}.new").rename(stage / MOVING)
         for file in files:
             file.rename(folder / file.name)
         fsync_directory(folder)

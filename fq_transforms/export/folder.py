@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -32,10 +33,11 @@ from fq_transforms.checkpoint.storage import (
     local_path,
     naming,
     stage_of,
+    stages_beside,
     stages_within,
 )
 from fq_transforms.export.conversion import Conversion
-from fq_transforms.export.files import INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
+from fq_transforms.export.files import CONFIG, INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
 from fq_transforms.export.plan import (
     ExportPlan,
     Target,
@@ -46,15 +48,15 @@ from fq_transforms.export.plan import (
     types_of,
     warn_of_notes,
 )
-from fq_transforms.export.ranks import Ranks
+from fq_transforms.export.ranks import LostRankError, Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
 from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.sources import MODELOPT, Folder
 from fq_transforms.export.states import in_files
-from fq_transforms.export.ties import fused_sources
+from fq_transforms.export.ties import check_ties, fused_sources
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import Format, Layout, check_layout, static_format
+from fq_transforms.formats import Format, Layout, check_layout, is_own, static_format
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.quantize.reference import power_of_two
@@ -138,13 +140,18 @@ def folder(
     count = _jobs(jobs)
     path = local_path(dst)
     with ExitStack() as stack:
-        source = stack.enter_context(Folder(src))
-        if path == source.path or source.path in path.parents:
-            raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
-        job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
+        ranks = stack.enter_context(Ranks())
+
+        def decide() -> Job:
+            source = stack.enter_context(Folder(src))
+            if path == source.path or source.path in path.parents:
+                raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
+            return decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
+
+        job = ranks.together(decide)
         warn_of_notes(job.plan, job.target, stacklevel=3)
+        _warn_of_other_formats(job)
         if not dry_run:
-            ranks = stack.enter_context(Ranks())
             _run(job, path, ranks, count, resume)
         return job.conversion(path)
 
@@ -156,6 +163,19 @@ def _named(source: Folder) -> Generator[None, None, None]:
         yield
     except ValueError as error:
         raise ValueError(f"folder {str(source.path)!r}: {error}") from error
+
+
+def _warn_of_other_formats(job: "Job") -> None:
+    """Of a state: rules are in the layout's own formats."""
+    layout = job.target.layout
+    off = [group for group in job.given.spec.groups if job.target.encode and not is_own(group.format, layout)]
+    if off:
+        warnings.warn(
+            f"state: found {off[0].format.name} in {off[0].key!r} and {len(off) - 1} more, whose scales the library of "
+            f"{layout} applies in another order, so that some weights may be read otherwise; for none train in its own "
+            f"formats: transform(spec, layout={layout!r})",
+            stacklevel=3,
+        )
 
 
 def _jobs(jobs: int | None) -> int:
@@ -253,12 +273,18 @@ def _given(
                 "inputs=, a checkpoint of a state that was calibrated with batches; or rules of weights alone, such as "
                 "fqt.presets.weights_only(rules)"
             )
-        _, of_inputs = in_files(inputs, params, source.config)
+        _, of_inputs = in_files(inputs, params, source.config, "inputs")
         for one in calibrated:
-            if one.key not in of_inputs:
+            if "amax" not in of_inputs.get(one.key, {}):
                 raise ValueError(
                     f"inputs {str(inputs)!r}: found no {one.key!r}, wanted an amax for it, among "
                     f"{sorted(key for key in of_inputs if key.endswith('.input'))[:3]}"
+                )
+            found, wanted = tuple(of_inputs[one.key]["amax"].shape), one.leaf_shapes["amax"]
+            if found != wanted:
+                raise ValueError(
+                    f"inputs {str(inputs)!r}: found amax {found} of {one.key!r}, wanted {wanted}: of this model, and "
+                    "with the same `per_expert_inputs`"
                 )
             known[one.key] = of_inputs[one.key]
     known |= {one.key: {} for one in spec.inputs if not one.is_calibrated}
@@ -307,6 +333,10 @@ class Job:
         self.source, self.target, self.given, self.method, self.device = source, target, given, method, device
         self.params = source.params()
         self.plan = planned(target, engine, given.spec, self.params, source.config)
+        known = [one if one.name in given.state else one._replace(group=None) for one in self.plan.sources]
+        if target.schemes is not None:
+            check_ties(known, given.state)
+        check_values(self.plan._replace(state=given.state, sources=known), target)
         types = {one.name: self._types_of(one) for one in self.plan.sources}
         self.written = {name: sum(size for _, size in of_source.values()) for name, of_source in types.items()}
         self.shards = lay_out({name: one for of_source in types.values() for name, one in of_source.items()}, limit)
@@ -415,7 +445,6 @@ class Job:
                 }
         if self.target.schemes is not None:
             _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
-            _tie(state, [one.inputs.key for one in cut if one.inputs])
         self._count_exact([one.group for one in cut if one.name in self.given.exact], params, state)
         return state
 
@@ -497,11 +526,12 @@ def _tie(state: State, keys: Sequence[str]) -> None:
 
 def _run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
     """Write the folder, with the other ranks."""
-    stage = stage_of(path, _fingerprint(job))
+    stage = ranks.together(lambda: stage_of(path, _fingerprint(job)))
+    ranks.check_same(str(stage), "src, dst and options")
     with ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(_Stage(job, path, stage, resume)), only_first=True)
-        ranks.together(lambda: _fill(job, stage, ranks, jobs))
-        ranks.together(lambda: _finish(job, path, stage), only_first=True)
+        ranks.on_first(lambda: stack.enter_context(_Stage(job, path, stage, resume)))
+        ranks.together(lambda: _fill(job, path, stage, ranks, jobs))
+        ranks.on_first(lambda: _finish(job, path, stage))
 
 
 class _Stage:
@@ -555,15 +585,15 @@ class _Stage:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Interrupted, it is left for the next run; so is what an error leaves, if somebody wants to go on.
-        if kind is not None and issubclass(kind, Exception) and not self._resume:
+        is_error = kind is not None and issubclass(kind, Exception) and not issubclass(kind, LostRankError)
+        if is_error and not self._resume:
             remove_staged(self._path)
             shutil.rmtree(self._stage, ignore_errors=True)
         self._lock.release()
 
 
 def _stages(path: Path) -> list[Path]:
-    beside = [one for one in path.parent.glob(f".{path.name}.saving-*") if one.is_dir()]
-    return [*beside, *stages_within(path)]
+    return [*stages_beside(path), *stages_within(path)]
 
 
 def _check_space(job: Job, path: Path, stage: Path) -> None:
@@ -581,7 +611,8 @@ def _check_space(job: Job, path: Path, stage: Path) -> None:
 def _fingerprint(job: Job) -> str:
     """32 hex digits of all that the bytes depend on: of another source or another option they are others."""
     files = {place.file for place in job.source.files.places.values()}
-    stats = {name: (job.source.path / name).stat() for name in sorted({*files, *job.source.others()})}
+    about_source = [name for name in (CONFIG, MODELOPT) if (job.source.path / name).exists()]
+    stats = {name: (job.source.path / name).stat() for name in sorted({*files, *about_source, *job.source.others()})}
     about = [
         {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
         job.target.documents(job.plan),
@@ -597,7 +628,7 @@ def _fingerprint(job: Job) -> str:
     return digest.hexdigest()[:32]
 
 
-def _fill(job: Job, stage: Path, ranks: Ranks, jobs: int) -> None:
+def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
     """Convert this rank's pieces that are not on the disk yet."""
     done = (stage / DONE).read_bytes()
     total = sum(piece.size for piece in job.pieces)
@@ -607,7 +638,7 @@ def _fill(job: Job, stage: Path, ranks: Ranks, jobs: int) -> None:
         middle, at = at + piece.size // 2, at + piece.size
         if middle * ranks.size // max(1, total) == ranks.rank and not done[number]:
             mine.append((number, piece))
-    with ExitStack() as stack:
+    with naming(path), ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(stage, job.shards, is_new=False))
         marks = stack.enter_context(_Marks(stage / DONE, writer))
         what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")

@@ -17,7 +17,7 @@ from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
 from fq_transforms.parse import nearest, shown
 
-__all__ = ["READS", "Folder"]
+__all__ = ["MODELOPT", "READS", "Folder"]
 
 # What `quant_method` in config.json can be, and who finds what is stored so.
 READS: dict[str, Callable[[Files, Mapping[str, Any]], Found]] = {
@@ -152,8 +152,9 @@ class Folder:
 
         Raises:
             ValueError: One is no file, such as a link to nothing.
+            OSError: A directory cannot be read.
         """
-        for directory, names, files in os.walk(self.path, followlinks=True):
+        for directory, names, files in os.walk(self.path, onerror=_raise, followlinks=True):
             at = Path(directory)
             above = {os.path.realpath(one) for one in (at, *at.parents)}  # to which a link would lead in a circle
             names[:] = sorted(n for n in names if not n.startswith(".") and os.path.realpath(at / n) not in above)
@@ -210,6 +211,10 @@ def _check_accounted(files: Files, found: Found, method: str | None) -> None:
     for name in found.weights:
         if name in files.places and name not in taken:
             raise ValueError(f"tensor {name!r}: found it plain and in codes, wanted it once")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:

@@ -19,7 +19,7 @@ __all__ = ["in_files"]
 
 
 def in_files(
-    path: str | os.PathLike[str], params: Mapping[str, Tensor], config: Mapping[str, Any]
+    path: str | os.PathLike[str], params: Mapping[str, Tensor], config: Mapping[str, Any], what: str = "state"
 ) -> tuple[Spec, State]:
     """The spec and the state of a checkpoint, by the names of a folder's tensors.
 
@@ -27,6 +27,7 @@ def in_files(
         path: A file of `save_file` or a directory of `save`.
         params: The folder's plain weights, on meta.
         config: What its config.json holds.
+        what: The argument that it is, for messages.
 
     Raises:
         ValueError: It is no such checkpoint; a group is not in the folder, or has another shape there.
@@ -44,7 +45,7 @@ def in_files(
                 (inputs if isinstance(made, Inputs) else groups).append(made)  # pyright: ignore[reportArgumentType]
                 found[made.key] = {name: _rows(leaf, group, part, name) for name, leaf in state[group.key].items()}
     except ValueError as error:
-        raise ValueError(f"state {str(path)!r}: {error}") from error
+        raise ValueError(f"{what} {str(path)!r}: {error}") from error
     return Spec(tuple(groups), (), tuple(inputs), spec.rules), found
 
 

@@ -1,10 +1,19 @@
 """Laws of `folder`: it writes what an export from memory writes, and what decodes to `fakequant`'s weights; whole."""
 
+import contextlib
+import errno
 import itertools
 import json
 import os
+import random
 import shutil
+import signal
+import stat
 import sys
+import threading
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +26,7 @@ from fq_transforms.export import folder
 from fq_transforms.export.ties import FUSED_BY_ENGINES
 from fq_transforms.presets import weights_only
 from tests.cases import assert_names
+from tests.checkpoint.test_storage import forked, in_fresh_process
 from tests.classes import classes, tiny
 from tests.export.models import assert_same_bytes, build, read
 from tests.full import FULL
@@ -26,8 +36,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize be
 module = sys.modules["fq_transforms.export.folder"]
 EXPERTS_ONLY = "*.experts.*"
 # Names of stacks that are not called experts, so that it must be said: what `folder` is given besides.
-GRANITE = "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM"
-STACKS = "*.block_sparse_moe.*put_linear.weight", {"experts": r".*\.block_sparse_moe\.\w+put_linear\.weight"}
+_GRANITE = "*.block_sparse_moe.*put_linear.weight", r".*\.block_sparse_moe\.\w+put_linear\.weight"
+TOLD = {
+    "GraniteMoeForCausalLM": _GRANITE,
+    "GraniteMoeHybridForCausalLM": _GRANITE,
+    "GraniteMoeSharedForCausalLM": _GRANITE,
+    "Step3p7ForConditionalGeneration": ("*.moe.*_proj.weight", r".*\.moe\.\w+_proj\.weight"),
+}
 # Classes whose experts are not selected by one rule, and what the error says.
 NOT_SELECTED = {
     "DbrxForCausalLM": ("ffn.experts.mlp.v1", "among experts, without the number of one"),
@@ -41,7 +56,7 @@ ONE_TENSOR = {
     *("GraniteMoeSharedForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM", "InklingForConditionalGeneration"),
     *("Inkling2ForCausalLM", "Inkling2ForConditionalGeneration", "JetMoeForCausalLM", "Llama4ForCausalLM"),
     *("Llama4ForConditionalGeneration", "MiniMaxM3VLForCausalLM", "Mistral4ForCausalLM", "ZayaForCausalLM"),
-    *("MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+    *("MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "Step3p7ForConditionalGeneration"),
 }
 DEFAULT = [
     *("MixtralForCausalLM", "DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
@@ -75,10 +90,15 @@ def files_of(path):
 
 def tied(state):
     """The state with one number per expert for roles that engines fuse, found by their names."""
-    words = {word for key in state for word in key.split(".")}
-    is_number = any(leaf.dim() == 1 for leaves in state.values() for leaf in leaves.values())
-    pairs = [pair for roles in FUSED_BY_ENGINES for pair in itertools.pairwise(roles) if {*pair} <= words]
-    return fqt.tie(state, pairs) if is_number and pairs else state
+    found = dict(state)
+    for key, roles in itertools.product(state, FUSED_BY_ENGINES):
+        alike = [".".join(role if word == roles[0] else word for word in key.split(".")) for role in roles]
+        keys = [one for one in alike if one in state] if roles[0] in key.split(".") else []
+        for name, leaf in state[key].items():
+            if leaf.dim() == 1:
+                largest = torch.stack([state[one][name] for one in {key, *keys}]).amax(0)
+                found |= {one: found[one] | {name: largest} for one in keys}
+    return found
 
 
 def in_memory(plain, rules, layout, **options):
@@ -117,7 +137,8 @@ def test_every_class(name, tmp_path):
     """Experts in codes that an engine reads, or a refusal that names them; fake weights always."""
     src = saved(name, tmp_path / "src")
     before = files_of(src)
-    pattern, options = STACKS if name in GRANITE else (EXPERTS_ONLY, {})
+    pattern, experts = TOLD.get(name, (EXPERTS_ONLY, ()))
+    options = {"experts": experts}
     for format in FORMATS:
         rules = {pattern: format}
         if name in NOT_SELECTED:
@@ -136,21 +157,27 @@ def test_every_class(name, tmp_path):
     assert files_of(src) == before
 
 
-# Classes whose whole-model preset is refused, and what of them.
-WHOLE_REFUSED = {}
+# Classes of which a preset selects more than codes can be made of, and what the error says.
+_STACK = "found the 3-D shape", "pass experts="
+WHOLE_REFUSED = NOT_SELECTED | {
+    "DeepseekV4ForCausalLM": ("attn.wo_a.weight", "multiple of 16"),
+    "JetMoeForCausalLM": ("mlp.input_linear.weight", *_STACK),
+    "KimiLinearForCausalLM": ("block_sparse_moe.gate_proj.weight", "let the rules treat them alike"),
+    **{name: (pattern.split("*")[1], *_STACK) for name, (pattern, _) in TOLD.items()},
+}
 
 
-@pytest.mark.parametrize("name", classes() if FULL else ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("name", classes() if FULL else ["DeepseekV3ForCausalLM", "GptOssForCausalLM"])
 def test_a_preset_of_a_whole_model(name, tmp_path):
     """Attention too: q, k and v share a global scale, wherever their weights lie."""
     rules = weights_only(fqt.presets.NVFP4_DEFAULT_CFG)
     src = saved(name, tmp_path / "src")
-    if name in WHOLE_REFUSED:
+    if name in WHOLE_REFUSED or name in ONE_TENSOR:
         with pytest.raises(ValueError) as caught:
             folder(src, tmp_path / "dst", rules)
-        assert_names(str(caught.value), *WHOLE_REFUSED[name])
-        return
-    assert_law(src, tmp_path, rules, "compressed-tensors")
+        assert_names(str(caught.value), *WHOLE_REFUSED.get(name, ("experts", "in files", "engines read codes")))
+    if name not in WHOLE_REFUSED:
+        assert_law(src, tmp_path, rules, "plain" if name in ONE_TENSOR else "compressed-tensors")
 
 
 # Streamed
@@ -485,3 +512,315 @@ def test_a_dry_run_writes_nothing(source, tmp_path):
     found = read(tmp_path / "dst")
     assert made.after == sum(tensor.nbytes for tensor in found.values())
     assert made.before == sum(tensor.nbytes for tensor in read(source).values())
+
+
+# Killed, and gone on with
+
+
+KILLS = 100 if FULL else 2
+# Events of the system that a kill comes before, as of Python's audit hooks.
+STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.listdir", "os.scandir"}
+CALLS = "pwrite", "copy_file_range", "fdatasync", "fsync"
+
+
+def small(path):
+    """A folder that is converted in a moment: experts, a copied tensor, files and directories beside them."""
+    tensors = in_lists(["gate_proj", "up_proj", "down_proj"], 3) | {"norm.weight": torch.ones(2000)}
+    src = write_folder(path, [dict([entry]) for entry in tensors.items()], CONFIG)
+    (src / "inference").mkdir()
+    for name in ("README.md", "inference/code.py", "tokenizer.json", "moving.json", "inference.txt"):
+        (src / name).write_text(name * 10)
+    return src
+
+
+SMALL = {EXPERTS_ONLY: fqt.NVFP4}
+OPTIONS = {"layout": "compressed-tensors", "max_shard_size": "4KB", "jobs": 2}
+
+
+def counted(limit=None):
+    """SIGKILL this process before its `limit`-th step on the file system; how many there were, and pieces done."""
+    steps, pieces, lock = [0], [0], threading.Lock()
+
+    def step():
+        with lock:
+            steps[0] += 1
+            if steps[0] == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in CALLS:
+        call = getattr(os, name)
+        setattr(os, name, lambda *args, call=call: (step(), call(*args))[1])
+    sys.addaudithook(lambda event, _: step() if event in STEPS else None)
+    convert = module._Job.convert
+
+    def counting(self, piece, writer):
+        convert(self, piece, writer)
+        pieces[0] += 1
+
+    module._Job.convert = counting
+    return steps, pieces
+
+
+def _converted(src, dst, limit, report, options):
+    module.PIECE_BYTES, module.SYNC_BYTES = 5000, 1
+    steps, pieces = counted(limit)
+    folder(src, dst, SMALL, **OPTIONS | options)
+    with open(report, "w") as stream:
+        json.dump([steps[0], pieces[0]], stream)
+
+
+def _run_of(src, dst, limit=None, **options):
+    """Exit status of a run in a process of its own, how many steps it took and pieces it converted."""
+    report = f"{src}-report"
+    child = forked(lambda: _converted(src, dst, limit, report, options))
+    _, status = os.waitpid(child, 0)
+    with open(report) as stream:
+        return status, *json.load(stream)
+
+
+def _killed_and_resumed(place):
+    """At each of some steps: killed, and then whole, by going on or anew. How many pieces going on has converted."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    place = Path(place)
+    src, to, whole = small(place / "src"), place / "to", place / "whole"
+    status, _, pieces = _run_of(src, whole)
+    assert status == 0
+    wanted, again = files_of(whole), []
+    for start in (to, to / "dst"):  # a new name, an empty directory
+        start.mkdir(parents=True)
+        status, total, _ = _run_of(src, to / "dst")
+        assert (status, files_of(to / "dst")) == (0, wanted)
+        shutil.rmtree(to)
+        for number in sorted(random.Random(str(start.name)).sample(range(1, total + 1), KILLS)):
+            for options in ({"resume": True}, {}):
+                start.mkdir(parents=True)
+                status, *_ = _run_of(src, to / "dst", number, **options)
+                assert status == signal.SIGKILL or files_of(to / "dst") == wanted, number
+                if not (to / "dst" / "config.json").exists():
+                    assert start.name == "dst" or not (to / "dst").exists(), number
+                    status, _, converted = _run_of(src, to / "dst", **options)
+                    assert status == 0, (number, options)
+                    again += [converted] if options else []
+                found = {name: content for name, content in files_of(to / "dst").items() if "saving" not in name}
+                assert found == wanted, number
+                assert not [one for one in os.listdir(to) if one not in ("dst", ".dst.saving")], number
+                shutil.rmtree(to)
+    return again, pieces
+
+
+def test_killed_at_any_step_and_resumed(tmp_path):
+    """The same bytes as one run, and what was done is not done again; without `resume` it begins anew."""
+    again, pieces = in_fresh_process(_killed_and_resumed, str(tmp_path))
+    assert min(again) < pieces, again
+
+
+@pytest.fixture
+def part(tmp_path):
+    """What a run leaves that was killed in the middle: its source and its destination."""
+    src = small(tmp_path / "src")
+    in_fresh_process(_run_of_part, str(src), str(tmp_path / "to" / "dst"))
+    (stage,) = (tmp_path / "to").glob(".dst.saving-*")
+    assert sum((stage / ".done").read_bytes()) > 0
+    return src, tmp_path / "to" / "dst", stage
+
+
+def _run_of_part(src, dst):
+    torch.set_num_threads(1)
+    os.mkdir(os.path.dirname(dst))
+    status, *_ = _run_of(src, f"{dst}-whole")
+    assert status == 0
+    steps = json.loads(Path(f"{src}-report").read_text())[0]
+    shutil.rmtree(f"{dst}-whole")
+    status, *_ = _run_of(src, dst, steps // 2)
+    assert status == signal.SIGKILL
+
+
+def _touched(src):
+    file = next(src.glob("*.safetensors"))
+    os.utime(file, ns=(0, 0))
+
+
+def _rewritten(src):
+    (src / "README.md").write_text("other")
+
+
+def _other_config(src):
+    (src / "config.json").write_text(json.dumps(CONFIG | {"rope_theta": 5}))
+
+
+OTHERS = {
+    "layout": {"layout": "plain"},
+    "shards": {"max_shard_size": "9KB"},
+    "method": {"method": methods.Percentile(99.0), "rules": {EXPERTS_ONLY: fqt.FP8}},
+    "rule": {"rules": {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}},
+    "weights": _touched,
+    "other files": _rewritten,
+    "config": _other_config,
+}
+
+
+def test_to_go_on_with_another_conversion_is_refused(part, monkeypatch):
+    """Other options, other rules, a changed source: nothing is lost, and without `resume` it begins anew."""
+    src, dst, stage = part
+    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    before = files_of(stage)
+    times = {file: file.stat().st_mtime_ns for file in src.rglob("*")}
+    for name, other in OTHERS.items():
+        options = {"rules": SMALL, **OPTIONS, "resume": True} | (other if isinstance(other, dict) else {})
+        was = files_of(src)
+        if not isinstance(other, dict):
+            other(src)
+        with pytest.raises(ValueError) as caught:
+            folder(src, dst, **options)
+        assert_names(str(caught.value), "resume", stage.name, "found", "wanted"), name
+        assert files_of(stage) == before, name
+        for file, content in was.items():
+            (src / file).write_bytes(content) if (src / file).read_bytes() != content else None
+        for file, time in times.items():
+            os.utime(file, ns=(time, time))
+    folder(src, dst, SMALL, **OPTIONS, resume=True)
+    assert os.listdir(dst.parent) == ["dst"]
+
+
+def test_without_resume_it_begins_anew(part, monkeypatch):
+    """Whatever the part is of."""
+    src, dst, _ = part
+    folder(src, dst, {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, jobs=1)
+    assert os.listdir(dst.parent) == ["dst"]
+    folder(src, dst.with_name("other"), {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, jobs=2)
+    assert files_of(dst) == files_of(dst.with_name("other"))
+
+
+@pytest.mark.parametrize("name", ["out[1]", "out*", "-", "a.saving-0", "ö ü"])
+def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
+    """Also under one that would be a pattern."""
+    src = small(tmp_path / "src")
+    (tmp_path / "to").mkdir()
+    _fails_once(monkeypatch)
+    with pytest.raises(OSError, match="Input/output"):
+        folder(src, tmp_path / "to" / name, SMALL, resume=True)
+    with pytest.raises(ValueError, match="resume: found"):
+        folder(src, tmp_path / "to" / name, {EXPERTS_ONLY: fqt.FP8}, resume=True)
+    folder(src, tmp_path / "to" / name, SMALL, resume=True)
+    assert os.listdir(tmp_path / "to") == [name]
+
+
+def _fails_once(monkeypatch, error=errno.EIO, after=3):
+    """Let a write of tensors fail, once."""
+    left = [after]
+    write = module.Writer.write
+
+    def fails(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(error, os.strerror(error))
+        write(self, *args)
+
+    monkeypatch.setattr(module.Writer, "write", fails)
+
+
+def broken(path, value=torch.nan):
+    """A folder whose last expert has a weight that is not finite."""
+    tensors = in_lists(["up_proj"], 3)
+    tensors["layers.0.mlp.experts.2.up_proj.weight"][5, 7] = value
+    return write_folder(path, [tensors], CONFIG)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
+@pytest.mark.parametrize("format", [*FORMATS, fqt.FP8_BLOCK], ids=lambda format: format.name)
+def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_there, tmp_path):
+    """NaN or infinity in the last weight, which is named."""
+    for value in (torch.nan, torch.inf):
+        src = broken(tmp_path / "src", value)
+        (tmp_path / "to").mkdir()
+        dst = tmp_path / "to" / "dst"
+        if is_there:
+            dst.mkdir()
+        for resume in (False, True):
+            with pytest.raises(ValueError) as caught:
+                folder(src, dst, {EXPERTS_ONLY: format}, layout=layout, resume=resume)
+            assert_names(str(caught.value), "experts.2.up_proj.weight", "found", "wanted")
+            left = [one.name for one in (tmp_path / "to").rglob("*") if "saving" in one.name]
+            assert len(left) == (1 if resume else 0), left
+            assert dst.exists() == is_there
+        shutil.rmtree(tmp_path / "to")
+        shutil.rmtree(src)
+
+
+def test_a_full_disk_is_told_before_a_write(source, tmp_path, monkeypatch):
+    """How much there is and how much is wanted."""
+    free = os.statvfs(tmp_path)
+    names = [name for name in dir(free) if name.startswith("f_")]
+    none = types.SimpleNamespace(**{name: getattr(free, name) for name in names} | {"f_bavail": 100, "f_frsize": 1})
+    monkeypatch.setattr(os, "statvfs", lambda *_: none)
+    for resume in (False, True):
+        with pytest.raises(OSError, match="found 100 free bytes") as caught:
+            folder(source, tmp_path / "dst", RULES, resume=resume)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / "dst")
+        assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_disk_that_fills_in_the_middle(is_there, call, tmp_path, monkeypatch):
+    """At every kind of call: nothing is left, or what can be gone on with."""
+    src = small(tmp_path / "src")
+    (tmp_path / "to").mkdir()
+    dst = tmp_path / "to" / "dst"
+    folder(src, tmp_path / "whole", SMALL, **OPTIONS)
+    if is_there:
+        dst.mkdir()
+    real, left = getattr(os, call), [0]
+
+    def fails(*args):
+        left[0] -= stat.S_ISREG(os.fstat(args[0]).st_mode)  # not every system has fsync for directories
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(os, call, fails)
+    for after in (1, 2, 5):
+        left[0] = after
+        raised = None
+        try:
+            folder(src, dst, SMALL, **OPTIONS)
+        except OSError as error:
+            raised = error
+        assert (raised is None) == (left[0] > 0)
+        if raised is None:  # there are fewer calls of this kind
+            shutil.rmtree(dst)
+            if is_there:
+                dst.mkdir()
+        else:
+            assert raised.errno == errno.ENOSPC
+            assert str(tmp_path) in str(raised)
+        assert [str(one) for one in (tmp_path / "to").rglob("*")] == ([str(dst)] if is_there else [])
+    left[0] = 2
+    with contextlib.suppress(OSError):
+        folder(src, dst, SMALL, **OPTIONS, resume=True)
+    if left[0] <= 0:
+        folder(src, dst, SMALL, **OPTIONS, resume=True)
+    assert files_of(dst) == files_of(tmp_path / "whole")
+
+
+def test_two_conversions_to_one_place(source, tmp_path, monkeypatch):
+    """The second is refused while the first is going on, and harms nothing."""
+    refused = []
+
+    def fill(job, *args):
+        for resume in (False, True):
+            monkeypatch.setattr(module, "_fill", _fill)
+            with pytest.raises(OSError, match="another save to it is going on") as caught:
+                folder(source, tmp_path / "dst", RULES, resume=resume)
+            refused.append(caught.value.errno)
+        _fill(job, *args)
+
+    monkeypatch.setattr(module, "_fill", fill)
+    folder(source, tmp_path / "dst", RULES)
+    folder(source, tmp_path / "one", RULES)
+    assert refused == [errno.EBUSY] * 2
+    assert files_of(tmp_path / "dst") == files_of(tmp_path / "one")
+    assert sorted(os.listdir(tmp_path)) == ["dst", "one"]
