@@ -1,14 +1,14 @@
 """Whether the files have all of a model: each row and each name once, and the layers and experts that config counts."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fq_transforms.export.names import Source, module_of
 
-__all__ = ["DEEPSEEKS", "check_accounted", "check_config", "is_router"]
+__all__ = ["DEEPSEEKS", "check_accounted", "check_config", "is_router", "text_configs"]
 
 _IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inside>.*)")
 _EXPERT = re.compile(r"(?P<before>(?:.*\.)?(?:local_)?experts\.)(?P<expert>\d+)(?P<after>\..*)")
@@ -71,9 +71,7 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
     A part of a model, such as one rank's, has names like those of a whole one. What config does not say is not checked,
     but that experts count from zero without a gap, alike in all layers that have any.
     """
-    text = config
-    while inner := next((text[key] for key in _TEXT_CONFIGS if isinstance(text.get(key), Mapping)), None):
-        text = inner
+    *_, text = text_configs(config)
     rows: dict[str, int] = {}
     for source in sources:
         of_source = torch.arange(source.shape[0] if source.shape else 1)
@@ -90,6 +88,19 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
         bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
         if name.endswith(".mlp.gate.weight") and bias not in rows:
             raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
+
+
+def text_configs(config: Mapping[str, Any]) -> Iterator[Any]:
+    """The config, and within it those of the part that has experts, from the outermost on.
+
+    Example:
+        >>> [*text_configs({"a": 1, "text_config": {"b": 2}})][-1]
+        {'b': 2}
+    """
+    inner: Any = config
+    while inner is not None:
+        yield inner
+        inner = next((inner[key] for key in _TEXT_CONFIGS if isinstance(inner.get(key), Mapping)), None)
 
 
 def is_router(name: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.encoded import EncodedWeight, Found, take
 from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
 from fq_transforms.export.schemes import SCHEMES, Scheme
 from fq_transforms.export.shards import Files
@@ -37,7 +37,8 @@ __all__ = ["TARGET", "find"]
 MOST_SECONDS = 10
 
 # What files may hold of a quantized module, and of its inputs.
-INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale")
+INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
+OF_CACHE = ("q_scale", "k_scale", "v_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
 
 
@@ -141,7 +142,7 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     left: dict[str, str] = {}
     for name in files.places:
         module, _, part = name.rpartition(".")
-        if part in ("k_scale", "v_scale"):
+        if part in OF_CACHE:
             left[name] = "a scale of the cache of keys and values"
         elif module in parts_of and part in INPUTS:
             left[name] = "a scale of inputs, of the codes that were there"
@@ -152,9 +153,9 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
         scheme = scheme_of[module]
         format = str(scheme.format or about["format"])
         compressor: Any = BaseCompressor.get_value_from_registry(format)
-        stored = {part: files.read(name) for part, name in parts.items()}  # mapped: values of few are looked at
-        _check_stored(module, stored, compressor.compression_param_names(scheme))
-        shape = _shape_of(module, stored, scheme.weights.num_bits)
+        shape = _shape_of(
+            files, f"module {module!r}", parts, scheme.weights, compressor.compression_param_names(scheme)
+        )
         decode = partial(_decode, module=module, shape=shape, scheme=scheme, compressor=compressor)
         exponents = "weight_scale" if format == "mxfp4-pack-quantized" else None
         weights[f"{module}.weight"] = EncodedWeight(format, parts, shape, decode, exponents)
@@ -162,7 +163,13 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
 
 
 def _decode(
-    parts: Mapping[str, Tensor], dtype: torch.dtype, *, module: str, shape: tuple[int, ...], scheme: Any, compressor: Any
+    parts: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    module: str,
+    shape: tuple[int, ...],
+    scheme: Any,
+    compressor: Any,
 ) -> Tensor:
     try:
         weight = compressor.decompress(dict(parts), scheme)["weight"]
@@ -173,33 +180,46 @@ def _decode(
     return weight.to(dtype)
 
 
-def _check_stored(module: str, stored: Mapping[str, Tensor], known: Collection[str]) -> None:
-    """Raise ValueError unless a module has its codes, and nothing that a decompressor would ignore."""
-    wanted = {"weight", "weight_packed"} & set(known)
-    others = stored.keys() - PARTS
-    if not wanted <= stored.keys() or others:
-        raise ValueError(f"module {module!r}: found {sorted(stored)}, wanted {sorted(wanted)}, and nothing but {PARTS}")
-
-
-def _shape_of(module: str, stored: Mapping[str, Tensor], bits: int) -> tuple[int, ...]:
-    """The shape of the weight that codes stand for, [out, in]; with no more scales, by which it would be made larger.
+def _shape_of(files: Files, what: str, parts: Mapping[str, str], args: Any, known: Collection[str]) -> tuple[int, ...]:
+    """The shape of the weight that codes stand for, [out, in].
 
     Raises:
-        ValueError: Codes or scales are no matrix, or do not fit.
+        ValueError: A part is missing, or one that a decompressor would ignore; codes and scales do not fit.
     """
-    packed, scale = stored.get("weight_packed"), stored["weight_scale"]
-    codes = stored["weight"] if packed is None else packed
-    if codes.dim() != 2 or not 1 <= bits <= 8:
-        raise ValueError(f"module {module!r}: found codes {tuple(codes.shape)} of {bits} bits, wanted a matrix")
+    wanted = tuple(part for part in PARTS if part in known)
+    take(parts, wanted, PARTS, what)
+    types = {part: files.places[name].type for part, name in parts.items()}
+    name = "weight_packed" if "weight_packed" in wanted else "weight"
+    codes, scale = types[name], types["weight_scale"]
+    bits = args.num_bits
+    dtype = ("I8" if args.type == "int" else "F8_E4M3") if name == "weight" else "I32" if args.type == "int" else "U8"
+    if codes.dtype != dtype or len(codes.shape) != 2 or not 1 <= bits <= 8:
+        raise ValueError(f"{what}: found codes {codes.dtype} {codes.shape} of {bits} bits, wanted {dtype} [out, in]")
     rows, columns = codes.shape
-    most = columns if packed is None else columns * 8 * codes.element_size() // bits
-    sizes = stored["weight_shape"].flatten()[:3].tolist() if "weight_shape" in stored else [rows, most]
-    if len(sizes) != 2 or sizes[0] != rows or not 0 < sizes[1] <= most:
-        raise ValueError(f"module {module!r}: found weight_shape {sizes} for codes of {tuple(codes.shape)}")
-    fits = scale.numel() == 1 or (scale.dim() == 2 and scale.shape[0] <= rows and scale.shape[1] <= sizes[1])
-    if not fits:
-        raise ValueError(f"module {module!r}: found weight_scale {tuple(scale.shape)} for a weight of {tuple(sizes)}")
-    return tuple(sizes)
+    most = columns if name == "weight" else columns * (32 if dtype == "I32" else 8) // bits
+    sizes = [rows, most]
+    if "weight_shape" in wanted:
+        of_sizes = types["weight_shape"]
+        if of_sizes.shape != (2,) or not of_sizes.dtype.startswith("I"):
+            raise ValueError(f"{what}: found weight_shape {of_sizes.dtype} {of_sizes.shape}, wanted two integers")
+        sizes = files.read(parts["weight_shape"]).tolist()
+        if sizes[0] != rows or -(-sizes[1] * bits // 32) != columns:
+            raise ValueError(f"{what}: found weight_shape {sizes} for codes of {codes.shape}, wanted what they hold")
+    out, width = sizes
+    strategy = str(getattr(args.strategy, "value", args.strategy))
+    if strategy in ("tensor", "channel"):
+        grid = (1,) if strategy == "tensor" else (out, 1)
+    else:
+        sides: Any = args.block_structure if strategy == "block" else (1, args.group_size)
+        if not (sides and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)):
+            raise ValueError(f"{what}: found strategy {strategy!r} with blocks of {shown(sides)}, wanted two sides")
+        grid = (-(-out // sides[0]), -(-width // sides[1]))
+    if scale.shape != grid and not (strategy == "tensor" and scale.shape in ((), (1, 1))):
+        raise ValueError(
+            f"{what}: found weight_scale {scale.shape} for a weight of {(out, width)}, wanted {grid}, as strategy "
+            f"{strategy!r} says"
+        )
+    return out, width
 
 
 def _check_about(about: Any) -> None:
@@ -213,7 +233,7 @@ def _check_about(about: Any) -> None:
     found = [key for key in ("transform_config", "sparsity_config") if about.get(key)]
     if found:
         raise ValueError(f"found {shown(found)}, which is not undone here, wanted quantized weights only")
-    known = {scheme.format for scheme in SCHEMES.values()}
+    known = {"naive-quantized", *(scheme.format for scheme in SCHEMES.values())}
     named = {f"{name}.format": group.get("format") or about.get("format") for name, group in groups.items()}
     if about.get("format") not in (None, "mixed-precision"):
         named["format"] = about["format"]

@@ -4,8 +4,9 @@
     {module}.weight_scale_inv    what codes are multiplied with, fp32 [out/128, in/128]
     config.json                  `quantization_config`: the block, and which modules are not quantized
 
-Read are also stacks, {stack} and {stack}_scale_inv, other blocks, and one scale per tensor, {module}.weight_scale, with
-or without the scale of inputs beside it.
+Read are also stacks, {stack} and {stack}_scale_inv; other blocks, and one scale per tensor or row; scales that are
+exponents; DeepSeek V4's FP4, two in a byte of int8 [out, in/2], with exponents [out, in/32]; and what is called
+{module}.weight_scale.
 
 Its readers quantize inputs when the model runs, in blocks of 128 along `in`.
 
@@ -23,11 +24,16 @@ from fq_transforms.export.encoded import EncodedWeight, Found, of_blocks
 from fq_transforms.export.plan import CodedWeight, ExportPlan, Target
 from fq_transforms.export.schemes import FORMAT_KEYS
 from fq_transforms.export.shards import Files
+from fq_transforms.formats import MXFP4
+from fq_transforms.ops.pack.reference import unpack_reference
 from fq_transforms.parse import shown
 
 __all__ = ["TARGET", "find"]
 
 BLOCK = [128, 128]
+# Dtypes of scales that are exponents + 127.
+_EXPONENTS = ("F8_E8M0", "U8")
+_OF_INPUTS = (".input_scale", "activation_scale")
 
 
 def _encode(coded: CodedWeight) -> dict[str, Tensor]:
@@ -59,37 +65,54 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     """What is stored so. Raises ValueError for scales that do not fit the codes."""
     block: Any = about.get("weight_block_size") or BLOCK
     if not (isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)):
-        raise ValueError(f"quantization_config: found weight_block_size={shown(block)}, wanted two sides")
-    rows, columns = block
+        raise ValueError(f"quantization_config: found weight_block_size={shown(block)}, wanted two sides, or null")
     weights: dict[str, EncodedWeight] = {}
     left: dict[str, str] = {}
     for scale in files.places:
-        ending = next((end for end in ("_scale_inv", ".weight_scale") if scale.endswith(end)), None)
-        if scale.endswith((".input_scale", ".activation_scale")):
+        if scale.endswith(_OF_INPUTS):
             left[scale] = "a scale of inputs, of the codes that were there"
-        if ending is None:
-            continue
-        name = scale.removesuffix("_scale_inv").removesuffix("_scale")
-        if name not in files.places:
-            raise ValueError(f"tensor {scale!r}: found no {name!r}, wanted the codes that it is the scale of")
-        of_codes, of_scale = files.places[name].type, files.places[scale].type.shape
-        *stack, out, width = of_codes.shape if len(of_codes.shape) > 1 else (0, 0)
-        in_blocks = (*stack, -(-out // rows), -(-width // columns))
-        is_number = of_scale in ((), (1,))
-        if not of_codes.dtype.startswith("F8_") or not (is_number or of_scale == in_blocks):
-            raise ValueError(
-                f"tensor {name!r}: found {of_codes.dtype} {of_codes.shape} with scales {of_scale}, wanted float8 and "
-                f"one number, or {in_blocks}, for blocks of {block}"
-            )
-        parts = {"codes": name, "scale": scale}
-        words = "FP8" if is_number else f"FP8 in blocks of ({rows}, {columns})"
-        decode = partial(_decode, block=None if is_number else (rows, columns))
-        weights[name] = EncodedWeight(words, parts, of_codes.shape, decode)
+        elif scale.endswith(("_scale_inv", ".weight_scale")):
+            name = scale.removesuffix("_scale_inv").removesuffix("_scale")
+            if name not in files.places:
+                raise ValueError(f"tensor {scale!r}: found no {name!r}, wanted the codes that it is the scale of")
+            weights[name] = _weight(files, name, scale, (block[0], block[1]))
     return Found(weights, left)
 
 
-def _decode(parts: Mapping[str, Tensor], dtype: torch.dtype, *, block: tuple[int, int] | None) -> Tensor:
+def _weight(files: Files, name: str, scale: str, block: tuple[int, int]) -> EncodedWeight:
+    codes, of_scale = files.places[name].type, files.places[scale].type
+    parts = {"codes": name, "scale": scale}
+    *stack, out, width = codes.shape if len(codes.shape) in (2, 3) else (0, 0)
+
+    def grid(rows: int, columns: int) -> tuple[int, ...]:
+        return (*stack, -(-out // rows), -(-width // columns))
+
+    is_float = of_scale.dtype in ("F32", "BF16", "F16", *_EXPONENTS)
+    if codes.dtype in ("F8_E4M3", "F8_E5M2") and is_float and out:
+        if of_scale.shape in ((), (1,), grid(out, width)):
+            return EncodedWeight("FP8", parts, codes.shape, partial(_decode, block=(out, width)))
+        if of_scale.shape == grid(*block):
+            words = f"FP8 in blocks of ({block[0]}, {block[1]})"
+            return EncodedWeight(words, parts, codes.shape, partial(_decode, block=block))
+        if of_scale.shape == grid(1, width):
+            return EncodedWeight("FP8 per channel", parts, codes.shape, partial(_decode, block=(1, width)))
+        if of_scale.shape == grid(1, 32) and of_scale.dtype in _EXPONENTS:
+            return EncodedWeight("MXFP8", parts, codes.shape, partial(_decode, block=(1, 32)))
+    elif codes.dtype in ("I8", "U8") and of_scale.dtype in _EXPONENTS and of_scale.shape == grid(1, 16):
+        return EncodedWeight("MXFP4", parts, (*stack, out, 2 * width), _decode_mxfp4, "scale")
+    raise ValueError(
+        f"tensor {name!r}: found {codes.dtype} {codes.shape} with scales {of_scale.dtype} {of_scale.shape}, wanted "
+        f"float8 with one number, one per row, or {grid(*block)} for blocks of {list(block)}; or bytes of two FP4 with "
+        "one exponent for 32"
+    )
+
+
+def _decode(parts: Mapping[str, Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> Tensor:
     codes, scale = parts["codes"], parts["scale"]
-    if block is None:
-        return (codes.float() * scale.float()).to(dtype)
-    return of_blocks(codes, scale, block, dtype)
+    scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
+    return of_blocks(codes, scale if scale.dim() == codes.dim() else scale.reshape(1, 1), block, dtype)
+
+
+def _decode_mxfp4(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    codes, scale = (parts[part].view(torch.uint8) for part in ("codes", "scale"))
+    return unpack_reference(codes, scale, None, format=MXFP4, out_dtype=dtype)

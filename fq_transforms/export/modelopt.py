@@ -22,8 +22,9 @@ from fq_transforms.export.encoded import EncodedWeight, Found, of_blocks, take
 from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, largest
 from fq_transforms.export.schemes import FORMAT_KEYS
 from fq_transforms.export.shards import Files, TensorType
-from fq_transforms.formats import MXFP8, NVFP4
+from fq_transforms.formats import MXFP4, MXFP8, NVFP4, Format
 from fq_transforms.ops.pack.reference import unpack_reference
+from fq_transforms.parse import shown
 
 __all__ = ["TARGET", "find"]
 
@@ -110,74 +111,84 @@ TARGET = Target("ModelOpt's HF export", "modelopt", _documents, ALGORITHMS, chec
 
 
 # Scales of a cache of keys and values, and of inputs.
-_OF_CACHE = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale", ".k_bmm_scale", ".v_bmm_scale")
-_INPUTS = "a scale of inputs, of the codes that were there"
+_OF_CACHE = (
+    *(".k_scale", ".v_scale", ".k_proj.k_bias", ".v_proj.v_bias", ".k_proj.output_scale", ".v_proj.output_scale"),
+    *(".q_bmm_scale", ".k_bmm_scale", ".v_bmm_scale"),
+)
+# What inputs are multiplied with, or added to, before they are quantized: weights alone do not say it.
+_OF_AWQ = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
 
 
 def find(files: Files, about: Mapping[str, Any]) -> Found:
     """What is stored so. Raises ValueError for codes of another kind, such as AWQ's, and scales that do not fit."""
     weights: dict[str, EncodedWeight] = {}
-    left = {name: "a scale of the cache of keys and values" for name in files.places if name.endswith(_OF_CACHE)}
-    for scale in files.places:
-        if not scale.endswith(".weight_scale"):
-            continue
-        module = scale.removesuffix(".weight_scale")
-        named = {part: f"{module}.{part}" for part in ("weight", "weight_scale", "weight_scale_2", "input_scale")}
-        awq = f"{module}.pre_quant_scale"
-        parts = {part: name for part, name in named.items() if name in files.places}
-        if awq in files.places:
-            parts["pre_quant_scale"] = awq
-        if "input_scale" in parts:
-            left[parts["input_scale"]] = _INPUTS
-        what = f"module {module!r}"
-        is_nvfp4 = "weight_scale_2" in parts
-        wanted = ("weight", "weight_scale", *(["weight_scale_2"] if is_nvfp4 else []))
-        own = take(parts, wanted, ("input_scale",), what)
-        of_codes, of_scale = (files.places[own[part]].type for part in wanted[:2])
-        weights[own["weight"]] = _weight(what, own, of_codes, of_scale, is_nvfp4)
+    left: dict[str, str] = {}
+    algorithm = f"quant_algo {shown(about.get('quant_algo'))}"
+    for name in files.places:
+        if name.endswith(_OF_AWQ):
+            raise ValueError(f"tensor {name!r}: found {algorithm}, whose inputs are changed, wanted another algorithm")
+        if name.endswith(_OF_CACHE):
+            left[name] = "a scale of the cache of keys and values"
+        elif name.endswith(".input_scale"):
+            left[name] = "a scale of inputs, of the codes that were there"
+        elif name.endswith(".weight_scale"):
+            module = name.removesuffix(".weight_scale")
+            named = {part: f"{module}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")}
+            parts = {part: name for part, name in named.items() if name in files.places}
+            what = f"module {module!r} of {algorithm}"
+            own = take(parts, ("weight", "weight_scale"), ("weight_scale_2",), what)
+            weights[own["weight"]] = _weight(
+                what, parts, {part: files.places[name].type for part, name in parts.items()}
+            )
     return Found(weights, left)
 
 
-def _weight(
-    what: str, parts: dict[str, str], codes: TensorType, scale: TensorType, is_nvfp4: bool
-) -> EncodedWeight:
+def _weight(what: str, parts: dict[str, str], types: Mapping[str, TensorType]) -> EncodedWeight:
+    codes, scale = types["weight"], types["weight_scale"]
     refused = ValueError(
-        f"{what}: found {codes.dtype} {codes.shape} with scales {scale.dtype} {scale.shape}, wanted NVFP4, FP8, MXFP8 "
-        "or INT8 as ModelOpt 0.47 writes them"
+        f"{what}: found {codes.dtype} {codes.shape} with scales {scale.dtype} {scale.shape}, wanted NVFP4, FP8, MXFP8, "
+        "MXFP4 or INT8 as ModelOpt 0.47 writes them"
     )
     if len(codes.shape) not in (2, 3):
         raise refused
     *stack, out, width = codes.shape
-    if is_nvfp4:
-        if codes.dtype != "U8" or scale != TensorType("F8_E4M3", (*stack, out, width // 8)):
+    if number := types.get("weight_scale_2"):
+        wanted = ((), (1,), tuple(stack), (*stack, 1), (*stack, 1, 1))
+        fits = codes.dtype == "U8" and scale == TensorType("F8_E4M3", (*stack, out, width // 8))
+        if not fits or number.dtype != "F32" or number.shape not in wanted:
             raise refused
         return EncodedWeight("NVFP4", parts, (*stack, out, 2 * width), _decode_nvfp4)
-    if codes.dtype == "F8_E4M3" and scale == TensorType("U8", (*stack, out, width // 32)):
-        return EncodedWeight("MXFP8", parts, codes.shape, _decode_mxfp8)
+    if codes.dtype == "U8" and width % 16 == 0 and scale == TensorType("U8", (*stack, out, width // 16)):
+        return EncodedWeight(
+            "MXFP4", parts, (*stack, out, 2 * width), partial(_decode_mx, format=MXFP4), "weight_scale"
+        )
+    if codes.dtype == "F8_E4M3" and width % 32 == 0 and scale == TensorType("U8", (*stack, out, width // 32)):
+        return EncodedWeight("MXFP8", parts, codes.shape, partial(_decode_mx, format=MXFP8))
     if codes.dtype not in ("F8_E4M3", "I8") or scale.dtype not in ("F32", "BF16", "F16"):
         raise refused
     name = "FP8" if codes.dtype == "F8_E4M3" else "INT8"
     if scale.shape in ((), (1,)):
         return EncodedWeight(name, parts, codes.shape, partial(_decode_blocks, block=(out, width)))
-    if scale.shape == (out,) and not stack:
+    if scale.shape in ((out,), (out, 1)) and not stack:
         return EncodedWeight(f"{name} per channel", parts, codes.shape, partial(_decode_blocks, block=(1, width)))
-    if scale.shape == (-(-out // 128), 1, -(-width // 128), 1):
-        return EncodedWeight(
-            f"{name} in blocks of (128, 128)", parts, codes.shape, partial(_decode_blocks, block=(128, 128))
-        )
+    if scale.shape == (-(-out // 128), 1, -(-width // 128), 1) and not stack:
+        words = f"{name} in blocks of (128, 128)"
+        return EncodedWeight(words, parts, codes.shape, partial(_decode_blocks, block=(128, 128)))
     raise refused
 
 
 def _decode_nvfp4(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    global_scale = parts["weight_scale_2"].reshape(parts["weight_scale_2"].shape[: parts["weight"].dim() - 2])
-    return unpack_reference(parts["weight"], parts["weight_scale"], global_scale, format=NVFP4, out_dtype=dtype)
+    codes, number = parts["weight"], parts["weight_scale_2"]
+    number = number.reshape(codes.shape[:1] if number.numel() > 1 and codes.dim() > 2 else ())
+    number = number.expand(codes.shape[:-2])
+    return unpack_reference(codes, parts["weight_scale"], number, format=NVFP4, out_dtype=dtype)
 
 
-def _decode_mxfp8(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return unpack_reference(parts["weight"], parts["weight_scale"], None, format=MXFP8, out_dtype=dtype)
+def _decode_mx(parts: Mapping[str, Tensor], dtype: torch.dtype, *, format: Format) -> Tensor:
+    return unpack_reference(parts["weight"], parts["weight_scale"], None, format=format, out_dtype=dtype)
 
 
 def _decode_blocks(parts: Mapping[str, Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> Tensor:
     codes, scale = parts["weight"], parts["weight_scale"]
     rows, columns = (-(-side // of) for side, of in zip(codes.shape[-2:], block, strict=True))
-    return of_blocks(codes, scale.reshape(*codes.shape[:-2], rows, columns), block, dtype)
+    return of_blocks(codes, scale.reshape(rows, columns), block, dtype)

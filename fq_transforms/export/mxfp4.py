@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.export.encoded import EncodedWeight, Found
-from fq_transforms.export.shards import Files
+from fq_transforms.export.shards import Files, TensorType
 
 __all__ = ["find"]
 
@@ -29,11 +29,12 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
         stack = name.removesuffix("_blocks")
         scales = files.places.get(f"{stack}_scales")
         shape = place.type.shape
-        if scales is None or len(shape) != 4 or shape[3] != 16 or scales.type.shape != shape[:3]:
-            found = None if scales is None else scales.type.shape
+        wanted = TensorType("U8", (*shape[:3], 16)), TensorType("U8", shape[:3])
+        if len(shape) != 4 or scales is None or (place.type, scales.type) != wanted:
+            found = "none" if scales is None else f"{scales.type.dtype} {scales.type.shape}"
             raise ValueError(
-                f"tensor {name!r}: found {shape} and scales {found}, wanted [E, out, in/32, 16] and '{stack}_scales' "
-                "[E, out, in/32]"
+                f"tensor {name!r}: found {place.type.dtype} {shape} and scales {found}, wanted U8 [E, out, in/32, 16] "
+                f"and '{stack}_scales' U8 [E, out, in/32]"
             )
         experts, out, blocks, _ = shape
         parts = {"blocks": name, "scales": f"{stack}_scales"}

@@ -1,6 +1,7 @@
 """A folder to read: its plain weights by name, whatever it stores them in, and the other files beside them."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
-from fq_transforms.export.encoded import EncodedWeight, Found
+from fq_transforms.export.accounted import text_configs
+from fq_transforms.export.encoded import Found
 from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
 from fq_transforms.parse import nearest, shown
@@ -26,6 +28,12 @@ READS: dict[str, Callable[[Files, Mapping[str, Any]], Found]] = {
 }
 MODELOPT = "hf_quant_config.json"
 # Other forms of the weights, which are not copied, and what belongs to the folder that it was.
+# Dtypes that are no codes: those of weights, and of buffers such as positions.
+_NO_CODES = ("F64", "F32", "F16", "BF16", "C64", "BOOL", "I64", "I32", "I16", "U64", "U32", "U16")
+_OF_CODES = re.compile(
+    r"[._](?:weight_(?:packed|scale|scale_inv|scale_2|global_scale|shape|zero_point|g_idx)|scale_inv|qweight|qzeros)$"
+    r"|\.weight\.(?:absmax|quant_map|quant_state\..*)$"
+)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -59,6 +67,7 @@ class Folder:
             self.dtype = _dtype_of(self.config)
             try:
                 found = Found({}, {}) if self.method is None else READS[self.method](self.files, about or {})
+                _check_accounted(self.files, found, self.method)
             except ValueError as error:
                 raise ValueError(f"folder {str(self.path)!r}: {error}") from error
         except BaseException:
@@ -100,9 +109,19 @@ class Folder:
         weight = self.encoded.get(name)
         if weight is None:
             return self.files.read(name, part)
-        is_stack = len(weight.shape) > 2
-        parts = {key: self.files.read(tensor, part if is_stack else None) for key, tensor in weight.parts.items()}
-        return weight.decode(parts, self.dtype)
+        experts = weight.shape[0] if len(weight.shape) > 2 else None  # a stack may share a number
+        shapes = {key: self.files.places[tensor].type.shape for key, tensor in weight.parts.items()}
+        own = {key: part if shape and shape[0] == experts else None for key, shape in shapes.items()}
+        parts = {key: self.files.read(tensor, own[key]) for key, tensor in weight.parts.items()}
+        plain = weight.decode(parts, self.dtype)
+        if not bool((is_finite := plain.isfinite()).all()):
+            expert = int((~is_finite).nonzero()[0, 0]) + (part.start if part else 0)
+            of = "" if experts is None else f", expert {expert}"
+            raise ValueError(
+                f"tensor {name!r}{of}: found {weight.format} that stands for NaN or infinity, in codes or scales, of "
+                f"{list(weight.parts.values())}, wanted finite weights of {self.dtype}"
+            )
+        return plain
 
     def exponents(self, name: str, part: slice | None = None) -> Tensor | None:
         """Exponents + 127 of the blocks of 32 of a weight that is stored in MXFP4, [..., out, in/32]; else None."""
@@ -127,34 +146,60 @@ class Folder:
             for file in sorted(files):
                 relative = Path(directory, file).relative_to(self.path)
                 is_ours = str(relative) in (CONFIG, INDEX, MODELOPT)
-                if not (is_ours or file.startswith(".") or file.endswith(_WEIGHTS)) and (self.path / relative).is_file():
+                if (
+                    not (is_ours or file.startswith(".") or file.endswith(_WEIGHTS))
+                    and (self.path / relative).is_file()
+                ):
                     yield str(relative)
 
     def _about(self) -> dict[str, Any] | None:
-        """What says how the folder is quantized."""
-        about: Any = self.config.pop("quantization_config", None) or self.config.pop("compression_config", None)
+        """What says how the folder is quantized, which config has no more then."""
+        about: Any = None
+        for entries in text_configs(self.config):
+            for key in ("quantization_config", "compression_config"):
+                value = entries.pop(key, None)
+                about = value if about is None and value != {} else about
         if about is None and (self.path / MODELOPT).exists():  # older exporters wrote that alone
-            about = {"quant_method": "modelopt"} | read_document(self.path / MODELOPT)
+            own: Any = read_document(self.path / MODELOPT)
+            about = {"quant_method": "modelopt"} | own.get("quantization", own)
         if about is None:
             return None
         method = about.get("quant_method") if isinstance(about, dict) else None
         if method is None and isinstance(about, dict) and "quant_algo" in about:
             method = "modelopt"
         if not isinstance(method, str) or method not in READS:
+            found = (
+                f"quant_method {shown(method)}" if isinstance(about, dict) else f"quantization_config {shown(about)}"
+            )
             meant = f" (did you mean {nearest(method, READS)[0]!r}?)" if isinstance(method, str) else ""
             raise ValueError(
-                f"folder {str(self.path)!r}: found quant_method {shown(method)}, wanted one of {sorted(READS)}, or a "
-                f"model that is not quantized{meant}"
+                f"folder {str(self.path)!r}: found {found}, wanted one of {sorted(READS)}, or a model that is not "
+                f"quantized{meant}"
             )
         return about | {"quant_method": method}
 
 
+def _check_accounted(files: Files, found: Found, method: str | None) -> None:
+    """Raise ValueError for codes or scales that belong to no weight: they would be copied as if they were weights."""
+    taken = {part for weight in found.weights.values() for part in weight.parts.values()} | found.left.keys()
+    for name, place in files.places.items():
+        is_code = place.type.dtype not in _NO_CODES and len(place.type.shape) > 1
+        if name not in taken and (_OF_CODES.search(name) or (is_code and method is not None)):
+            alone = "config.json says nothing of quantization" if method is None else f"quant_method {method!r}"
+            raise ValueError(
+                f"tensor {name!r}: found {place.type.dtype} {place.type.shape}, which is not a weight and of which no "
+                f"weight is made, and {alone}, wanted codes and scales beside each other, and the config that they "
+                "were written with"
+            )
+    for name in found.weights:
+        if name in files.places and name not in taken:
+            raise ValueError(f"tensor {name!r}: found it plain and in codes, wanted it once")
+
+
 def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that config names, or that of its text; bf16 if it names none that weights can have."""
-    inner: Any = config.get("text_config")
-    for entries in (config, inner if isinstance(inner, dict) else {}):
+    for entries in text_configs(config):
         named = str(entries.get("dtype") or entries.get("torch_dtype")).removeprefix("torch.")
         if named in ("bfloat16", "float16", "float32"):
             return getattr(torch, named)
     return torch.bfloat16
-

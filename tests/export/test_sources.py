@@ -1,0 +1,264 @@
+"""Folders that others have quantized: of their codes `folder` makes what the library that defines them reads."""
+
+import json
+
+import pytest
+import torch
+
+import fq_transforms as fqt
+from fq_transforms.export.sources import Folder
+from tests.export.models import assert_same_bytes, read
+from tests.export.sources import BLOCK, CONFIG, EXPERTS, HIDDEN, INNER, MODULES, STACKS, plain, weights, write
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
+
+
+def made_plain(source, target, **options):
+    """The tensors of a source made plain, once nothing but `target` is new, and config.json says nothing of codes."""
+    before = {path.name for path in source.parent.iterdir()}
+    fqt.export.folder(source, target, layout="plain", **options)
+    assert {path.name for path in source.parent.iterdir()} == before | {target.name}
+    config = json.loads((target / "config.json").read_text())
+    text = config.get("text_config", {})
+    assert not {"quantization_config", "compression_config"} & {*config, *text}
+    assert not (target / "hf_quant_config.json").exists()
+    return read(target)
+
+
+# What compressed-tensors writes: its name for the format, the arguments of weights, and dtypes of scales.
+def _args(bits, kind, strategy, **others):
+    return {"num_bits": bits, "type": kind, "strategy": strategy} | others
+
+
+WRITTEN = {
+    **{
+        f"INT4 in groups of {size}": ("pack-quantized", _args(4, "int", "group", group_size=size))
+        for size in (32, 64, 128)
+    },
+    "INT3": ("pack-quantized", _args(3, "int", "group", group_size=64)),
+    "INT4 per channel": ("pack-quantized", _args(4, "int", "channel")),
+    "INT4 with zero points": ("pack-quantized", _args(4, "int", "group", group_size=32, symmetric=False)),
+    "INT4 by activations": ("pack-quantized", _args(4, "int", "group", group_size=32, actorder="weight")),
+    "packed INT8": ("pack-quantized", _args(8, "int", "channel")),
+    "packed INT8 in groups": ("pack-quantized", _args(8, "int", "group", group_size=128)),
+    "INT8": ("int-quantized", _args(8, "int", "tensor")),
+    "INT8 per channel": ("int-quantized", _args(8, "int", "channel")),
+    "INT8 with zero points": ("int-quantized", _args(8, "int", "channel", symmetric=False)),
+    "naive INT8": ("naive-quantized", _args(8, "int", "channel")),
+    "FP8": ("float-quantized", _args(8, "float", "tensor")),
+    "FP8 per channel": ("float-quantized", _args(8, "float", "channel")),
+    "FP8 in groups": ("float-quantized", _args(8, "float", "group", group_size=128)),
+    "FP8 in blocks": ("float-quantized", _args(8, "float", "block", block_structure=[128, 128])),
+    "naive FP8": ("naive-quantized", _args(8, "float", "tensor")),
+    "NVFP4": ("nvfp4-pack-quantized", _args(4, "float", "tensor_group", group_size=16)),
+    "MXFP4": ("mxfp4-pack-quantized", _args(4, "float", "group", group_size=32)),
+    "MXFP6": ("mxfp6-pack-quantized", _args(6, "float", "group", group_size=32)),
+    "MXFP8": ("mxfp8-quantized", _args(8, "float", "group", group_size=32)),
+}
+
+
+def in_codes(name, of=MODULES, dtype=torch.bfloat16):
+    """Tensors as compressed-tensors' own compressor makes them, what its decompressor makes of them, and the config."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    format, entries = WRITTEN[name]
+    args = QuantizationArgs(**entries)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format)
+    compressor = BaseCompressor.get_value_from_registry(format)
+    tensors, wanted = {}, {}
+    for module, weight in weights(of).items():
+        out, width = weight.shape
+        rows, columns = {
+            "tensor": (out, width),
+            "channel": (1, width),
+            "block": args.block_structure or (),
+        }.get(entries["strategy"], (1, args.group_size))
+        blocks = weight.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        least, most = (
+            each.reshape(-1) if blocks.shape[:3:2] == (1, 1) and rows > 1 else each
+            for each in (blocks.amin((1, 3)), blocks.amax((1, 3)))
+        )
+        number = 448 * 6 / weight.abs().max().float()[None] if entries["strategy"] == "tensor_group" else None
+        scale, zero = calculate_qparams(least, most, args, global_scale=number)
+        one_level = number is None and not format.startswith("mx")
+        parts = {"weight": weight, "weight_scale": scale.to(dtype) if one_level else scale}
+        parts |= {} if number is None else {"weight_global_scale": number}
+        parts |= {} if args.symmetric else {"weight_zero_point": zero}
+        stored = compressor.compress(parts, scheme)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in stored.items()}
+        wanted[f"{module}.weight"] = compressor.decompress(dict(stored), scheme)["weight"].bfloat16()
+    about = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+        "ignore": ["lm_head", "re:.*gate$"],
+        "quantization_status": "compressed",
+    }
+    return tensors, wanted, about
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_of_compressed_tensors(name, dtype, tmp_path):
+    """Law: what its compressor wrote is what its decompressor reads of it, bit for bit; the rest keeps its bytes."""
+    tensors, wanted, about = in_codes(name, dtype=dtype)
+    source = write(tmp_path / "a", plain() | tensors, about, shards=2)
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
+def test_each_part_of_a_model_keeps_its_prefix(tmp_path):
+    """Kimi-K2.5's: names under `language_model.model`, and what says how it is quantized within `text_config`."""
+    of = {f"language_model.{module}": shape for module, shape in MODULES.items()}
+    tensors, wanted, about = in_codes("INT4 in groups of 32", of)
+    text = {key: CONFIG[key] for key in ("num_experts", "num_hidden_layers", "hidden_size")}
+    config = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "dtype": "bfloat16"}
+    source = write(tmp_path / "a", tensors, config=config | {"text_config": text | {"quantization_config": about}})
+    assert_same_bytes(made_plain(source, tmp_path / "b"), wanted)
+
+
+def test_scales_of_inputs_and_caches_are_left_out(tmp_path):
+    """They are of the codes that were there; the table of what was done counts them."""
+    tensors, wanted, about = in_codes("FP8")
+    attention = "model.layers.0.self_attn"
+    extra = {f"{module}.input_scale": torch.ones(1) for module in MODULES}
+    extra |= {f"{attention}.{part}": torch.ones(1) for part in ("k_scale", "v_scale")}
+    about["config_groups"]["group_0"]["input_activations"] = _args(8, "float", "tensor")
+    about["kv_cache_scheme"] = _args(8, "float", "tensor")
+    source = write(tmp_path / "a", plain() | tensors | extra, about)
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+    with Folder(source) as opened:
+        assert opened.left.keys() == extra.keys()
+
+
+def fp8_codes(weight, block, scales=torch.float32):
+    """Codes and scales as DeepSeek has them, edges that are cut included."""
+    out, width = weight.shape[-2:]
+    rows, columns = block
+    padded = torch.nn.functional.pad(weight.float(), (0, -width % columns, 0, -out % rows))
+    blocks = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    scale = blocks.abs().amax((-3, -1)) / 448
+    scale = (torch.exp2(scale.log2().ceil()) if scales == torch.float8_e8m0fnu else scale).to(scales)
+    codes = (blocks / scale.float()[..., None, :, None]).flatten(-2).flatten(-3, -2)[..., :out, :width]
+    return codes.to(torch.float8_e4m3fn), scale
+
+
+def by_transformers(codes, scale):
+    """What transformers reads of them, in bf16."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    return fp8.Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+
+
+DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (64, 128), "tensor", "row"], ids=str)
+def test_of_deepseek(block, scales, tmp_path):
+    """Modules and stacks, in blocks, per tensor or per row: as transformers dequantizes them."""
+    shapes = MODULES | {f"{BLOCK}.experts.{name}": shape for name, shape in STACKS.items()}
+    tensors, wanted = {}, {}
+    for name, weight in weights(shapes).items():
+        sides = {"tensor": weight.shape[-2:], "row": (1, weight.shape[-1])}.get(block, block)
+        codes, scale = fp8_codes(weight, sides, scales)
+        key = name if weight.dim() > 2 else f"{name}.weight"
+        tensors |= {key: codes, f"{key}_scale_inv": scale, f"{key}_activation_scale": torch.ones(1)}
+        wanted[key] = by_transformers(codes, scale)
+    about = DEEPSEEK | {"weight_block_size": None if isinstance(block, str) else list(block)}
+    source = write(tmp_path / "a", plain() | tensors, about, shards=2)
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
+def test_one_number_per_weight(tmp_path):
+    """Mistral's: scales that are numbers, [] and [1], of a matrix and of a whole stack."""
+    tensors, wanted = {}, {}
+    for n, (name, weight) in enumerate(weights(STACKS | SHAPES_OF_LINEARS).items()):
+        key = f"{BLOCK}.experts.{name}" if weight.dim() > 2 else f"{name}.weight"
+        scale = (weight.abs().max().float() / 448).reshape([1] if n % 2 else [])
+        codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+        tensors |= {key: codes, f"{key}_scale_inv": scale}
+        wanted[key] = (codes.float() * scale).bfloat16()
+    source = write(tmp_path / "a", plain() | tensors, DEEPSEEK | {"weight_block_size": None})
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
+SHAPES_OF_LINEARS = {"model.layers.0.self_attn.q_proj": (64, HIDDEN), "model.layers.0.self_attn.o_proj": (HIDDEN, 64)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 200), (127, 129), (256, 1), (2, 130, 200)], ids=str)
+def test_blocks_that_edges_cut(shape, tmp_path):
+    """Law: each code times the scale of its block, in fp32, rounded once: by loops over blocks."""
+    weight = torch.randn(shape)
+    codes, scale = fp8_codes(weight, (128, 128))
+    wanted = torch.empty(shape)
+    for r in range(scale.shape[-2]):
+        for c in range(scale.shape[-1]):
+            at = (..., slice(128 * r, 128 * r + 128), slice(128 * c, 128 * c + 128))
+            wanted[at] = codes[at].float() * scale[..., r : r + 1, c : c + 1]
+    name = "model.ragged.weight" if len(shape) == 2 else f"{BLOCK}.experts.down_proj"
+    tensors = {name: codes, f"{name}_scale_inv": scale}
+    config = {key: value for key, value in CONFIG.items() if "num_" not in key and "size" not in key}
+    source = write(tmp_path / "a", tensors, DEEPSEEK, config=config)
+    assert_same_bytes(made_plain(source, tmp_path / "b"), {name: wanted.bfloat16()})
+
+
+@pytest.mark.parametrize("scales", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("codes", ["FP8", "FP4"])
+def test_exponents_for_32(codes, scales, tmp_path):
+    """MXFP8, and DeepSeek V4's FP4 experts: scales that are exponents + 127, as transformers dequantizes them."""
+    tensors, wanted = {}, {}
+    for name, (out, width) in MODULES.items():
+        exponents = torch.randint(100, 140, (out, width // 32), dtype=torch.uint8)
+        if codes == "FP8":
+            drawn = torch.randn(out, width).to(torch.float8_e4m3fn)
+        else:
+            drawn = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8).view(torch.int8)
+        scale = exponents.view(scales)
+        tensors |= {f"{name}.weight": drawn, f"{name}.weight_scale_inv": scale}
+        wanted[f"{name}.weight"] = by_transformers(drawn, scale)
+    source = write(tmp_path / "a", plain() | tensors, DEEPSEEK)
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
+def gpt_oss(exponents=(100, 140), dtype=torch.bfloat16):
+    """Stacks of MXFP4 with their biases as gpt-oss has them; what transformers reads of them; and the config."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    generator = torch.Generator().manual_seed(3)
+    tensors, wanted = {}, {}
+    for name, (experts, width, out) in STACKS.items():
+        shape = (experts, out, width // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(*exponents, shape, dtype=torch.uint8, generator=generator)
+        stack = f"{BLOCK}.experts.{name}"
+        tensors |= {f"{stack}_blocks": blocks, f"{stack}_scales": scales}
+        tensors[f"{stack}_bias"] = torch.randn(experts, out, generator=generator).bfloat16()
+        wanted[f"{stack}_bias"] = tensors[f"{stack}_bias"]
+        wanted[stack] = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    return tensors, wanted, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+
+
+OF_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "num_hidden_layers": 1,
+    "num_local_experts": EXPERTS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "vocab_size": 32,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_of_gpt_oss(dtype, tmp_path):
+    """Law: what transformers' own conversion gives, in the dtype that config names; biases keep their bytes."""
+    tensors, wanted, about = gpt_oss(dtype=dtype)
+    config = OF_GPT_OSS | {"dtype": str(dtype).removeprefix("torch.")}
+    source = write(tmp_path / "a", plain() | tensors, about, shards=3, config=config)
+    found = made_plain(source, tmp_path / "b")
+    assert_same_bytes(found, plain() | wanted)
+    rules = {"*.experts.*": fqt.FP8_PER_CHANNEL}
+    again = made_plain(source, tmp_path / "c", rules=rules)
+    fq = fqt.transform(fqt.select(found, rules))
+    assert_same_bytes(again, found | fq.fakequant(found, fq.calibrate(found)))
