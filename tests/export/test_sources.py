@@ -7,7 +7,8 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.export.sources import Folder
-from tests.export.models import assert_same_bytes, read
+from tests.cases import assert_names
+from tests.export.models import assert_equal, assert_same_bytes, read
 from tests.export.sources import BLOCK, CONFIG, EXPERTS, HIDDEN, INNER, MODULES, STACKS, plain, weights, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
@@ -262,3 +263,165 @@ def test_of_gpt_oss(dtype, tmp_path):
     again = made_plain(source, tmp_path / "c", rules=rules)
     fq = fqt.transform(fqt.select(found, rules))
     assert_same_bytes(again, found | fq.fakequant(found, fq.calibrate(found)))
+
+
+def by_modelopt(codes, scale, number):
+    """What ModelOpt's tensor classes make of what its exporter wrote, in fp32, rounded to bf16 once."""
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+    options, dtype = {"scale": scale, "dtype": torch.float32}, torch.float32
+    shape = (codes.shape[0], codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1))
+    if number is not None:
+        cls, sizes = qtensor.NVFP4QTensor, {-1: 16, "scale_bits": (4, 3)}
+        options["double_scale"] = number
+    elif scale.dtype == torch.uint8:
+        cls = qtensor.MXFP8QTensor if codes.dtype == torch.float8_e4m3fn else qtensor.MXFP4QTensor
+        sizes = {-1: 32}
+    else:
+        cls = qtensor.FP8QTensor if codes.dtype == torch.float8_e4m3fn else qtensor.INT8QTensor
+        sizes = {-1: 128, -2: 128} if scale.dim() == 4 else None
+        options["scale"] = scale[:, 0, :, 0] if scale.dim() == 4 else scale[:, None] if scale.dim() else scale
+    return cls(shape, dtype, codes).dequantize(block_sizes=sizes, **options).bfloat16()
+
+
+OF_MODELOPT = ["NVFP4", "FP8", "FP8_PER_CHANNEL", "FP8_BLOCK", "MXFP8", "INT8_PER_CHANNEL", "MIXED_PRECISION"]
+
+
+@pytest.mark.parametrize("name", OF_MODELOPT)
+def test_of_modelopt(name, tmp_path):
+    """Its export_hf_checkpoint of a whole model: what its tensor classes read of it; the rest keeps its bytes."""
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    from modelopt.torch.export import export_hf_checkpoint
+
+    from tests.export.models import TOKENS
+    from tests.export.test_modelopt import built, of_experts
+
+    model, _ = built()
+    rules = of_experts("NVFP4" if name == "MIXED_PRECISION" else name)
+    if name == "MIXED_PRECISION":
+        other = {"quantizer_name": "*layers.1*mlp.experts*weight_quantizer*", "cfg": {"num_bits": (4, 3), "axis": 0}}
+        rules["quant_cfg"].append(other)
+    export_hf_checkpoint(mtq.quantize(model, rules, lambda m: m(TOKENS)), export_dir=tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
+    assert name != "MIXED_PRECISION" or about["quant_algo"] == name
+    stored, wanted = read(tmp_path / "a"), {}
+    for key, tensor in stored.items():
+        if key.endswith((".weight_scale", ".weight_scale_2", ".input_scale")):
+            continue
+        scale = stored.get(f"{key}_scale")
+        wanted[key] = tensor if scale is None else by_modelopt(tensor, scale, stored.get(f"{key}_scale_2"))
+    assert len(wanted) < len(stored)
+    assert_equal(made_plain(tmp_path / "a", tmp_path / "b"), wanted)  # its table has no -0.0
+
+
+OF_NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+
+
+def nvfp4_of_modelopt(of=MODULES):
+    """Codes and scales by its tensor class, and what that reads of them."""
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+    tensors, wanted = {}, {}
+    for module, weight in weights(of).items():
+        codes, scale, number = qtensor.NVFP4QTensor.quantize(weight, 16)
+        parts = {"weight": codes._quantized_data, "weight_scale": scale, "weight_scale_2": number}
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        wanted[f"{module}.weight"] = by_modelopt(parts["weight"], scale, number)
+    return tensors, wanted
+
+
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
+def test_where_modelopt_says_how(where, tmp_path):
+    """Older exporters say it in a file of their own alone; scales of inputs and caches are left out."""
+    tensors, wanted = nvfp4_of_modelopt()
+    extra = {f"{module}.input_scale": torch.tensor(1.0) for module in MODULES}
+    extra |= {f"model.layers.0.self_attn.{x}_proj.{x}_scale": torch.tensor(1.0) for x in "kv"}
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    files = {"hf_quant_config": own} if where.startswith("hf") else {}
+    source = write(tmp_path / "a", plain() | tensors | extra, None if files else OF_NVFP4, **files)
+    assert_equal(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
+def test_a_scale_of_zero_is_a_block_of_zeros(tmp_path):
+    """NVFP4 of ModelOpt: E4M3 scales of 0 and of 2**-9, the smallest; and MXFP4, by its tensor class."""
+    tensors, wanted = nvfp4_of_modelopt()
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        tensors[name].view(torch.uint8)[0, :4] = torch.tensor([0, 1, 0x7E, 0], dtype=torch.uint8)
+        module = name.removesuffix("_scale")
+        wanted[module] = by_modelopt(tensors[module], tensors[name], tensors[f"{name}_2"])
+    module = "model.layers.0.self_attn.o_proj.weight"
+    codes = torch.randint(0, 256, (64, 32), dtype=torch.uint8)
+    exponents = torch.randint(100, 140, (64, 2), dtype=torch.uint8)
+    tensors |= {module: codes, f"{module}_scale": exponents}
+    wanted[module] = by_modelopt(codes, exponents, None)
+    source = write(tmp_path / "a", plain() | tensors, OF_NVFP4)
+    assert_equal(made_plain(source, tmp_path / "b"), plain() | wanted)
+    assert any(bool((weight[0, :16] == 0).all()) for weight in wanted.values())
+
+
+_MODULE = next(iter(MODULES))
+_BYTES, _NUMBERS = torch.zeros(64, 256, dtype=torch.uint8), torch.ones(128, 2)
+REFUSED = {
+    "AWQ's scales of inputs": (
+        nvfp4_of_modelopt,
+        {f"{_MODULE}.pre_quant_scale": torch.ones(HIDDEN)},
+        OF_NVFP4 | {"quant_algo": "NVFP4_AWQ"},
+        ["pre_quant_scale", "NVFP4_AWQ"],
+    ),
+    "INT4_AWQ": (
+        dict,
+        {f"{_MODULE}.weight": _BYTES, f"{_MODULE}.weight_scale": _NUMBERS},
+        OF_NVFP4 | {"quant_algo": "W4A16_AWQ"},
+        [_MODULE, "W4A16_AWQ", "U8"],
+    ),
+    **{
+        method: (
+            dict,
+            {f"{_MODULE}.qweight": torch.zeros(32, 128, dtype=torch.int32)},
+            {"quant_method": method, "bits": 4},
+            [method, "compressed-tensors", "modelopt", "fp8", "mxfp4"],
+        )
+        for method in ("gptq", "awq", "bitsandbytes", "quark", "fbgemm_fp8", "hqq", "torchao")
+    },
+    "an order of columns": (
+        lambda: in_codes("INT4 in groups of 32")[:2],
+        {f"{_MODULE}.weight_g_idx": torch.zeros(HIDDEN, dtype=torch.int32)},
+        lambda: in_codes("INT4 in groups of 32")[2],
+        [_MODULE, "weight_g_idx"],
+    ),
+    "a rotation": (
+        lambda: in_codes("FP8")[:2],
+        {},
+        lambda: in_codes("FP8")[2] | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        ["transform_config"],
+    ),
+    "sparsity": (
+        lambda: in_codes("FP8")[:2],
+        {},
+        lambda: in_codes("FP8")[2] | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        ["sparsity_config"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_read_is_refused_by_name(name, tmp_path):
+    """Before the first byte: what it is, and what is read."""
+    made, extra, about, said = REFUSED[name]
+    tensors = (made() or ({},))[0]
+    source = write(tmp_path / "a", plain() | tensors | extra, about() if callable(about) else about)
+    with pytest.raises(ValueError) as caught:
+        fqt.export.folder(source, tmp_path / "b", layout="plain")
+    assert_names(str(caught.value), *said, "found", "wanted")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_codes_that_are_quantized_again_are_those_of_the_plain_weights(tmp_path):
+    """Law: quantizing a source in codes is quantizing the plain folder of it: the same files, byte for byte."""
+    tensors, _, about = in_codes("INT4 in groups of 32")
+    source = write(tmp_path / "a", plain() | tensors, about, shards=2)
+    made_plain(source, tmp_path / "b")
+    for name in ("FP8_BLOCK", "NVFP4", "MXFP4", "INT8_PER_CHANNEL"):
+        for start in ("a", "b"):
+            rules = {"*.experts.*": fqt.formats.FORMATS[name]}
+            fqt.export.folder(tmp_path / start, tmp_path / f"{name}-{start}", rules)
+        one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{name}-{start}").iterdir()} for start in "ab")
+        assert one == two, name
