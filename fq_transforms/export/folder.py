@@ -361,7 +361,7 @@ class _Job:
                     name: (leaf if part is None else leaf[part]).to(self.device) for name, leaf in known.items()
                 }
             elif one.name in self.given.exact:
-                state[group.key] = self._exact(group, params, part)
+                state[group.key] = self._of_exponents(group, params, part)
             else:
                 state |= calibrate(params, spec=Spec((group,)), method=self.method)
             if one.inputs:
@@ -373,9 +373,10 @@ class _Job:
         if self.target.schemes is not None:
             _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
             _tie(state, [one.inputs.key for one in cut if one.inputs])
+        self._count_exact([one.group for one in cut if one.name in self.given.exact], params, state)
         return state
 
-    def _exact(self, group: Group, params: Mapping[str, Tensor], part: slice | None) -> dict[str, Tensor]:
+    def _of_exponents(self, group: Group, params: Mapping[str, Tensor], part: slice | None) -> dict[str, Tensor]:
         """Scales of NVFP4 that are those of MXFP4: 2**e of each block under a power of two of the expert.
 
         E4M3 has the powers 2**-9 to 2**8, so blocks within 17 octaves of the expert's largest stand for the same
@@ -387,17 +388,29 @@ class _Job:
         weights = [params[name] for name in group.names]
         largest, _ = expert_amax(weights, format=group.format, transposed=group.transposed)
         top = torch.where(largest > 0, e, -127).flatten(1).amax(1)
-        k = (top - 8).clamp(*EXPONENTS)
-        block = torch.where(largest > 0, 6 * power_of_two(e), 0.0)
-        leaves = {"amax": block, "global_amax": 2688 * power_of_two(k)}
-        spec = Spec((group,))
-        fakes = fakequant(params, {group.key: leaves}, spec=spec, out_dtype=torch.float32)
-        same = [fakes[name] == params[name] for name in group.names]
-        same = [(one.mT if group.transposed else one).unflatten(-1, (-1, 16)).all(-1) for one in same]
-        with self._lock:
-            self.exact[0] += sum(int(one.sum()) for one in same)
-            self.exact[1] += sum(one.numel() for one in same)
-        return leaves
+        if bool((top > EXPONENTS[1] + 8).any()):
+            expert = int((top > EXPONENTS[1] + 8).nonzero()[0, 0]) + (part.start if part and group.stacked else 0)
+            raise ValueError(
+                f"group {group.key!r}, expert {expert}: found MXFP4 of the exponent {int(top.max())}, wanted at most "
+                f"{EXPONENTS[1] + 8}, whose NVFP4 has finite scales"
+            )
+        k = (top - 8).clamp(min=EXPONENTS[0])
+        return {
+            "amax": torch.where(largest > 0, 6 * power_of_two(e), 0.0),
+            "global_amax": 2688 * power_of_two(k),
+        }
+
+    def _count_exact(self, groups: Sequence[Group], params: Mapping[str, Tensor], state: State) -> None:
+        """Count blocks that stand for the same weights, under the amax that is written, tied or not."""
+        for group in groups:
+            weights = {name: params[name] for name in group.names}
+            own = {group.key: state[group.key]}
+            fakes = fakequant(weights, own, spec=Spec((group,)), out_dtype=torch.float32)
+            same = [fakes[name] == weights[name] for name in group.names]
+            same = [(one.mT if group.transposed else one).unflatten(-1, (-1, 16)).all(-1) for one in same]
+            with self._lock:
+                self.exact[0] += sum(int(one.sum()) for one in same)
+                self.exact[1] += sum(one.numel() for one in same)
 
     def conversion(self, path: Path) -> Conversion:
         """What was, or is to be, done."""
