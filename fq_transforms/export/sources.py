@@ -128,7 +128,9 @@ class Folder:
         weight = self.encoded.get(name)
         if weight is None or weight.exponents is None:
             return None
-        return self.files.read(weight.parts[weight.exponents], part if len(weight.shape) > 2 else None)
+        return self.files.read(weight.parts[weight.exponents], part if len(weight.shape) > 2 else None).view(
+            torch.uint8
+        )
 
     def places(self, name: str) -> list[Place]:
         """Where the tensors of a plain weight are."""

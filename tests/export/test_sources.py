@@ -425,3 +425,135 @@ def test_codes_that_are_quantized_again_are_those_of_the_plain_weights(tmp_path)
             fqt.export.folder(tmp_path / start, tmp_path / f"{name}-{start}", rules)
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{name}-{start}").iterdir()} for start in "ab")
         assert one == two, name
+
+
+def mxfp4(lowest, highest, *, seed=4, zeros=False):
+    """Experts in MXFP4 for compressed-tensors, of codes and exponents (+ 127) in a range, what it reads, the config."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    _, _, about = in_codes("MXFP4", {_MODULE: SHAPES_OF_LINEARS["model.layers.0.self_attn.q_proj"]})
+    scheme = QuantizationScheme.model_validate(about["config_groups"]["group_0"])
+    compressor = BaseCompressor.get_value_from_registry(about["format"])
+    generator = torch.Generator().manual_seed(seed)
+    tensors, wanted = {}, {}
+    for module, (out, width) in MODULES.items():
+        codes = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(lowest, highest + 1, (out, width // 32), dtype=torch.uint8, generator=generator)
+        scales[0, :2] = torch.tensor([lowest, highest])  # so that no expert spans less
+        codes[0, :32] |= 0x11  # nor one whose blocks are zeros
+        if zeros:
+            codes[1] = torch.randint(0, 2, (width // 2,), generator=generator) * 0x88  # 0.0 and -0.0
+            scales[1] = torch.arange(0, 255, 255 // (width // 32))[: width // 32]
+        parts = {"weight_packed": codes, "weight_scale": scales}
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        wanted[f"{module}.weight"] = compressor.decompress(parts, scheme)["weight"].bfloat16()
+    return tensors, wanted, about
+
+
+def blocks_alike(found, wanted):
+    """How many blocks of 16 are the same numbers, and how many there are."""
+    same = [(found[name] == weight).unflatten(-1, (-1, 16)).all(-1) for name, weight in wanted.items()]
+    return sum(int(one.sum()) for one in same), sum(one.numel() for one in same)
+
+
+def read_back(layout, folder, plain_folder):
+    """Its experts, by the library that defines the layout."""
+    if layout == "modelopt":
+        stored = read(folder)
+        names = [f"{module}.weight" for module in MODULES]
+        return {name: by_modelopt(*(stored[name + end] for end in ("", "_scale", "_scale_2"))) for name in names}
+    found = made_plain(folder, plain_folder) if layout == "compressed-tensors" else read(folder)
+    return {name: weight for name, weight in found.items() if ".experts." in name}
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt", "plain"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("lowest", "highest"), [(100, 117), (1, 18), (230, 247), (127, 127)])
+def test_mxfp4_to_nvfp4_is_exact_within_17_octaves(layout, lowest, highest, tmp_path):
+    """Law: the same weights, gate and up under one number included; so are blocks of zeros of whatever exponent."""
+    tensors, wanted, about = mxfp4(lowest, highest, zeros=True)
+    source = write(tmp_path / "a", plain() | tensors, about, shards=2)
+    made = fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4}, layout=layout)
+    found = read_back(layout, tmp_path / "b", tmp_path / "c")
+    assert_equal(found, wanted)
+    count = sum(weight.numel() // 16 for weight in wanted.values())
+    assert made.exact == (count, count)
+    assert "100.00 %" in str(made)
+
+
+@LAYOUTS
+def test_the_share_that_is_printed_is_the_true_one(layout, tmp_path):
+    """Counted by brute force: experts that span more, and gate and up that span more together than each alone."""
+    tensors, wanted, about = mxfp4(100, 117)
+    for module in MODULES:
+        if module.endswith("gate_proj"):
+            tensors[f"{module}.weight_scale"] += 6
+            wanted[f"{module}.weight"] *= 2.0**6
+    wide, of_wide, _ = mxfp4(90, 120, seed=5)
+    for name in [name for name in tensors if ".experts.1." in name]:
+        tensors[name] = wide[name]
+    wanted |= {name: weight for name, weight in of_wide.items() if ".experts.1." in name}
+    source = write(tmp_path / "a", plain() | tensors, about)
+    made = fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4}, layout=layout)
+    found = read_back(layout, tmp_path / "b", tmp_path / "c")
+    assert made.exact == blocks_alike(found, wanted)
+    assert 0 < made.exact[0] < made.exact[1]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("exponent", [0, 1, 248, 254, 255])
+def test_extreme_exponents_are_right_or_refused(layout, exponent, tmp_path):
+    """2**-127 is a scale like others; NaN, what bf16 cannot hold, and what has no finite scales is refused."""
+    tensors, wanted, about = mxfp4(exponent, exponent)
+    source = write(tmp_path / "a", plain() | tensors, about)
+    if exponent > 247:
+        with pytest.raises(ValueError) as caught:
+            fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4}, layout=layout)
+        assert_names(str(caught.value), "experts.", "found", "wanted")
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        return
+    fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4}, layout=layout)
+    assert_equal(read_back(layout, tmp_path / "b", tmp_path / "c"), wanted)
+
+
+def test_stacks_of_mxfp4_to_nvfp4_are_exact(tmp_path):
+    """gpt-oss's, stored [in, out]: the same weights, and the share is counted in blocks along `in`."""
+    for name, exponents in (("narrow", (110, 128)), ("wide", (90, 128))):
+        tensors, wanted, about = gpt_oss(exponents)
+        source = write(tmp_path / name, plain() | tensors, about, config=OF_GPT_OSS)
+        made = fqt.export.folder(source, tmp_path / f"{name}-b", {"*.experts.*": fqt.NVFP4}, layout="plain")
+        stacks = {key: weight.mT for key, weight in wanted.items() if weight.dim() == 3}
+        found = {key: weight.mT for key, weight in read(tmp_path / f"{name}-b").items() if weight.dim() == 3}
+        assert made.exact == blocks_alike(found, stacks)
+        assert (made.exact[0] == made.exact[1]) == (name == "narrow")
+
+
+KEPT = {
+    "MXFP4": (lambda: mxfp4(100, 140), fqt.MXFP4),
+    "FP8 in blocks": (lambda: in_codes("FP8 in blocks", dtype=torch.float32), fqt.FP8_BLOCK),
+    "INT4 in groups of 32": (lambda: in_codes("INT4 in groups of 32"), fqt.INT4_BLOCK32),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_format_keeps_of_itself(name, tmp_path):
+    """MXFP4 keeps each weight. FP8 in blocks and INT4 are quantized anew, as the plain weights would be.
+
+    Where the largest code of a block is not used, as in INT4's -8..7, or bf16 has rounded, the amax is another one.
+    """
+    made, format = KEPT[name]
+    tensors, wanted, about = made()
+    source = write(tmp_path / "a", plain() | tensors, about)
+    fqt.export.folder(source, tmp_path / "b", {"*.experts.*": format})
+    found = read_back("compressed-tensors", tmp_path / "b", tmp_path / "c")
+    if format is fqt.MXFP4:
+        assert_equal(found, wanted)
+        return
+    fq = fqt.transform(fqt.select(wanted, {"*": format}), layout="compressed-tensors")
+    assert_equal(found, fq.fakequant(wanted, fq.calibrate(wanted)))
+    largest = max(((found[key] - weight).abs().max() / weight.abs().max()).item() for key, weight in wanted.items())
+    assert largest < {"FP8 in blocks": 2**-4, "INT4 in groups of 32": 0.1}[name]
