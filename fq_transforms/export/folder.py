@@ -35,6 +35,7 @@ from fq_transforms.checkpoint.storage import (
     stages_within,
 )
 from fq_transforms.export.conversion import Conversion
+from fq_transforms.export.encoded import check_finite
 from fq_transforms.export.files import INDEX, bytes_of, check_free, commit, remove_staged, write_json
 from fq_transforms.export.plan import Target, check_values, planned, tensors_of, warn_of_notes
 from fq_transforms.export.ranks import Ranks
@@ -344,12 +345,17 @@ class _Job:
         for one in cut:
             for name in one.group.names:
                 params[name] = self.source.read(name, part if one.group.stacked else None).to(self.device)
-        state = self._state(cut, params, part)
-        plan = self.plan._replace(params=params, state=state, sources=cut)
-        check_values(plan, self.target)
-        for one in cut:
-            for name, tensor in tensors_of(plan, one, self.target, first):
-                writer.write(name, tensor, first if one.group.stacked else 0)
+        try:
+            state = self._state(cut, params, part)
+            plan = self.plan._replace(params=params, state=state, sources=cut)
+            check_values(plan, self.target)
+            for one in cut:
+                for name, tensor in tensors_of(plan, one, self.target, first):
+                    writer.write(name, tensor, first if one.group.stacked else 0)
+        except ValueError:
+            for name, weight in params.items():  # of a part of a stack the number of an expert is another
+                check_finite(name, weight, part, str(weight.dtype))
+            raise
 
     def _state(self, cut: Sequence[Any], params: Mapping[str, Tensor], part: slice | None) -> State:
         """The amax of some experts: given, or from their weights, and tied."""
