@@ -326,7 +326,7 @@ def _opened(file: Path) -> Any:
             return safe_open(file, "pt")
     except SafetensorError as error:
         raise ValueError(
-            f"file {str(file)!r}: found no safetensors, or damaged ones: {error}, wanted a whole file"
+            f"file {str(file)!r}: found no safetensors, or damaged ones: {str(error)[:500]}, wanted a whole file"
         ) from error
 
 
