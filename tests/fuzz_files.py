@@ -284,8 +284,7 @@ def test_folders_of_models(tmp_path):
     ends = []
     for number, draws in in_rounds("models", 2000 if FULL else 60):
         shutil.copytree(draws.choice(samples), target)
-        for _ in range(draws.choice([1, 1, 1, 2])):
-            mutated_model(target, draws)
+        mutated_model(target, draws)
         options = draws.choice([{"layout": "plain"}, {"rules": {"*.experts.*": fqt.MXFP4}, "layout": "plain"}])
         options |= {"jobs": draws.choice([1, 2])}
         call = functools.partial(fqt.export.folder, target, out, **options)
@@ -326,13 +325,9 @@ def samples_of_models(parent):
 
 def mutated_model(folder, random):
     """A file damaged in any way; or the header of a shard, its length put right."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards and random.random() < 0.4:
-        shard = random.choice(shards)
-        try:
-            shard.write_bytes(mutated_header(shard.read_bytes(), random))
-        except (ValueError, AttributeError, IsADirectoryError):  # of a file that is damaged already
-            mutated_folder(folder, random)
+    if random.random() < 0.4:
+        shard = random.choice(sorted(folder.glob("*.safetensors")))
+        shard.write_bytes(mutated_header(shard.read_bytes(), random))
     else:
         mutated_folder(folder, random)
 

@@ -152,6 +152,8 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     weights: dict[str, EncodedWeight] = {}
     for module, parts in parts_of.items():
         scheme = scheme_of[module]
+        if scheme.weights is None:
+            raise ValueError(f"module {module!r}: found scales, and a scheme without weights, wanted one with them")
         format = str(scheme.format or about["format"])
         compressor: Any = BaseCompressor.get_value_from_registry(format)
         known = compressor.compression_param_names(scheme)

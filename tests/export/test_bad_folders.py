@@ -386,13 +386,19 @@ HOSTILE = {
         "config_groups": {"a": {"targets": ["Linear"], "format": "evil.py:Compressor"}},
     },
     "another spelling": {"quant_method": "fp-8"},
+    "a group without weights": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"a": {"targets": ["Linear"], "weights": None}},
+    },
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_config_is_refused(name, tmp_path):
     """Whatever stands where it should say how the folder is quantized; and near spellings are named."""
-    source = write(tmp_path / "a", model(), config=CONFIG | {"quantization_config": HOSTILE[name]})
+    tensors = model() | ({f"{DOWN}_scale": torch.ones(1)} if name == "a group without weights" else {})
+    source = write(tmp_path / "a", tensors, config=CONFIG | {"quantization_config": HOSTILE[name]})
     said = refused(tmp_path, source, str(source), "found", "wanted", rules=None, layout="plain")
     assert ("did you mean 'fp8'" in said) == (name == "another spelling")
 
