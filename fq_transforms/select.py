@@ -7,8 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
-from fq_transforms.formats import Format
-from fq_transforms.parse import check_name
+from fq_transforms.formats import FORMATS, Format
+from fq_transforms.parse import check_name, nearest
 from fq_transforms.rules import Rule, Rules, as_rules, name_matches, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 
@@ -21,6 +21,7 @@ _FROM_HIDDEN = re.compile(r"(?:.*\.)?(?:gate_up_proj|gate_proj|up_proj|w1|w3|inp
 _TO_HIDDEN = re.compile(r"(?:.*\.)?(?:down_proj|w2|output_linear)(?:\.weight)?")
 # Roles of stacks that models of transformers store either way.
 _EITHER_WAY = re.compile(r"(?:.*\.)?(?:gate_up|gate|up|down)_proj")
+MOST_NEAR = 1000  # names that are compared with one that was meant
 MOST_EXPERTS = 10**6  # of one layer: a number in a name is not yet so many experts
 _BIAS = re.compile(r"(?:^|[._])bias\d*$")
 _CONVOLUTION = re.compile(r"conv(?:s|olution|transpose)?(?![a-z])", re.IGNORECASE)
@@ -140,7 +141,7 @@ def _check_patterns(
             found = f"only {others[0]!r}, which is no weight" if others else "none"
             raise ValueError(
                 f"rule {rule.pattern!r} matches no weight: found {found}, among {len(weights)} weights such as "
-                f"{weights[:3]}; correct the pattern or remove the rule"
+                f"{_nearest(rule.pattern, weights)}; correct the pattern or remove the rule"
             )
     for regex in experts:
         try:
@@ -158,7 +159,17 @@ def _check_patterns(
                 )
     for glob in transposed:
         if not any(name_matches(name, glob) for name in weights):
-            raise ValueError(f"transposed={glob!r} matches no weight, among {len(weights)} such as {weights[:3]}")
+            raise ValueError(
+                f"transposed={glob!r} matches no weight, among {len(weights)} such as {_nearest(glob, weights)}"
+            )
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Some names that are spelled most like a pattern; of those that differ in numbers the first."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(re.sub(r"\d+", "*", name), name)
+    return [first[name] for name in nearest(re.sub(r"\d+", "*", pattern), [*first][:MOST_NEAR], 3)]
 
 
 def _never_weights(params: Mapping[str, Tensor]) -> dict[str, str]:
@@ -245,9 +256,18 @@ def _group(
     if format.has_blocks_along_in and columns and shape[1] % columns:
         raise ValueError(
             f"parameter {names[0]!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
-            f"block of {format.name}; choose another format or exclude it with a rule to None"
+            f"block of {format.name}; choose {_fitting(format, shape[1])} or exclude it with a rule to None"
         )
     return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
+
+
+def _fitting(format: Format, width: int) -> str:
+    """Formats of the same element that take rows of `width`, those of the largest blocks first, for a message."""
+    alike = [each for each in FORMATS.values() if each.element == format.element and each is not format]
+    fitting = [each for each in alike if not (each.has_blocks_along_in and width % (each.block[1] or 1))]
+    fitting.sort(key=lambda each: (each.has_blocks_along_in, each.block[1] or 0), reverse=True)
+    names = [each.name for each in fitting]
+    return f"one of the same element that fits, {', '.join(names[:6])}," if names else "a format of another element"
 
 
 class _Layouts:

@@ -5,6 +5,7 @@ put right where the reader has any. A round ends in the tree that was saved, or 
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -22,6 +23,8 @@ import torch
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import megatron, pickles, storage
+from fq_transforms.export import files
+from fq_transforms.export.shards import Files
 from fq_transforms.rules import from_json, from_yaml
 from fq_transforms.spec import Spec
 from tests.checkpoint.samples import assert_same, of
@@ -169,8 +172,8 @@ def in_rounds(name, rounds=ROUNDS):
         yield number, random.Random(f"{name} {number}")
 
 
-def ends_well(number, folder, call, *, same, writes=None):
-    """Run a reader; True if it gave what was saved, False if it raised an error that says where."""
+def ends_well(number, folder, call, *, same, writes=None, where=None):
+    """Run a reader; True if it gave what was saved, False if it raised an error that says where: a path, or a name."""
     said = ""
     with watched(folder, "/dev/zero", *([writes] if writes else []), writes=writes):
         try:
@@ -180,7 +183,7 @@ def ends_well(number, folder, call, *, same, writes=None):
         except (ValueError, OSError, KeyError) as error:
             said = str(error)
     if said:
-        assert str(folder) in said or folder.name in said, (number, said[:1000])
+        assert any(name in said for name in (str(folder), folder.name, *(where or ()))), (number, said[:1000])
         assert len(said) < 4000, (number, len(said))
         return False
     same(found)
@@ -265,23 +268,68 @@ def test_specs_and_rules(good):
 
 
 def test_folders_of_models(tmp_path):
-    """Of compressed-tensors: a whole folder of plain weights, or none."""
-    source, target, out = tmp_path / "source", tmp_path / "target", tmp_path / "out"
-    params = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(32, 32) * (i + 1) for i in range(2)}
-    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    fqt.export.save(source, fq, params, fq.calibrate(params), config=config, max_shard_size=1100)
+    """A folder that `folder` reads, plain or in codes: another one, whole, or none and an error that says where."""
+    samples = list(samples_of_models(tmp_path / "samples"))
+    target, out = tmp_path / "target", tmp_path / "out"
+    names: set[str] = set()
 
     def whole(_):
-        assert {"config.json"} < {path.name for path in out.iterdir()}
+        found = {path.name for path in out.iterdir()}
+        assert {"config.json"} < found, found
+        assert not [name for name in found if name.startswith(".")], found
+        with Files(out) as opened:
+            names.update(name for name in opened.places if opened.read(name) is not None)
         shutil.rmtree(out)
 
-    for number, draws in in_rounds("models", ROUNDS // 2):
-        shutil.copytree(source, target)
-        mutated_folder(target, draws)
-        ends_well(number, target, lambda: fqt.export.folder(target, out, layout="plain"), same=whole, writes=tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}, number
+    ends = []
+    for number, draws in in_rounds("models", 2000 if FULL else 60):
+        shutil.copytree(draws.choice(samples), target)
+        mutated_model(target, draws)
+        options = draws.choice([{"layout": "plain"}, {"rules": {"*.experts.*": fqt.MXFP4}, "layout": "plain"}])
+        options |= {"jobs": draws.choice([1, 2])}
+        call = functools.partial(fqt.export.folder, target, out, **options)
+        ends.append(ends_well(number, target, call, same=whole, writes=tmp_path, where=WHERE))
+        assert {path.name for path in tmp_path.iterdir()} == {"samples", "target"}, number
         shutil.rmtree(target)
+    assert 0.3 * len(ends) < ends.count(False) < len(ends), ends.count(False)
+    assert names
+
+
+# What an error names that comes once the files are read.
+WHERE = ("parameter", "params", "group", "config", "rule", "tensor", "out")
+
+
+def samples_of_models(parent):
+    """A tiny folder for each way in which weights are stored."""
+    experts = [f"model.layers.0.mlp.experts.{e}.up_proj" for e in range(2)]
+    config = {"model_type": "any", "architectures": ["Any"], "num_hidden_layers": 1, "num_experts": 2}
+    plain = {f"{module}.weight": torch.full((32, 32), n + 1.0) for n, module in enumerate(experts)}
+    plain |= {"model.norm.weight": torch.ones(32)}
+    fq = fqt.transform(fqt.select(plain, {"*.experts.*": fqt.FP8}))
+    save = functools.partial(fqt.export.save, fq=fq, params=plain, state=fq.calibrate(plain), config=config)
+    save(parent / "ct", max_shard_size=1100)
+    fq = fqt.transform(fqt.select(plain, {"*.experts.*": fqt.NVFP4}))
+    save(parent / "modelopt", fq=fq, state=fq.calibrate(plain), layout="modelopt", max_shard_size=700)
+    save(parent / "plain", fq=fq, state=fq.calibrate(plain), layout="plain", max_shard_size=5000)
+    codes = {f"{module}.weight": torch.ones(32, 32).to(torch.float8_e4m3fn) for module in experts}
+    codes |= {f"{module}.weight_scale_inv": torch.ones(1, 1) for module in experts}
+    about = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    files.write(parent / "fp8", codes.items(), {"config.json": config | {"quantization_config": about}}, 1100)
+    stack = "model.layers.0.mlp.experts.down_proj"
+    blocks = {f"{stack}_blocks": torch.ones(2, 32, 2, 16, dtype=torch.uint8)}
+    blocks |= {f"{stack}_scales": torch.full((2, 32, 2), 127, dtype=torch.uint8), f"{stack}_bias": torch.ones(2, 32)}
+    about = {"quant_method": "mxfp4"}
+    files.write(parent / "mxfp4", blocks.items(), {"config.json": config | {"quantization_config": about}}, 1100)
+    return sorted(parent.iterdir())
+
+
+def mutated_model(folder, random):
+    """A file damaged in any way; or the header of a shard, its length put right."""
+    if random.random() < 0.4:
+        shard = random.choice(sorted(folder.glob("*.safetensors")))
+        shard.write_bytes(mutated_header(shard.read_bytes(), random))
+    else:
+        mutated_folder(folder, random)
 
 
 def test_names_of_modelopt():

@@ -22,7 +22,10 @@ _watching: list[list[str]] = []
 def _audit(event, args):
     if not _watching:
         return
-    is_elsewhere = not isinstance(args[0] if args else 0, int) and not str(args[0]).startswith(tuple(_written))
+    path = str(args[0]) if args else ""
+    if event in ("os.remove", "os.rmdir") and args[1] >= 0:  # within a directory that is open, as rmtree has it
+        path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
+    is_elsewhere = not isinstance(args[0] if args else 0, int) and not path.startswith(tuple(_written))
     if event in _FORBIDDEN or (event in _WRITES and is_elsewhere):
         _watching[-1].append(f"{event}{args!r}"[:200])
     elif event == "open" and isinstance(args[0], str | bytes):

@@ -23,6 +23,13 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 # Layers behind the last, which predict more than the next token.
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _MTP_LAYER = re.compile(r"(?:^|.*\.)mtp\w*\.(?:\w*\.)?(\d+)\.")
+_INNER_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size")
+_OUTER_WIDTHS = re.compile(r"hidden_size$|latent")  # between which and another an expert's matrices are
+_ENDS = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?(?:embed_tokens|lm_head)\.weight")
+_EXPERTS_MATRIX = re.compile(
+    r".*\.experts\.(?:(?P<expert>\d+)\.)?(?P<role>gate_up_proj|gate_proj|up_proj|down_proj|w[123])(?:\.weight)?"
+)
+_DENSE = re.compile(r"(?:mlp|feed_forward|mixer)\.(?:gate_up|gate|up|down)_proj\.weight$")
 DEEPSEEKS = ("deepseek_v3", "deepseek_v32", "kimi_k2")
 # Model types whose router adds a trained buffer.
 ROUTED_WITH_BIAS = (*DEEPSEEKS, "glm4_moe", "dots1")
@@ -72,21 +79,12 @@ def check_config(sources: Iterable[Source], config: Mapping[str, Any]) -> None:
     but that experts count from zero without a gap, alike in all layers that have any.
     """
     *_, text = text_configs(config)
-    rows: dict[str, int] = {}
-    for source in sources:
-        of_source = torch.arange(source.shape[0] if source.shape else 1)
-        for tensor in source.tensors:
-            rows |= dict.fromkeys(source.names_of(tensor), len(of_source[tensor.rows]))
-    _check_layers_and_experts(rows, text)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if text.get("vocab_size") and rows.get(name, text["vocab_size"]) != text["vocab_size"]:
-            raise ValueError(
-                f"parameter {name!r}: found {rows[name]} rows, wanted {text['vocab_size']}, as vocab_size in config "
-                "says; cut the padding off"
-            )
-    for name in rows if text.get("model_type") in ROUTED_WITH_BIAS else ():
+    shapes = {name: shape for source in sources for name, shape in _shapes_of(source)}
+    _check_layers_and_experts(shapes, text)
+    _check_widths(shapes, text)
+    for name in shapes if text.get("model_type") in ROUTED_WITH_BIAS else ():
         bias = f"{name.removesuffix('.weight')}.e_score_correction_bias"
-        if name.endswith(".mlp.gate.weight") and bias not in rows:
+        if name.endswith(".mlp.gate.weight") and bias not in shapes:
             raise ValueError(f"params: found {name!r} alone, wanted {bias!r} too, a buffer; pass model.state_dict()")
 
 
@@ -112,6 +110,63 @@ def is_router(name: str) -> bool:
     """
     match = _IN_LAYER.match(name)
     return match is not None and _ROUTER.fullmatch(match["inside"]) is not None
+
+
+def _shapes_of(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names in the files, and the shape of each; of a stack that rules select, its experts first."""
+    shape = source.shape
+    for tensor in source.tensors:
+        rows = len(torch.arange(shape[0] if shape else 1)[tensor.rows])
+        own = (rows, *shape[1:]) if shape else ()
+        is_whole = source.group is not None and source.group.stacked and "*" not in tensor.name
+        for name in source.names_of(tensor):
+            yield name, (source.experts, *own) if is_whole else own
+
+
+def _check_widths(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless matrices are as wide as config says, and as many experts lie in a stack."""
+    hidden, vocabulary = (config[key] if type(config.get(key)) is int else 0 for key in ("hidden_size", "vocab_size"))
+    inner = _inner_widths(shapes, config)
+    outer = {width for key, width in config.items() if type(width) is int and _OUTER_WIDTHS.search(str(key))}
+    of_experts, told = _count(config, _EXPERT_COUNTS)
+    for name, shape in shapes.items():
+        if _BESIDE_THE_TEXT.match(name):
+            continue
+        is_end = _ENDS.fullmatch(name)
+        if is_end and vocabulary and shape[0] != vocabulary:
+            raise ValueError(
+                f"parameter {name!r}: found {shape[0]} rows, wanted {vocabulary}, as vocab_size in config says; cut "
+                "the padding off"
+            )
+        if (is_end or is_router(name)) and hidden and len(shape) == 2 and shape[1] != hidden:
+            raise ValueError(
+                f"parameter {name!r}: found {shape}, wanted rows of {hidden}, as hidden_size in config says; give the "
+                "config of this model"
+            )
+        match = _EXPERTS_MATRIX.fullmatch(name)
+        if not match or len(shape) != (2 if match["expert"] else 3):
+            continue
+        if len(shape) == 3 and told and shape[0] != told:
+            raise ValueError(
+                f"parameter {name!r}: found {shape[0]} experts, wanted {told}, as {of_experts} in config says"
+            )
+        wanted = {2 * width for width in inner.values()} if match["role"] == "gate_up_proj" else {*inner.values()}
+        a, b = shape[-2:]
+        if hidden and wanted and not ((a in outer and b in wanted) or (b in outer and a in wanted)):
+            raise ValueError(
+                f"parameter {name!r}: found a matrix {(a, b)}, wanted sides of {sorted(outer)} and {sorted(wanted)}, "
+                f"as hidden_size and {', '.join(inner)} in config say; give the config of this model"
+            )
+
+
+def _inner_widths(shapes: Iterable[str], config: Mapping[str, Any]) -> dict[str, int]:
+    """What config says of the width between an expert's matrices; nothing where that is not one number."""
+    for key in _INNER_WIDTHS:
+        if config.get(key) is not None:
+            return {key: config[key]} if type(config[key]) is int else {}
+    is_dense = any(_DENSE.search(name) for name in shapes)
+    width = config.get("intermediate_size")
+    return {} if is_dense or type(width) is not int else {"intermediate_size": width}
 
 
 class _Layer(NamedTuple):

@@ -38,6 +38,7 @@ MOST_SECONDS = 10
 
 # What files may hold of a quantized module, and of its inputs.
 INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
+_SCALES = ("F32", "BF16", "F16")
 OF_CACHE = ("q_scale", "k_scale", "v_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
 
@@ -151,11 +152,12 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     weights: dict[str, EncodedWeight] = {}
     for module, parts in parts_of.items():
         scheme = scheme_of[module]
+        if scheme.weights is None:
+            raise ValueError(f"module {module!r}: found scales, and a scheme without weights, wanted one with them")
         format = str(scheme.format or about["format"])
         compressor: Any = BaseCompressor.get_value_from_registry(format)
-        shape = _shape_of(
-            files, f"module {module!r}", parts, scheme.weights, compressor.compression_param_names(scheme)
-        )
+        known = compressor.compression_param_names(scheme)
+        shape = _shape_of(files, f"module {module!r}", parts, format, scheme.weights, known)
         decode = partial(_decode, module=module, shape=shape, scheme=scheme, compressor=compressor)
         exponents = "weight_scale" if format == "mxfp4-pack-quantized" else None
         weights[f"{module}.weight"] = EncodedWeight(format, parts, shape, decode, exponents)
@@ -180,7 +182,9 @@ def _decode(
     return weight.to(dtype)
 
 
-def _shape_of(files: Files, what: str, parts: Mapping[str, str], args: Any, known: Collection[str]) -> tuple[int, ...]:
+def _shape_of(
+    files: Files, what: str, parts: Mapping[str, str], format: str, args: Any, known: Collection[str]
+) -> tuple[int, ...]:
     """The shape of the weight that codes stand for, [out, in].
 
     Raises:
@@ -200,7 +204,7 @@ def _shape_of(files: Files, what: str, parts: Mapping[str, str], args: Any, know
     sizes = [rows, most]
     if "weight_shape" in wanted:
         of_sizes = types["weight_shape"]
-        if of_sizes.shape != (2,) or not of_sizes.dtype.startswith("I"):
+        if of_sizes.shape != (2,) or of_sizes.dtype not in ("I64", "I32"):
             raise ValueError(f"{what}: found weight_shape {of_sizes.dtype} {of_sizes.shape}, wanted two integers")
         sizes = files.read(parts["weight_shape"]).tolist()
         if sizes[0] != rows or -(-sizes[1] * bits // 32) != columns:
@@ -219,6 +223,10 @@ def _shape_of(files: Files, what: str, parts: Mapping[str, str], args: Any, know
             f"{what}: found weight_scale {scale.shape} for a weight of {(out, width)}, wanted {grid}, as strategy "
             f"{strategy!r} says"
         )
+    dtypes = ("F8_E4M3",) if format.startswith("nvfp4") else ("U8",) if format.startswith("mx") else _SCALES
+    number = types.get("weight_global_scale")
+    if scale.dtype not in dtypes or (number and (number.dtype != "F32" or number.shape not in ((), (1,)))):
+        raise ValueError(f"{what}: found scales {scale} and {number}, wanted one of {dtypes} under one number, if any")
     return out, width
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EncodedWeight", "Found", "of_blocks", "take"]
+__all__ = ["EncodedWeight", "Found", "check_finite", "of_blocks", "take"]
 
 
 class EncodedWeight(NamedTuple):
@@ -32,6 +32,22 @@ class Found(NamedTuple):
 
     weights: dict[str, EncodedWeight]
     left: dict[str, str]
+
+
+def check_finite(name: str, weight: Tensor, part: slice | None, what: str) -> None:
+    """Raise ValueError if there is NaN or infinity, of a stack or some experts of one with the number of the expert.
+
+    Example:
+        >>> check_finite("down_proj", torch.tensor([[[1.0]], [[torch.nan]]]), slice(4, 6), "bf16")
+        Traceback (most recent call last):
+        ...
+        ValueError: tensor 'down_proj', expert 5: found NaN or infinity, of bf16, wanted finite weights
+    """
+    is_finite = weight.isfinite()
+    if not bool(is_finite.all()):
+        expert = int((~is_finite).nonzero()[0, 0]) + (part.start if part else 0)
+        of = f", expert {expert}" if weight.dim() > 2 else ""
+        raise ValueError(f"tensor {name!r}{of}: found NaN or infinity, of {what}, wanted finite weights")
 
 
 def of_blocks(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -143,6 +143,8 @@ def read_document(file: Path) -> dict[str, Any]:
     """What a JSON file holds, which is an object. Raises ValueError, which names the file, for anything else."""
     try:
         document = parse_json(read_all(file, MOST_TEXT).decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"file {str(file)!r}: found what is no JSON, {error}, wanted an object") from error
     except ValueError as error:
         raise ValueError(f"file {str(file)!r}: {error}") from error
     if not isinstance(document, dict):

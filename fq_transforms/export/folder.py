@@ -37,6 +37,7 @@ from fq_transforms.checkpoint.storage import (
     stages_within,
 )
 from fq_transforms.export.conversion import Conversion
+from fq_transforms.export.encoded import check_finite
 from fq_transforms.export.files import CONFIG, INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
 from fq_transforms.export.plan import (
     ExportPlan,
@@ -409,20 +410,22 @@ class Job:
     def _quantize(self, sources: Sequence[Any], part: slice | None, writer: ShardWriter) -> None:
         first = part.start if part else 0
         plan = self.read(sources, part)
-        check_values(plan, self.target)
-        for one in plan.sources:
-            for name, tensor in tensors_of(plan, one, self.target, first):
-                writer.write(name, tensor, first if one.group and one.group.stacked else 0)
+        with _by_expert(plan.params, part):
+            check_values(plan, self.target)
+            for one in plan.sources:
+                for name, tensor in tensors_of(plan, one, self.target, first):
+                    writer.write(name, tensor, first if one.group and one.group.stacked else 0)
 
     def read(self, sources: Sequence[Any], part: slice | None) -> ExportPlan:
         """Weights of some sources, or of some experts of them, and their amax."""
-        cut = [part_of(one, part) if part else one for one in sources]
+        cut: list[Any] = [part_of(one, part) if part else one for one in sources]
         params: dict[str, Tensor] = {}
         for one in cut:
             names = one.group.names
             weights = self.source.read_all(names, part if one.group.stacked else None, self.device)
             params |= zip(names, weights, strict=True)
-        return self.plan._replace(params=params, state=self._state(cut, params, part), sources=cut)
+        with _by_expert(params, part):
+            return self.plan._replace(params=params, state=self._state(cut, params, part), sources=cut)
 
     def _state(self, cut: Sequence[Any], params: Mapping[str, Tensor], part: slice | None) -> State:
         """The amax of some experts: given, or from their weights, and tied."""
@@ -505,6 +508,17 @@ class Job:
             copied=tuple(self.source.others()),
             exact=(self.exact[0], self.exact[1]) if self.given.exact else None,
         )
+
+
+@contextmanager
+def _by_expert(params: Mapping[str, Tensor], part: slice | None) -> Generator[None, None, None]:
+    """Let an error say which expert is not finite: in a part of a group it has another number."""
+    try:
+        yield
+    except ValueError:
+        for name, weight in params.items():
+            check_finite(name, weight, part, str(weight.dtype))
+        raise
 
 
 def _has_number(source: Any) -> bool:

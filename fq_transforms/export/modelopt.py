@@ -153,7 +153,7 @@ def _weight(what: str, parts: dict[str, str], types: Mapping[str, TensorType]) -
         raise refused
     *stack, out, width = codes.shape
     if number := types.get("weight_scale_2"):
-        wanted = ((), (1,), tuple(stack), (*stack, 1), (*stack, 1, 1))
+        wanted = ((), (1,), *([(*stack,), (*stack, 1), (*stack, 1, 1)] if stack else []))
         fits = codes.dtype == "U8" and scale == TensorType("F8_E4M3", (*stack, out, width // 8))
         if not fits or number.dtype != "F32" or number.shape not in wanted:
             raise refused

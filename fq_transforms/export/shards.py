@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fq_transforms.checkpoint.storage import Lock, fsync_directory, naming, open_regular, stage_of
 from fq_transforms.export.files import INDEX, SINGLE, check_free, commit, read_document, remove_staged, write_json
-from fq_transforms.parse import check_name, parse_json, shown
+from fq_transforms.parse import MOST_NAME, check_name, parse_json, shown
 
 __all__ = ["DTYPES", "Files", "Place", "Shard", "ShardWriter", "TensorType", "index_of", "lay_out", "type_of", "write"]
 
@@ -373,7 +373,7 @@ class Files:
                     f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory"
                 )
             if not (folder / file).exists():
-                raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names")
+                raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names, wanted all shards")
             self._file(file)  # which checks the header
             for place_name, place in _read_header(folder / file).items():
                 if place_name in found:
@@ -384,8 +384,13 @@ class Files:
                 found[place_name] = place
         in_files = {name: place.file for name, place in found.items()}
         if named is not None and named != in_files:
-            wrong = sorted(named.items() ^ in_files.items())
-            raise ValueError(f"folder {str(folder)!r}: {INDEX!r} and the files differ, in {shown(wrong[:3])}")
+            name = next(name for name in sorted({*named, *in_files}) if named.get(name) != in_files.get(name))
+            where = "in no file" if name not in in_files else f"in {in_files[name]!r}"
+            said = "does not name it" if name not in named else f"says {named[name]!r}"
+            raise ValueError(
+                f"folder {str(folder)!r}: found tensor {name[:MOST_NAME]!r} {where}, and {INDEX!r} {said}, wanted both "
+                "alike"
+            )
         for name in found:
             check_name(name, f"folder {str(folder)!r}")
         return found
@@ -411,7 +416,9 @@ def _opened(file: Path) -> Any:
         with open_regular(file):
             return safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"file {str(file)!r}: found no safetensors, or damaged ones: {error}") from error
+        raise ValueError(
+            f"file {str(file)!r}: found no safetensors, or damaged ones: {str(error)[:500]}, wanted a whole file"
+        ) from error
 
 
 def _read_header(path: Path) -> dict[str, Place]:

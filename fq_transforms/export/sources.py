@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
 from fq_transforms.export.accounted import text_configs
-from fq_transforms.export.encoded import Found
+from fq_transforms.export.encoded import Found, check_finite
 from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
-from fq_transforms.parse import nearest, shown
+from fq_transforms.parse import shown
 
 __all__ = ["MODELOPT", "READS", "Folder"]
 
@@ -32,8 +33,9 @@ MODELOPT = "hf_quant_config.json"
 _NO_CODES = ("F64", "F32", "F16", "BF16", "C64", "BOOL", "I64", "I32", "I16", "U64", "U32", "U16")
 _OF_CODES = re.compile(
     r"[._](?:weight_(?:packed|scale|scale_inv|scale_2|global_scale|shape|zero_point|g_idx)|scale_inv|qweight|qzeros)$"
-    r"|\.weight\.(?:absmax|quant_map|quant_state\..*)$"
+    r"|\.experts\.\w+_(?:blocks|scales)$|\.weight\.(?:absmax|quant_map|quant_state\..*)$"
 )
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -68,12 +70,13 @@ class Folder:
             try:
                 found = Found({}, {}) if self.method is None else READS[self.method](self.files, about or {})
                 _check_accounted(self.files, found, self.method)
+                others = self._other_weights()
             except ValueError as error:
                 raise ValueError(f"folder {str(self.path)!r}: {error}") from error
         except BaseException:
             self.close()
             raise
-        self.encoded, self.left = found.weights, found.left
+        self.encoded, self.left = found.weights, found.left | others
         self._name_of = {part: name for name, weight in self.encoded.items() for part in weight.parts.values()}
 
     def __enter__(self) -> "Folder":
@@ -120,13 +123,7 @@ class Folder:
         own = {key: part if shape and shape[0] == experts else None for key, shape in shapes.items()}
         parts = {key: self.files.read(tensor, own[key]).to(device) for key, tensor in weight.parts.items()}
         plain = weight.decode(parts, self.dtype)
-        if not bool((is_finite := plain.isfinite()).all()):
-            expert = int((~is_finite).nonzero()[0, 0]) + (part.start if part else 0)
-            of = "" if experts is None else f", expert {expert}"
-            raise ValueError(
-                f"tensor {name!r}{of}: found {weight.format} that stands for NaN or infinity, in codes or scales, of "
-                f"{list(weight.parts.values())}, wanted finite weights of {self.dtype}"
-            )
+        check_finite(name, plain, part, f"the {weight.format} in {[*weight.parts.values()]}, as {self.dtype}")
         return plain
 
     def exponents(self, name: str, part: slice | None = None) -> Tensor | None:
@@ -151,13 +148,15 @@ class Folder:
         """Files that are copied: all but weights, their index, config.json, and what is hidden. Links are followed.
 
         Raises:
-            ValueError: One is no file, such as a link to nothing.
+            ValueError: One is no file, such as a link to nothing, as where a download is not whole.
             OSError: A directory cannot be read.
         """
+        seen = {os.path.realpath(self.path)}
         for directory, names, files in os.walk(self.path, onerror=_raise, followlinks=True):
             at = Path(directory)
-            above = {os.path.realpath(one) for one in (at, *at.parents)}  # to which a link would lead in a circle
-            names[:] = sorted(n for n in names if not n.startswith(".") and os.path.realpath(at / n) not in above)
+            real = {name: os.path.realpath(at / name) for name in sorted(names) if not name.startswith(".")}
+            names[:] = [name for name, path in real.items() if path not in seen]  # a link may lead back
+            seen |= {*real.values()}
             for file in sorted(files):
                 relative = str((at / file).relative_to(self.path))
                 if relative in (CONFIG, INDEX, MODELOPT) or file.startswith(".") or file.endswith(_WEIGHTS):
@@ -168,6 +167,19 @@ class Folder:
                         "copy; mend it, or take it away"
                     )
                 yield relative
+
+    def _other_weights(self) -> dict[str, str]:
+        """Files of weights that are not read, and why. Raises ValueError for a shard that the index does not name."""
+        read = {place.file for place in self.files.places.values()}
+        names = sorted(file.name for file in self.path.iterdir() if file.name.endswith(_WEIGHTS))
+        for name in names:
+            if _SHARD.fullmatch(name) and name not in read:
+                raise ValueError(
+                    f"file {str(self.path / name)!r}: found a shard that {INDEX!r} does not name, wanted all shards in "
+                    "it, or no others beside them"
+                )
+        why = "a file of other weights, which the index does not name"
+        return {name: why for name in names if name not in read and name != INDEX}
 
     def _about(self) -> dict[str, Any] | None:
         """What says how the folder is quantized, which config has no more then."""
@@ -188,7 +200,8 @@ class Folder:
             found = (
                 f"quant_method {shown(method)}" if isinstance(about, dict) else f"quantization_config {shown(about)}"
             )
-            meant = f" (did you mean {nearest(method, READS)[0]!r}?)" if isinstance(method, str) else ""
+            near = get_close_matches(method, READS, 1) if isinstance(method, str) else []
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
                 f"folder {str(self.path)!r}: found {found}, wanted one of {sorted(READS)}, or a model that is not "
                 f"quantized{meant}"
