@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from fq_transforms.export.tables import size, table
 from fq_transforms.spec import Spec
 
 __all__ = ["Conversion"]
@@ -44,17 +45,16 @@ class Conversion:
         return sum(after for _, _, after in self.rows.values())
 
     def __repr__(self) -> str:
-        return f"Conversion({str(self.destination)!r}: {_bytes(self.before)} to {_bytes(self.after)})"
+        return f"Conversion({str(self.destination)!r}: {size(self.before)} to {size(self.after)})"
 
     def __str__(self) -> str:
         weights = sum(count for count, _, _ in self.rows.values())
         cells = [
             ("format", "weights", "before", "after"),
-            *((name, f"{count:,}", _bytes(a), _bytes(b)) for name, (count, a, b) in self.rows.items()),
-            ("all", f"{weights:,}", _bytes(self.before), _bytes(self.after)),
+            *((name, f"{count:,}", size(a), size(b)) for name, (count, a, b) in self.rows.items()),
+            ("all", f"{weights:,}", size(self.before), size(self.after)),
         ]
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        lines = [table(cells)]
         if self.exact is not None and self.exact[1]:
             same, count = self.exact
             lines.append(f"MXFP4 to NVFP4: {same:,} of {count:,} blocks exact, {100 * same / count:.2f} %")
@@ -65,16 +65,3 @@ class Conversion:
             lines.append(f"left out: {len(names)} tensors such as {names[0]!r}, {why}")
         lines.append(f"{self.shards} shards, {len(self.copied)} files copied")
         return "\n".join(lines)
-
-
-def _bytes(size: int) -> str:
-    """Bytes in the largest unit of which there is one.
-
-    Example:
-        >>> _bytes(1_500_000_000), _bytes(12)
-        ('1.50 GB', '12 B')
-    """
-    for unit, value in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= value:
-            return f"{size / value:.2f} {unit}"
-    return f"{size} B"

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ __all__ = [
     "CONFIG",
     "INDEX",
     "SINGLE",
+    "bytes_bar",
     "bytes_of",
     "check_free",
     "commit",
@@ -78,16 +80,34 @@ def check_free(folder: Path) -> None:
 
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """The same items, with a bar on standard error that counts them.
+    """The same items, with a bar on standard error that counts them; in a log it is written once a minute.
 
     Raises:
         ImportError: tqdm is not installed.
     """
+    return _tqdm()(items, desc=what, mininterval=_interval())
+
+
+def bytes_bar(total: int, what: str, position: int = 0) -> Any:
+    """A bar of bytes on standard error, with what it has of them per second; likewise.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+    return _tqdm()(total=total, desc=what, unit="B", unit_scale=True, mininterval=_interval(), position=position)
+
+
+def _tqdm() -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("export needs tqdm: pip install 'fq_transforms[export]'") from error
-    return tqdm(items, desc=what, mininterval=0.5)
+    return tqdm
+
+
+def _interval() -> float:
+    """Seconds between two states of a bar. A notebook's standard error is no terminal either."""
+    return 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60.0
 
 
 def write(

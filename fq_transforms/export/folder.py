@@ -35,8 +35,8 @@ from fq_transforms.checkpoint.storage import (
     stages_within,
 )
 from fq_transforms.export.conversion import Conversion
-from fq_transforms.export.files import INDEX, bytes_of, check_free, commit, remove_staged, write_json
-from fq_transforms.export.plan import Target, check_values, planned, tensors_of, warn_of_notes
+from fq_transforms.export.files import INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
+from fq_transforms.export.plan import ExportPlan, Target, check_values, planned, tensors_of, warn_of_notes
 from fq_transforms.export.ranks import Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
@@ -54,7 +54,7 @@ from fq_transforms.select import select
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State, flatten
 
-__all__ = ["folder"]
+__all__ = ["Job", "Piece", "decided", "folder"]
 
 # Bytes of a piece in the files that are read; a matrix may be larger.
 PIECE_BYTES = 2**27
@@ -125,16 +125,15 @@ def folder(
         ValueError: As `select` and `save`; `src` is no such folder; a weight is not finite; all but that before a write.
         OSError: A file cannot be read or written; the disk has too little space.
     """
-    target, engine, limit = LAYOUTS[check_layout(layout)], engine_of(layout, reader), bytes_of(max_shard_size)
+    engine, limit = engine_of(layout, reader), bytes_of(max_shard_size)
     count = _jobs(jobs)
     path = local_path(dst)
     with ExitStack() as stack:
         source = stack.enter_context(Folder(src))
         if path == source.path or source.path in path.parents:
             raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
-        given = _given(source, rules, layout, method, state, inputs, experts, transposed)
-        job = _Job(source, target, given, method, engine, torch.device(device or _device()), limit)
-        warn_of_notes(job.plan, target, stacklevel=3)
+        job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
+        warn_of_notes(job.plan, job.target, stacklevel=3)
         if not dry_run:
             ranks = stack.enter_context(Ranks())
             _run(job, path, ranks, count, resume)
@@ -149,8 +148,39 @@ def _jobs(jobs: int | None) -> int:
     return jobs
 
 
-def _device() -> str:
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+def decided(
+    source: Folder,
+    rules: Rules | None,
+    layout: Layout,
+    engine: Any,
+    method: Method,
+    state: str | os.PathLike[str] | None,
+    inputs: str | os.PathLike[str] | None,
+    experts: str | Sequence[str],
+    transposed: str | Sequence[str] | Mapping[str, bool],
+    device: torch.device | str | None,
+    limit: int,
+) -> "Job":
+    """The conversion that `folder` makes of these arguments, checked, before the first byte."""
+    target = LAYOUTS[check_layout(layout)]
+    where = _device(device)
+    given = _given(source, rules, layout, method, state, inputs, experts, transposed)
+    return Job(source, target, given, method, engine, where, limit)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """Where to compute. Raises ValueError for no device, or one that is not here."""
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        where = torch.empty(0, device=device or "cpu").device
+        said = "it holds no values"
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch's three ways to say so
+        where, said = torch.device("meta"), str(error).splitlines()[0]
+    if where.type == "meta":
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: found {device!r}, wanted one of {here}: {said}")
+    return where
 
 
 class _Given(NamedTuple):
@@ -237,7 +267,7 @@ def _static(group: Group) -> Group:
     return replace(group, format=next((known for known in FORMATS.values() if known == static), static))
 
 
-class _Job:
+class Job:
     """A conversion, decided to the last byte.
 
     Attributes:
@@ -339,17 +369,20 @@ class _Job:
 
     def _quantize(self, sources: Sequence[Any], part: slice | None, writer: Writer) -> None:
         first = part.start if part else 0
+        plan = self.read(sources, part)
+        check_values(plan, self.target)
+        for one in plan.sources:
+            for name, tensor in tensors_of(plan, one, self.target, first):
+                writer.write(name, tensor, first if one.group and one.group.stacked else 0)
+
+    def read(self, sources: Sequence[Any], part: slice | None) -> ExportPlan:
+        """Weights of some sources, or of some experts of them, and their amax."""
         cut = [_part_of(one, part) for one in sources]
         params: dict[str, Tensor] = {}
         for one in cut:
             for name in one.group.names:
                 params[name] = self.source.read(name, part if one.group.stacked else None).to(self.device)
-        state = self._state(cut, params, part)
-        plan = self.plan._replace(params=params, state=state, sources=cut)
-        check_values(plan, self.target)
-        for one in cut:
-            for name, tensor in tensors_of(plan, one, self.target, first):
-                writer.write(name, tensor, first if one.group.stacked else 0)
+        return self.plan._replace(params=params, state=self._state(cut, params, part), sources=cut)
 
     def _state(self, cut: Sequence[Any], params: Mapping[str, Tensor], part: slice | None) -> State:
         """The amax of some experts: given, or from their weights, and tied."""
@@ -458,7 +491,7 @@ def _tie(state: State, keys: Sequence[str]) -> None:
                     state[key] = state[key] | {name: largest}
 
 
-def _run(job: _Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
+def _run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
     """Write the folder, with the other ranks."""
     stage = stage_of(path, _fingerprint(job))
     with ExitStack() as stack:
@@ -475,7 +508,7 @@ class _Stage:
         OSError: Another save to `path` is going on; the disk has too little space.
     """
 
-    def __init__(self, job: _Job, path: Path, stage: Path, resume: bool) -> None:
+    def __init__(self, job: Job, path: Path, stage: Path, resume: bool) -> None:
         self._path, self._stage, self._resume = path, stage, resume
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -486,7 +519,7 @@ class _Stage:
                 self._lock.release()
                 raise
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: Job) -> None:
         path, stage = self._path, self._stage
         check_free(path)
         if self._resume and (stage / DONE).exists():
@@ -529,7 +562,7 @@ def _stages(path: Path) -> list[Path]:
     return [*beside, *stages_within(path)]
 
 
-def _check_space(job: _Job, path: Path, stage: Path) -> None:
+def _check_space(job: Job, path: Path, stage: Path) -> None:
     others = sum((job.source.path / name).stat().st_size for name in job.source.others())
     here = [stage / shard.file for shard in job.shards]
     held = sum(512 * file.stat().st_blocks for file in here if file.exists())
@@ -541,7 +574,7 @@ def _check_space(job: _Job, path: Path, stage: Path) -> None:
         )
 
 
-def _fingerprint(job: _Job) -> str:
+def _fingerprint(job: Job) -> str:
     """32 hex digits of all that the bytes depend on: of another source or another option they are others."""
     files = {place.file for place in job.source.files.places.values()}
     stats = {name: (job.source.path / name).stat() for name in sorted({*files, *job.source.others()})}
@@ -560,7 +593,7 @@ def _fingerprint(job: _Job) -> str:
     return digest.hexdigest()[:32]
 
 
-def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
+def _fill(job: Job, stage: Path, ranks: Ranks, jobs: int) -> None:
     """Convert this rank's pieces that are not on the disk yet."""
     done = (stage / DONE).read_bytes()
     total = sum(piece.size for piece in job.pieces)
@@ -573,7 +606,8 @@ def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
     with ExitStack() as stack:
         writer = stack.enter_context(Writer(stage, job.shards, is_new=False))
         marks = stack.enter_context(_Marks(stage / DONE, writer))
-        bar = stack.enter_context(_bar(sum(piece.size for _, piece in mine), job, ranks))
+        what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
+        bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in mine), what, ranks.rank))
 
         def one(number: int, piece: Piece) -> None:
             job.convert(piece, writer)
@@ -628,17 +662,7 @@ class _Marks:
         self._held, self._bytes = [], 0
 
 
-def _bar(total: int, job: _Job, ranks: Ranks) -> Any:
-    """Bytes that were read, on standard error."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("export needs tqdm: pip install 'fq_transforms[export]'") from error
-    what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5, position=ranks.rank)
-
-
-def _finish(job: _Job, path: Path, stage: Path) -> None:
+def _finish(job: Job, path: Path, stage: Path) -> None:
     """Write what is beside the tensors, and let the folder appear."""
     with naming(path):
         for name in job.source.others():
