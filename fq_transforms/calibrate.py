@@ -264,6 +264,8 @@ def scale_search(format: Format, *, is_weighted: bool) -> Search:
 def progress(items: Sequence[T], method: Method) -> Iterable[T]:
     """The same items; if the method is not `Max`, with a bar on standard error once a second has passed.
 
+    One item has none: of a folder that is calibrated group by group there would be thousands.
+
     Raises:
         ImportError: tqdm is not installed, and the method is not `Max`.
     """
@@ -274,4 +276,4 @@ def progress(items: Sequence[T], method: Method) -> Iterable[T]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(f"method {name} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
-    return tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)
+    return items if len(items) < 2 else tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)

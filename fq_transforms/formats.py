@@ -343,6 +343,19 @@ def _is_full(element: IntElement) -> bool:
     return element.low == -element.high - 1 and element.qmax == element.high
 
 
+def static_format(format: Format) -> Format:
+    """The format whose scales are state, in place of one with dynamic blocks under an amax: the files are the same.
+
+    Example:
+        >>> static_format(NVFP4).name, static_format(MXFP4).name, static_format(FP8).name
+        ('NVFP4_STATIC', 'MXFP4', 'FP8')
+    """
+    if not format.dynamic or format.is_stateless:
+        return format
+    static = replace(format, dynamic=False, name=format.name.replace("NVFP4", "NVFP4_STATIC", 1))
+    return next((known for known in FORMATS.values() if known == static), static)
+
+
 def own_format(format: Format, layout: str) -> Format:
     """The layout's own format in place of one that its readers would apply in another order; else the same.
 

@@ -27,7 +27,8 @@ LAYERS = [
     "training checkpoint export",
     "__init__",
     "integrations",
-    "bench",
+    "bench cli",
+    "__main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

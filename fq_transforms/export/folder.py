@@ -45,7 +45,7 @@ from fq_transforms.export.sources import Folder
 from fq_transforms.export.states import in_files
 from fq_transforms.export.ties import fused_sources
 from fq_transforms.fakequant import fakequant
-from fq_transforms.formats import FORMATS, Format, Layout, check_layout
+from fq_transforms.formats import Format, Layout, check_layout, static_format
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.quantize.reference import power_of_two
@@ -208,11 +208,15 @@ def _given(
     transposed: str | Sequence[str] | Mapping[str, bool],
 ) -> _Given:
     params = source.params()
-    known: State = {}
+    chosen = select(params, rules, experts=experts, transposed=transposed) if rules else Spec(())
+    spec, known = chosen.for_layout(layout), State()
     if state is not None:
+        if method != MAX:
+            raise ValueError(f"method: found {method!r} beside a state, whose amax is taken as it is, wanted none")
+        if not rules and (experts or transposed):
+            raise ValueError(f"experts, transposed: found {experts or transposed!r} beside a state, wanted none: it knows")
         spec, known = in_files(state, params, source.config)
         if rules is not None:
-            chosen = select(params, rules, experts=experts, transposed=transposed)
             ours, theirs = ({group.key: group.format for group in one.all_groups} for one in (chosen, spec))
             if ours != theirs:
                 key = sorted(ours.items() ^ theirs.items(), key=str)[0][0]
@@ -220,11 +224,10 @@ def _given(
                     f"state {str(state)!r}: found {key!r} in {_name(theirs.get(key))}, and rules that say "
                     f"{_name(ours.get(key))}, wanted the same of both; leave the rules out"
                 )
-    elif rules:
-        spec = select(params, rules, experts=experts, transposed=transposed).for_layout(layout)
-    else:
-        spec = Spec(())
-    if calibrated := [one for one in spec.inputs if one.is_calibrated and one.key not in known]:
+    calibrated = [one for one in spec.inputs if one.is_calibrated and one.key not in known]
+    if inputs is not None and not calibrated:
+        raise ValueError(f"inputs: found {str(inputs)!r}, and no inputs that want an amax of it, wanted rules for them")
+    if calibrated:
         if inputs is None:
             raise ValueError(
                 f"inputs {calibrated[0].key!r}: found no amax for {calibrated[0].format.name} and {len(calibrated) - 1} "
@@ -244,7 +247,8 @@ def _given(
     exact = frozenset[str]()
     if isinstance(method, Max) and state is None:
         exact = frozenset(group.key for group in spec.groups if _is_exact(source, group))
-        spec = replace(spec, groups=tuple(_static(group) if group.key in exact else group for group in spec.groups))
+        of = {group.key: static_format(group.format) if group.key in exact else group.format for group in spec.groups}
+        spec = replace(spec, groups=tuple(replace(group, format=of[group.key]) for group in spec.groups))
     return _Given(spec, known, exact)
 
 
@@ -258,13 +262,6 @@ def _is_exact(source: Folder, group: Group) -> bool:
     is_nvfp4 = format.scale == "e4m3" and format.block == (1, 16) and format.min_scale == 2.0**-9
     stored = [source.encoded.get(name) for name in group.names]
     return is_nvfp4 and not format.unit_scale_below and all(one is not None and one.exponents for one in stored)
-
-
-def _static(group: Group) -> Group:
-    """The same with scales in its state, as NVFP4_STATIC has them."""
-    name = group.format.name.replace("NVFP4", "NVFP4_STATIC", 1) if group.format.dynamic else group.format.name
-    static = replace(group.format, dynamic=False, name=name)
-    return replace(group, format=next((known for known in FORMATS.values() if known == static), static))
 
 
 class Job:

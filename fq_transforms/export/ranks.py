@@ -1,5 +1,6 @@
-"""Processes that write one folder together: torchrun's ranks, or those of torch.distributed as it is. Nothing but what
-each has to say is sent.
+"""Processes that write one folder together: torchrun's ranks, or those of torch.distributed as it is.
+
+Nothing but what each has to say is sent.
 """
 
 import os
@@ -9,9 +10,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["Ranks"]
+__all__ = ["RankError", "Ranks"]
 
 T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, which the message names."""
 
 
 class Ranks(AbstractContextManager["Ranks"]):
@@ -45,7 +50,7 @@ class Ranks(AbstractContextManager["Ranks"]):
 
         Raises:
             Exception: What it raised here.
-            RuntimeError: It raised on another rank, which the message names.
+            RankError: It raised on another rank.
         """
         if self.size == 1:
             return call()
@@ -62,5 +67,5 @@ class Ranks(AbstractContextManager["Ranks"]):
             raise error
         for rank, other in enumerate(said):
             if other is not None:
-                raise RuntimeError(f"rank {rank} of {self.size}: {other}")
+                raise RankError(f"rank {rank} of {self.size}: {other}")
         return value

@@ -23,7 +23,7 @@ from fq_transforms.state import GroupState, State
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GroupReport", "Report", "report"]
+__all__ = ["GroupReport", "Report", "group_report", "histogram", "report", "role_of", "worst_of_roles"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,6 +115,11 @@ class Report:
         rows = [line(_cells(group), "td") for group in self._worst_first()]
         totals = "<br>".join(escape(text) for text in self._totals())
         return f"<table><thead>{line(_HEADER, 'th')}</thead><tbody>{''.join(rows)}</tbody></table><p>{totals}</p>"
+
+    def to_html(self, title: str) -> str:
+        """The table as a page of its own."""
+        head = f"<!doctype html>\n<meta charset='utf-8'>\n<title>{escape(title)}</title>\n<h1>{escape(title)}</h1>"
+        return f"{head}\n{self._repr_html_()}\n"
 
     def plot(self) -> "Figure":
         """A figure: for each role a heat map of SQNR, layers by experts, above the histogram of its worst expert.
@@ -212,7 +217,20 @@ def report(
         # All are launched before the first is read, which waits for a GPU.
         measured = {key: _measure(part) for key, part in parts.items()}
         groups = {key: _group_report(part, measured[key], counted.get(key)) for key, part in parts.items()}
-        return Report(groups, tuple(_histograms(groups.values(), parts)))
+        worst = worst_of_roles(groups.values())
+        return Report(groups, tuple(_histogram(found, parts[found.key]) for found in worst))
+
+
+def group_report(params: Mapping[str, Tensor], entry: GroupState, group: Group) -> GroupReport:
+    """What is measured of one group, without tokens."""
+    part = _own_part(params, group, entry)
+    return _group_report(part, _measure(part), None)
+
+
+def histogram(params: Mapping[str, Tensor], entry: GroupState, group: Group) -> Histogram:
+    """Of the worst expert of one group."""
+    part = _own_part(params, group, entry)
+    return _histogram(_group_report(part, _measure(part), None), part)
 
 
 def role_of(key: str) -> tuple[str, int | None]:
@@ -292,17 +310,21 @@ def _group_report(part: _OwnPart, measures: Measures, tokens: Tensor | None) -> 
     )
 
 
-def _histograms(groups: Iterable[GroupReport], parts: Mapping[str, _OwnPart]) -> Iterable[Histogram]:
-    """Of the worst expert of each role, worst first."""
+def worst_of_roles(groups: Iterable[GroupReport]) -> list[GroupReport]:
+    """Of each role the group with the lowest SQNR, worst first."""
     worst: dict[str, GroupReport] = {}
     for group in sorted(groups, key=_lowest):
         if group.experts:
             worst.setdefault(_role(group.key, group.format), group)
-    for found in worst.values():
-        i = found.worst
-        assert i is not None
-        edges, counts = histogram_reference(*parts[found.key].expert(i), format=found.format)
-        yield Histogram(found.key, found.experts[i], found.sqnr[i].item(), found.format, edges.cpu(), counts.cpu())
+    return list(worst.values())
+
+
+def _histogram(found: GroupReport, part: _OwnPart) -> Histogram:
+    """Of the worst expert of a group."""
+    i = found.worst
+    assert i is not None
+    edges, counts = histogram_reference(*part.expert(i), format=found.format)
+    return Histogram(found.key, found.experts[i], found.sqnr[i].item(), found.format, edges.cpu(), counts.cpu())
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
