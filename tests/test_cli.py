@@ -207,6 +207,7 @@ REFUSED = {
     "no SRC": (["quantize", "absent", "dst", "--preset", "FP8_DEFAULT"], ["absent", "found nothing"]),
     "no folder of a model": (["inspect", "."], ["model.safetensors"]),
     "one folder to compare": (["compare", "src", "absent"], ["absent"]),
+    "DST is taken, dry": (["quantize", "src", "taken", "--preset", "FP8_DEFAULT", "--dry-run"], ["taken", "file"]),
     "DST is taken": (["quantize", "src", "taken", "--preset", "FP8_DEFAULT"], ["taken", "file"]),
     "no place for a page": (["report", "src", "--preset", "FP8_DEFAULT", "--html", "no/a.html"], ["--html", "no"]),
     "a folder for a plot": (["report", "src", "--preset", "FP8_DEFAULT", "--png", "taken"], ["--png", "taken"]),

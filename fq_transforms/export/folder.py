@@ -134,7 +134,9 @@ def folder(
             raise ValueError(f"dst {str(path)!r}: found a place within src, wanted another")
         job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
         warn_of_notes(job.plan, job.target, stacklevel=3)
-        if not dry_run:
+        if dry_run:
+            check_free(path)
+        else:
             ranks = stack.enter_context(Ranks())
             _run(job, path, ranks, count, resume)
         return job.conversion(path)
