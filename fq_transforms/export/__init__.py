@@ -1,6 +1,6 @@
 """Files that inference engines load: safetensors in shards, an index, config.json.
 
-    save                    a model in memory to a folder in a layout (compressed-tensors, ModelOpt's, plain), for a reader
+    save                    a model in memory to a folder in a layout (compressed-tensors, ModelOpt's, ...), for a reader
     folder                  a folder to another, streamed: quantized, or what is quantized to plain weights
     inspect                 what is in a folder; report: what quantization would do to it; compare: it and another
     interleave              block scales in the order that tensor cores read them; deinterleave: and back

@@ -216,7 +216,9 @@ def _given(
         if method != MAX:
             raise ValueError(f"method: found {method!r} beside a state, whose amax is taken as it is, wanted none")
         if not rules and (experts or transposed):
-            raise ValueError(f"experts, transposed: found {experts or transposed!r} beside a state, wanted none: it knows")
+            raise ValueError(
+                f"experts, transposed: found {experts or transposed!r} beside a state, wanted none: it knows"
+            )
         spec, known = in_files(state, params, source.config)
         if rules is not None:
             ours, theirs = ({group.key: group.format for group in one.all_groups} for one in (chosen, spec))
