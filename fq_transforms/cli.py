@@ -215,7 +215,10 @@ def _rules_in(path: Path) -> tuple[Rule, ...]:
     if path.suffix.lower() not in readers:
         raise ValueError(f"--rules: found {str(path)!r}, wanted a file that ends in {', '.join(readers)}")
     try:
-        return readers[path.suffix.lower()](read_all(path, MOST_TEXT).decode())
+        rules = readers[path.suffix.lower()](read_all(path, MOST_TEXT).decode())
+        if not rules:
+            raise ValueError("found no rules, wanted some")
+        return rules
     except ValueError as error:
         raise ValueError(f"--rules {str(path)!r}: {error}") from error
 

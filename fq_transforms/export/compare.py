@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, isnan, log10, nan
+from math import inf, isfinite, isnan, log10, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,9 @@ from fq_transforms.spec import group_key
 
 __all__ = ["Comparison", "RoleDifference", "compare"]
 
-# Numbers that are compared at a time, which are held in fp64.
-NUMBERS = 2**22
+# Numbers that are compared at a time. In fp64 they stay in a cache: a core compares 0.3 GB of bf16 in a second, and a
+# third of that with 2**22.
+NUMBERS = 2**16
 # Names of a list that are printed.
 MOST_NAMES = 5
 
@@ -225,21 +226,29 @@ def _difference(a: Tensor, b: Tensor) -> _Sums:
     a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
     found = _Sums(0, 0, 0.0, 0.0, 0.0)
     for x, y in zip(a.reshape(-1).split(NUMBERS), b.reshape(-1).split(NUMBERS), strict=True):
-        wide_x, wide_y = x.double(), y.double()
-        # fp64 does not hold all integers.
-        differ = x != y if x.dtype == y.dtype and not x.is_floating_point() else wide_x != wide_y
-        differ &= ~(wide_x.isnan() & wide_y.isnan())
-        gap = torch.where(differ, (wide_x - wide_y).abs(), 0.0)
-        found = found.plus(
-            _Sums(
-                weights=len(x),
-                differ=int(differ.sum()),
-                signal=float(torch.where(wide_x.isfinite(), wide_x, 0.0).square().sum()),
-                noise=float(gap.square().sum()),
-                largest=float(gap.max()) if len(gap) else 0.0,
-            )
-        )
+        found = found.plus(_of_some(x, y))
     return found
+
+
+def _of_some(x: Tensor, y: Tensor) -> _Sums:
+    """Of two vectors."""
+    wide, other = x.double(), y.double()
+    gap = wide - other
+    signal, noise = float(wide.dot(wide)), float(gap.dot(gap))
+    if x.is_floating_point() and isfinite(signal) and isfinite(noise):
+        differ = int(gap.count_nonzero())
+        return _Sums(len(x), differ, signal, noise, float(torch.linalg.vector_norm(gap, inf)) if differ else 0.0)
+    # fp64 does not hold all integers; NaN and infinity are no gap to themselves.
+    differ = x != y if x.dtype == y.dtype and not x.is_floating_point() else wide != other
+    differ &= ~(wide.isnan() & other.isnan())
+    gap = torch.where(differ, gap.abs(), 0.0)
+    return _Sums(
+        weights=len(x),
+        differ=int(differ.sum()),
+        signal=float(torch.where(wide.isfinite(), wide, 0.0).square().sum()),
+        noise=float(gap.square().sum()),
+        largest=float(gap.max()) if len(gap) else 0.0,
+    )
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -152,7 +152,9 @@ def folder(
         job = ranks.together(decide)
         warn_of_notes(job.plan, job.target, stacklevel=3)
         _warn_of_other_formats(job)
-        if not dry_run:
+        if dry_run:
+            check_free(path)
+        else:
             _run(job, path, ranks, count, resume)
         return job.conversion(path)
 
@@ -213,7 +215,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
-        where = torch.empty(0, device=device or "cpu").device
+        where = torch.empty(0, device="cpu" if device is None else device).device
         said = "it holds no values"
     except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch's three ways to say so
         where, said = torch.device("meta"), str(error).splitlines()[0]

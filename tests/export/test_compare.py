@@ -72,7 +72,7 @@ WHERE = {  # name and place that is changed, to role and what it is called
 
 
 @pytest.mark.parametrize(("name", "at"), WHERE, ids=[name for name, _ in WHERE])
-@pytest.mark.parametrize("numbers", [3, 2**22])
+@pytest.mark.parametrize("numbers", [3, 2**16])
 def test_one_changed_number_is_found_and_named(name, at, numbers, tmp_path, monkeypatch):
     """Of each kind of tensor, the last ones of a cut too; all else is equal, and so is each folder to itself."""
     monkeypatch.setattr(sys.modules["fq_transforms.export.compare"], "NUMBERS", numbers)
@@ -127,6 +127,16 @@ def test_what_is_no_number_is_seen(a, b, differ, largest, sqnr, tmp_path):
     assert role.differ == differ
     assert [role.largest, role.sqnr] == pytest.approx([largest, sqnr], nan_ok=True)
     assert role.where == ("w1" if differ else "")
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-200), (torch.float64, 1e200), (torch.float32, 1e-45)])
+def test_gaps_whose_squares_vanish_or_overflow_are_counted(dtype, gap, tmp_path):
+    """The smallest and the largest numbers of a dtype differ as others do."""
+    a = write(tmp_path / "a", {"w": torch.zeros(3, dtype=dtype)})
+    b = write(tmp_path / "b", {"w": torch.tensor([0.0, gap, 0.0], dtype=dtype)})
+    role = compare(a, b).roles["w"]
+    assert (role.differ, role.where) == (1, "w")
+    assert role.largest == pytest.approx(torch.tensor(gap, dtype=dtype).item(), rel=1e-12)
 
 
 def test_nan_is_worst_of_a_role(tmp_path):

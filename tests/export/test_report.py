@@ -135,6 +135,7 @@ def test_what_is_in_codes_is_decoded_first(source, tmp_path):
         ({"rules": {"*.expert.*": fqt.NVFP4}}, "expert"),
         ({"rules": {RULES: fqt.NVFP4}, "device": "meta"}, "meta"),
         ({"rules": {RULES: fqt.NVFP4}, "device": "cuda:99"}, "cuda:99"),
+        ({"rules": {RULES: fqt.NVFP4}, "device": ""}, "device: found ''"),
         ({"rules": {RULES: fqt.NVFP4}, "inputs": "nothing"}, "inputs"),
     ],
 )
