@@ -14,7 +14,7 @@ from fq_transforms.ops.launch import is_traced
 
 __all__ = ["Piece", "is_cut", "pieces_of"]
 
-# Of a piece. Measured on a Xeon with 2 MB of cache per core: of 2**16 the calls cost as much as the arithmetic, of 2**18
+# Of a piece. Measured on a Xeon with 2 MB of cache per core: of 2**16 calls cost as much as the arithmetic; of 2**18
 # temporaries go back to the system each time, and half of the time is page faults.
 WEIGHTS = 2**17
 
