@@ -580,7 +580,7 @@ def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
             marks.add(number, piece.size)
             bar.update(piece.size)
 
-        with torch.no_grad(), ThreadPoolExecutor(jobs, initializer=_alone if jobs > 1 else None) as pool:
+        with torch.no_grad(), ThreadPoolExecutor(jobs, initializer=_alone) as pool:
             futures = [pool.submit(one, *entry) for entry in mine]
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -590,7 +590,7 @@ def _fill(job: _Job, stage: Path, ranks: Ranks, jobs: int) -> None:
 
 
 def _alone() -> None:
-    """Let a thread compute by itself: with two that share each product both are slower."""
+    """Let a thread compute by itself: with others that share each operation it is slower, even one job."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
