@@ -1,6 +1,7 @@
 """Measure, check, print, and write JSON, a plot and a page. Needs one CUDA GPU, matplotlib and tqdm.
 
 python -m fq_transforms.bench --out results
+python -m fq_transforms.bench folder --help
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import date
@@ -21,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fq_transforms.bench import full_size, host, mse, packing, peers, report, step, sweep
+from fq_transforms.bench import folder, full_size, host, mse, packing, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits, user
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -42,6 +44,9 @@ WHAT = (
 
 def main() -> None:
     """Run the benchmark from the command line."""
+    if sys.argv[1:2] == ["folder"]:  # which needs no GPU
+        folder.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
     parser.add_argument("what", nargs="?", choices=PARTS, default="kernels", help=WHAT)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, plot and page")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.reference import expert_amax_reference
 from fq_transforms.ops.launch import check_not_empty, flat, format_of, has_kernel, is_traced
+from fq_transforms.ops.pieces import is_cut, pieces_of
 from fq_transforms.ops.traced import left_alone
 from fq_transforms.ops.vmap import Constant, Mapped
 
@@ -73,10 +74,28 @@ def _run_expert_amax(statics: _Statics, *weights: Tensor) -> tuple[Tensor, Tenso
             return expert_amax_operator(list(weights), format.to_json(), transposed)
         amax, global_amax = expert_amax_triton(weights, format=format, transposed=transposed)
         return amax, amax.new_empty(0) if global_amax is None else global_amax
-    parts = [expert_amax_reference(w.mT if transposed else w, format=format) for w in weights]
-    amax = torch.cat([flat(leaf, w) for w, (leaf, _) in zip(weights, parts, strict=True)])
-    globals_ = [flat(leaf, w) for w, (_, leaf) in zip(weights, parts, strict=True) if leaf is not None]
+    parts = [_amax(w.mT if transposed else w, format) for w in weights]
+    amax = torch.cat([leaf for leaf, _ in parts])
+    globals_ = [leaf for _, leaf in parts if leaf is not None]
     return amax, torch.cat(globals_) if globals_ else amax.new_empty(0)
+
+
+def _amax(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """`expert_amax_reference` of each expert, [E, ...]; on a CPU in pieces."""
+    if not is_cut([weight]):
+        amax, global_amax = expert_amax_reference(weight, format=format)
+        return flat(amax, weight), None if global_amax is None else flat(global_amax, weight)
+    x = weight.reshape(-1, *weight.shape[-2:])
+    shape = (len(x), *format.amax_shape(*x.shape[-2:]))
+    amax = torch.zeros(shape)
+    global_amax = torch.zeros(shape[:1]) if format.has_global_amax else None
+    for piece in pieces_of(x, format):
+        parts = expert_amax_reference(piece.of(x), format=format)
+        for leaf, part in zip((amax, global_amax), parts, strict=True):
+            if leaf is not None and part is not None:
+                here = piece.of_leaf(leaf)
+                torch.maximum(here, part, out=here)
+    return amax, global_amax
 
 
 class _ExpertAmax(Constant, Mapped):

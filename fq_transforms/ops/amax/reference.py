@@ -29,9 +29,9 @@ def expert_amax_reference(
         (tensor([[[3.],
              [2.]]]), None)
     """
-    magnitude = weight.float().abs()
-    per_expert = magnitude.amax((-2, -1))
+    magnitude = weight.abs()
+    per_expert = magnitude.amax((-2, -1)).float()
     if format.dynamic or format.block == (None, None):
         return per_expert, None
-    per_granule = in_granules(magnitude, format.block).amax((-3, -1))
+    per_granule = in_granules(magnitude, format.block).amax((-3, -1)).float()
     return per_granule, per_expert if format.has_global_amax else None

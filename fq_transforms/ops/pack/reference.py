@@ -112,18 +112,19 @@ def pack_reference(
     """
     x, element = weight.float(), format.element
     if format.scale == "e8m0":
-        v, e, finite = quantize_mx(x, format)
+        v, e, finite = quantize_mx(x, format, codes_of)
         scale = torch.where(finite, e + 127, 255).to(torch.uint8)[..., 0]
-        return _encode(v.flatten(-2), format), scale, None
+        return _packed(v.flatten(-2), format), scale, None
     if format.scale == "e4m3":
-        v, _, s8, g = quantize_two_level(x, amax, global_amax, format)
-        return _encode(v.flatten(-2), format), s8.to(torch.float8_e4m3fn), g
+        v, _, s8, g = quantize_two_level(x, amax, global_amax, format, codes_of)
+        return _packed(v.flatten(-2), format), s8.to(torch.float8_e4m3fn), g
     granules = valid(amax)
     if isinstance(element, IntElement):
-        q, _ = quantize_int(x, spread(granules, x, format), format)
-        return _encode(q, format), int_scale(granules, format), None
-    v, _ = quantize_fp8(x, spread(granules, x, format), element)
-    return _encode(v, format), fp8_scale(granules, element)[1], None
+        q, _ = quantize_int(x, granules, format)
+        codes = q.to(torch.int8) if code_bits(format) == 8 else q.add_(INT4_OFFSET).to(torch.uint8)
+        return _packed(codes, format), int_scale(granules, format), None
+    v, _ = quantize_fp8(x, granules, format, codes_of)
+    return _packed(v, format), fp8_scale(granules, element)[1], None
 
 
 def unpack_reference(
@@ -164,28 +165,36 @@ def unpack_reference(
     return y.to(out_dtype).contiguous()
 
 
-def _encode(v: Float32[Tensor, "..."], format: Format) -> Tensor:
-    """Values of the element to codes, packed along the last dimension."""
-    element, bits = format.element, code_bits(format)
-    if isinstance(element, IntElement):
-        return v.to(torch.int8) if bits == 8 else _nibbles((v + INT4_OFFSET).to(torch.uint8))
-    dtype = CODE_DTYPES.get((element.exponent_bits, element.mantissa_bits))
-    if dtype is not None:
-        return v.to(dtype)
-    exponent = ((v.view(torch.int32) >> 23) & 0xFF).clamp(min=element.min_exponent + 127) - 127
-    steps = v.abs() * power_of_two(element.mantissa_bits - exponent)  # in units of the exponent's spacing
-    magnitude = ((exponent - element.min_exponent) << element.mantissa_bits) + steps.nan_to_num(0).int()
-    codes = (magnitude | (v.signbit().int() << (bits - 1))).to(torch.uint8)
+def codes_of(x: Float32[Tensor, "..."], element: FloatElement) -> Tensor:
+    """Codes of the values that `round_to` gives, one each.
+
+    Within a binade a code is linear in the magnitude, and from one to the next it grows more slowly. So it is the
+    smallest of the lines, each rounded.
+    """
+    x = x.clamp(-element.max, element.max)
+    if (dtype := CODE_DTYPES.get((element.exponent_bits, element.mantissa_bits))) is not None:
+        return x.to(dtype)
+    bits, step = 1 + element.exponent_bits + element.mantissa_bits, 2**element.mantissa_bits
+    sign = (x.view(torch.int32) >> (32 - bits)).bitwise_and_(1 << (bits - 1))
+    x = x.abs_().mul_(2.0 ** (element.mantissa_bits - element.min_exponent))  # in units of the smallest spacing
+    magnitude, line = x.round(), torch.empty_like(x)
+    for binade in range(1, 2**element.exponent_bits - 1):
+        torch.round(x.mul_(0.5), out=line)
+        torch.minimum(magnitude, line.add_(binade * step), out=magnitude)
+    return sign.bitwise_or_(magnitude.int()).to(torch.uint8)
+
+
+def _packed(codes: Tensor, format: Format) -> Tensor:
+    """Codes of 4 or 6 bits packed along the last dimension, two in a byte or four in three; of 8 as they are."""
+    bits = code_bits(format)
+    if bits == 8:
+        return codes
     if bits == 4:
-        return _nibbles(codes)
+        even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
+        return even | odd << 4
     a, b, c, d = codes.int().unflatten(-1, (-1, 4)).unbind(-1)
     word = a | b << 6 | c << 12 | d << 18
     return torch.stack([word, word >> 8, word >> 16], dim=-1).bitwise_and(0xFF).to(torch.uint8).flatten(-2)
-
-
-def _nibbles(codes: Tensor) -> Tensor:
-    even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return even | odd << 4
 
 
 def _decode(codes: Tensor, format: Format) -> Float32[Tensor, "..."]:

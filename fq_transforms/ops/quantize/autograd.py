@@ -36,6 +36,7 @@ from fq_transforms.ops.launch import (
     split,
     unstacked,
 )
+from fq_transforms.ops.pieces import is_cut, pieces_of
 from fq_transforms.ops.quantize.reference import (
     clip_backward_reference,
     fake_quantize_reference,
@@ -312,12 +313,27 @@ def _run_fake_quantize(
     numbers: dict[str, Any] = {"format": statics.format, "out_dtype": dtype}
     leaves = (split(amax, weights), split(global_amax, weights), _words(statics, seed, weights))
     for w, a, g, words in zip(weights, *leaves, strict=True):
+        if words is None and is_cut(weights):
+            outs.append(_in_pieces(statics, a, g, w))
+            continue
         if words is None:
             y = fake_quantize_reference(statics.matrix(w), a, g, **numbers)
         else:
             y = stochastic_reference(statics.matrix(w), a, g, words, **numbers)
         outs.append(statics.matrix(y).contiguous())
     return tuple(outs)
+
+
+def _in_pieces(statics: _Statics, amax: Tensor | None, global_amax: Tensor | None, weight: Tensor) -> Tensor:
+    """`fake_quantize_reference` of a tensor as stored, in pieces."""
+    format, dtype = statics.format, statics.out_dtype
+    out = torch.empty(weight.shape, dtype=dtype)
+    x, y = (statics.matrix(t.reshape(-1, *weight.shape[-2:])) for t in (weight, out))
+    leaves = [None if leaf is None else flat(leaf, weight) for leaf in (amax, global_amax)]
+    for piece in pieces_of(x, format):
+        a, g = (None if leaf is None else piece.of_leaf(leaf) for leaf in leaves)
+        piece.of(y).copy_(fake_quantize_reference(piece.of(x), a, g, format=format, out_dtype=dtype))
+    return out
 
 
 def _write(

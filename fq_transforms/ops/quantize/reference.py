@@ -41,7 +41,9 @@ NOTE sums: terms are fp32, their sum here is that of fp64, rounded. A kernel add
 the shape; it lies within n * 2**-24 of the sum of magnitudes for n terms, and equals this where only one is not zero.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
@@ -69,6 +71,8 @@ __all__ = [
     "quantize_mx",
     "quantize_two_level",
     "random_words",
+    "round_to",
+    "rounded",
     "spread",
     "stochastic_reference",
     "unrounded_scale",
@@ -170,14 +174,14 @@ def _fake_quantized(
     """Both of the above in fp32: elements are rounded to the nearest, or at random where there is a u for each."""
     element = format.element
     if format.scale == "e8m0":
-        v, e, finite = quantize_mx(x, format, u)
+        v, e, finite = quantize_mx(x, format, rounded(u))
         return torch.where(finite, v * power_of_two(e), torch.nan).flatten(-2)
     if format.scale == "e4m3":
-        v, s, _, _ = quantize_two_level(x, amax, global_amax, format, u)
+        v, s, _, _ = quantize_two_level(x, amax, global_amax, format, rounded(u))
         return (v * s).flatten(-2)
     if isinstance(element, IntElement):
-        return dequantize_int(*quantize_int(x, spread(valid(amax), x, format), format, u), format)
-    v, r = quantize_fp8(x, spread(valid(amax), x, format), element, u)
+        return dequantize_int(*quantize_int(x, valid(amax), format, u), format)
+    v, r = quantize_fp8(x, valid(amax), format, rounded(u))
     return v * r
 
 
@@ -306,14 +310,13 @@ class _Steps(NamedTuple):
 def _steps(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) -> _Steps:
     element = format.element
     if isinstance(element, IntElement):
-        a = spread(valid(amax), x, format)
-        q, s = quantize_int(x, a, format)
+        q, s = quantize_int(x, valid(amax), format)
         v = over_int_scale(x, s, format)
         e = torch.where((v > element.low) & (v < element.high), q - v, q)
         return _Steps(torch.where(s == 0, 0.0, e), element.qmax)
     if format.scale == "fp32":
         a = spread(valid(amax), x, format)
-        q, _ = quantize_fp8(x, a, element)
+        q, _ = quantize_fp8(x, valid(amax), format)
         e = _error(q, x * fp8_scale(a, element)[0], element)
         return _Steps(torch.where(a <= TINY_AMAX, 0.0, e), element.max)
     q, s, s8, g = quantize_two_level(x, amax, global_amax, format)
@@ -333,18 +336,45 @@ def _error(q: Tensor, v: Tensor, element: FloatElement) -> Tensor:
     return torch.where(v.abs() < element.max, q - v, q)
 
 
-# The formulas' parts, which packing, reports and sweeps take as they are. Elements are rounded to the nearest if u is
-# None, else at random, with a number u in (0, 1] for each weight.
+# The formulas' parts, which packing, reports and sweeps take as they are. `amax` has one number per granule, and what
+# is made of it is computed once per granule. `to` makes elements of weights over their scale.
+
+# From numbers and an element to values of the element, or to its codes.
+Rounding: TypeAlias = Callable[[Tensor, FloatElement], Tensor]
+
+
+def round_to(x: Float32[Tensor, "..."], element: FloatElement, u: Tensor | None = None) -> Float32[Tensor, "..."]:
+    """A value of the element: the nearest, ties to even, or one at random; saturates; keeps NaN and the sign.
+
+    At random with a number u in (0, 1] for each weight.
+    """
+    x = x.clamp(-element.max, element.max)
+    exponent = (x.view(torch.int32) >> 23).bitwise_and_(0xFF).clamp_(min=element.min_exponent + 127)
+    spacing = exponent.sub_(element.mantissa_bits)
+    t = x * (254 - spacing).bitwise_left_shift_(23).view(torch.float32)
+    steps = t.round_() if u is None else _round_steps(t.abs(), u.view(x.shape)).copysign(x)
+    return steps.mul_(spacing.bitwise_left_shift_(23).view(torch.float32))
+
+
+def rounded(u: Tensor | None) -> Rounding:
+    """`round_to`, at random where there is a u for each weight."""
+    return partial(round_to, u=u)
+
+
+def _round_steps(t: Tensor, u: Tensor) -> Tensor:
+    """An integer beside t >= 0, or that which it is."""
+    nearest, lower = t.round(), t.floor()
+    return torch.where((t - nearest).abs() <= t * ON_GRID, nearest, lower + (t - lower >= u))
 
 
 def quantize_int(x: Tensor, amax: Tensor, format: Format, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integers q and their scale s, y = q * s, or q / s in formats that divide; s = 0 marks a zero granule."""
     element = format.element
     assert isinstance(element, IntElement)
-    s = int_scale(amax, format)
+    s = spread(int_scale(amax, format), x, format)
     v = over_int_scale(x, s, format)
     if u is None:
-        return v.round().clamp(element.low, element.high), s
+        return v.round_().clamp_(element.low, element.high), s
     return _round_steps(v.clamp(element.low, element.high).abs(), u).copysign(x), s
 
 
@@ -373,10 +403,11 @@ def dequantize_int(q: Tensor, s: Tensor, format: Format) -> Tensor:
     return q / torch.where(s == 0, 1.0, s) * torch.where(s == 0, 0.0, 1.0)
 
 
-def quantize_fp8(x: Tensor, amax: Tensor, element: FloatElement, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor, amax: Tensor, format: Format, to: Rounding = round_to) -> tuple[Tensor, Tensor]:
     """Elements v and their scale r, y = v * r."""
-    s, r = fp8_scale(amax, element)
-    return _round_to(x * s, element, u), r
+    assert isinstance(format.element, FloatElement)
+    s, r = fp8_scale(amax, format.element)
+    return to(x * spread(s, x, format), format.element), spread(r, x, format)
 
 
 def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
@@ -387,7 +418,7 @@ def fp8_scale(amax: Tensor, element: FloatElement) -> tuple[Tensor, Tensor]:
 
 
 def quantize_two_level(
-    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, u: Tensor | None = None
+    x: Tensor, amax: Tensor | None, global_amax: Tensor | None, format: Format, to: Rounding = round_to
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Elements v in blocks, their scale s, y = v * s; and what it is made of: E4M3 scales s8 and the expert's g."""
     assert amax is not None
@@ -400,12 +431,12 @@ def quantize_two_level(
         expert_amax, block_amax = valid(global_amax), valid(amax)
     expert_amax = expert_amax[..., None, None]
     g = expert_scale(expert_amax, format)
-    s8 = _round_to(unrounded_scale(block_amax, g, format).clamp(format.min_scale, E4M3.max), E4M3)
+    s8 = round_to(unrounded_scale(block_amax, g, format).clamp(format.min_scale, E4M3.max), E4M3)
     s = effective_scale(s8, g, format)
     s = torch.where(s < format.unit_scale_below, 1.0, s)
     zero = (block_amax == 0) | (g == (torch.inf if format.dequantize == "divide" else 0))
     s = torch.where(zero, block_amax * 0.0 * expert_amax, s)[..., None]
-    v = _round_to(blocks / torch.where(s == 0, 1.0, s), format.element, None if u is None else in_blocks(u, format))
+    v = to(blocks / torch.where(s == 0, 1.0, s), format.element)
     return v, s, torch.where(zero, block_amax * 0.0, s8), g[..., 0, 0]
 
 
@@ -431,13 +462,13 @@ def effective_scale(s8: Tensor, g: Tensor, format: Format) -> Tensor:
     return s8 / g if format.dequantize == "divide" else s8 * g
 
 
-def quantize_mx(x: Tensor, format: Format, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_mx(x: Tensor, format: Format, to: Rounding = round_to) -> tuple[Tensor, Tensor, Tensor]:
     """Elements v in blocks, the exponents e of their scales, y = v * 2**e, and which blocks are finite."""
     assert isinstance(format.element, FloatElement)
     blocks = in_blocks(x, format)
     amax = blocks.abs().amax(-1, keepdim=True)
     e = _mx_exponent(amax, format)
-    v = _round_to(blocks * power_of_two(-e), format.element, None if u is None else in_blocks(u, format))
+    v = to(blocks * power_of_two(-e), format.element)
     return v, e, amax < torch.inf
 
 
@@ -458,22 +489,6 @@ def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, 
 def power_of_two(e: Int32[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """2.0**e for -127 <= e <= 127, exactly; 2**-127 is an fp32 subnormal."""
     return torch.where(e == -127, 1 << 22, (e + 127) << 23).to(torch.int32).view(torch.float32)
-
-
-def _round_to(x: Float32[Tensor, "..."], element: FloatElement, u: Tensor | None = None) -> Float32[Tensor, "..."]:
-    """A value of the element: the nearest, ties to even, or one at random; saturates; keeps NaN and the sign."""
-    x = x.clamp(-element.max, element.max)
-    exponent = ((x.view(torch.int32) >> 23) & 0xFF).clamp(min=element.min_exponent + 127)
-    spacing = exponent - element.mantissa_bits
-    t = x * ((254 - spacing) << 23).view(torch.float32)
-    steps = t.round() if u is None else _round_steps(t.abs(), u).copysign(x)
-    return steps * (spacing << 23).view(torch.float32)
-
-
-def _round_steps(t: Tensor, u: Tensor) -> Tensor:
-    """An integer beside t >= 0, or that which it is."""
-    nearest, lower = t.round(), t.floor()
-    return torch.where((t - nearest).abs() <= t * ON_GRID, nearest, lower + (t - lower >= u))
 
 
 def valid(amax: Tensor | None) -> Tensor:

@@ -198,9 +198,9 @@ def _error(x: Tensor, amax: Tensor, global_amax: Tensor | None, importance: Tens
         v, s, _, _ = quantize_two_level(x, amax, global_amax, format)
         y = (v * s).flatten(-2)
     elif isinstance(element, IntElement):
-        y = dequantize_int(*quantize_int(x, spread(amax, x, format), format), format)
+        y = dequantize_int(*quantize_int(x, amax, format), format)
     else:
-        v, r = quantize_fp8(x, spread(amax, x, format), element)
+        v, r = quantize_fp8(x, amax, format)
         y = v * r
     y = x - y
     error = y * y

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fq_transforms.formats import IntElement
-from fq_transforms.ops.pack.reference import code_bits, pack_reference, unpack_reference
-from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from tests.cases import DTYPES, experts, name_of
+from fq_transforms.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FloatElement, IntElement
+from fq_transforms.ops.pack.reference import _values as element_values
+from fq_transforms.ops.pack.reference import code_bits, codes_of, pack_reference, unpack_reference
+from fq_transforms.ops.quantize.reference import fake_quantize_reference, round_to
+from tests.cases import DTYPES, experts, name_of, same_bits
 from tests.ops.pack.cases import PACKABLE, amax_of
 
 BYTES = {4: 0.5, 6: 0.75, 8: 1.0}
@@ -70,3 +71,17 @@ def test_size(format):
     shape = () if format.block == (None, None) else format.granules(128, 256)
     assert scale.shape == (3, *shape)
     assert (global_scale is None) == (format.scale != "e4m3")
+
+
+@pytest.mark.parametrize("element", [E2M1, E2M3, E3M2, E4M3, E5M2, FloatElement(3, 0, 16.0)], ids=str)
+def test_codes_stand_for_the_rounded_numbers(element):
+    """`codes_of` is `round_to` in codes: every bf16 number, and each tie with its neighbours in fp32; signs as well."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
+    values = element_values(element, torch.device("cpu"))
+    values = values[values.isfinite() & (values.abs() <= element.max)].unique()
+    ties = (values[1:] + values[:-1]) / 2
+    beside = [ties.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    x = torch.cat([every[~every.isnan()], values, ties, *beside])
+    codes, wanted = codes_of(x, element), round_to(x, element)
+    found = codes.float() if codes.is_floating_point() else element_values(element, x.device)[codes.long()]
+    assert same_bits(found, wanted)
