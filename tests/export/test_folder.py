@@ -61,7 +61,7 @@ ONE_TENSOR = {
     *("MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "Step3p7ForConditionalGeneration"),
 }
 DEFAULT = [
-    *("MixtralForCausalLM", "DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
+    *("DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
     *("GraniteMoeForCausalLM", "Qwen3VLMoeForConditionalGeneration", "DbrxForCausalLM"),
 ]
 FORMATS = [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.MXFP4]
@@ -143,7 +143,7 @@ def test_every_class(name, tmp_path):
     before = files_of(src)
     pattern, experts = TOLD.get(name, (EXPERTS_ONLY, ()))
     options = {"experts": experts}
-    for format in FORMATS:
+    for format in FORMATS if FULL else FORMATS[:2]:
         rules = {pattern: format}
         if name in NOT_SELECTED:
             with pytest.raises(ValueError) as caught:
@@ -171,7 +171,7 @@ WHOLE_REFUSED = NOT_SELECTED | {
 }
 
 
-@pytest.mark.parametrize("name", classes() if FULL else ["DeepseekV3ForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", classes() if FULL else ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 def test_a_preset_of_a_whole_model(name, tmp_path):
     """Attention too: q, k and v share a global scale, wherever their weights lie."""
     rules = weights_only(fqt.presets.NVFP4_DEFAULT_CFG)
@@ -256,7 +256,7 @@ def test_methods(name, source, tmp_path):
     assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, fq.calibrate(plain)))
 
 
-SIZES = [1, 60_000, 100_000, 200_000, 400_000, 2**40]
+SIZES = [1, 100_000, 200_000, 2**40]
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
@@ -279,7 +279,7 @@ def test_the_bytes_do_not_depend_on_pieces_and_threads(layout, source, tmp_path,
 _fill = module._fill
 
 
-@pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"])
+@pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"] if FULL else [1, "20KB", "1TB"])
 def test_shards_of_any_size(limit, source, tmp_path):
     """The same tensors, no file larger than it may be but for one tensor, an index that names each."""
     folder(source, tmp_path / "dst", RULES, max_shard_size=limit)
@@ -382,7 +382,7 @@ def test_files_that_are_not_aligned_are_read(tmp_path):
     assert_law(src, tmp_path, {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, "compressed-tensors")
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077] if FULL else [0o027])
 @pytest.mark.parametrize("is_there", [False, True])
 def test_files_have_the_mode_of_any_new_file(is_there, mask, source, tmp_path):
     """Whatever the source's are."""
@@ -733,7 +733,7 @@ def broken(path, value=torch.nan):
 
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
-@pytest.mark.parametrize("format", [*FORMATS, fqt.FP8_BLOCK], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", [*FORMATS, fqt.FP8_BLOCK] if FULL else FORMATS[::2], ids=lambda format: format.name)
 def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_there, tmp_path):
     """NaN or infinity in the last weight, which is named."""
     for value in (torch.nan, torch.inf):

@@ -100,14 +100,14 @@ def test_the_bytes_do_not_depend_on_ranks(layout, start, ranks, tmp_path):
     src = small(tmp_path / "src")
     options = {"layout": layout}
     made = folder(src, tmp_path / "one", SMALL, **OPTIONS | options)
-    for size in (1, 2, 3, 4):
+    for size in (1, 2, 3, 4) if FULL else (2, 4):
         dst = tmp_path / "to" / str(size)
         if start == "empty directory":
             dst.mkdir(parents=True)
         said = ranks(in_a_job, src, dst, SMALL, options, size=size)
         assert said == [(made.rows, made.shards)] * size
         assert files_of(dst) == files_of(tmp_path / "one")
-    assert sorted(os.listdir(tmp_path / "to")) == ["1", "2", "3", "4"]
+    assert not [name for name in os.listdir(tmp_path / "to") if not name.isdigit()]
 
 
 def test_more_ranks_than_pieces(ranks, tmp_path):
