@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fq_transforms.bench.timing import median_and_error
-from fq_transforms.export.shards import TensorType, ShardWriter, index_of, lay_out
+from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
 
 __all__ = ["main", "make_source", "page", "rates", "run", "ways"]
 
@@ -101,7 +101,8 @@ def make_source(
     shards = lay_out(types, min(SHARD, max(1, size // 3)))
     folder.mkdir(parents=True)
     random = torch.randn(max(2**24, 2 * VOCABULARY * hidden)).mul_(0.02).bfloat16()
-    with ShardWriter(folder, shards) as writer, ThreadPoolExecutor(8) as pool:
+    writer = ShardWriter(folder, shards)
+    with ThreadPoolExecutor(8) as pool:
 
         def write(number: int, name: str) -> None:
             (_, shape), size = types[name]

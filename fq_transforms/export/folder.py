@@ -585,8 +585,7 @@ class _Stage:
         _check_space(job, path, stage)
         try:
             stage.mkdir()
-            with ShardWriter(stage, job.shards) as writer:
-                writer.sync()
+            ShardWriter(stage, job.shards).sync()
             with (stage / f"{DONE}.new").open("xb") as stream:
                 stream.write(bytes(len(job.pieces)))
                 fsync(stream)
@@ -655,7 +654,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
         if middle * ranks.size // max(1, total) == ranks.rank and not done[number]:
             mine.append((number, piece))
     with naming(path), ExitStack() as stack:
-        writer = stack.enter_context(ShardWriter(stage, job.shards, is_new=False))
+        writer = ShardWriter(stage, job.shards, is_new=False)
         marks = stack.enter_context(_Marks(stage / DONE, writer))
         what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
         bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in mine), what, ranks.rank))
@@ -692,6 +691,7 @@ class _Marks:
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._held: list[int] = []
         self._bytes = 0
+        self._is_lost = False
 
     def __enter__(self) -> "_Marks":
         return self
@@ -710,11 +710,15 @@ class _Marks:
                 self._sync()
 
     def _sync(self) -> None:
+        held, self._held, self._bytes = self._held, [], 0
+        if self._is_lost:
+            return
+        self._is_lost = True  # a system tells once what it could not write; then no piece can be known to be there
         self._writer.sync()
-        for number in self._held:
+        for number in held:
             os.pwrite(self._file, b"\1", number)
         os.fdatasync(self._file)
-        self._held, self._bytes = [], 0
+        self._is_lost = False
 
 
 def _finish(job: Job, path: Path, stage: Path) -> None:

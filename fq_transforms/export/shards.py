@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from math import inf, prod
 from pathlib import Path
@@ -149,36 +149,33 @@ def index_of(shards: Iterable[Shard]) -> dict[str, Any] | None:
 class ShardWriter:
     """Shards in a directory, each of its full size from the start, to be filled in any order, by several threads.
 
+    Files are open while they are written to: there may be more than a process can have open.
+
     Args:
         folder: The directory.
         shards: Of `lay_out`.
         is_new: False to go on with what another one has made there.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[Shard], *, is_new: bool = True) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, is_new: bool = True) -> None:
         self.places = {name: place for shard in shards for name, place in shard.places.items()}
-        self._files: dict[str, int] = {}
+        self._folder = folder
+        self._lock = ThreadLock()
+        self._unsynced: set[str] = set()
+        for shard in shards if is_new else ():
+            with self._opened(shard.file, os.O_CREAT) as file:
+                os.ftruncate(file, shard.size)
+                _write(file, shard.head, 0)
+
+    @contextmanager
+    def _opened(self, name: str, flags: int = 0) -> Generator[int, None, None]:
+        file = os.open(self._folder / name, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
         try:
-            for shard in shards:
-                file = os.open(folder / shard.file, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if is_new else 0), 0o666)
-                self._files[shard.file] = file
-                if is_new:
-                    os.ftruncate(file, shard.size)
-                    _write(file, shard.head, 0)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+            yield file
+        finally:
+            os.close(file)
+        with self._lock:
+            self._unsynced.add(name)
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Write a tensor, or, of a stack of matrices, those from the `first` on."""
@@ -188,18 +185,25 @@ class ShardWriter:
         assert not shape or first + found.shape[0] <= shape[0], (name, found, place)
         row = place.size // max(1, shape[0]) if shape else 0
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        _write(self._files[place.file], flat.numpy().data, place.start + first * row)
+        with self._opened(place.file) as file:
+            _write(file, flat.numpy().data, place.start + first * row)
 
     def copy(self, name: str, source: Path, start: int) -> None:
         """Copy the bytes of a tensor from another file, where they begin at `start`."""
         place = self.places[name]
-        with open_regular(source) as stream:
-            _copy(stream.fileno(), self._files[place.file], start, place.start, place.size, source)
+        with open_regular(source) as stream, self._opened(place.file) as file:
+            _copy(stream.fileno(), file, start, place.start, place.size, source)
 
     def sync(self) -> None:
         """Let what was written reach the disk."""
-        for file in self._files.values():
-            os.fdatasync(file)
+        with self._lock:
+            names, self._unsynced = self._unsynced, set()
+        for name in names:
+            file = os.open(self._folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(file)
+            finally:
+                os.close(file)
 
 
 def _write(file: int, content: Any, start: int) -> None:
@@ -270,10 +274,10 @@ def write(
             stage = stage_of(folder, uuid4().hex)
             stage.mkdir()
             try:
-                with ShardWriter(stage, shards) as writer:
-                    for name, tensor in tensors:
-                        writer.write(name, tensor)
-                    writer.sync()
+                writer = ShardWriter(stage, shards)
+                for name, tensor in tensors:
+                    writer.write(name, tensor)
+                writer.sync()
                 for name, document in {**documents, **({INDEX: index} if index else {})}.items():
                     write_json(stage / name, document)
                 fsync_directory(stage)

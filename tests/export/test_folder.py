@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -24,11 +25,12 @@ import fq_transforms as fqt
 from fq_transforms import methods
 from fq_transforms.export import folder
 from fq_transforms.export.ties import FUSED_BY_ENGINES
+from fq_transforms.formats import IntElement
 from fq_transforms.presets import weights_only
 from tests.cases import assert_names
 from tests.checkpoint.test_storage import forked, in_fresh_process
 from tests.classes import classes, tiny
-from tests.export.models import assert_same_bytes, build, read
+from tests.export.models import assert_equal, assert_same_bytes, build, read
 from tests.full import FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize besides, and of the libraries
@@ -59,7 +61,7 @@ ONE_TENSOR = {
     *("MuseSparkForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "Step3p7ForConditionalGeneration"),
 }
 DEFAULT = [
-    *("MixtralForCausalLM", "DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
+    *("DeepseekV3ForCausalLM", "NemotronHForCausalLM", "GptOssForCausalLM"),
     *("GraniteMoeForCausalLM", "Qwen3VLMoeForConditionalGeneration", "DbrxForCausalLM"),
 ]
 FORMATS = [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.MXFP4]
@@ -117,7 +119,9 @@ def assert_law(src, tmp_path, rules, layout, **options):
     selected = {name for group in fq.spec.groups for name in group.names}
     fakes = fq.fakequant(plain, state)
     back = read(tmp_path / "back")
-    assert_same_bytes(back, plain | fakes)
+    # Integer codes cannot hold the sign of a zero.
+    is_int = isinstance(fq.spec.groups[0].format.element, IntElement) and layout != "plain"
+    (assert_equal if is_int else assert_same_bytes)(back, plain | fakes)
     assert any(not torch.equal(back[name], plain[name]) for name in selected)
     found = read(tmp_path / "dst")
     others = plain.keys() - selected
@@ -139,7 +143,7 @@ def test_every_class(name, tmp_path):
     before = files_of(src)
     pattern, experts = TOLD.get(name, (EXPERTS_ONLY, ()))
     options = {"experts": experts}
-    for format in FORMATS:
+    for format in FORMATS if FULL else FORMATS[:2]:
         rules = {pattern: format}
         if name in NOT_SELECTED:
             with pytest.raises(ValueError) as caught:
@@ -167,7 +171,7 @@ WHOLE_REFUSED = NOT_SELECTED | {
 }
 
 
-@pytest.mark.parametrize("name", classes() if FULL else ["DeepseekV3ForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", classes() if FULL else ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 def test_a_preset_of_a_whole_model(name, tmp_path):
     """Attention too: q, k and v share a global scale, wherever their weights lie."""
     rules = weights_only(fqt.presets.NVFP4_DEFAULT_CFG)
@@ -252,7 +256,7 @@ def test_methods(name, source, tmp_path):
     assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, fq.calibrate(plain)))
 
 
-SIZES = [1, 60_000, 100_000, 200_000, 400_000, 2**40]
+SIZES = [1, 100_000, 200_000, 2**40]
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
@@ -275,7 +279,7 @@ def test_the_bytes_do_not_depend_on_pieces_and_threads(layout, source, tmp_path,
 _fill = module._fill
 
 
-@pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"])
+@pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"] if FULL else [1, "20KB", "1TB"])
 def test_shards_of_any_size(limit, source, tmp_path):
     """The same tensors, no file larger than it may be but for one tensor, an index that names each."""
     folder(source, tmp_path / "dst", RULES, max_shard_size=limit)
@@ -378,7 +382,7 @@ def test_files_that_are_not_aligned_are_read(tmp_path):
     assert_law(src, tmp_path, {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}, "compressed-tensors")
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077] if FULL else [0o027])
 @pytest.mark.parametrize("is_there", [False, True])
 def test_files_have_the_mode_of_any_new_file(is_there, mask, source, tmp_path):
     """Whatever the source's are."""
@@ -729,7 +733,7 @@ def broken(path, value=torch.nan):
 
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("layout", ["compressed-tensors", "plain"])
-@pytest.mark.parametrize("format", [*FORMATS, fqt.FP8_BLOCK], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", [*FORMATS, fqt.FP8_BLOCK] if FULL else FORMATS[::2], ids=lambda format: format.name)
 def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_there, tmp_path):
     """NaN or infinity in the last weight, which is named."""
     for value in (torch.nan, torch.inf):
@@ -804,6 +808,71 @@ def test_a_disk_that_fills_in_the_middle(is_there, call, tmp_path, monkeypatch):
     if left[0] <= 0:
         folder(src, dst, SMALL, **OPTIONS, resume=True)
     assert files_of(dst) == files_of(tmp_path / "whole")
+
+
+def test_what_a_failed_sync_loses_is_not_taken_for_done(tmp_path, monkeypatch):
+    """A system tells once: later syncs that succeed say nothing of what was lost before."""
+    src, calls = small(tmp_path / "src"), [0]
+    monkeypatch.setattr(module, "SYNC_BYTES", 1)
+    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    sync = module.Writer.sync
+
+    def fails(self):
+        calls[0] += 1
+        if calls[0] == 4:  # the first is that of the empty files
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(self)
+
+    monkeypatch.setattr(module.Writer, "sync", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        folder(src, tmp_path / "to" / "dst", SMALL, jobs=1, resume=True)
+    (done,) = (tmp_path / "to").glob(".dst.saving-*/.done")
+    assert sum(done.read_bytes()) == 2
+
+
+def test_more_shards_than_a_process_may_have_open(tmp_path):
+    """Files are open while they are written to."""
+    tensors = in_lists(["up_proj"], 60, (2, 16))
+    src = write_folder(tmp_path / "src", [{name: tensor} for name, tensor in tensors.items()], CONFIG)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        made = folder(src, tmp_path / "dst", SMALL, max_shard_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert made.shards == 180
+
+
+LAYOUTS = {
+    "modelopt": [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK],
+    "fp8": [fqt.FP8_BLOCK],
+    "compressed-tensors": [fqt.NVFP4_STATIC, fqt.INT4_BLOCK32, fqt.INT8_PER_CHANNEL, fqt.FP8, fqt.FP8_BLOCK, fqt.MXFP8],
+    "plain": [fqt.INT4_BLOCK128, fqt.MXFP6_E2M3],
+}
+
+
+@pytest.mark.parametrize(("layout", "format"), [(layout, one) for layout, some in LAYOUTS.items() for one in some])
+def test_every_layout(layout, format, tmp_path):
+    """Its formats, of experts in lists."""
+    tensors = in_lists(["gate_proj", "up_proj", "down_proj"], 5, (128, 128))
+    src = write_folder(tmp_path / "src", [dict(list(tensors.items())[i::4]) for i in range(4)], CONFIG)
+    assert_law(src, tmp_path, {EXPERTS_ONLY: format}, layout)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_stack_that_does_not_show_its_layout_must_be_told(is_transposed, tmp_path):
+    """Square matrices: which, and how to tell; told, each is quantized along `in`."""
+    weights = torch.stack([*in_lists(["x"], 3, (64, 64)).values()])
+    name = "layers.0.mlp.experts.down_proj"
+    src = write_folder(tmp_path / "src", [{name: weights}], CONFIG)
+    with pytest.raises(ValueError) as caught:
+        folder(src, tmp_path / "dst", {EXPERTS_ONLY: fqt.MXFP4}, layout="plain")
+    assert_names(str(caught.value), name, "found the stack (3, 64, 64)", "pass transposed=")
+    folder(src, tmp_path / "dst", {EXPERTS_ONLY: fqt.MXFP4}, layout="plain", transposed={name: is_transposed})
+    along = {f"{i}.weight": one.T.contiguous() if is_transposed else one for i, one in enumerate(weights)}
+    fq = fqt.transform(fqt.select(along, {"*": fqt.MXFP4}))
+    wanted = torch.stack([*fq.fakequant(along, fq.calibrate(along)).values()])
+    assert_same_bytes(read(tmp_path / "dst"), {name: wanted.mT if is_transposed else wanted})
 
 
 def test_two_conversions_to_one_place(source, tmp_path, monkeypatch):

@@ -100,14 +100,14 @@ def test_the_bytes_do_not_depend_on_ranks(layout, start, ranks, tmp_path):
     src = small(tmp_path / "src")
     options = {"layout": layout}
     made = folder(src, tmp_path / "one", SMALL, **OPTIONS | options)
-    for size in (1, 2, 3, 4):
+    for size in (1, 2, 3, 4) if FULL else (2, 4):
         dst = tmp_path / "to" / str(size)
         if start == "empty directory":
             dst.mkdir(parents=True)
         said = ranks(in_a_job, src, dst, SMALL, options, size=size)
         assert said == [(made.rows, made.shards)] * size
         assert files_of(dst) == files_of(tmp_path / "one")
-    assert sorted(os.listdir(tmp_path / "to")) == ["1", "2", "3", "4"]
+    assert not [name for name in os.listdir(tmp_path / "to") if not name.isdigit()]
 
 
 def test_more_ranks_than_pieces(ranks, tmp_path):
@@ -196,13 +196,14 @@ def test_a_killed_rank(size, killed, resume, tmp_path, monkeypatch):
         patch.setattr(module, "_fill", fill)
         folder(src, tmp_path / "one", SMALL, **OPTIONS)
     dst = tmp_path / "to" / "dst"
-    how = {"rank": killed, "at": 2, "what": "killed", "options": {"resume": resume, "jobs": 1}}
+    at = 1 if size == 4 else 2  # of the few pieces that a rank has
+    how = {"rank": killed, "at": at, "what": "killed", "options": {"resume": resume, "jobs": 1}}
     found = torchrun(size, src, dst, tmp_path, **how)
     assert found[killed] is None
     others = [one for rank, one in enumerate(found) if rank != killed]
     assert all(said.startswith("LostRankError: ") and not is_left for said, _, is_left in others), others
     assert not dst.exists()
-    done = sum(count for _, count, _ in others) + 1
+    done = sum(count for _, count, _ in others) + at - 1
     again = torchrun(size % 4 + 1, src, dst, tmp_path, options={"resume": True})
     assert [said for said, _, _ in again] == ["done"] * (size % 4 + 1)
     assert sum(count for _, count, _ in again) == pieces - done
