@@ -281,6 +281,9 @@ def test_folders_of_models(tmp_path):
             names.update(name for name in opened.places if opened.read(name) is not None)
         shutil.rmtree(out)
 
+    for sample in samples:  # undamaged ones are read, and all libraries imported
+        fqt.export.folder(sample, out, layout="plain")
+        whole(None)
     ends = []
     for number, draws in in_rounds("models", 2000 if FULL else 60):
         shutil.copytree(draws.choice(samples), target)
