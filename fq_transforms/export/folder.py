@@ -675,7 +675,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
 
 
 def _alone(device: torch.device) -> None:
-    """Let a thread compute by itself: with others that share each operation it is slower; on a GPU in its own stream."""
+    """Let a thread compute by itself: with others that share each operation it is slower; on a GPU in a stream."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     if device.type == "cuda":
