@@ -138,21 +138,20 @@ def run(code: str, arguments: Row, *, python: str = sys.executable) -> Row:
     Raises:
         SystemExit: It fails.
     """
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [python, "-c", code, json.dumps(arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        peak, before = 0, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before, peak = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), 0
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([python, "-c", code, json.dumps(arguments)], stdout=said, stderr=errors)
         while process.poll() is None:
             peak = max(peak, sum(map(_anonymous, _tree(process.pid))))
             time.sleep(1 / HERTZ)
-        assert process.stdout is not None
-        lines = process.stdout.read().split()
+        for stream in (said, errors):
+            stream.seek(0)
         if process.returncode:
-            errors.seek(0)
             raise SystemExit(f"{python} {json.dumps(arguments)}: {errors.read()[-2000:]}")
+        seconds = float(said.read().split()[-1])
     written = sum(file.stat().st_size for file in Path(arguments["dst"]).rglob("*") if file.is_file())
     cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
-    return {"seconds": float(lines[-1]), "peak": peak, "cpu": cpu, "written": written}
+    return {"seconds": seconds, "peak": peak, "cpu": cpu, "written": written}
 
 
 def _tree(process: int) -> list[int]:
@@ -314,9 +313,9 @@ def page(environment: dict[str, str], facts: dict[str, Any], rows: list[Row]) ->
             "",
             f"`python -m fq_transforms.bench folder`: {known}.",
             "",
-            f"{facts['bytes'] / 1e9:.2f} GB; GB/s: {speeds}. Medians of {len(rows[0]['runs'])} rounds and their errors; "
-            "ratios are of one round. Of the slowest: the time that reading cold, writing, or PCIe alone takes, over the "
-            "way's own. Peak: anonymous memory of all processes together. CPU: seconds of all threads.",
+            f"{facts['bytes'] / 1e9:.2f} GB; GB/s: {speeds}. Medians of {len(rows[0]['runs'])} rounds and their "
+            "errors; ratios are of one round. Of the slowest: the time that reading cold, writing, or PCIe takes by "
+            "itself, over the way's own. Peak: anonymous memory of all processes together. CPU: of all threads.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Condition
 from threading import Lock as ThreadLock
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +71,8 @@ __all__ = ["Job", "Piece", "decided", "folder"]
 
 # Bytes of a piece in the files that are read; a matrix may be larger.
 PIECE_BYTES = 2**27
+# Bytes of weights that threads hold in memory together.
+HELD_BYTES = 2**30
 # Bytes that are written before they are known to be on the disk, which a resumed run does not write again.
 SYNC_BYTES = 2**30
 DONE = ".done"
@@ -396,18 +399,34 @@ class Job:
         """Read, quantize and write a piece. On a CPU expert by expert, which stays in caches."""
         if piece.sources[0].group is None:
             for one in piece.sources:
-                if one.name in self.source.encoded:
-                    part = None if piece.experts is None else slice(piece.first, piece.first + piece.experts)
-                    writer.write(one.name, self.source.read(one.name, part), piece.first)
-                else:
+                if one.name not in self.source.encoded:
                     writer.copy(one.name, self.source.files.path_of(one.name), self.source.files.places[one.name].start)
+                    continue
+                for part in self._steps(piece):
+                    writer.write(one.name, self.source.read(one.name, part), part.start if part else 0)
             return
+        for part in self._steps(piece):
+            self._quantize(piece.sources, part, writer)
+
+    def _steps(self, piece: Piece) -> list[slice | None]:
+        """The experts that are in memory at a time."""
         if piece.experts is None:
-            self._quantize(piece.sources, None, writer)
-            return
-        step = 1 if self.device.type == "cpu" else piece.experts
-        for first in range(piece.first, piece.first + piece.experts, step):
-            self._quantize(piece.sources, slice(first, min(first + step, piece.first + piece.experts)), writer)
+            return [None]
+        end, step = piece.first + piece.experts, 1 if self.device.type == "cpu" else piece.experts
+        return [slice(first, min(first + step, end)) for first in range(piece.first, end, step)]
+
+    def held(self, piece: Piece) -> int:
+        """Bytes that a piece takes in memory at a time, about: weights as they come out, and what decoding makes."""
+        first, part, held = piece.sources[0], self._steps(piece)[0], 0
+        for one in piece.sources:
+            for name in one.group.names if one.group else (one.name,):
+                if name in self.source.encoded:
+                    held += 4 * self.params[name].nbytes
+                elif one.group:
+                    held += self.params[name].nbytes
+        if part is None:
+            return held
+        return held * (part.stop - part.start) // (first.group.experts if first.group else len(self.params[first.name]))
 
     def _quantize(self, sources: Sequence[Any], part: slice | None, writer: ShardWriter) -> None:
         first = part.start if part else 0
@@ -659,8 +678,10 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
         what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
         bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in mine), what, ranks.rank))
 
+        memory = _Memory()
+
         def one(number: int, piece: Piece) -> None:
-            with _named(job.source):
+            with _named(job.source), memory.of(job.held(piece)):
                 job.convert(piece, writer)
             marks.add(number, piece.size)
             bar.update(piece.size)
@@ -672,6 +693,27 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
                     future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+class _Memory:
+    """Lets pieces wait for memory, whatever the number of threads. One that is too large goes by itself."""
+
+    def __init__(self) -> None:
+        self._free, self._changed = HELD_BYTES, Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Generator[None]:
+        """Hold so many bytes."""
+        size = min(size, HELD_BYTES)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
 
 
 def _alone(device: torch.device) -> None:

@@ -444,7 +444,9 @@ def types_of(plan: ExportPlan, source: Source, target: Target) -> dict[str, tupl
     if group and all("*" in tensor.name for tensor in source.tensors):
         one = part_of(source, slice(0, 1))
         params = {name: tensor[:1] if group.stacked else tensor for name, tensor in params.items()}
-    state = {each.key: _on_meta(each) for each in (one.group, one.inputs) if each}
+    state = {one.group.key: _on_meta(one.group)} if one.group else {}
+    if source.inputs:
+        state[source.inputs.key] = {name: leaf[:1] for name, leaf in _on_meta(source.inputs).items()}
     tensors = tensors_of(plan._replace(params=params, state=state), one, target)
     found = {name: (type_of(tensor), tensor.nbytes) for name, tensor in tensors}
     if one is source:

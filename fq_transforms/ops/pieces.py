@@ -12,15 +12,15 @@ from torch import Tensor
 from fq_transforms.formats import Format
 from fq_transforms.ops.launch import is_traced
 
-__all__ = ["Piece", "is_cut", "pieces_of"]
+__all__ = ["Cut", "is_cut", "pieces_of"]
 
 # Of a piece. Measured on a Xeon with 2 MB of cache per core: of 2**16 calls cost as much as the arithmetic; of 2**18
 # temporaries go back to the system each time, and half of the time is page faults.
 WEIGHTS = 2**17
 
 
-class Piece(NamedTuple):
-    """Some rows of an expert, or all of some small experts.
+class Cut(NamedTuple):
+    """A piece: some rows of an expert, or all of some small experts.
 
     Attributes:
         experts: Of all.
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
         return leaf[self.experts] if leaf.dim() == 1 else leaf[self.experts, self.granules]
 
 
-def pieces_of(weights: Tensor, format: Format) -> Iterator[Piece]:
+def pieces_of(weights: Tensor, format: Format) -> Iterator[Cut]:
     """The pieces of [E, out, in]."""
     experts, out_features, in_features = weights.shape
     side = format.block[0] or 1
@@ -50,7 +50,7 @@ def pieces_of(weights: Tensor, format: Format) -> Iterator[Piece]:
     for expert in range(0, experts, some):
         for row in range(0, out_features, rows):
             granules = slice(row // side, (row + rows) // side)
-            yield Piece(slice(expert, expert + some), slice(row, row + rows), granules)
+            yield Cut(slice(expert, expert + some), slice(row, row + rows), granules)
 
 
 def is_cut(weights: Sequence[Tensor]) -> bool:
