@@ -151,12 +151,10 @@ class Folder:
             ValueError: One is no file, such as a link to nothing, as where a download is not whole.
             OSError: A directory cannot be read.
         """
-        seen = {os.path.realpath(self.path)}
         for directory, names, files in os.walk(self.path, onerror=_raise, followlinks=True):
             at = Path(directory)
-            real = {name: os.path.realpath(at / name) for name in sorted(names) if not name.startswith(".")}
-            names[:] = [name for name, path in real.items() if path not in seen]  # a link may lead back
-            seen |= {*real.values()}
+            above = {os.path.realpath(one) for one in (at, *at.parents)}  # to which a link would lead in a circle
+            names[:] = sorted(n for n in names if not n.startswith(".") and os.path.realpath(at / n) not in above)
             for file in sorted(files):
                 relative = str((at / file).relative_to(self.path))
                 if relative in (CONFIG, INDEX, MODELOPT) or file.startswith(".") or file.endswith(_WEIGHTS):

@@ -14,7 +14,7 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.bench import folder
-from fq_transforms.export.shards import Writer
+from fq_transforms.export.shards import ShardWriter
 from tests.cases import assert_names
 
 export = import_module("fq_transforms.export.folder")  # the module: the function has its name
@@ -57,7 +57,7 @@ def test_ways_are_measured(source, tmp_path):
 
 def most_alive(source, made, monkeypatch):
     """The most bytes of tensors that are alive while a folder is quantized, looked at whenever a 20th is written."""
-    found, write, numbers = [], Writer.write, count()
+    found, write, numbers = [], ShardWriter.write, count()
 
     def looked(self, name, tensor, first=0):
         if next(numbers) % 20 == 0:
@@ -67,7 +67,7 @@ def most_alive(source, made, monkeypatch):
 
     gc.collect()
     before = sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor and not one.is_meta)
-    monkeypatch.setattr(Writer, "write", looked)
+    monkeypatch.setattr(ShardWriter, "write", looked)
     fqt.export.folder(source, made, {"*.experts.*": fqt.NVFP4}, device="cpu", jobs=1)
     monkeypatch.undo()
     return max(found)

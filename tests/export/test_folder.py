@@ -555,13 +555,13 @@ def counted(limit=None):
         call = getattr(os, name)
         setattr(os, name, lambda *args, call=call: (step(), call(*args))[1])
     sys.addaudithook(lambda event, _: step() if event in STEPS else None)
-    convert = module._Job.convert
+    convert = module.Job.convert
 
     def counting(self, piece, writer):
         convert(self, piece, writer)
         pieces[0] += 1
 
-    module._Job.convert = counting
+    module.Job.convert = counting
     return steps, pieces
 
 
@@ -713,7 +713,7 @@ def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
 def _fails_once(monkeypatch, error=errno.EIO, after=3):
     """Let a write of tensors fail, once."""
     left = [after]
-    write = module.Writer.write
+    write = module.ShardWriter.write
 
     def fails(self, *args):
         left[0] -= 1
@@ -721,7 +721,7 @@ def _fails_once(monkeypatch, error=errno.EIO, after=3):
             raise OSError(error, os.strerror(error))
         write(self, *args)
 
-    monkeypatch.setattr(module.Writer, "write", fails)
+    monkeypatch.setattr(module.ShardWriter, "write", fails)
 
 
 def broken(path, value=torch.nan):
@@ -815,7 +815,7 @@ def test_what_a_failed_sync_loses_is_not_taken_for_done(tmp_path, monkeypatch):
     src, calls = small(tmp_path / "src"), [0]
     monkeypatch.setattr(module, "SYNC_BYTES", 1)
     monkeypatch.setattr(module, "PIECE_BYTES", 5000)
-    sync = module.Writer.sync
+    sync = module.ShardWriter.sync
 
     def fails(self):
         calls[0] += 1
@@ -823,7 +823,7 @@ def test_what_a_failed_sync_loses_is_not_taken_for_done(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(self)
 
-    monkeypatch.setattr(module.Writer, "sync", fails)
+    monkeypatch.setattr(module.ShardWriter, "sync", fails)
     with pytest.raises(OSError, match="Input/output"):
         folder(src, tmp_path / "to" / "dst", SMALL, jobs=1, resume=True)
     (done,) = (tmp_path / "to").glob(".dst.saving-*/.done")

@@ -47,7 +47,7 @@ def _of_torchrun(rank, size, port, src, dst, how, report):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "1"}
     torch.set_num_threads(1)
     _small_pieces()
-    convert, count = module._Job.convert, [0]
+    convert, count = module.Job.convert, [0]
 
     def patched(self, piece, writer):
         count[0] += 1
@@ -57,7 +57,7 @@ def _of_torchrun(rank, size, port, src, dst, how, report):
             raise OSError(5, "Input/output error")
         convert(self, piece, writer)
 
-    module._Job.convert = patched
+    module.Job.convert = patched
     try:
         folder(src, dst, SMALL, **OPTIONS | how.get("options", {}))
         said = "done"
@@ -139,15 +139,15 @@ def one_fails(rank, size, src, dst, failing, what):
         rules = {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}
     if rank == failing and what == "a rule":
         rules = {"*.nothing.*": fqt.FP8}
-    convert = module._Job.convert
+    convert = module.Job.convert
     if rank == failing and what == "a piece":
-        module._Job.convert = lambda *_: 1 / 0
+        module.Job.convert = lambda *_: 1 / 0
     try:
         folder(place, dst, rules, **OPTIONS)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        module._Job.convert = convert
+        module.Job.convert = convert
         torch.distributed.barrier()
 
 
@@ -160,7 +160,7 @@ def test_an_error_on_one_rank_is_that_of_all(what, failing, ranks, tmp_path):
     said = ranks(one_fails, str(src), tmp_path / "to" / "dst", failing, what, size=2)
     assert None not in said
     if what != "other rules":
-        assert_names(said[1 - failing], "RuntimeError", f"rank {failing} of 2", said[failing])
+        assert_names(said[1 - failing], "RankError", f"rank {failing} of 2", said[failing])
         assert_names(said[failing], {"no source": "found nothing", "a rule": "nothing", "a piece": "Zero"}[what])
     else:
         assert_names(said[0], "ValueError", "src, dst and options", "found others on ranks [1] of 2", "wanted the same")
@@ -174,7 +174,7 @@ def test_a_value_that_is_not_finite(ranks, tmp_path):
     tensors["layers.0.mlp.experts.3.up_proj.weight"][1, 1] = torch.nan
     src = write_folder(tmp_path / "src", [tensors], CONFIG)
     said = ranks(one_fails, str(src), tmp_path / "dst", None, "", size=2)
-    assert_names(said[0], "RuntimeError", "rank 1 of 2", said[1])
+    assert_names(said[0], "RankError", "rank 1 of 2", said[1])
     assert_names(said[1], "ValueError", "experts.3.up_proj.weight")
     assert os.listdir(tmp_path) == ["src"]
 
@@ -217,7 +217,7 @@ def test_a_rank_that_fails_leaves_its_part_to_resume(tmp_path):
     dst = tmp_path / "to" / "dst"
     for resume in (False, True):
         found = torchrun(2, src, dst, tmp_path, rank=1, at=2, what="error", options={"resume": resume})
-        assert_names(found[0][0], "RuntimeError", "rank 1 of 2", "Input/output error")
+        assert_names(found[0][0], "RankError", "rank 1 of 2", "Input/output error")
         assert_names(found[1][0], "OSError", "Input/output error")
         assert len(os.listdir(tmp_path / "to")) == resume
     folder(src, tmp_path / "one", SMALL, **OPTIONS)

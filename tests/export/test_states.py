@@ -169,7 +169,7 @@ def test_a_state_that_is_not_tied_is_refused(model, tmp_path):
             with pytest.raises(ValueError, match="fqt.tie") as caught:
                 call()
             said.append(str(caught.value))
-        assert said[0] == said[1]
+        assert said[1].endswith(said[0])
         assert_names(said[1], key, "found the amax", "wanted one")
         assert not (tmp_path / "a").exists()
 
