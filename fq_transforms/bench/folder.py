@@ -192,7 +192,10 @@ def ways(options: argparse.Namespace) -> dict[str, tuple[str, Row, str]]:
 
 
 def rates(folder: Path, where: Path, device: str) -> dict[str, float]:
-    """Bytes per second of a cold read of the source, of a write that ends on the disk, and over PCIe."""
+    """Bytes per second of a cold read of the source, of a write that ends on the disk, and over PCIe.
+
+    "both": of a cold read while a third as many bytes are written, as a disk does the two by turns.
+    """
     files = sorted(folder.glob("*.safetensors"))
     _drop(folder)
     found = {"read": sum(file.stat().st_size for file in files) / _seconds(lambda: _read(folder))}
@@ -209,6 +212,16 @@ def rates(folder: Path, where: Path, device: str) -> dict[str, float]:
             list(pool.map(write, paths))
 
     found["write"] = len(paths) * len(content) / _seconds(write_all)
+    _drop(folder)
+    size, rounds = sum(file.stat().st_size for file in files), max(1, len(files) // 3 // len(paths))
+
+    def both() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(lambda: [write_all() for _ in range(rounds)])
+            _read(folder)
+            written.result()
+
+    found["both"] = size / _seconds(both)
     for path in paths:
         path.unlink()
     if torch.device(device).type == "cuda":
@@ -278,6 +291,7 @@ def page(environment: dict[str, str], facts: dict[str, Any], rows: list[Row]) ->
         "over cp",
         "over model_free_ptq",
         "of the slowest",
+        "of both",
         "peak, GB",
         "CPU, s",
         "written, GB",
@@ -292,6 +306,7 @@ def page(environment: dict[str, str], facts: dict[str, Any], rows: list[Row]) ->
             name: (written if name in ("write", "from the GPU") else facts["bytes"]) / rate
             for name, rate in facts["rates"].items()
         }
+        by_turns = seconds.pop("both")
         least = max(seconds, key=lambda name: seconds[name])
         lines.append(
             [
@@ -300,6 +315,7 @@ def page(environment: dict[str, str], facts: dict[str, Any], rows: list[Row]) ->
                 _ratio(of[row["way"]], copied),
                 "" if "scheme" in row else _ratio(of[row["way"]], best),
                 f"{seconds[least] * speed / facts['bytes']:.2f} ({least})",
+                f"{by_turns * speed / facts['bytes']:.2f}",
                 f"{max(one['peak'] for one in row['runs']) / 1e9:.2f}",
                 f"{median(one['cpu'] for one in row['runs']):.1f}",
                 f"{written / 1e9:.2f}",
@@ -315,7 +331,8 @@ def page(environment: dict[str, str], facts: dict[str, Any], rows: list[Row]) ->
             "",
             f"{facts['bytes'] / 1e9:.2f} GB; GB/s: {speeds}. Medians of {len(rows[0]['runs'])} rounds and their "
             "errors; ratios are of one round. Of the slowest: the time that reading cold, writing, or PCIe takes by "
-            "itself, over the way's own. Peak: anonymous memory of all processes together. CPU: of all threads.",
+            "itself, over the way's own; of both: that of a cold read while a third as many bytes are written. Peak: "
+            "anonymous memory of all processes together. CPU: of all threads.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

@@ -91,6 +91,7 @@ class ExportPlan(NamedTuple):
         schemes: The target's word for each quantized source, by its name.
         config: What config.json will hold.
         dtype: Of the fake-quantized weights.
+        is_tied: The head is the embedding.
     """
 
     params: Mapping[str, Tensor]
@@ -99,6 +100,7 @@ class ExportPlan(NamedTuple):
     schemes: Mapping[str, Any]
     config: dict[str, Any]
     dtype: torch.dtype
+    is_tied: bool = False
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class ExportPlan(NamedTuple):
         plain = [source for source in self.sources if not source.group and len(source.shape) > 1]
         modules = {module_of(name) for source in plain for name in source.names}
         # Not in the files, but a Linear module to readers.
-        return sorted(modules | {"lm_head"} if is_tied(self.config) else modules)
+        return sorted(modules | {"lm_head"} if self.is_tied else modules)
 
 
 class Target(NamedTuple):
@@ -261,7 +263,8 @@ def planned(
         _check_model(reader, sources, schemes, entries)
     if dtype is not None:
         entries |= {"dtype": str(dtype).removeprefix("torch.")}
-    return ExportPlan(params, state or {}, sources, schemes, entries, dtype or torch.bfloat16)
+    tied = _is_tied(params, entries, is_folder)
+    return ExportPlan(params, state or {}, sources, schemes, entries, dtype or torch.bfloat16, tied)
 
 
 def warn_of_notes(plan: ExportPlan, target: Target, *, stacklevel: int) -> None:
@@ -633,7 +636,7 @@ def _sources(
     kept = {name: tensor for name, tensor in params.items() if is_folder or not name.endswith("_extra_state")}
     shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
     own = {name: [FileTensor(name, slice(None))] for name in shapes}
-    in_files, tied = own if is_folder else file_tensors(shapes, config), is_tied(config)
+    in_files, tied = own if is_folder else file_tensors(shapes, config), _is_tied(params, config, is_folder)
     for parameter, tensor in kept.items():
         group = group_of.get(parameter)
         name = group.key if group else parameter
@@ -651,6 +654,14 @@ def _sources(
             _check_name(group, tied)
         sources[name] = source
     return list(sources.values())
+
+
+def _is_tied(params: Mapping[str, Tensor], config: Mapping[str, Any], is_folder: bool) -> bool:
+    """True if the head is the embedding. Of a folder with a head transformers, slow to import, is not asked."""
+    said: Any = config.get("tie_word_embeddings")
+    if is_folder and (isinstance(said, bool) or "lm_head.weight" in params):
+        return bool(said)
+    return is_tied(config)
 
 
 def _check_name(group: Group, tied: bool) -> None:

@@ -115,7 +115,7 @@ def test_a_way_that_fails_is_named(tmp_path):
 
 def test_rates_and_page(source, tmp_path):
     rates = folder.rates(source, tmp_path, "cpu")
-    assert rates.keys() == {"read", "write"}
+    assert rates.keys() == {"read", "write", "both"}
     assert not list(tmp_path.iterdir())
     row = {"seconds": 2.0, "peak": 10**9, "cpu": 3.0, "written": 5 * 10**8}
     rows = [
@@ -123,7 +123,9 @@ def test_rates_and_page(source, tmp_path):
         {"way": "NVFP4, 2 jobs", "format": "NVFP4", "runs": [row]},
         {"way": "NVFP4, model_free_ptq", "format": "NVFP4", "scheme": "NVFP4A16", "runs": [row | {"seconds": 4.0}]},
     ]
-    page = folder.page({"date": "2026-11-29"}, {"bytes": 10**9, "rates": {"read": 1e9, "write": 1e9}}, rows)
+    page = folder.page(
+        {"date": "2026-11-29"}, {"bytes": 10**9, "rates": {"read": 1e9, "write": 1e9, "both": 1e9}}, rows
+    )
     assert_names(page, "| NVFP4, 2 jobs | 0.500 ± nan | 0.50 ± nan | 2.00 ± nan | 0.50 (read) | 1.00 | 3.0 | 0.50 |")
 
 
