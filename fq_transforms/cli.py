@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from fq_transforms import export, presets
 from fq_transforms.checkpoint.storage import read_all
-from fq_transforms.export.ranks import RankError
+from fq_transforms.export.ranks import LostRankError, RankError
 from fq_transforms.formats import LAYOUTS, static_format
 from fq_transforms.methods import MAX, FourOverSix, Method, Mse
 from fq_transforms.parse import MOST_TEXT, nearest
@@ -33,7 +33,7 @@ __all__ = ["main"]
 
 DIFFERENT, REFUSED, BROKEN, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 # What is wrong with arguments or input, rather than with us.
-ERRORS = (ValueError, OSError, ImportError, KeyError, RankError)
+ERRORS = (ValueError, OSError, ImportError, KeyError, RankError, LostRankError)
 
 METHODS: dict[str, Method] = {"max": MAX, "mse": Mse(), "four-over-six": FourOverSix()}
 PRESETS: dict[str, tuple[Rule, ...]] = {

@@ -191,7 +191,7 @@ def _shape_of(
         ValueError: A part is missing, or one that a decompressor would ignore; codes and scales do not fit.
     """
     wanted = tuple(part for part in PARTS if part in known)
-    take(parts, wanted, PARTS, what)
+    take(parts, wanted, ("weight_zero_point",), what)  # a plain weight beside its codes would be lost
     types = {part: files.places[name].type for part, name in parts.items()}
     name = "weight_packed" if "weight_packed" in wanted else "weight"
     codes, scale = types[name], types["weight_scale"]

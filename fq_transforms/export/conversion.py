@@ -21,8 +21,8 @@ class Conversion:
         left: Names of tensors that are not in the new folder, and why.
         shards: How many files of tensors it has.
         copied: Files that were copied.
-        exact: NVFP4 out of MXFP4: blocks of 16 that stand for the same weights, and all; None if there are none, (0, 0)
-            in a dry run.
+        exact: NVFP4 out of MXFP4: blocks of 16 that stand for the same weights, and all, of those that this run has
+            converted; None if there are none.
     """
 
     source: Path
@@ -55,7 +55,7 @@ class Conversion:
             ("all", f"{weights:,}", size(self.before), size(self.after)),
         ]
         lines = [table(cells)]
-        if self.exact is not None and self.exact[1]:
+        if self.exact is not None:
             same, count = self.exact
             lines.append(f"MXFP4 to NVFP4: {same:,} of {count:,} blocks exact, {100 * same / count:.2f} %")
         reasons: dict[str, list[str]] = {}
@@ -63,5 +63,9 @@ class Conversion:
             reasons.setdefault(why, []).append(name)
         for why, names in reasons.items():
             lines.append(f"left out: {len(names)} tensors such as {names[0]!r}, {why}")
-        lines.append(f"{self.shards} shards, {len(self.copied)} files copied")
+        lines.append(f"{_count(self.shards, 'shard')}, {_count(len(self.copied), 'other file')} copied")
         return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)

@@ -39,7 +39,17 @@ from fq_transforms.checkpoint.storage import (
 )
 from fq_transforms.export.conversion import Conversion
 from fq_transforms.export.encoded import check_finite
-from fq_transforms.export.files import CONFIG, INDEX, bytes_bar, bytes_of, check_free, commit, remove_staged, write_json
+from fq_transforms.export.files import (
+    CONFIG,
+    INDEX,
+    MOVING,
+    bytes_bar,
+    bytes_of,
+    check_free,
+    commit,
+    remove_staged,
+    write_json,
+)
 from fq_transforms.export.plan import (
     ExportPlan,
     Target,
@@ -69,13 +79,15 @@ from fq_transforms.state import State, flatten
 
 __all__ = ["Job", "Piece", "decided", "folder"]
 
-# Bytes of a piece in the files that are read; a matrix may be larger.
-PIECE_BYTES = 2**27
+# Bytes of a piece in the files that are read; a matrix may be larger. Pinned memory comes in powers of two: with what
+# aligns its tensors a piece takes 2**27.
+PIECE_BYTES = 120 * 2**20
 # Bytes of weights that threads hold in memory together.
 HELD_BYTES = 2**30
 # Bytes that are written before they are known to be on the disk, which a resumed run does not write again.
 SYNC_BYTES = 2**30
-DONE = ".done"
+# In a stage: a byte for each piece, 1 if it is on the disk; and a sign that a rank has failed.
+DONE, FAILED = ".done", ".failed"
 # Of a scale of an expert: neither its amax nor its reciprocal, which some files have, is infinite.
 EXPONENTS = (-118, 112)
 
@@ -209,6 +221,11 @@ def decided(
     with _named(source):
         target = LAYOUTS[check_layout(layout)]
         where = _device(device)
+        if not rules and state is None and (experts or transposed or method != MAX):
+            raise ValueError(
+                f"rules: found none, and experts={experts!r}, transposed={transposed!r}, method={method!r}, which say "
+                "how to quantize, wanted rules beside them"
+            )
         given = _given(source, rules, layout, method, state, inputs, experts, transposed)
         return Job(source, target, given, method, engine, where, limit)
 
@@ -403,7 +420,7 @@ class Job:
                     writer.copy(one.name, self.source.files.path_of(one.name), self.source.files.places[one.name].start)
                     continue
                 for part in self._steps(piece):
-                    writer.write(one.name, self.source.read(one.name, part), part.start if part else 0)
+                    writer.write(one.name, self.source.read(one.name, part, self.device), part.start if part else 0)
             return
         for part in self._steps(piece):
             self._quantize(piece.sources, part, writer)
@@ -420,7 +437,9 @@ class Job:
         first, part, held = piece.sources[0], self._steps(piece)[0], 0
         for one in piece.sources:
             for name in one.group.names if one.group else (one.name,):
-                if name in self.source.encoded:
+                if self.device.type == "cuda":  # what is decoded is there
+                    held += self.source.size(name)
+                elif name in self.source.encoded:
                     held += 4 * self.params[name].nbytes
                 elif one.group:
                     held += self.params[name].nbytes
@@ -485,9 +504,11 @@ class Job:
         largest, _ = expert_amax(weights, format=group.format, transposed=group.transposed)
         top = torch.where(largest > 0, e, -127).flatten(1).amax(1)
         if bool((top > EXPONENTS[1] + 8).any()):
-            expert = int((top > EXPONENTS[1] + 8).nonzero()[0, 0]) + (part.start if part and group.stacked else 0)
+            expert = int((top > EXPONENTS[1] + 8).nonzero()[0, 0])
+            number = part.start if part else 0
+            where = f"{group.names[0]!r}, expert {expert + number}" if group.stacked else repr(group.names[expert])
             raise ValueError(
-                f"group {group.key!r}, expert {expert}: found MXFP4 of the exponent {int(top.max())}, wanted at most "
+                f"weight {where}: found MXFP4 of the exponent {int(top.max())}, wanted at most "
                 f"{EXPONENTS[1] + 8}, whose NVFP4 has finite scales"
             )
         k = (top - 8).clamp(min=EXPONENTS[0])
@@ -527,7 +548,7 @@ class Job:
             left=dict(self.source.left),
             shards=len(self.shards),
             copied=tuple(self.source.others()),
-            exact=(self.exact[0], self.exact[1]) if self.given.exact else None,
+            exact=(self.exact[0], self.exact[1]) if self.exact[1] else None,
         )
 
 
@@ -566,6 +587,7 @@ def _run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(_Stage(job, path, stage, resume)))
         ranks.together(lambda: _fill(job, path, stage, ranks, jobs))
+        job.exact = [sum(counts) for counts in zip(*ranks.gather(job.exact), strict=True)]
         ranks.on_first(lambda: _finish(job, path, stage))
 
 
@@ -591,25 +613,24 @@ class _Stage:
     def _prepare(self, job: Job) -> None:
         path, stage = self._path, self._stage
         check_free(path)
-        if self._resume and (stage / DONE).exists():
+        (stage / FAILED).unlink(missing_ok=True)
+        if self._resume and (stage / CONFIG).exists() and not {DONE, MOVING} & {one.name for one in stage.iterdir()}:
+            _write_marks(stage, b"\1" * len(job.pieces))  # all was there but the name
+        if self._resume and (stage / DONE).exists() and _is_whole(job, stage):
             _check_space(job, path, stage)
             return
-        others = [one for one in _stages(path) if (one / DONE).exists()]
+        others = [one for one in _stages(path) if (one / DONE).exists() and one != stage]
         if self._resume and others:
             raise ValueError(
                 f"resume: found {str(others[0])!r}, a part of another conversion to {str(path)!r}: of another source, "
                 "or with other options; wanted those, or no resume, to begin anew"
             )
-        remove_staged(path)
+        _remove(path)
         _check_space(job, path, stage)
         try:
             stage.mkdir()
             ShardWriter(stage, job.shards).sync()
-            with (stage / f"{DONE}.new").open("xb") as stream:
-                stream.write(bytes(len(job.pieces)))
-                fsync(stream)
-            (stage / f"{DONE}.new").rename(stage / DONE)
-            fsync_directory(stage)
+            _write_marks(stage, bytes(len(job.pieces)))
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -620,10 +641,38 @@ class _Stage:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Interrupted, it is left for the next run; so is what an error leaves, if somebody wants to go on.
         is_error = kind is not None and issubclass(kind, Exception) and not issubclass(kind, LostRankError)
-        if is_error and not self._resume:
-            remove_staged(self._path)
-            shutil.rmtree(self._stage, ignore_errors=True)
-        self._lock.release()
+        try:
+            if is_error and not self._resume:
+                _remove(self._path)
+        finally:
+            self._lock.release()
+
+
+def _remove(path: Path) -> None:
+    """Remove what runs have left; first that which says that it can be gone on with."""
+    for stage in _stages(path):
+        (stage / DONE).unlink(missing_ok=True)
+    remove_staged(path)
+
+
+def _write_marks(stage: Path, marks: bytes) -> None:
+    with (stage / f"{DONE}.new").open("wb") as stream:
+        stream.write(marks)
+        fsync(stream)
+    (stage / f"{DONE}.new").rename(stage / DONE)
+    fsync_directory(stage)
+
+
+def _is_whole(job: "Job", stage: Path) -> bool:
+    """True if the shards are as they were laid out, so that what is marked as done can be there."""
+    for shard in job.shards:
+        file = stage / shard.file
+        if not file.is_file() or file.stat().st_size != shard.size:
+            return False
+        with file.open("rb") as stream:
+            if stream.read(len(shard.head)) != shard.head:
+                return False
+    return len(job.pieces) == (stage / DONE).stat().st_size
 
 
 def _stages(path: Path) -> list[Path]:
@@ -648,6 +697,7 @@ def _fingerprint(job: Job) -> str:
     about_source = [name for name in (CONFIG, MODELOPT) if (job.source.path / name).exists()]
     stats = {name: (job.source.path / name).stat() for name in sorted({*files, *about_source, *job.source.others()})}
     about = [
+        str(job.source.path),
         {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
         job.target.documents(job.plan),
         job.given.spec.to_json(),
@@ -670,7 +720,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
     at = 0
     for number, piece in enumerate(job.pieces):
         middle, at = at + piece.size // 2, at + piece.size
-        if middle * ranks.size // max(1, total) == ranks.rank and not done[number]:
+        if min(middle * ranks.size // max(1, total), ranks.size - 1) == ranks.rank and not done[number]:
             mine.append((number, piece))
     with naming(path), ExitStack() as stack:
         writer = ShardWriter(stage, job.shards, is_new=False)
@@ -678,23 +728,31 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
         what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
         bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in mine), what, ranks.rank))
 
-        memory = _Memory()
+        memory, failed, threads = _Memory(), stage / FAILED, torch.get_num_threads()
 
         def one(number: int, piece: Piece) -> None:
+            if ranks.size > 1 and failed.exists():  # on another rank, which will say so
+                return
             with _named(job.source), memory.of(job.held(piece)):
                 job.convert(piece, writer)
             marks.add(number, piece.size)
             bar.update(piece.size)
 
         # More threads than cores take turns in the caches of a CPU: 64 on two were 2.5 times as slow as two.
-        count = min(jobs, len(os.sched_getaffinity(0))) if job.device.type == "cpu" else jobs
+        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        count = min(jobs, cores) if job.device.type == "cpu" else jobs
         with ThreadPoolExecutor(count, initializer=_alone, initargs=(job.device,)) as pool:
             futures = [pool.submit(one, *entry) for entry in mine]
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
+            except Exception:
+                if ranks.size > 1:
+                    failed.touch()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)  # that of a thread is that of all later ones too
 
 
 class _Memory:
@@ -781,6 +839,8 @@ def _finish(job: Job, path: Path, stage: Path) -> None:
         documents = job.target.documents(job.plan) | ({INDEX: index} if index else {})
         for name, document in documents.items():
             write_json(stage / name, document)
+        assert all((stage / DONE).read_bytes()), "a piece was left out"
         (stage / DONE).unlink()
+        (stage / FAILED).unlink(missing_ok=True)
         fsync_directory(stage)
         commit(stage, path)

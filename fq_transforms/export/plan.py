@@ -600,7 +600,8 @@ def _config(config: Any) -> dict[str, Any]:
             raise ValueError(
                 f"config: found {key}={value!r}, which JSON cannot hold, wanted a number, text or list"
             ) from error
-    return {key: value for key, value in entries.items() if key != "torch_dtype"}  # `dtype` is its name now
+    renamed = {"dtype" if key == "torch_dtype" else key: value for key, value in entries.items()}
+    return renamed | {key: entries[key] for key in ("dtype",) if key in entries}  # its name now, which counts
 
 
 def _check_in_memory(params: Mapping[str, Tensor], state: State, spec: Spec) -> None:

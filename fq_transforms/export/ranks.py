@@ -84,9 +84,13 @@ class Ranks(AbstractContextManager["Ranks"]):
 
     def check_same(self, value: str, what: str) -> None:
         """Raise ValueError, beginning with `what`, unless all ranks have the same value."""
-        said = self._said(value) if self.size > 1 else [value]
+        said = self.gather(value)
         if others := [rank for rank, other in enumerate(said) if other != said[0]]:
             raise ValueError(f"{what}: found others on ranks {others} of {self.size} than on 0, wanted the same on all")
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on all of them."""
+        return self._said(value) if self.size > 1 else [value]
 
     def _said(self, value: Any, error: Exception | None = None) -> list[Any]:
         """What each rank has to say. Raises LostRankError, or the error of this rank, if one has ended."""

@@ -371,7 +371,9 @@ class Files:
         if index.exists() and not (isinstance(named, dict) and all(isinstance(file, str) for file in named.values())):
             raise ValueError(f"file {str(index)!r}: found weight_map={shown(named)}, wanted names of files")
         found: dict[str, Place] = {}
-        for file in sorted(set(named.values())) if named else [SINGLE]:
+        if named == {}:
+            raise ValueError(f"file {str(index)!r}: found an empty weight_map, wanted names of files")
+        for file in sorted(set(named.values())) if named is not None else [SINGLE]:
             if not _SHARD.fullmatch(file):
                 raise ValueError(
                     f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory"

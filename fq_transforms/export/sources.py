@@ -28,7 +28,6 @@ READS: dict[str, Callable[[Files, Mapping[str, Any]], Found]] = {
     "mxfp4": mxfp4.find,
 }
 MODELOPT = "hf_quant_config.json"
-# Other forms of the weights, which are not copied, and what belongs to the folder that it was.
 # Dtypes that are no codes: those of weights, and of buffers such as positions.
 _NO_CODES = ("F64", "F32", "F16", "BF16", "C64", "BOOL", "I64", "I32", "I16", "U64", "U32", "U16")
 _OF_CODES = re.compile(
@@ -36,6 +35,7 @@ _OF_CODES = re.compile(
     r"|\.experts\.\w+_(?:blocks|scales)$|\.weight\.(?:absmax|quant_map|quant_state\..*)$"
 )
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# Other forms of the weights, which are not copied.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -188,7 +188,12 @@ class Folder:
                 about = value if about is None and value != {} else about
         if about is None and (self.path / MODELOPT).exists():  # older exporters wrote that alone
             own: Any = read_document(self.path / MODELOPT)
-            about = {"quant_method": "modelopt"} | own.get("quantization", own)
+            own = own.get("quantization", own)
+            if not isinstance(own, dict):
+                raise ValueError(
+                    f"file {str(self.path / MODELOPT)!r}: found quantization {shown(own)}, wanted an object"
+                )
+            about = {"quant_method": "modelopt"} | own
         if about is None:
             return None
         method = about.get("quant_method") if isinstance(about, dict) else None

@@ -43,7 +43,7 @@ def in_files(
             for part in of_group(group, tensors) if parts is None else parts:
                 made = _part(group, part, params)
                 (inputs if isinstance(made, Inputs) else groups).append(made)  # pyright: ignore[reportArgumentType]
-                found[made.key] = {name: _rows(leaf, group, part, name) for name, leaf in state[group.key].items()}
+                found[made.key] = {name: _rows(leaf, group, part) for name, leaf in state[group.key].items()}
     except ValueError as error:
         raise ValueError(f"{what} {str(path)!r}: {error}") from error
     return Spec(tuple(groups), (), tuple(inputs), spec.rules), found
@@ -93,15 +93,14 @@ def _part(group: Group, part: FileTensor, params: Mapping[str, Tensor]) -> Group
     return made
 
 
-def _rows(leaf: Tensor, group: Group, part: FileTensor, name: str) -> Tensor:
+def _rows(leaf: Tensor, group: Group, part: FileTensor) -> Tensor:
     """The scales of some rows of `out`."""
     if leaf.dim() < 3 or leaf.shape[1] == 1:
         return leaf
     block = group.format.block[0] or 1
     if block == 1:
         return leaf[:, part.rows]
-    assert isinstance(part.rows, slice), "checked where codes are cut"
     rows = part.rows
-    if (rows.start or 0) % block or (rows.stop or 0) % block:
+    if isinstance(rows, Tensor) or (rows.start or 0) % block or (rows.stop or 0) % block:
         raise ValueError(f"group {group.key!r}: found rows that cut a block of {block}, wanted whole blocks")
     return leaf[:, slice(*(None if row is None else row // block for row in (rows.start, rows.stop)))]

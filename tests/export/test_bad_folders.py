@@ -15,6 +15,7 @@ from fq_transforms.export import plan, shards
 from fq_transforms.export.accounted import check_config
 from tests.cases import assert_names
 from tests.classes import classes
+from tests.export import models
 from tests.export.models import assert_same_bytes, read
 from tests.export.sources import BLOCK, CONFIG, EXPERTS, HIDDEN, INNER, MODULES, STACKS, plain, weights, write
 from tests.export.test_sources import DEEPSEEK, OF_NVFP4, gpt_oss, in_codes, nvfp4_of_modelopt
@@ -481,3 +482,39 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing(place, tmp_path, monkeyp
     monkeypatch.setattr(owner, name, full)
     refused(tmp_path, source, os.strerror(errno.ENOSPC), error=OSError)
     assert calls
+
+
+def test_a_plain_weight_beside_its_codes_is_refused(tmp_path):
+    """One of the two would be lost."""
+    params = {f"layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(16, 32).bfloat16() for e in range(2)}
+    config = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
+    models.write(tmp_path / "plain", params, {"config.json": config})
+    folders.folder(tmp_path / "plain", tmp_path / "codes", {"*": fqt.NVFP4})
+    documents = {"config.json": json.loads((tmp_path / "codes" / "config.json").read_text())}
+    models.write(tmp_path / "both", read(tmp_path / "codes") | dict(list(params.items())[:1]), documents)
+    with pytest.raises(ValueError, match=r"experts.0.up_proj'.*found 'weight'"):
+        folders.folder(tmp_path / "both", tmp_path / "dst", layout="plain")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("about", [None, [], "FP8"])
+def test_what_hf_quant_config_says_is_an_object(about, tmp_path):
+    config = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
+    models.write(
+        tmp_path / "src",
+        {"w": torch.ones(2, 2)},
+        {"config.json": config, "hf_quant_config.json": {"quantization": about}},
+    )
+    with pytest.raises(ValueError, match="hf_quant_config.json"):
+        folders.folder(tmp_path / "src", tmp_path / "dst", layout="plain")
+
+
+def test_an_index_that_names_nothing_is_refused(tmp_path):
+    config = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
+    models.write(
+        tmp_path / "src",
+        {"w": torch.ones(2, 2)},
+        {"config.json": config, "model.safetensors.index.json": {"weight_map": {}}},
+    )
+    with pytest.raises(ValueError, match="empty weight_map"):
+        folders.folder(tmp_path / "src", tmp_path / "dst", layout="plain")

@@ -893,3 +893,89 @@ def test_two_conversions_to_one_place(source, tmp_path, monkeypatch):
     assert refused == [errno.EBUSY] * 2
     assert files_of(tmp_path / "dst") == files_of(tmp_path / "one")
     assert sorted(os.listdir(tmp_path)) == ["dst", "one"]
+
+
+def cut(monkeypatch, name, src, dst, **options):
+    """A conversion that is interrupted where a function of the module is called."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder(src, dst, SMALL, **options)
+
+
+def two_shards(path, seed):
+    """Experts in two shards, whose files say nothing of when they were written."""
+    tensors = {name: torch.roll(tensor, seed) for name, tensor in in_lists(["gate_proj", "up_proj"], 4).items()}
+    halves = [dict(itertools.islice(tensors.items(), start, start + 4)) for start in (0, 4)]
+    src = write_folder(path, halves, CONFIG)
+    for file in src.iterdir():
+        os.utime(file, (1, 1))
+    return src
+
+
+@pytest.mark.parametrize("lost", ["gone", "cut", "of another head"])
+def test_what_is_marked_is_not_believed_of_shards_that_are_not_there(lost, tmp_path, monkeypatch):
+    """Part of a stage may be gone, as when its removal was killed: then all begins anew, to the same bytes."""
+    src = two_shards(tmp_path / "src", 0)
+    folder(src, tmp_path / "whole", SMALL, max_shard_size="3KB")
+    cut(monkeypatch, "_finish", src, tmp_path / "dst", max_shard_size="3KB")
+    (stage,) = tmp_path.glob(".dst.saving-*")
+    shard = sorted(stage.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    if lost != "gone":
+        shard.write_bytes(content[:-1] if lost == "cut" else bytes(len(content)))
+    folder(src, tmp_path / "dst", SMALL, max_shard_size="3KB", resume=True)
+    assert_same_bytes(read(tmp_path / "dst"), read(tmp_path / "whole"))
+
+
+def test_a_source_of_the_same_sizes_and_times_is_another(tmp_path, monkeypatch):
+    """Two models of one architecture, from a store that keeps no times."""
+    one, two = two_shards(tmp_path / "one", 0), two_shards(tmp_path / "two", 1)
+    cut(monkeypatch, "_finish", one, tmp_path / "dst")
+    with pytest.raises(ValueError, match="another conversion"):
+        folder(two, tmp_path / "dst", SMALL, resume=True)
+
+
+def test_what_lacks_its_name_only_is_not_converted_again(tmp_path, monkeypatch):
+    """Killed between the last piece and the commit."""
+    src = two_shards(tmp_path / "src", 0)
+    cut(monkeypatch, "commit", src, tmp_path / "dst")
+    monkeypatch.setattr(module.Job, "convert", None)
+    folder(src, tmp_path / "dst", SMALL, resume=True)
+    assert not [name for name in os.listdir(tmp_path / "dst") if name.startswith(".")]
+
+
+def test_threads_of_others_are_left_alone(tmp_path):
+    """A conversion computes in threads that are alone; those that begin later are not."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        folder(two_shards(tmp_path / "src", 0), tmp_path / "dst", SMALL)
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert found == [torch.get_num_threads()] == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", [{"experts": "a"}, {"transposed": "a"}, {"method": methods.Mse()}])
+def test_options_of_rules_want_rules(options, tmp_path):
+    src = two_shards(tmp_path / "src", 0)
+    with pytest.raises(ValueError, match=f"rules: found none, and .*{next(iter(options))}="):
+        folder(src, tmp_path / "dst", layout="plain", **options)
+
+
+@pytest.mark.parametrize("rules", [None, SMALL])
+def test_config_names_the_dtype(rules, tmp_path):
+    """By the name that transformers has now, whatever the name was."""
+    src = two_shards(tmp_path / "src", 0)
+    config = {key: value for key, value in CONFIG.items() if key != "dtype"} | {"torch_dtype": "bfloat16"}
+    (src / "config.json").write_text(json.dumps(config))
+    folder(src, tmp_path / "dst", rules, layout="plain")
+    assert json.loads((tmp_path / "dst" / "config.json").read_text()) == CONFIG
