@@ -52,7 +52,7 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
                 weights, scales = local_group(group, layout, weights, scales)
             for name, weight in zip(group.names, weights, strict=True):
                 # All are finite where the ends are; to ask each weight takes 20 times as long.
-                if is_read(weight) and not bool(torch.stack(weight.aminmax()).isfinite().all()):
+                if is_read(weight) and weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
                     raise ValueError(
                         f"parameter {name!r}: found NaN or infinity, which has no code, wanted finite weights"
                     )
