@@ -23,11 +23,11 @@ import torch
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import megatron, pickles, storage
-from fq_transforms.export import files
 from fq_transforms.export.shards import Files
 from fq_transforms.rules import from_json, from_yaml
 from fq_transforms.spec import Spec
 from tests.checkpoint.samples import assert_same, of
+from tests.export.models import write
 from tests.full import FULL
 from tests.hostile import watched
 
@@ -317,12 +317,12 @@ def samples_of_models(parent):
     codes = {f"{module}.weight": torch.ones(32, 32).to(torch.float8_e4m3fn) for module in experts}
     codes |= {f"{module}.weight_scale_inv": torch.ones(1, 1) for module in experts}
     about = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    files.write(parent / "fp8", codes.items(), {"config.json": config | {"quantization_config": about}}, 1100)
+    write(parent / "fp8", codes, {"config.json": config | {"quantization_config": about}}, 1100)
     stack = "model.layers.0.mlp.experts.down_proj"
     blocks = {f"{stack}_blocks": torch.ones(2, 32, 2, 16, dtype=torch.uint8)}
     blocks |= {f"{stack}_scales": torch.full((2, 32, 2), 127, dtype=torch.uint8), f"{stack}_bias": torch.ones(2, 32)}
     about = {"quant_method": "mxfp4"}
-    files.write(parent / "mxfp4", blocks.items(), {"config.json": config | {"quantization_config": about}}, 1100)
+    write(parent / "mxfp4", blocks, {"config.json": config | {"quantization_config": about}}, 1100)
     return sorted(parent.iterdir())
 
 
