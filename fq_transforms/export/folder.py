@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Condition
@@ -747,7 +747,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except Exception:
-                if ranks.size > 1:
+                with suppress(OSError):  # the disk may be full; then the others end their share first
                     failed.touch()
                 raise
             finally:

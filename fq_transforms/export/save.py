@@ -50,7 +50,7 @@ def save(
         layout: "compressed-tensors", "modelopt" (its HF export), "fp8" (DeepSeek's), "plain": fake weights, any format.
             Of formats that are not its own (`transform(spec, layout=)`) a warning counts what is read otherwise.
         reader: Who must load it: what it does not load is refused, and files are spelled as it wants them.
-        max_shard_size: Of a file: bytes, or such as "5GB". No more is held.
+        max_shard_size: Of a file: bytes, or such as "5GB".
 
     Raises:
         KeyError: A parameter or a group of the state is missing.
