@@ -306,10 +306,12 @@ class Lock:
     def release(self) -> None:
         """Let go, and remove the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-            os.close(self._file)
-            self._file = None
+            try:
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+            finally:
+                os.close(self._file)
+                self._file = None
 
     def __enter__(self) -> "Lock":
         return self

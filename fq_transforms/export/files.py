@@ -101,7 +101,13 @@ def _interval() -> float:
 
 
 def commit(stage: Path, folder: Path) -> None:
-    """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last."""
+    """Let a staged folder appear: by its renaming, or file by file in a directory that was there, config.json last.
+
+    What is hidden in the stage, which is about its writing, is removed.
+    """
+    for file in stage.glob(".*"):
+        file.unlink()
+    fsync_directory(stage)
     if stage.parent == folder:
         files = sorted(stage.iterdir(), key=lambda file: file.name == CONFIG)
         write_json(stage / f"{MOVING}.new", [file.name for file in files])

@@ -840,7 +840,4 @@ def _finish(job: Job, path: Path, stage: Path) -> None:
         for name, document in documents.items():
             write_json(stage / name, document)
         assert all((stage / DONE).read_bytes()), "a piece was left out"
-        (stage / DONE).unlink()
-        (stage / FAILED).unlink(missing_ok=True)
-        fsync_directory(stage)
         commit(stage, path)

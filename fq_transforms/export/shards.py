@@ -24,7 +24,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from fq_transforms.checkpoint.storage import Lock, fsync_directory, naming, open_regular, stage_of
+from fq_transforms.checkpoint.storage import Lock, naming, open_regular, stage_of
 from fq_transforms.export.files import INDEX, SINGLE, check_free, commit, read_document, remove_staged, write_json
 from fq_transforms.parse import MOST_NAME, check_name, parse_json, shown
 
@@ -280,7 +280,6 @@ def write(
                 writer.sync()
                 for name, document in {**documents, **({INDEX: index} if index else {})}.items():
                     write_json(stage / name, document)
-                fsync_directory(stage)
                 commit(stage, folder)
             except BaseException:
                 remove_staged(folder)

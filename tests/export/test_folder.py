@@ -941,6 +941,63 @@ def test_a_source_of_the_same_sizes_and_times_is_another(tmp_path, monkeypatch):
         folder(two, tmp_path / "dst", SMALL, resume=True)
 
 
+class Cut(BaseException):
+    """What a killed process is to the one that calls it here: nothing that comes after is done."""
+
+
+ENDS = ("open", "rename", "unlink")  # of a path: what the end of a conversion is made of
+
+
+def _cut_in(monkeypatch, number, call):
+    """True if the call was cut: before its `number`-th step on paths."""
+    left = [number]
+
+    def step(step_of):
+        def cut_or_go_on(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Cut
+            return step_of(*args, **options)
+
+        return cut_or_go_on
+
+    with monkeypatch.context() as patch:
+        for name in ENDS:
+            patch.setattr(Path, name, step(getattr(Path, name)))
+        try:
+            call()
+        except Cut:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_is_cut_twice_is_gone_on_with(is_there, tmp_path, monkeypatch):
+    """At each step after the last piece, and again at a drawn one while it is gone on with: the same bytes."""
+    src, path, draws = two_shards(tmp_path / "src", 0), tmp_path / "to" / "dst", random.Random(0)
+    folder(src, tmp_path / "whole", SMALL, max_shard_size="3KB")
+    wanted = files_of(tmp_path / "whole")
+
+    def convert():
+        folder(src, path, SMALL, max_shard_size="3KB", resume=True, jobs=1)
+
+    cuts, number, is_cut = 0, 0, True
+    while is_cut:
+        (path if is_there else path.parent).mkdir(parents=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(Cut))
+            with pytest.raises(Cut):
+                convert()
+        is_cut = _cut_in(monkeypatch, number, convert)
+        cuts += _cut_in(monkeypatch, draws.randrange(12), convert) if not (path / "config.json").exists() else 0
+        if not (path / "config.json").exists():
+            convert()
+        assert {name: one for name, one in files_of(path).items() if "saving" not in name} == wanted, number
+        shutil.rmtree(path.parent)
+        number += 1
+    assert number > 10 and cuts > 5
+
+
 def test_what_lacks_its_name_only_is_not_converted_again(tmp_path, monkeypatch):
     """Killed between the last piece and the commit."""
     src = two_shards(tmp_path / "src", 0)
