@@ -29,6 +29,7 @@ __all__ = [
     "importance_of",
     "progress",
     "scale_search",
+    "with_bar",
 ]
 
 T = TypeVar("T")
@@ -269,11 +270,18 @@ def progress(items: Sequence[T], method: Method) -> Iterable[T]:
     Raises:
         ImportError: tqdm is not installed, and the method is not `Max`.
     """
-    if isinstance(method, Max):
-        return items
     name = type(method).__name__
+    return items if isinstance(method, Max) else with_bar(items, f"calibrate, {name}", f"method {name}")
+
+
+def with_bar(items: Sequence[T], what: str, caller: str) -> Iterable[T]:
+    """The same items, with a bar on standard error once a second has passed; a bar within another goes when it ends.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError(f"method {name} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
-    return items if len(items) < 2 else tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)
+        raise ImportError(f"{caller} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
+    return items if len(items) < 2 else tqdm(items, desc=what, delay=1.0, mininterval=0.5, leave=None)

@@ -22,7 +22,7 @@ LAYERS = [
     "parse formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
     "ops",  # on plain tensors
     "distributed partition dtensor checks in_use masters select state",  # shards, ranks, what the public door checks
-    "fakequant pullback pack activations calibrate sync report",  # one verb each
+    "fakequant pullback pack activations calibrate sequential sync report",  # one verb each
     "transform",
     "training checkpoint export",
     "__init__",
