@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import optree
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, Sequential
@@ -47,7 +48,7 @@ class LayerStore:
     """
 
     def using(
-        self, fq: "Transform", model: Module, names: Sequence[Sequence[str]], about: str
+        self, fq: "Transform", model: Module, names: Sequence[Sequence[str]], about: Sequence[str | Tensor]
     ) -> AbstractContextManager[object]:
         """Within, the parts of one run: the names of each part's tensors, and what else its numbers depend on."""
         del names, about
@@ -183,7 +184,7 @@ class _Batch(threading.Thread):
         self.kwargs: dict[str, Any] = {}
         self.within: AbstractContextManager[object] = nullcontext()
         self.output: Any = None
-        self._call = partial(run_batch, lambda *args, **kwargs: model(*args, **kwargs), given, forward)
+        self._call = partial(run_batch, model, given, forward)
         self._use, self._is_over = use, False
         self._error: BaseException | None = None
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
@@ -307,7 +308,9 @@ class _Run:
         for name in own:
             number = _part_of(name, self.path)
             parts[-1 if number is None else number].append(name)
-        about = f"{self.fq!s} gptq={self.gptq!r} unseen={self.unseen!r} layers={self.path!r} batches={len(self.batches)}"
+        options = f"{self.fq!r} gptq={self.gptq!r} unseen={self.unseen!r} layers={self.path!r}"
+        given: Any = optree.tree_leaves([batch.given for batch in self.batches])  # pyright: ignore
+        about = [self.fq.spec.to_json(), options, *(one for one in given if isinstance(one, Tensor))]
         state: State = {}
         with torch.no_grad(), self.store.using(self.fq, self.model, parts, about), self.use, self.use:
             # What layers write into buffers as they run goes into copies.
@@ -371,7 +374,7 @@ class _Run:
         fq = self._within(lambda of: _part_of(of, self.path) == number)
         with InUse(CALLER, ()) as use, use:
             use.exchange(layer, self.store.load(number))
-            params = dict(layer.named_parameters())
+            params: dict[str, Tensor] = dict(layer.named_parameters())
             self._check_values([*params, *dict(layer.named_buffers())])
             params, state = self._part(number, fq, params, layer, self._again)
             use.exchange(layer, fq.fakequant(params, state))
@@ -399,7 +402,7 @@ class _Run:
     def _outside(self, names: Sequence[str]) -> State:
         """Calibrate what lies outside the layers, each of which stands still, and gives what the last one gave."""
         fq = self._within(lambda of: _part_of(of, self.path) is None)
-        params = {name: tensor for name, tensor in self.model.named_parameters() if name in names}
+        params: dict[str, Tensor] = {n: tensor for n, tensor in self.model.named_parameters() if n in names}
         output: Any = None
 
         def again(call: Callable[..., Any], batch: _Batch) -> None:
@@ -413,10 +416,8 @@ class _Run:
 
     def _within(self, is_inside: Callable[[str], bool]) -> "Transform":
         """The Transform of some of the weights."""
-        groups, inputs = (
-            tuple(group for group in groups if is_inside(group.names[0]))
-            for groups in (self.fq.spec.groups, self.fq.spec.inputs)
-        )
+        groups = tuple(group for group in self.fq.spec.groups if is_inside(group.names[0]))
+        inputs = tuple(group for group in self.fq.spec.inputs if is_inside(group.names[0]))
         return replace(self.fq, spec=Spec(groups, (), inputs))
 
     def _part(
@@ -430,8 +431,8 @@ class _Run:
         state = fq.fill_unseen(state, unseen=self.unseen, params=params)
         if self.gptq is not None and fq.spec.groups:
             moved = moved_by_gptq(fq, params, state, self.batches, model, forward, self.gptq)
-        self.store.keep(part, fq, {n: moved[n] for group in fq.spec.groups for n in group.names}, state)
-        return moved, state
+        self.store.keep(part, fq, {n: w for n, w in moved.items() if w is not params[n]}, state)
+        return dict(moved), state
 
 
 def moved_by_gptq(
