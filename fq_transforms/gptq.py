@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fq_transforms.calibrate import progress
 from fq_transforms.checks import check_device, check_state, check_tensor, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.formats import static_format
+from fq_transforms.formats import Format, static_format
 from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
@@ -32,8 +32,8 @@ HELD_BYTES = {"cpu": 2**30, "cuda": 2**33}
 COPIES = 8
 # How far a Hessian may be from its transpose, beside its largest number: sums in fp32 in two orders.
 ASYMMETRY = 2.0**-10
-# Damping of a Hessian that has no Cholesky factor under the one asked for: ten times as much, from this on, up to 1.
-LEAST_DAMPING = 1e-4
+# Where a Hessian has no Cholesky factor, ten times the damping is tried, from the one on, up to the other.
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 10
 
 
 @torch.no_grad()
@@ -82,17 +82,21 @@ def gptq(
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
+    families: dict[int, list[Group]] = {}  # roles that share their inputs share the factor too
+    for group in fq.spec.groups:
+        families.setdefault(id(hessians[group.key]["hessian"]), []).append(group)
     moved: dict[str, Tensor] = {}
-    for group in progress(fq.spec.groups, "GPTQ"):
-        weights = [weight.detach() for weight in weights_of(params, group)]
-        found, kept = _moved(group, weights, state[group.key], hessians[group.key], damping, shrinkage, order)
-        if kept:
-            warnings.warn(
-                f"gptq: {group.key!r}: rounded expert {ranges(kept)} of {group.experts} to the nearest, which had no "
-                "larger error",
-                stacklevel=2,
-            )
-        moved |= zip(group.names, found, strict=True)
+    for groups in progress(list(families.values()), "GPTQ"):
+        roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
+        _move(roles, hessians[groups[0].key], damping, shrinkage, order)
+        for role in roles:
+            if role.kept:
+                warnings.warn(
+                    f"gptq: {role.group.key!r}: rounded expert {ranges(role.kept)} of {role.group.experts} to the "
+                    "nearest, which has no larger error",
+                    stacklevel=2,
+                )
+            moved |= zip(role.group.names, role.moved, strict=True)
     return dict(params) | moved
 
 
@@ -166,49 +170,63 @@ def _chunks(tensor: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield first * count, some
 
 
-class _Options(NamedTuple):
-    """What of a group is the same for all of its experts."""
+class _Role:
+    """A group in work.
 
-    group: Group
-    damping: float
-    order: str | None
+    Attributes:
+        group: Which.
+        old: Its experts' weights, [out, in] each.
+        scales: Its state.
+        moved: The result, in the shapes of its parameters.
+        new: Its experts' matrices.
+        kept: Experts that were rounded to the nearest for want of better.
+    """
+
+    def __init__(self, group: Group, weights: Sequence[Tensor], scales: Mapping[str, Tensor]) -> None:
+        self.group, self.scales = group, scales
+        self.moved = [torch.empty_like(one.detach(), memory_format=torch.contiguous_format) for one in weights]
+        self.old, self.new = (list(each_expert(some, group.transposed)) for some in (weights, self.moved))
+        self.kept: list[int] = []
 
 
-def _moved(
-    group: Group,
-    weights: Sequence[Tensor],
-    scales: Mapping[str, Tensor],
-    leaves: Mapping[str, Tensor],
-    damping: float,
-    shrinkage: float,
-    order: str | None,
-) -> tuple[list[Tensor], list[int]]:
-    """The weights of a group on the grid, and the experts that were rounded to the nearest for want of better."""
-    moved = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    old, new = (list(each_expert(some, group.transposed)) for some in (weights, moved))
-    hessian, tokens = leaves["hessian"], leaves["tokens"].to(leaves["hessian"].device).float()
+def _move(
+    roles: Sequence[_Role], leaves: Mapping[str, Tensor], damping: float, shrinkage: float, order: str | None
+) -> None:
+    """Find the weights of roles that share their inputs, some experts at a time."""
+    hessian, side = leaves["hessian"], leaves["hessian"].shape[-1]
+    tokens = leaves["tokens"].to(hessian.device).float()
     average = _average(hessian, tokens)
-    kept: list[int] = []
-    for first, own in _chunks(hessian, 4 * COPIES * (group.shape[1] * sum(group.shape))):
+    share = torch.where(tokens > 0, shrinkage * side / (shrinkage * side + tokens).clamp(min=1e-30), 0.0)
+    size = side + sum(role.group.shape[0] for role in roles)
+    for first, own in _chunks(hessian, 4 * COPIES * side * size):
         part = slice(first, first + len(own))
-        weight = torch.stack(old[part]).float()
-        amax, global_amax = (leaf if leaf is None else leaf[part] for leaf in map(scales.get, ("amax", "global_amax")))
-        share = torch.where(tokens[part] > 0, shrinkage * group.shape[1], 0.0)
-        share = (share / (share + tokens[part]).clamp(min=1e-30))[:, None, None]
-        shrunk = own + share * (average - own)
-        errors = _errors(weight, shrunk, amax, global_amax, _Options(group, damping, order))
-        (nearest,) = fake_quantize([weight], amax, global_amax, format=group.format)
-        nearest = weight - nearest
-        losses = [_loss(one, own) for one in (errors, nearest)]
-        is_better = losses[0] < losses[1]
-        is_other = (errors != nearest).flatten(1).any(1)
-        kept += (first + (is_other & (losses[0] > losses[1])).nonzero().flatten()).tolist()
-        errors = torch.where(is_better[:, None, None], errors, nearest)
-        # A weight less its error is a value of the format, but for the rounding of the difference.
-        (found,) = fake_quantize([weight - errors], amax, global_amax, format=group.format, out_dtype=weights[0].dtype)
-        for to, one in zip(new[part], found, strict=True):
-            to.copy_(one)
-    return moved, kept
+        shrunk = own + share[part, None, None] * (average - own)
+        columns = None
+        if order is not None:
+            columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+            shrunk = _taken(_taken(shrunk, columns, 1), columns, 2)
+        factor = _factor(shrunk, damping, roles[0].group)
+        del shrunk
+        for role in roles:
+            _move_some(role, part, own, factor, columns)
+
+
+def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, columns: Tensor | None) -> None:
+    """Some experts of a role."""
+    format, old = role.group.format, role.old[part]
+    weight = torch.stack(old).float()
+    amax, global_amax = (role.scales[name][part] if name in role.scales else None for name in ("amax", "global_amax"))
+    errors = _errors(weight, factor, amax, global_amax, columns, format)
+    (nearest,) = fake_quantize([weight], amax, global_amax, format=format)
+    nearest = weight - nearest
+    is_better = _loss(errors, hessian) < _loss(nearest, hessian)
+    is_other = (errors != nearest).flatten(1).any(1)
+    role.kept += [part.start + e for e in (is_other & ~is_better).nonzero().flatten().tolist()]
+    errors = torch.where(is_better[:, None, None], errors, nearest)
+    # A weight less its error is a value of the format, but for the rounding of the difference.
+    (found,) = fake_quantize([weight - errors], amax, global_amax, format=format, out_dtype=old[0].dtype)
+    for to, one in zip(role.new[part], found, strict=True):
+        to.copy_(one)
 
 
 def _average(hessian: Tensor, tokens: Tensor) -> Tensor:
@@ -224,34 +242,36 @@ def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _errors(
-    weight: Tensor, hessian: Tensor, amax: Tensor | None, global_amax: Tensor | None, options: _Options
+    weight: Tensor,
+    factor: Tensor,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    columns: Tensor | None,
+    format: Format,
 ) -> Tensor:
-    """W - q of some experts, [E, out, in]."""
-    group, in_features = options.group, weight.shape[-1]
-    if group.format.is_stateless:
-        amax = block_amax(weight, group.format)
+    """What some experts' weights are off by, w - q, [E, out, in]."""
+    if format.is_stateless:
+        amax = block_amax(weight, format)
     assert amax is not None
-    columns = torch.arange(in_features, device=weight.device).expand(len(weight), -1)
-    if options.order is not None:
-        columns = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        hessian = _taken(_taken(hessian, columns, 1), columns, 2)
-        weight = _taken(weight, columns, 2)
-    factor = _factor(hessian, options)
+    places = columns
+    if places is None:
+        places = torch.arange(weight.shape[-1], device=weight.device).expand(len(weight), -1)
+    else:
+        weight = _taken(weight, places, 2)
     errors = torch.empty_like(weight)
-    for first in range(0, in_features, BLOCK):
-        block = slice(first, min(first + BLOCK, in_features))
+    for first in range(0, weight.shape[-1], BLOCK):
+        block = slice(first, min(first + BLOCK, weight.shape[-1]))
         target = weight[..., block].contiguous()
         if first:
             target.baddbmm_(errors[..., :first], factor[:, :first, block])
         if has_kernel([weight]):
             from fq_transforms.ops.gptq.launch import gptq_block_triton
 
-            numbers = (amax, global_amax, columns, first)
-            gptq_block_triton(target, weight, errors, factor, *numbers, format=group.format)
+            gptq_block_triton(target, weight, errors, factor, amax, global_amax, places, first, format=format)
             continue
-        numbers = (factor[:, block, block], amax, global_amax, columns[:, block])
-        errors[..., block] = gptq_block_reference(target, weight[..., block], *numbers, format=group.format)
-    return errors if options.order is None else _taken(errors, columns.argsort(dim=1), 2)
+        numbers = (factor[:, block, block], amax, global_amax, places[:, block])
+        errors[..., block] = gptq_block_reference(target, weight[..., block], *numbers, format=format)
+    return errors if columns is None else _taken(errors, columns.argsort(dim=1), 2)
 
 
 def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
@@ -260,29 +280,27 @@ def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
     return tensor.gather(dim, index.expand(tensor.shape))
 
 
-def _factor(hessian: Tensor, options: _Options) -> Tensor:
+def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
     """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular.
 
     A Hessian of fewer tokens than inputs is singular; if fp32 has no factor of it, it is damped further.
     """
     means = hessian.diagonal(dim1=1, dim2=2).mean(1)
     lower = torch.empty_like(hessian)
-    damping, left = options.damping, torch.arange(len(hessian), device=hessian.device)
+    left = torch.arange(len(hessian), device=hessian.device)
     while True:
         damped = hessian[left].flip(1, 2)
         damped.diagonal(dim1=1, dim2=2).add_((damping * means[left])[:, None])
-        found, failed = torch.linalg.cholesky_ex(damped)
-        lower[left] = found
+        lower[left], failed = torch.linalg.cholesky_ex(damped)
         left = left[failed != 0]
         if not len(left):
             break
         damping = max(10 * damping, LEAST_DAMPING)
-        if damping > 10:
-            raise ValueError(f"hessians {options.group.key!r}: found one that is not positive, wanted means of x x^T")
+        if damping > MOST_DAMPING:
+            raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
         warnings.warn(
-            f"gptq: {options.group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean "
-            "diagonal",
-            stacklevel=5,
+            f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
+            stacklevel=4,
         )
     upper = lower.flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
