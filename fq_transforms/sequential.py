@@ -27,8 +27,10 @@ from torch.nn import Module, ModuleList, Sequential
 
 from fq_transforms.activations.fill_unseen import fill_unseen
 from fq_transforms.activations.observe import Forward, each_batch, run_batch
-from fq_transforms.calibrate import with_bar
+from fq_transforms.calibrate import progress
 from fq_transforms.checks import weights_of
+from fq_transforms.gptq import check_formats
+from fq_transforms.gptq import gptq as moved_by_gptq
 from fq_transforms.in_use import InUse
 from fq_transforms.spec import Spec
 from fq_transforms.state import State
@@ -90,6 +92,9 @@ def calibrate_sequentially(
     found: Any = gptq
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"gptq: found {type(found).__name__}, wanted None, or options of gptq as a dict")
+    if gptq is not None:
+        check_formats(fq.spec)
+        moved_by_gptq(replace(fq, spec=Spec(())), {}, {}, {}, **_split(gptq)[1])  # which checks the options
     fill_unseen({}, spec=Spec(()), unseen=unseen, params={})  # which checks `unseen`
     path, listed = _layers_of(model, fq.spec, layers)
     given = [] if batches is None else list(each_batch(batches, fq.spec.groups[0], CALLER))
@@ -160,6 +165,12 @@ def _part_of(name: str, path: str) -> int | None:
 
 def _dotted(path: str) -> str:
     return f"{path}." if path else ""
+
+
+def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of `input_hessians` among those of `gptq`, and the others."""
+    of_inputs = {name: gptq[name] for name in ("unseen", "group") if name in gptq}
+    return of_inputs, {name: value for name, value in gptq.items() if name not in of_inputs}
 
 
 class _Stopped(BaseException):
@@ -322,7 +333,7 @@ class _Run:
                 self.use.hook_after(layer, partial(self._leave, number))
             self.use.undo.append(self._end)
             self._advance(0)
-            for number in with_bar(range(len(self.listed)), CALLER, CALLER):
+            for number in progress(range(len(self.listed)), CALLER):
                 state |= self._layer(number)
             state |= self._outside(parts[-1])
             state = {group.key: state[group.key] for group in self.fq.spec.all_groups}
@@ -430,23 +441,8 @@ class _Run:
         state, moved = fq.calibrate(params, self.batches, model=model, forward=forward), params
         state = fq.fill_unseen(state, unseen=self.unseen, params=params)
         if self.gptq is not None and fq.spec.groups:
-            moved = moved_by_gptq(fq, params, state, self.batches, model, forward, self.gptq)
+            of_inputs, options = _split(self.gptq)
+            hessians = fq.input_hessians(params, self.batches, model=model, forward=forward, **of_inputs)
+            moved = moved_by_gptq(fq, params, state, hessians, **options)
         self.store.keep(part, fq, {n: w for n, w in moved.items() if w is not params[n]}, state)
         return dict(moved), state
-
-
-def moved_by_gptq(
-    fq: "Transform",
-    params: Mapping[str, Tensor],
-    state: State,
-    batches: Sequence[Any],
-    model: Module,
-    forward: Forward,
-    options: Mapping[str, Any],
-) -> Mapping[str, Tensor]:
-    """`gptq` of the inputs that the batches show. Options of `Transform.input_hessians` are taken out."""
-    from fq_transforms.gptq import gptq
-
-    of_inputs = {name: options[name] for name in ("unseen", "group") if name in options}
-    hessians = fq.input_hessians(params, batches, model=model, forward=forward, **of_inputs)
-    return gptq(fq, params, state, hessians, **{name: options[name] for name in options.keys() - of_inputs})

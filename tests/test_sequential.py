@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ CLASSES = ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM",
 LIST = "model.layers"
 MSE = fqt.methods.Mse()
 EXPERTS = "*.experts.*"
+HEAD, ATTENTION = "lm_head.*", "*.self_attn.?_proj.weight"
 WAYS = {
-    "max": ({EXPERTS: fqt.NVFP4}, fqt.methods.MAX),
-    "mse": ({EXPERTS: fqt.INT4_BLOCK32, "*.self_attn.*_proj.weight": fqt.NVFP4_STATIC, "lm_head.*": fqt.FP8}, MSE),
-    "FP8 inputs": ([fqt.Rule("*.self_attn.?_proj.weight|*.experts.*|lm_head.*", fqt.FP8, fqt.FP8)], fqt.methods.MAX),
+    "max": ([fqt.Rule(EXPERTS, fqt.NVFP4)], fqt.methods.MAX),
+    "mse": ([fqt.Rule(EXPERTS, fqt.INT4_BLOCK32), fqt.Rule(ATTENTION, fqt.NVFP4_STATIC), fqt.Rule(HEAD, fqt.FP8)], MSE),
+    "FP8 inputs": ([fqt.Rule(one, fqt.FP8, fqt.FP8) for one in (EXPERTS, ATTENTION, HEAD)], fqt.methods.MAX),
     "NVFP4 inputs": ([fqt.Rule(EXPERTS, fqt.NVFP4, fqt.NVFP4, per_expert_inputs=True)], fqt.methods.MAX),
+    "gptq": ([fqt.Rule(one, fqt.INT4_BLOCK32) for one in (EXPERTS, ATTENTION, HEAD)], MSE),
+    "gptq, inputs": ([fqt.Rule(EXPERTS, fqt.NVFP4_STATIC, fqt.FP8)], fqt.methods.MAX),
 }
+GPTQ = {"damping": 0.02, "unseen": "mean-of-peers"}
+# Of fewer tokens than inputs, and rounded to the nearest where that is better, which gptq says.
+WARNS = pytest.mark.filterwarnings("ignore:gptq:UserWarning")
 
 
 def batches(sizes=((2, 9), (1, 12), (3, 5))):
@@ -33,15 +40,13 @@ def batches(sizes=((2, 9), (1, 12), (3, 5))):
 
 def transform_of(model, way):
     rules, method = WAYS[way]
-    if not isinstance(rules, dict):
-        rules = [replace(rules[0], pattern=pattern) for pattern in rules[0].pattern.split("|")]
-    try:
-        spec = fqt.select(dict(model.named_parameters()), rules)
-    except ValueError as error:  # DeepSeek's attention has other names
-        assert "self_attn" in str(error)
-        kept = {k: v for k, v in rules.items() if "self_attn" not in k} if isinstance(rules, dict) else rules[1:]
-        spec = fqt.select(dict(model.named_parameters()), kept)
-    return fqt.transform(spec, method=method)
+    params = dict(model.named_parameters())
+    return fqt.transform(fqt.select(params, [rule for rule in rules if _matches(rule, params)]), method=method)
+
+
+def _matches(rule, params):
+    """DeepSeek's attention has other names than the others'."""
+    return any(fnmatch(name, rule.pattern) for name in params)
 
 
 def within(fq, is_inside):
@@ -98,19 +103,32 @@ def models():
     return {name: tiny(name)[0] for name in CLASSES}
 
 
+def by_gptq(fq, params, state, given, model):
+    hessians = fq.input_hessians(params, given, model=model, unseen=GPTQ["unseen"])
+    return fqt.gptq(fq, params, state, hessians, damping=GPTQ["damping"])
+
+
+@WARNS
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_equals_runs_of_the_whole_model(name, way, models):
-    """Law: the state of a layer is that of ordinary calibration on a model whose layers before it are quantized.
+    """Law: a layer's state, and its weights under GPTQ, are those of a model whose layers before it are quantized.
 
     Each family's own masks (sliding and full ones), positions and caches included: keys that a cache held twice, or a
     mask of another layer, change what attention's o_proj gets.
     """
     model, given = models[name], batches()
-    fq = transform_of(model, way)
-    params, state = fq.calibrate_sequentially(model, given, unseen="max-of-peers")
+    fq, is_moved = transform_of(model, way), way.startswith("gptq")
+    options = {"unseen": "max-of-peers", "gptq": GPTQ if is_moved else None}
+    params, state = fq.calibrate_sequentially(model, given, **options)
+    wanted_params, wanted = two_passes(fq, model, given, by_gptq if is_moved else None, unseen="max-of-peers")
     assert list(state) == [group.key for group in fq.spec.all_groups]
-    assert_same(state, two_passes(fq, model, given, unseen="max-of-peers")[1] | {})
+    assert_same(state, wanted)
     own = dict(model.named_parameters())
-    assert params.keys() == own.keys()
-    assert all(params[name] is own[name] for name in own)
+    assert list(params) == list(own)
+    for name, tensor in own.items():
+        if is_moved and name in wanted_params:
+            assert torch.equal(params[name], wanted_params[name])
+            assert not torch.equal(params[name], tensor)
+        else:
+            assert params[name] is tensor
