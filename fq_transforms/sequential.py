@@ -261,9 +261,11 @@ def _as_here() -> Callable[[], AbstractContextManager[object]]:
     casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) for kind in kinds]
     device, is_inference = torch.get_default_device(), torch.is_inference_mode_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    count = torch.get_num_threads()  # sums of products are in another order with another number
 
     @contextmanager
     def entered() -> Generator[None]:
+        torch.set_num_threads(count)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode() if is_inference else torch.no_grad())
             if stream is not None:
