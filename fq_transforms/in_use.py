@@ -12,6 +12,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor
@@ -69,7 +71,13 @@ class InUse(AbstractContextManager["InUse"]):
                 "task a model of its own: copy.deepcopy(model)"
             )
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            # PyTorch's functional_call, interrupted as it ends, puts back what it has exchanged when its frame goes,
+            # which must not be after this use has put back its own.
+            clear_frames(trace)
         self.leave()
 
     def leave(self) -> None:
