@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,7 +59,7 @@ def gptq(
         state: From `calibrate`, by any method.
         hessians: From `input_hessians`.
         damping: What is added to the diagonal, as a part of its mean.
-        shrinkage: H_e counts as n tokens and the layer's average as shrinkage * in, n those that expert e saw.
+        shrinkage: What the layer knows counts as shrinkage * in tokens, beside those that an expert saw.
         order: "activation" rounds the columns with the largest inputs first; scales stay where they are.
 
     Returns:
@@ -194,13 +195,11 @@ def _move(
 ) -> None:
     """Find the weights of roles that share their inputs, some experts at a time."""
     hessian, side = leaves["hessian"], leaves["hessian"].shape[-1]
-    tokens = leaves["tokens"].to(hessian.device).float()
-    average = _average(hessian, tokens)
-    share = torch.where(tokens > 0, shrinkage * side / (shrinkage * side + tokens).clamp(min=1e-30), 0.0)
     size = side + sum(role.group.shape[0] for role in roles)
+    shrink = _Shrinkage(hessian, leaves["tokens"], shrinkage * side)
     for first, own in _chunks(hessian, 4 * COPIES * side * size):
         part = slice(first, first + len(own))
-        shrunk = own + share[part, None, None] * (average - own)
+        shrunk = shrink(part)
         columns = None
         if order is not None:
             columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
@@ -229,10 +228,55 @@ def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, column
         to.copy_(one)
 
 
-def _average(hessian: Tensor, tokens: Tensor) -> Tensor:
-    """The Hessian of the layer's tokens, whoever got them, [in, in]."""
-    shares = tokens / tokens.sum().clamp(min=1e-30)
-    return torch.einsum("e,eij->ij", shares, hessian)
+class _Shrinkage:
+    """Hessians of a layer, each drawn toward what the layer knows: (n H + k T) / (n + k), n its tokens.
+
+    T = rho * A + (1 - rho) * D. A is the layer's average, over all its tokens, and D the expert's own diagonal, both
+    drawn toward a multiple of the identity by k tokens likewise. rho, within [0, 1], says how well other experts tell
+    what is off the diagonal of one: the slope of a regression of its numbers on those of their average. Inputs of gate
+    and up are of one kind, so it is near 1; channels of down's have nothing in common but their number: near 0.
+    """
+
+    def __init__(self, hessian: Tensor, tokens: Tensor, prior: float) -> None:
+        tokens = tokens.to(hessian.device).double()
+        total = tokens.sum()
+        self._hessian, self._prior = hessian, prior
+        self._tokens, self._share = tokens, torch.where(tokens > 0, prior / (prior + tokens).clamp(min=1e-30), 0.0)
+        self._average = torch.einsum("e,eij->ij", (tokens / total.clamp(min=1)).float(), hessian)
+        self._rho = _slope(hessian, self._average, tokens) if prior else 0.0
+        mean = self._average.diagonal().mean()
+        self._average *= float(total / (total + prior).clamp(min=1))
+        self._average.diagonal().add_(mean * float(prior / (total + prior).clamp(min=1)))
+
+    def __call__(self, part: slice) -> Tensor:
+        """Some of them."""
+        own, n, share = self._hessian[part], self._tokens[part, None], self._share[part, None].float()
+        diagonal = own.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1, keepdim=True)
+        diagonal = ((n * diagonal + self._prior * mean) / (n + self._prior).clamp(min=1e-30)).float()
+        shrunk = torch.lerp(own, self._rho * self._average, share[:, None])
+        shrunk.diagonal(dim1=1, dim2=2).add_(share * (1 - self._rho) * diagonal)
+        return shrunk
+
+
+def _slope(hessian: Tensor, average: Tensor, tokens: Tensor) -> float:
+    """Of a regression of what is off the diagonals on the same of the average of the others, by tokens."""
+    total, rest = tokens.sum(), tokens.sum() - tokens
+    square = _product(average, average)
+    beside = torch.cat([_product(some, average) for _, some in _chunks(hessian, 4 * hessian[0].nbytes)])
+    own = torch.cat([_product(some, some) for _, some in _chunks(hessian, 4 * hessian[0].nbytes)])
+    with_rest = total * beside - tokens * own  # times what is left of the tokens
+    of_rest = total**2 * square - 2 * total * tokens * beside + tokens**2 * own  # times its square
+    counts = (tokens > 0) & (rest > 0)
+    over = torch.where(counts, tokens / rest.clamp(min=1), 0.0)
+    slope = float((over * with_rest).sum() / (over * of_rest / rest.clamp(min=1)).sum())
+    return min(max(slope, 0.0), 1.0) if isfinite(slope) else 0.0
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of what is off the diagonals of [..., in, in]."""
+    diagonals = (one.diagonal(dim1=-2, dim2=-1) * other.diagonal(dim1=-2, dim2=-1)).sum(-1, dtype=torch.float64)
+    return (one * other).sum((-2, -1), dtype=torch.float64) - diagonals
 
 
 def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
