@@ -70,7 +70,8 @@ def divergence_of(predicted, wanted):
 # ## What do experts multiply?
 # `input_hessians` runs the model on training text and gives, for each expert, the mean of x xᵀ over its tokens. An
 # error of a weight that meets large inputs moves the layer's output more; what is off the diagonal says which errors
-# make up for each other. They belong to the model and not to a format, so once is enough; and once on held-out text, to judge.
+# make up for each other. They belong to the model and not to a format, so once is enough; and once on held-out text, to
+# judge.
 
 # %%
 FORMATS = (fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.NVFP4, fqt.MXFP4, fqt.FP8, fqt.INT8)
