@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import check_device, check_state, check_tensor, weights_of
+from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.formats import static_format
-from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference
+from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, ranges
@@ -85,12 +85,13 @@ def gptq(
     moved: dict[str, Tensor] = {}
     for group in progress(fq.spec.groups, "GPTQ"):
         weights = [weight.detach() for weight in weights_of(params, group)]
-        found, kept = _moved(group, weights, state[group.key], hessians[group.key], damping, shrinkage, order)
+        with torch.autocast(weights[0].device.type, enabled=False):  # which would round an average to bf16
+            found, kept = _moved(group, weights, state[group.key], hessians[group.key], damping, shrinkage, order)
         if kept:
             warnings.warn(
                 f"gptq: {group.key!r}: rounded expert {ranges(kept)} of {group.experts} to the nearest, which had no "
                 "larger error",
-                stacklevel=2,
+                stacklevel=3,  # beyond no_grad's wrapper
             )
         moved |= zip(group.names, found, strict=True)
     return dict(params) | moved
@@ -126,15 +127,18 @@ def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hes
         if weights[0].is_meta:
             raise ValueError(f"parameter {group.names[0]!r}: found on meta, wanted values; load the weights")
         what = f"hessians {group.key!r}"
-        if sorted(leaves) != ["hessian", "tokens"]:
-            raise ValueError(f"{what}: found {sorted(leaves)}, wanted 'hessian' and 'tokens', as of input_hessians")
+        if not isinstance(leaves, Mapping) or set(leaves) != {"hessian", "tokens"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+            found = list(leaves) if isinstance(leaves, Mapping) else type(leaves).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"{what}: found {found}, wanted 'hessian' and 'tokens', as of input_hessians")
         side = group.shape[1]
         check_tensor(f"{what}.hessian", leaves["hessian"], (group.experts, side, side), torch.float32)
+        check_readable(f"{what}.tokens", leaves["tokens"])
         check_tensor(f"{what}.tokens", leaves["tokens"], (group.experts,), leaves["tokens"].dtype)
         check_device(group, leaves, weights[0].device)
         if id(leaves["hessian"]) not in checked:  # roles that share their inputs share it
             checked.add(id(leaves["hessian"]))
             _check_values(group, leaves["hessian"])
+        _check_tokens(group, leaves["tokens"])
 
 
 def _check_values(group: Group, hessian: Tensor) -> None:
@@ -157,6 +161,17 @@ def _check_values(group: Group, hessian: Tensor) -> None:
         else:
             found = f"{least[e].item()} on the diagonal of {expert}, wanted mean squares, 0 or more"
         raise ValueError(f"hessians {group.key!r}: found {found}")
+
+
+def _check_tokens(group: Group, tokens: Tensor) -> None:
+    """Raise ValueError for the first number of tokens that is none."""
+    wrong = (~((tokens >= 0) & (tokens < torch.inf))).nonzero().flatten()
+    if len(wrong):
+        e = int(wrong[0])
+        raise ValueError(
+            f"hessians {group.key!r}.tokens: found {tokens[e].item()} for expert {e}, {group.expert_name(e)!r}, wanted "
+            "a count, 0 or more"
+        )
 
 
 def _chunks(tensor: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -203,9 +218,12 @@ def _moved(
         is_better = losses[0] < losses[1]
         is_other = (errors != nearest).flatten(1).any(1)
         kept += (first + (is_other & (losses[0] > losses[1])).nonzero().flatten()).tolist()
-        errors = torch.where(is_better[:, None, None], errors, nearest)
         # A weight less its error is a value of the format, but for the rounding of the difference.
-        (found,) = fake_quantize([weight - errors], amax, global_amax, format=group.format, out_dtype=weights[0].dtype)
+        found = weight - errors
+        if group.format.is_stateless:
+            found = on_grid_of(weight, found, group.format)
+        found = torch.where(is_better[:, None, None], found, weight)
+        (found,) = fake_quantize([found], amax, global_amax, format=group.format, out_dtype=weights[0].dtype)
         for to, one in zip(new[part], found, strict=True):
             to.copy_(one)
     return moved, kept
@@ -282,7 +300,7 @@ def _factor(hessian: Tensor, options: _Options) -> Tensor:
         warnings.warn(
             f"gptq: {options.group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean "
             "diagonal",
-            stacklevel=5,
+            stacklevel=6,
         )
     upper = lower.flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
