@@ -2,16 +2,17 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import check_device, check_state, check_tensor, weights_of
+from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.formats import Format, static_format
-from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference
+from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, Spec, ranges
@@ -58,7 +59,7 @@ def gptq(
         state: From `calibrate`, by any method.
         hessians: From `input_hessians`.
         damping: What is added to the diagonal, as a part of its mean.
-        shrinkage: H_e counts as n tokens and the layer's average as shrinkage * in, n those that expert e saw.
+        shrinkage: What the layer knows counts as shrinkage * in tokens, beside those that an expert saw.
         order: "activation" rounds the columns with the largest inputs first; scales stay where they are.
 
     Returns:
@@ -88,13 +89,15 @@ def gptq(
     moved: dict[str, Tensor] = {}
     for groups in progress(list(families.values()), "GPTQ"):
         roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
-        _move(roles, hessians[groups[0].key], damping, shrinkage, order)
+        leaves = hessians[groups[0].key]
+        with torch.autocast(leaves["hessian"].device.type, enabled=False):  # which would round an average to bf16
+            _move(roles, leaves, damping, shrinkage, order)
         for role in roles:
             if role.kept:
                 warnings.warn(
                     f"gptq: {role.group.key!r}: rounded expert {ranges(role.kept)} of {role.group.experts} to the "
                     "nearest, which has no larger error",
-                    stacklevel=2,
+                    stacklevel=3,  # beyond no_grad's wrapper
                 )
             moved |= zip(role.group.names, role.moved, strict=True)
     return dict(params) | moved
@@ -136,15 +139,18 @@ def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hes
         if weights[0].is_meta:
             raise ValueError(f"parameter {group.names[0]!r}: found on meta, wanted values; load the weights")
         what = f"hessians {group.key!r}"
-        if sorted(leaves) != ["hessian", "tokens"]:
-            raise ValueError(f"{what}: found {sorted(leaves)}, wanted 'hessian' and 'tokens', as of input_hessians")
+        if not isinstance(leaves, Mapping) or set(leaves) != {"hessian", "tokens"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+            found = list(leaves) if isinstance(leaves, Mapping) else type(leaves).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"{what}: found {found}, wanted 'hessian' and 'tokens', as of input_hessians")
         side = group.shape[1]
         check_tensor(f"{what}.hessian", leaves["hessian"], (group.experts, side, side), torch.float32)
+        check_readable(f"{what}.tokens", leaves["tokens"])
         check_tensor(f"{what}.tokens", leaves["tokens"], (group.experts,), leaves["tokens"].dtype)
         check_device(group, leaves, weights[0].device)
         if id(leaves["hessian"]) not in checked:  # roles that share their inputs share it
             checked.add(id(leaves["hessian"]))
             _check_values(group, leaves["hessian"])
+        _check_tokens(group, leaves["tokens"])
 
 
 def _check_values(group: Group, hessian: Tensor) -> None:
@@ -167,6 +173,17 @@ def _check_values(group: Group, hessian: Tensor) -> None:
         else:
             found = f"{least[e].item()} on the diagonal of {expert}, wanted mean squares, 0 or more"
         raise ValueError(f"hessians {group.key!r}: found {found}")
+
+
+def _check_tokens(group: Group, tokens: Tensor) -> None:
+    """Raise ValueError for the first number of tokens that is none."""
+    wrong = (~((tokens >= 0) & (tokens < torch.inf))).nonzero().flatten()
+    if len(wrong):
+        e = int(wrong[0])
+        raise ValueError(
+            f"hessians {group.key!r}.tokens: found {tokens[e].item()} for expert {e}, {group.expert_name(e)!r}, wanted "
+            "a count, 0 or more"
+        )
 
 
 def _chunks(tensor: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -200,13 +217,11 @@ def _move(
 ) -> None:
     """Find the weights of roles that share their inputs, some experts at a time."""
     hessian, side = leaves["hessian"], leaves["hessian"].shape[-1]
-    tokens = leaves["tokens"].to(hessian.device).float()
-    average = _average(hessian, tokens)
-    share = torch.where(tokens > 0, shrinkage * side / (shrinkage * side + tokens).clamp(min=1e-30), 0.0)
     size = side + sum(role.group.shape[0] for role in roles)
+    shrink = _Shrinkage(hessian, leaves["tokens"], shrinkage * side)
     for first, own in _chunks(hessian, 4 * COPIES * side * size):
         part = slice(first, first + len(own))
-        shrunk = own + share[part, None, None] * (average - own)
+        shrunk = shrink(part)
         columns = None
         if order is not None:
             columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
@@ -225,20 +240,69 @@ def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, column
     errors = _errors(weight, factor, amax, global_amax, columns, format)
     (nearest,) = fake_quantize([weight], amax, global_amax, format=format)
     nearest = weight - nearest
-    is_better = _loss(errors, hessian) < _loss(nearest, hessian)
-    is_other = (errors != nearest).flatten(1).any(1)
-    role.kept += [part.start + e for e in (is_other & ~is_better).nonzero().flatten().tolist()]
-    errors = torch.where(is_better[:, None, None], errors, nearest)
+    loss, least = _loss(errors, hessian), _loss(nearest, hessian)
+    is_better = loss < least  # False for NaN
+    is_kept = (loss >= least) & (errors != nearest).flatten(1).any(1)
+    role.kept += [part.start + e for e in is_kept.nonzero().flatten().tolist()]
     # A weight less its error is a value of the format, but for the rounding of the difference.
-    (found,) = fake_quantize([weight - errors], amax, global_amax, format=format, out_dtype=old[0].dtype)
+    found = weight - errors
+    if format.is_stateless:
+        found = on_grid_of(weight, found, format)
+    found = torch.where(is_better[:, None, None], found, weight)
+    (found,) = fake_quantize([found], amax, global_amax, format=format, out_dtype=old[0].dtype)
     for to, one in zip(role.new[part], found, strict=True):
         to.copy_(one)
 
 
-def _average(hessian: Tensor, tokens: Tensor) -> Tensor:
-    """The Hessian of the layer's tokens, whoever got them, [in, in]."""
-    shares = tokens / tokens.sum().clamp(min=1e-30)
-    return torch.einsum("e,eij->ij", shares, hessian)
+class _Shrinkage:
+    """Hessians of a layer, each drawn toward what the layer knows: (n H + k T) / (n + k), n its tokens.
+
+    T = rho * A + (1 - rho) * D. A is the layer's average, over all its tokens, and D the expert's own diagonal, both
+    drawn toward a multiple of the identity by k tokens likewise. rho, within [0, 1], says how well other experts tell
+    what is off the diagonal of one: the slope of a regression of its numbers on those of their average. Inputs of gate
+    and up are of one kind, so it is near 1; channels of down's have nothing in common but their number: near 0.
+    """
+
+    def __init__(self, hessian: Tensor, tokens: Tensor, prior: float) -> None:
+        tokens = tokens.to(hessian.device).double()
+        total = tokens.sum()
+        self._hessian, self._prior = hessian, prior
+        self._tokens, self._share = tokens, torch.where(tokens > 0, prior / (prior + tokens).clamp(min=1e-30), 0.0)
+        self._average = torch.einsum("e,eij->ij", (tokens / total.clamp(min=1)).float(), hessian)
+        self._rho = _slope(hessian, self._average, tokens) if prior else 0.0
+        mean = self._average.diagonal().mean()
+        self._average *= float(total / (total + prior).clamp(min=1))
+        self._average.diagonal().add_(mean * float(prior / (total + prior).clamp(min=1)))
+
+    def __call__(self, part: slice) -> Tensor:
+        """Some of them."""
+        own, n, share = self._hessian[part], self._tokens[part, None], self._share[part, None].float()
+        diagonal = own.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1, keepdim=True)
+        diagonal = ((n * diagonal + self._prior * mean) / (n + self._prior).clamp(min=1e-30)).float()
+        shrunk = torch.lerp(own, self._rho * self._average, share[:, None])
+        shrunk.diagonal(dim1=1, dim2=2).add_(share * (1 - self._rho) * diagonal)
+        return shrunk
+
+
+def _slope(hessian: Tensor, average: Tensor, tokens: Tensor) -> float:
+    """Of a regression of what is off the diagonals on the same of the average of the others, by tokens."""
+    total, rest = tokens.sum(), tokens.sum() - tokens
+    square = _product(average, average)
+    beside = torch.cat([_product(some, average) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
+    own = torch.cat([_product(some, some) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
+    with_rest = total * beside - tokens * own  # times what is left of the tokens
+    of_rest = total**2 * square - 2 * total * tokens * beside + tokens**2 * own  # times its square
+    counts = (tokens > 0) & (rest > 0)
+    over = torch.where(counts, tokens / rest.clamp(min=1), 0.0)
+    slope = float((over * with_rest).sum() / (over * of_rest / rest.clamp(min=1)).sum())
+    return min(max(slope, 0.0), 1.0) if isfinite(slope) else 0.0
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of what is off the diagonals of [..., in, in]."""
+    products = one.double() * other.double()  # whose squares are beyond fp32 where the inputs are large
+    return products.sum((-2, -1)) - products.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
@@ -306,7 +370,7 @@ def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
             raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
         warnings.warn(
             f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
-            stacklevel=4,
+            stacklevel=5,
         )
     upper = lower.flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
