@@ -1,21 +1,20 @@
 """Calibration layer by layer: each decoder layer on what the quantized layers before it give.
 
-    batch 0   embed -> | layer 0 -> | layer 1 -> ... -> | head      a thread each: the model's own forward
-    batch 1   embed -> | layer 0 -> | layer 1 -> ... -> | head      |: a door, where it waits for the others
+    batch 0   embed ->| layer 0 ->| layer 1 -> ... ->| head      a thread each: the model's own forward
+    batch 1   embed ->| layer 0 ->| layer 1 -> ... ->| head      |: where it waits for the others
 
-When all batches are at the door of a layer, the layer is calibrated on the arguments that they bring, and its weights
-are moved by GPTQ. Then it has the quantized weights, and each batch goes through it to the next door. The model's own
-code runs between doors, so arguments, masks, caches and positions are what each layer gets, whatever the family.
+When all batches wait before a layer, it is calibrated on the arguments that they bring, and its weights are moved by
+GPTQ. Then it has the quantized weights, and each batch goes through it to the next layer. The model's own code runs in
+between, so arguments, masks, caches and positions are what each layer gets, whatever the family.
 
-One thread computes at a time. What runs a layer for calibration gets copies of its arguments, so that it leaves nothing
-in a cache. Of weights one layer is in use; where the others are is the `LayerStore`'s matter.
+What runs a layer for calibration gets copies of its arguments, so that it leaves nothing in a cache. Of weights one
+layer is in use; where the others are is the `LayerStore`'s matter.
 """
 
 import copy
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import copy_context
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from torch.nn import Module, ModuleList, Sequential
 
 from fq_transforms.activations.fill_unseen import fill_unseen
 from fq_transforms.activations.observe import Forward, each_batch, run_batch
+from fq_transforms.activations.stepped import SteppedForward
 from fq_transforms.calibrate import progress
 from fq_transforms.checks import weights_of
 from fq_transforms.gptq import check_formats
@@ -132,7 +132,8 @@ def _layers_of(model: Module, spec: Spec, layers: str | None) -> tuple[str, list
         found = model.get_submodule(layers)
     except AttributeError as error:
         raise ValueError(f"layers: found no module {layers!r} in {type(model).__name__}: {error}") from error
-    if not isinstance(found, ModuleList | Sequential) or not len(found):
+    names = [name for name, _ in found.named_children()]
+    if not isinstance(found, ModuleList | Sequential) or not names or not all(map(str.isdecimal, names)):
         raise ValueError(f"layers: found {type(found).__name__} at {layers!r}, wanted a ModuleList with layers in it")
     _check_apart(model, layers, list(found), set(selected))
     return layers, list(found)
@@ -144,7 +145,8 @@ def _check_apart(model: Module, path: str, listed: Sequence[Module], selected: s
     for number, layer in enumerate(listed):
         if (first := numbers.setdefault(id(layer), number)) != number:
             raise ValueError(
-                f"layers: found '{path}.{number}' to be the same module as '{path}.{first}', wanted each layer once"
+                f"layers: found '{_dotted(path)}{number}' to be the same module as '{_dotted(path)}{first}', wanted "
+                "each layer once"
             )
     names: dict[int, str] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -169,114 +171,8 @@ def _dotted(path: str) -> str:
 
 def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of `input_hessians` among those of `gptq`, and the others."""
-    of_inputs = {name: gptq[name] for name in ("unseen", "group") if name in gptq}
+    of_inputs = {name: gptq[name] for name in ("unseen",) if name in gptq}
     return of_inputs, {name: value for name, value in gptq.items() if name not in of_inputs}
-
-
-class _Stopped(BaseException):
-    """Raised in a batch whose run is over."""
-
-
-class _Batch(threading.Thread):
-    """The model's forward on one batch, which goes on only while `advance` waits for it.
-
-    Attributes:
-        at: The layer at whose door it waits; None at the start and at the end.
-        args: What that layer is called with, and `kwargs`.
-        within: What its run through the layer is within.
-        output: Of the last layer.
-    """
-
-    def __init__(self, number: int, given: Any, model: Module, forward: Forward | None, use: InUse) -> None:
-        super().__init__(name=f"{CALLER}, batch {number}", daemon=True)
-        self.number, self.given = number, given
-        self.at: int | None = None
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.within: AbstractContextManager[object] = nullcontext()
-        self.output: Any = None
-        self._call = partial(run_batch, model, given, forward)
-        self._use, self._is_over = use, False
-        self._error: BaseException | None = None
-        self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
-        self._vars, self._as_here = copy_context(), _as_here()
-
-    def run(self) -> None:
-        """What the thread does."""
-        try:
-            self._wait()
-            with ExitStack() as self._entered:
-                self._entered.enter_context(self._as_here())
-                self._vars.run(self._call)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            error.add_note(f"{CALLER}: in batch {self.number}")
-            self._error = error
-        self.at, self.args, self.kwargs = None, (), {}
-        self._came.release()
-
-    def arrive(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called by the thread, at the door of a layer: wait until the controller lets it through."""
-        self.at, self.args, self.kwargs = number, args, kwargs
-        self._came.release()
-        self._wait()
-        self.args, self.kwargs = (), {}
-        self._inputs = self._entered.enter_context(ExitStack())
-        self._inputs.enter_context(self.within)
-
-    def leave(self) -> None:
-        """Called by the thread, behind the layer."""
-        self._inputs.close()
-
-    def _wait(self) -> None:
-        self._go.acquire()
-        if self._is_over:
-            raise _Stopped
-
-    def advance(self) -> None:
-        """Called by the controller: let the thread go on to the next door, or to its end. Raises what it raised."""
-        if self.ident is None:
-            self.start()
-        controller, self._use.thread = self._use.thread, self
-        try:
-            self._go.release()
-            self._came.acquire()
-        finally:
-            self._use.thread, self.within = controller, nullcontext()
-        if self._error is not None:
-            raise self._error
-
-    def end(self) -> None:
-        """Let the thread come to its end, wherever it is. Once more is no fault."""
-        self._is_over = True
-        self._go.release()
-        if self.is_alive():
-            self.join()
-
-
-def _as_here() -> Callable[[], AbstractContextManager[object]]:
-    """What lets another thread compute as this one would now: PyTorch keeps its modes for each thread."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) for kind in kinds]
-    device, is_inference = torch.get_default_device(), torch.is_inference_mode_enabled()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-    count = torch.get_num_threads()  # sums of products are in another order with another number
-
-    @contextmanager
-    def entered() -> Generator[None]:
-        torch.set_num_threads(count)
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode() if is_inference else torch.no_grad())
-            if stream is not None:
-                stack.enter_context(torch.cuda.stream(stream))
-            if device != torch.device("cpu"):
-                stack.enter_context(device)
-            for kind, dtype, is_cached in casts:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=is_cached))
-            yield
-
-    return entered
 
 
 class _Alone(Module):
@@ -311,7 +207,7 @@ class _Run:
         self.fq, self.model, self.path, self.listed, self.store = fq, model, path, listed, store
         self.gptq, self.forward, self.unseen = gptq, forward, unseen
         self.use = InUse(CALLER, model.named_modules(), nests=True)
-        self.batches = [_Batch(number, one, model, forward, self.use) for number, one in enumerate(given)]
+        self.batches = [SteppedForward(number, one, model, forward, self.use) for number, one in enumerate(given)]
         self.passing: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def parameters_and_state(self) -> tuple[Mapping[str, Tensor], State]:
@@ -329,7 +225,8 @@ class _Run:
             # What layers write into buffers as they run goes into copies.
             self.use.exchange(self.model, {name: buffer.clone() for name, buffer in self.model.named_buffers()})
             self.use.exchange(self.model, self.store.load(len(self.listed)))
-            self._check_values(parts[-1])
+            outside = [name for name, _ in self.model.named_buffers() if _part_of(name, self.path) is None]
+            self._check_values([*parts[-1], *outside])
             for number, layer in enumerate(self.listed):
                 self.use.hook_before(layer, partial(self._arrive, number), prepend=True, with_kwargs=True)
                 self.use.hook_after(layer, partial(self._leave, number))
@@ -349,39 +246,39 @@ class _Run:
 
     def _arrive(self, number: int, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = threading.current_thread()
-        if isinstance(batch, _Batch) and batch in self.batches:
+        if isinstance(batch, SteppedForward) and batch in self.batches:
             batch.arrive(number, args, kwargs)
 
     def _leave(self, number: int, module: Module, args: Any, output: Any) -> None:
         batch = threading.current_thread()
-        if isinstance(batch, _Batch) and batch in self.batches:
+        if isinstance(batch, SteppedForward) and batch in self.batches:
             batch.leave()
             if number == len(self.listed) - 1:
                 batch.output = output
 
     # In the thread of the caller.
 
-    def _advance(self, door: int) -> None:
-        """Let each batch go on to the door of a layer, or, from the last one, to its end."""
-        wanted = None if door == len(self.listed) else door
+    def _advance(self, layer: int) -> None:
+        """Let each batch go on to a layer, or, behind the last one, to its end."""
+        path, wanted = _dotted(self.path), None if layer == len(self.listed) else layer
         for batch in self.batches:
             batch.within = self.passing()
             batch.advance()
             if batch.at == wanted:
                 continue
-            if batch.at is not None and batch.at < door:
-                found = f"'{self.path}.{batch.at}' called twice"
+            if batch.at is not None and batch.at < layer:
+                found = f"'{path}{batch.at}' called twice"
             elif batch.at is None:
-                found = f"'{self.path}.{wanted}' not called"
+                found = f"'{path}{wanted}' not called"
             else:
-                found = f"'{self.path}.{batch.at}' called before '{self.path}.{wanted}'"
+                found = f"'{path}{batch.at}' called before '{path}{wanted}'"
             raise ValueError(
                 f"layers: found {found} in batch {batch.number}, wanted each of {len(self.listed)} layers called once "
                 "in each forward, in the order of the list"
             )
 
     def _layer(self, number: int) -> State:
-        """Calibrate the layer at whose door the batches are, and let them through it."""
+        """Calibrate the layer that the batches wait before, and let them go through it."""
         name = f"{_dotted(self.path)}{number}"
         layer = _Alone(name, self.listed[number])
         fq = self._within(lambda of: _part_of(of, self.path) == number)
@@ -396,8 +293,8 @@ class _Run:
             self.passing = nullcontext
         return state
 
-    def _again(self, call: Callable[..., Any], batch: _Batch) -> None:
-        """Run a layer on copies of what waits at its door. The model's own parts are no copies."""
+    def _again(self, call: Callable[..., Any], batch: SteppedForward) -> None:
+        """Run a layer on copies of its arguments. The model's own parts are no copies."""
         memo = {id(one): one for one in (*self.model.modules(), *self.model.parameters(), *self.model.buffers())}
         args, kwargs = copy.deepcopy((batch.args, batch.kwargs), memo)
         call(*args, **kwargs)
@@ -407,9 +304,9 @@ class _Run:
         here = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         if on_meta := [name for name in names if name in here and here[name].is_meta]:
             raise ValueError(
-                f"parameter {on_meta[0]!r}: found on meta ({len(on_meta)} of {len(names)} here), wanted values; load "
-                "the weights, or pass store=fqt.export.LayerFiles(folder), which reads those of a layer at a time; a "
-                "buffer that no folder has must be made with values: accelerate.init_empty_weights() does so"
+                f"tensor {on_meta[0]!r}: found on meta ({len(on_meta)} of {len(names)} here), wanted values; load the "
+                "weights, or pass store=fqt.export.LayerFiles(folder), which reads those of a layer at a time. Buffers "
+                "that no folder has need values, as under accelerate.init_empty_weights()"
             )
 
     def _outside(self, names: Sequence[str]) -> State:
@@ -418,7 +315,7 @@ class _Run:
         params: dict[str, Tensor] = {n: tensor for n, tensor in self.model.named_parameters() if n in names}
         output: Any = None
 
-        def again(call: Callable[..., Any], batch: _Batch) -> None:
+        def again(call: Callable[..., Any], batch: SteppedForward) -> None:
             nonlocal output
             output = batch.output
             run_batch(call, batch.given, self.forward)

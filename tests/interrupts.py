@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import fq_transforms as fqt
 from fq_transforms import in_use, sequential
-from fq_transforms.activations import apply, observe, products, quantize
+from fq_transforms.activations import apply, observe, products, quantize, stepped
 from fq_transforms.integrations import te
 from fq_transforms.ops import private
 from fq_transforms.training import layerwise, main_grad, optimizer, reads, value_and_grad
@@ -20,6 +20,7 @@ from fq_transforms.training import layerwise, main_grad, optimizer, reads, value
 OURS = (
     in_use,
     sequential,
+    stepped,
     apply,
     observe,
     products,

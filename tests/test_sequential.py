@@ -278,7 +278,7 @@ MISTAKES = {
     "gptq": (Decoder, {"gptq": True}, "gptq: found bool, wanted None, or options"),
     "damping": (Decoder, {"gptq": {"damping": -1}}, "damping: found -1"),
     "NaN": (with_nan, {}, "weight 'layers.1.experts.1.weight' (expert 1 of 'layers.1.experts.*.weight')"),
-    "meta": (on_meta, {}, "parameter 'layers.1.experts.0.weight': found on meta"),
+    "meta": (on_meta, {}, "tensor 'layers.1.experts.0.weight': found on meta"),
     "no token": (
         Decoder,
         {"batches": GIVEN[0][:0], "unseen": "raise"},
