@@ -1,6 +1,7 @@
 """Calibration layer by layer: equal to runs of the whole model, one for each layer; and what it leaves behind."""
 
 import copy
+import re
 import threading
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import fq_transforms as fqt
-from tests.classes import VOCABULARY, tiny
+from tests.classes import VOCABULARY, batch, classes, tiny
+from tests.full import FULL
 from tests.interrupts import assert_as_before, check_interrupts, leaves_of, things_of
 
 CLASSES = ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM"]
@@ -137,6 +139,35 @@ def test_equals_runs_of_the_whole_model(name, way, models):
             assert params[key] is tensor
 
 
+OTHERS = ["JambaForCausalLM", "LongcatFlashForCausalLM", "Gemma4ForConditionalGeneration"]
+OTHERS += ["NllbMoeForConditionalGeneration"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
+@pytest.mark.parametrize("name", [one for one in classes() if one not in CLASSES] if FULL else OTHERS)
+def test_every_class(name):
+    """Law: what ordinary calibration takes of a class of transformers is taken layer by layer, to the same bits."""
+    model, _ = tiny(name)
+    params = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(5)
+    given = [batch(model, torch.randint(1, VOCABULARY, (2, 7), generator=generator)) for _ in range(2)]
+    try:
+        fq = fqt.transform(fqt.select(params, [fqt.Rule("*experts*", fqt.FP8, fqt.FP8)]))
+        fq.calibrate(params, given, model=model)
+    except ValueError as error:
+        pytest.skip(f"refused by calibrate: {error}")
+    path = None
+    if model.config.is_encoder_decoder:
+        with pytest.raises(ValueError, match="layers: found 2, .* wanted one"):
+            fq.calibrate_sequentially(model, given)
+        path = next(
+            path for path, _ in model.named_modules() if re.fullmatch(r"(model\.)?decoder\.(layers|block)", path)
+        )
+    _, state = fq.calibrate_sequentially(model, given, layers=path, unseen="max-of-peers")
+    path = path or re.match(r"(.*?\.(?:layers|blocks))\.\d", fq.spec.groups[0].key)[1]
+    assert_same(state, two_passes(fq, model, given, path=path, unseen="max-of-peers")[1])
+
+
 # A small decoder, whose layers leave traces wherever they can.
 
 
@@ -214,6 +245,7 @@ def test_traces_of_a_calibrating_run_are_gone(gptq):
     assert all(torch.equal(params[name], tensor) for name, tensor in wanted_params.items())
 
 
+@pytest.mark.slow
 def test_interrupts_leave_the_model_as_it_was():
     """Named bug: KeyboardInterrupt, at whichever line, leaves hooks, quantized weights or threads in the model."""
     model, fq = decoder()

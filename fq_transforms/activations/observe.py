@@ -152,7 +152,7 @@ def each_batch(batches: Any, group: Group, caller: str) -> Generator[Any]:
     """One batch (a tensor, a tuple, a mapping), or each of many."""
     if batches is None:
         raise ValueError(
-            f"batches: found None, wanted some for {group.key!r}: {caller}(..., batches), with a tensor, a tuple "
+            f"batches: found None, wanted some for {group.key!r}: {caller}(params, batches), with a tensor, a tuple "
             "of arguments, a dict of keyword arguments, or a list of these"
         )
     if isinstance(batches, Tensor | tuple | Mapping):

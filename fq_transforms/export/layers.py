@@ -214,7 +214,7 @@ class LayerFiles(LayerStore):
                 found = f"{stored[name][0].shape}" if name in stored else "no such tensor"
                 raise ValueError(
                     f"folder {str(self._folder)!r}: found {found} for {name!r}, wanted {type.shape}, as the model has "
-                    "it; give the folder of this model"
+                    "it; give the folder of this model, and tie what is tied there: model.tie_weights()"
                 )
         return {name: one if name in kept or name not in own else own[name] for name, one in stored.items()}
 

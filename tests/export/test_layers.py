@@ -26,13 +26,8 @@ OWN = {"model_type": "own", "architectures": ["Own"]}
 
 def on_meta(model):
     """A copy whose parameters have no values, tied ones once."""
-    model, made = copy.deepcopy(model), {}
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None:
-                one = made.setdefault(id(param), nn.Parameter(param.detach().to("meta"), requires_grad=False))
-                module._parameters[name] = one
-    return model
+    own = {id(param): nn.Parameter(param.detach().to("meta"), requires_grad=False) for param in model.parameters()}
+    return copy.deepcopy(model, own)
 
 
 @WARNS
@@ -140,6 +135,7 @@ def bytes_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 @WARNS
 def test_killed_and_resumed(tmp_path):
     """Law: killed at any write, and gone on with, gives the same bytes; finished layers are not calibrated again."""
@@ -265,6 +261,7 @@ def anonymous():
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_two_layers(tmp_path):
     """Law: the peak of 24 layers is that of 4: a layer as it was, and as it is quantized, beside the hidden states."""
     code = "from tests.export.test_layers import peak_of\nprint(peak_of({!r}, {}))"
