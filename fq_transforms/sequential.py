@@ -209,6 +209,7 @@ class _Run:
         self.use = InUse(CALLER, model.named_modules(), nests=True)
         self.batches = [SteppedForward(number, one, model, forward, self.use) for number, one in enumerate(given)]
         self.passing: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.of_outside = self._within(lambda of: _part_of(of, path) is None)
 
     def parameters_and_state(self) -> tuple[Mapping[str, Tensor], State]:
         parts: list[list[str]] = [[] for _ in range(len(self.listed) + 1)]
@@ -218,8 +219,9 @@ class _Run:
             number = _part_of(name, self.path)
             parts[-1 if number is None else number].append(name)
         options = f"{self.fq!r} gptq={self.gptq!r} unseen={self.unseen!r} layers={self.path!r}"
-        given: Any = optree.tree_leaves([batch.given for batch in self.batches])  # pyright: ignore
-        about = [self.fq.spec.to_json(), options, *(one for one in given if isinstance(one, Tensor))]
+        given: Any = [batch.given for batch in self.batches]
+        tensors = [leaf for leaf in optree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        about = [self.fq.spec.to_json(), options, *tensors]
         state: State = {}
         with torch.no_grad(), self.store.using(self.fq, self.model, parts, about), self.use, self.use:
             # What layers write into buffers as they run goes into copies.
@@ -253,8 +255,8 @@ class _Run:
         batch = threading.current_thread()
         if isinstance(batch, SteppedForward) and batch in self.batches:
             batch.leave()
-            if number == len(self.listed) - 1:
-                batch.output = output
+            if number == len(self.listed) - 1 and self.of_outside.spec.groups:
+                batch.output = copy.deepcopy(output)  # what follows may write into it
 
     # In the thread of the caller.
 
@@ -311,7 +313,6 @@ class _Run:
 
     def _outside(self, names: Sequence[str]) -> State:
         """Calibrate what lies outside the layers, each of which stands still, and gives what the last one gave."""
-        fq = self._within(lambda of: _part_of(of, self.path) is None)
         params: dict[str, Tensor] = {n: tensor for n, tensor in self.model.named_parameters() if n in names}
         output: Any = None
 
@@ -322,7 +323,7 @@ class _Run:
 
         for layer in self.listed:
             self.use.stand_in(layer, lambda *args, **kwargs: copy.deepcopy(output))
-        return self._part(len(self.listed), fq, params, self.model, again)[1]
+        return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]
 
     def _within(self, is_inside: Callable[[str], bool]) -> "Transform":
         """The Transform of some of the weights."""
@@ -336,7 +337,10 @@ class _Run:
         """The weights of a part, moved by GPTQ, and its state: made, or as an earlier run has left them."""
         state = self.store.state_of(part)
         if state is not None:
-            return params, state
+            devices = {group.key: params[group.names[0]].device for group in fq.spec.all_groups}
+            return params, {
+                key: {name: leaf.to(devices[key]) for name, leaf in leaves.items()} for key, leaves in state.items()
+            }
         state, moved = fq.calibrate(params, self.batches, model=model, forward=forward), params
         state = fq.fill_unseen(state, unseen=self.unseen, params=params)
         if self.gptq is not None and fq.spec.groups:
