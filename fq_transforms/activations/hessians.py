@@ -67,7 +67,7 @@ class _Sums:
     def of(inputs: Inputs, device: torch.device) -> "_Sums":
         side = inputs.shape[1]
         return _Sums(
-            torch.zeros((inputs.experts, side, side), device=device),
+            torch.zeros((inputs.experts, side, side), dtype=torch.float32, device=device),
             torch.zeros(inputs.experts, dtype=torch.float64, device=device),
         )
 
@@ -76,24 +76,23 @@ class _Sums:
 
 
 class _Seen:
-    """An input that one group has seen, and others may be about to see, with the groups that have."""
+    """An input that one group has seen, and others may be about to see, with the groups that have.
+
+    It is a copy: the model may write to its own before these groups are known, as `x.relu_()` after a layer does.
+    """
 
     def __init__(self, use: Use, x: Tensor, by: "_Products") -> None:
-        self.use, self.x, self.version, self.by = use, x, _version(x), [by]
+        self.use, self.by = use, [by]
+        self.x = x.clone(memory_format=torch.contiguous_format)
 
     def is_seen_again(self, use: Use, x: Tensor) -> bool:
-        """True if it is the same tensor, unchanged; this one is held, so no other can be where it is."""
-        is_same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
-        if not is_same or x.dtype != self.x.dtype or _version(x) != self.version:
-            return False
+        """True if it has the same values, for the same experts."""
         one, other = self.use.experts, use.experts
         if isinstance(one, int) or isinstance(other, int):
-            return isinstance(one, int) and isinstance(other, int) and one == other
-        return torch.equal(one, other)
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+            is_same = isinstance(one, int) and isinstance(other, int) and one == other
+        else:
+            is_same = torch.equal(one, other)
+        return is_same and x.dtype == self.x.dtype and torch.equal(x, self.x)
 
 
 class _Node:
@@ -105,6 +104,8 @@ class _Node:
         for member in members:
             member.node = self
 
+    @torch.inference_mode(False)  # within which a model may run, and tensors made are not written to outside
+    @torch.no_grad()
     def settle(self) -> None:
         """Add what was seen next; those that have not seen it go on by themselves."""
         seen, self.next = self.next, None
@@ -213,5 +214,7 @@ def _means(inputs: Inputs, sums: _Sums, unseen: Unseen) -> dict[str, Tensor]:
         if unseen == "ones":
             hessian[numbers] = torch.eye(hessian.shape[-1], device=hessian.device)
         else:
-            hessian[numbers] = torch.einsum("e,eij->ij", (~is_unseen / (~is_unseen).sum()).float(), hessian)
+            shares = (~is_unseen / (~is_unseen).sum()).float()
+            with torch.autocast(hessian.device.type, enabled=False):  # which would round it to bf16
+                hessian[numbers] = torch.einsum("e,eij->ij", shares, hessian)
     return {"hessian": hessian, "tokens": tokens}
