@@ -50,9 +50,9 @@ def losses(weights, others, hessian):
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_errors_are_at_most_modelopts(calib_utils, format, condition):
-    """Law: at most 1.02 of ModelOpt's for each expert, over seeds and shapes, blocks of 128 columns in both.
+    """Law: at most 1.001 of ModelOpt's for each expert, over seeds and shapes, blocks of 128 columns in both.
 
-    For badly conditioned Hessians the inverse that ModelOpt factors has fewer right bits than the Hessian itself.
+    Nearly all codes are the same; badly conditioned, the inverse that ModelOpt factors has fewer right bits.
     """
     for seed, (rows, side) in enumerate([(24, 128), (9, 256)]):
         weights = experts(3, (rows, side), seed=seed)
@@ -72,5 +72,5 @@ def test_errors_are_at_most_modelopts(calib_utils, format, condition):
             theirs.append(updated)
         ours, peers = losses(weights, list(found.values()), h), losses(weights, theirs, h)
         nearest = losses(weights, list(fq.fakequant(params, state).values()), h)
-        assert (ours <= 1.02 * peers).all(), (seed, ours / peers)
+        assert (ours <= 1.001 * peers).all(), (seed, ours / peers)
         assert (peers < nearest).all()  # it is GPTQ that is compared
