@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["input_hessians"]
 
+# Inputs that are held until another is seen: one, and another between two layers that see the first, as in MLA.
+MOST_WAITING = 2
+
 
 def input_hessians(
     params: Mapping[str, Tensor],
@@ -128,7 +131,19 @@ class _Node:
 
 
 class _Empty(dict[tuple[int, int], _Node]):
-    """Groups that have seen nothing yet, by experts and `in`."""
+    """Groups that have seen nothing yet, by experts and `in`; and what waits to be added, of all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[_Node] = []
+
+    def wait(self, node: _Node) -> None:
+        """Others may see what the node has seen, but no inputs of a whole model are held for them."""
+        if node in self.waiting:
+            self.waiting.remove(node)
+        self.waiting.append(node)
+        if len(self.waiting) > MOST_WAITING:
+            self.waiting.pop(0).settle()
 
     def add(self, member: "_Products") -> None:
         key = member.inputs.experts, member.inputs.shape[1]
@@ -147,7 +162,7 @@ class _Products:
     node: _Node
 
     def __init__(self, empty: _Empty, inputs: Inputs, device: torch.device) -> None:
-        self.inputs, self._device = inputs, device
+        self.inputs, self._device, self._empty = inputs, device, empty
         empty.add(self)
 
     def add(self, use: Use, x: Tensor) -> None:
@@ -160,6 +175,7 @@ class _Products:
         if seen is not None:
             self.node.settle()
         self.node.next = _Seen(use, x, self)
+        self._empty.wait(self.node)
 
     def to(self, device: torch.device) -> "_Products":
         self._device = device

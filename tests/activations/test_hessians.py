@@ -1,5 +1,6 @@
 """`fq.input_hessians`: by hand, by forward hooks, a fold over batches and ranks; which groups share their tensors."""
 
+import gc
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import fq_transforms as fqt
+from fq_transforms.activations.hessians import _Seen
 from tests.cases import assert_names, message_of
 from tests.models import TOP_K, language_model, tokens
 
@@ -247,6 +249,42 @@ def test_groups_that_are_alike_by_chance_go_apart():
     found = fq.input_hessians(params, [(x[:2], "same"), (x[2:4], "gate only"), (x[2:4], "up only")], model=model)
     for leaves in found.values():
         assert_means_of(leaves, 0, x[:4].double())
+
+
+class Deep(nn.Module):
+    """As MLA: two layers on one input, with another between; many times."""
+
+    def __init__(self, layers):
+        super().__init__()
+        sizes = {"q_a": (4, 3), "q_b": (3, 4), "kv_a": (4, 4)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({role: nn.Linear(*size, bias=False) for role, size in sizes.items()}) for _ in range(layers)
+        )
+        self.held = []
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["q_b"](layer["q_a"](x)) + layer["kv_a"](x)
+            self.held.append(sum(type(one) is _Seen for one in gc.get_objects()))
+        return x
+
+
+def test_inputs_of_two_layers_are_held_at_most():
+    """Bug: those of the whole model were, until the batch was at its end. Who sees one again meanwhile still shares."""
+    model = Deep(6)
+    params = dict(model.named_parameters())
+    fq = weighted(params, {"*": fqt.INT8})
+    x = torch.randn(3, 5, 4)
+    seen = hooked(model, x)
+    gc.collect()
+    model.held.clear()
+    found = fq.input_hessians(params, list(x), model=model)
+    assert max(model.held) == 2
+    for name, own in seen.items():
+        assert_means_of(found[name], 0, own)
+    for i in range(6):
+        assert tensors_of(found, f"layers.{i}.q_a.weight", f"layers.{i}.kv_a.weight") == 1
+    assert tensors_of(found, *found) == 12
 
 
 def test_it_is_a_fold():
