@@ -116,8 +116,10 @@ class _Node:
             return
         left = [member for member in self.members if member not in seen.by]
         if left:
-            _Node(None if self.sums is None else self.sums.copy(), left)
+            rest = _Node(None if self.sums is None else self.sums.copy(), left)
             self.members = seen.by
+            if rest.sums is None:  # whom groups that have yet to begin may go with
+                left[0].empty.put(rest)
         if self.sums is None:
             self.sums = _Sums.of(seen.use.inputs, seen.x.device)
         experts = seen.use.experts
@@ -145,14 +147,20 @@ class _Empty(dict[tuple[int, int], _Node]):
         if len(self.waiting) > MOST_WAITING:
             self.waiting.pop(0).settle()
 
+    def put(self, node: _Node) -> None:
+        self[_size(node.members[0])] = node
+
     def add(self, member: "_Products") -> None:
-        key = member.inputs.experts, member.inputs.shape[1]
-        node = self.get(key)
+        node = self.get(_size(member))
         if node is None or node.sums is not None:
-            self[key] = _Node(None, [member])
+            self.put(_Node(None, [member]))
         else:
             node.members.append(member)
             member.node = node
+
+
+def _size(member: "_Products") -> tuple[int, int]:
+    return member.inputs.experts, member.inputs.shape[1]
 
 
 class _Products:
@@ -162,7 +170,7 @@ class _Products:
     node: _Node
 
     def __init__(self, empty: _Empty, inputs: Inputs, device: torch.device) -> None:
-        self.inputs, self._device, self._empty = inputs, device, empty
+        self.inputs, self._device, self.empty = inputs, device, empty
         empty.add(self)
 
     def add(self, use: Use, x: Tensor) -> None:
@@ -175,7 +183,7 @@ class _Products:
         if seen is not None:
             self.node.settle()
         self.node.next = _Seen(use, x, self)
-        self._empty.wait(self.node)
+        self.empty.wait(self.node)
 
     def to(self, device: torch.device) -> "_Products":
         self._device = device
