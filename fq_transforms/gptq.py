@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fq_transforms.calibrate import progress
 from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.formats import static_format
+from fq_transforms.formats import Format, static_format
 from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
@@ -32,8 +33,8 @@ HELD_BYTES = {"cpu": 2**30, "cuda": 2**33}
 COPIES = 8
 # How far a Hessian may be from its transpose, beside its largest number: sums in fp32 in two orders.
 ASYMMETRY = 2.0**-10
-# Damping of a Hessian that has no Cholesky factor under the one asked for: ten times as much, from this on, up to 1.
-LEAST_DAMPING = 1e-4
+# Where a Hessian has no Cholesky factor, ten times the damping is tried, from the one on, up to the other.
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 10
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def gptq(
         state: From `calibrate`, by any method.
         hessians: From `input_hessians`.
         damping: What is added to the diagonal, as a part of its mean.
-        shrinkage: H_e counts as n tokens and the layer's average as shrinkage * in, n those that expert e saw.
+        shrinkage: What the layer knows counts as shrinkage * in tokens, beside those that an expert saw.
         order: "activation" rounds the columns with the largest inputs first; scales stay where they are.
 
     Returns:
@@ -82,18 +83,23 @@ def gptq(
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
+    families: dict[int, list[Group]] = {}  # roles that share their inputs share the factor too
+    for group in fq.spec.groups:
+        families.setdefault(id(hessians[group.key]["hessian"]), []).append(group)
     moved: dict[str, Tensor] = {}
-    for group in progress(fq.spec.groups, "GPTQ"):
-        weights = [weight.detach() for weight in weights_of(params, group)]
-        with torch.autocast(weights[0].device.type, enabled=False):  # which would round an average to bf16
-            found, kept = _moved(group, weights, state[group.key], hessians[group.key], damping, shrinkage, order)
-        if kept:
-            warnings.warn(
-                f"gptq: {group.key!r}: rounded expert {ranges(kept)} of {group.experts} to the nearest, which had no "
-                "larger error",
-                stacklevel=3,  # beyond no_grad's wrapper
-            )
-        moved |= zip(group.names, found, strict=True)
+    for groups in progress(list(families.values()), "GPTQ"):
+        roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
+        leaves = hessians[groups[0].key]
+        with torch.autocast(leaves["hessian"].device.type, enabled=False):  # which would round an average to bf16
+            _move(roles, leaves, damping, shrinkage, order)
+        for role in roles:
+            if role.kept:
+                warnings.warn(
+                    f"gptq: {role.group.key!r}: rounded expert {ranges(role.kept)} of {role.group.experts} to the "
+                    "nearest, which has no larger error",
+                    stacklevel=3,  # beyond no_grad's wrapper
+                )
+            moved |= zip(role.group.names, role.moved, strict=True)
     return dict(params) | moved
 
 
@@ -181,58 +187,116 @@ def _chunks(tensor: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield first * count, some
 
 
-class _Options(NamedTuple):
-    """What of a group is the same for all of its experts."""
+class _Role:
+    """A group in work.
 
-    group: Group
-    damping: float
-    order: str | None
+    Attributes:
+        group: Which.
+        old: Its experts' weights, [out, in] each.
+        scales: Its state.
+        moved: The result, in the shapes of its parameters.
+        new: Its experts' matrices.
+        kept: Experts that were rounded to the nearest for want of better.
+    """
+
+    def __init__(self, group: Group, weights: Sequence[Tensor], scales: Mapping[str, Tensor]) -> None:
+        self.group, self.scales = group, scales
+        self.moved = [torch.empty_like(one.detach(), memory_format=torch.contiguous_format) for one in weights]
+        self.old, self.new = (list(each_expert(some, group.transposed)) for some in (weights, self.moved))
+        self.kept: list[int] = []
 
 
-def _moved(
-    group: Group,
-    weights: Sequence[Tensor],
-    scales: Mapping[str, Tensor],
-    leaves: Mapping[str, Tensor],
-    damping: float,
-    shrinkage: float,
-    order: str | None,
-) -> tuple[list[Tensor], list[int]]:
-    """The weights of a group on the grid, and the experts that were rounded to the nearest for want of better."""
-    moved = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    old, new = (list(each_expert(some, group.transposed)) for some in (weights, moved))
-    hessian, tokens = leaves["hessian"], leaves["tokens"].to(leaves["hessian"].device).float()
-    average = _average(hessian, tokens)
-    kept: list[int] = []
-    for first, own in _chunks(hessian, 4 * COPIES * (group.shape[1] * sum(group.shape))):
+def _move(
+    roles: Sequence[_Role], leaves: Mapping[str, Tensor], damping: float, shrinkage: float, order: str | None
+) -> None:
+    """Find the weights of roles that share their inputs, some experts at a time."""
+    hessian, side = leaves["hessian"], leaves["hessian"].shape[-1]
+    size = side + sum(role.group.shape[0] for role in roles)
+    shrink = _Shrinkage(hessian, leaves["tokens"], shrinkage * side)
+    for first, own in _chunks(hessian, 4 * COPIES * side * size):
         part = slice(first, first + len(own))
-        weight = torch.stack(old[part]).float()
-        amax, global_amax = (leaf if leaf is None else leaf[part] for leaf in map(scales.get, ("amax", "global_amax")))
-        share = torch.where(tokens[part] > 0, shrinkage * group.shape[1], 0.0)
-        share = (share / (share + tokens[part]).clamp(min=1e-30))[:, None, None]
-        shrunk = own + share * (average - own)
-        errors = _errors(weight, shrunk, amax, global_amax, _Options(group, damping, order))
-        (nearest,) = fake_quantize([weight], amax, global_amax, format=group.format)
-        nearest = weight - nearest
-        losses = [_loss(one, own) for one in (errors, nearest)]
-        is_better = losses[0] < losses[1]
-        is_other = (errors != nearest).flatten(1).any(1)
-        kept += (first + (is_other & (losses[0] > losses[1])).nonzero().flatten()).tolist()
-        # A weight less its error is a value of the format, but for the rounding of the difference.
-        found = weight - errors
-        if group.format.is_stateless:
-            found = on_grid_of(weight, found, group.format)
-        found = torch.where(is_better[:, None, None], found, weight)
-        (found,) = fake_quantize([found], amax, global_amax, format=group.format, out_dtype=weights[0].dtype)
-        for to, one in zip(new[part], found, strict=True):
-            to.copy_(one)
-    return moved, kept
+        shrunk = shrink(part)
+        columns = None
+        if order is not None:
+            columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+            shrunk = _taken(_taken(shrunk, columns, 1), columns, 2)
+        factor = _factor(shrunk, damping, roles[0].group)
+        del shrunk
+        for role in roles:
+            _move_some(role, part, own, factor, columns)
 
 
-def _average(hessian: Tensor, tokens: Tensor) -> Tensor:
-    """The Hessian of the layer's tokens, whoever got them, [in, in]."""
-    shares = tokens / tokens.sum().clamp(min=1e-30)
-    return torch.einsum("e,eij->ij", shares, hessian)
+def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, columns: Tensor | None) -> None:
+    """Some experts of a role."""
+    format, old = role.group.format, role.old[part]
+    weight = torch.stack(old).float()
+    amax, global_amax = (role.scales[name][part] if name in role.scales else None for name in ("amax", "global_amax"))
+    errors = _errors(weight, factor, amax, global_amax, columns, format)
+    (nearest,) = fake_quantize([weight], amax, global_amax, format=format)
+    nearest = weight - nearest
+    loss, least = _loss(errors, hessian), _loss(nearest, hessian)
+    is_better = loss < least  # False for NaN
+    is_kept = (loss >= least) & (errors != nearest).flatten(1).any(1)
+    role.kept += [part.start + e for e in is_kept.nonzero().flatten().tolist()]
+    # A weight less its error is a value of the format, but for the rounding of the difference.
+    found = weight - errors
+    if format.is_stateless:
+        found = on_grid_of(weight, found, format)
+    found = torch.where(is_better[:, None, None], found, weight)
+    (found,) = fake_quantize([found], amax, global_amax, format=format, out_dtype=old[0].dtype)
+    for to, one in zip(role.new[part], found, strict=True):
+        to.copy_(one)
+
+
+class _Shrinkage:
+    """Hessians of a layer, each drawn toward what the layer knows: (n H + k T) / (n + k), n its tokens.
+
+    T = rho * A + (1 - rho) * D. A is the layer's average, over all its tokens, and D the expert's own diagonal, both
+    drawn toward a multiple of the identity by k tokens likewise. rho, within [0, 1], says how well other experts tell
+    what is off the diagonal of one: the slope of a regression of its numbers on those of their average. Inputs of gate
+    and up are of one kind, so it is near 1; channels of down's have nothing in common but their number: near 0.
+    """
+
+    def __init__(self, hessian: Tensor, tokens: Tensor, prior: float) -> None:
+        tokens = tokens.to(hessian.device).double()
+        total = tokens.sum()
+        self._hessian, self._prior = hessian, prior
+        self._tokens, self._share = tokens, torch.where(tokens > 0, prior / (prior + tokens).clamp(min=1e-30), 0.0)
+        self._average = torch.einsum("e,eij->ij", (tokens / total.clamp(min=1)).float(), hessian)
+        self._rho = _slope(hessian, self._average, tokens) if prior else 0.0
+        mean = self._average.diagonal().mean()
+        self._average *= float(total / (total + prior).clamp(min=1))
+        self._average.diagonal().add_(mean * float(prior / (total + prior).clamp(min=1)))
+
+    def __call__(self, part: slice) -> Tensor:
+        """Some of them."""
+        own, n, share = self._hessian[part], self._tokens[part, None], self._share[part, None].float()
+        diagonal = own.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1, keepdim=True)
+        diagonal = ((n * diagonal + self._prior * mean) / (n + self._prior).clamp(min=1e-30)).float()
+        shrunk = torch.lerp(own, self._rho * self._average, share[:, None])
+        shrunk.diagonal(dim1=1, dim2=2).add_(share * (1 - self._rho) * diagonal)
+        return shrunk
+
+
+def _slope(hessian: Tensor, average: Tensor, tokens: Tensor) -> float:
+    """Of a regression of what is off the diagonals on the same of the average of the others, by tokens."""
+    total, rest = tokens.sum(), tokens.sum() - tokens
+    square = _product(average, average)
+    beside = torch.cat([_product(some, average) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
+    own = torch.cat([_product(some, some) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
+    with_rest = total * beside - tokens * own  # times what is left of the tokens
+    of_rest = total**2 * square - 2 * total * tokens * beside + tokens**2 * own  # times its square
+    counts = (tokens > 0) & (rest > 0)
+    over = torch.where(counts, tokens / rest.clamp(min=1), 0.0)
+    slope = float((over * with_rest).sum() / (over * of_rest / rest.clamp(min=1)).sum())
+    return min(max(slope, 0.0), 1.0) if isfinite(slope) else 0.0
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of what is off the diagonals of [..., in, in]."""
+    products = one.double() * other.double()  # whose squares are beyond fp32 where the inputs are large
+    return products.sum((-2, -1)) - products.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
@@ -242,34 +306,36 @@ def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _errors(
-    weight: Tensor, hessian: Tensor, amax: Tensor | None, global_amax: Tensor | None, options: _Options
+    weight: Tensor,
+    factor: Tensor,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    columns: Tensor | None,
+    format: Format,
 ) -> Tensor:
-    """W - q of some experts, [E, out, in]."""
-    group, in_features = options.group, weight.shape[-1]
-    if group.format.is_stateless:
-        amax = block_amax(weight, group.format)
+    """What some experts' weights are off by, w - q, [E, out, in]."""
+    if format.is_stateless:
+        amax = block_amax(weight, format)
     assert amax is not None
-    columns = torch.arange(in_features, device=weight.device).expand(len(weight), -1)
-    if options.order is not None:
-        columns = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        hessian = _taken(_taken(hessian, columns, 1), columns, 2)
-        weight = _taken(weight, columns, 2)
-    factor = _factor(hessian, options)
+    places = columns
+    if places is None:
+        places = torch.arange(weight.shape[-1], device=weight.device).expand(len(weight), -1)
+    else:
+        weight = _taken(weight, places, 2)
     errors = torch.empty_like(weight)
-    for first in range(0, in_features, BLOCK):
-        block = slice(first, min(first + BLOCK, in_features))
+    for first in range(0, weight.shape[-1], BLOCK):
+        block = slice(first, min(first + BLOCK, weight.shape[-1]))
         target = weight[..., block].contiguous()
         if first:
             target.baddbmm_(errors[..., :first], factor[:, :first, block])
         if has_kernel([weight]):
             from fq_transforms.ops.gptq.launch import gptq_block_triton
 
-            numbers = (amax, global_amax, columns, first)
-            gptq_block_triton(target, weight, errors, factor, *numbers, format=group.format)
+            gptq_block_triton(target, weight, errors, factor, amax, global_amax, places, first, format=format)
             continue
-        numbers = (factor[:, block, block], amax, global_amax, columns[:, block])
-        errors[..., block] = gptq_block_reference(target, weight[..., block], *numbers, format=group.format)
-    return errors if options.order is None else _taken(errors, columns.argsort(dim=1), 2)
+        numbers = (factor[:, block, block], amax, global_amax, places[:, block])
+        errors[..., block] = gptq_block_reference(target, weight[..., block], *numbers, format=format)
+    return errors if columns is None else _taken(errors, columns.argsort(dim=1), 2)
 
 
 def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
@@ -278,29 +344,27 @@ def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
     return tensor.gather(dim, index.expand(tensor.shape))
 
 
-def _factor(hessian: Tensor, options: _Options) -> Tensor:
+def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
     """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular.
 
     A Hessian of fewer tokens than inputs is singular; if fp32 has no factor of it, it is damped further.
     """
     means = hessian.diagonal(dim1=1, dim2=2).mean(1)
     lower = torch.empty_like(hessian)
-    damping, left = options.damping, torch.arange(len(hessian), device=hessian.device)
+    left = torch.arange(len(hessian), device=hessian.device)
     while True:
         damped = hessian[left].flip(1, 2)
         damped.diagonal(dim1=1, dim2=2).add_((damping * means[left])[:, None])
-        found, failed = torch.linalg.cholesky_ex(damped)
-        lower[left] = found
+        lower[left], failed = torch.linalg.cholesky_ex(damped)
         left = left[failed != 0]
         if not len(left):
             break
         damping = max(10 * damping, LEAST_DAMPING)
-        if damping > 10:
-            raise ValueError(f"hessians {options.group.key!r}: found one that is not positive, wanted means of x x^T")
+        if damping > MOST_DAMPING:
+            raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
         warnings.warn(
-            f"gptq: {options.group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean "
-            "diagonal",
-            stacklevel=6,
+            f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
+            stacklevel=5,
         )
     upper = lower.flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
