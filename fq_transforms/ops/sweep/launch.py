@@ -30,8 +30,9 @@ __all__ = ["sweep_triton"]
 # Chunks per thread, and warps per program; 32 weights of a granule of many chunks spare exchanges between threads.
 WARPS_BLOCKS, WARPS_SUMS = 4, 1
 CHUNKS_PER_THREAD_SUMS = 2
-# Of a form a thread keeps four numbers a weight in registers, for so many weights; a wider block takes more threads.
-WARPS_FORMS, WEIGHTS_PER_THREAD_FORMS = 4, 32
+# Of a form a thread keeps four numbers a weight in registers, for so many weights; a wider block takes more threads, of
+# one warp, which exchange numbers without a barrier. Not measured yet: read from what ptxas made.
+WEIGHTS_PER_THREAD_FORMS = 32
 
 
 def sweep_triton(
@@ -100,8 +101,7 @@ def sweep_plan(
     warps = WARPS_BLOCKS if is_block and chunk <= 32 else WARPS_SUMS
     chunks = 32 * warps * (1 if is_block else CHUNKS_PER_THREAD_SUMS)
     if is_local:
-        warps = WARPS_FORMS
-        chunks = 32 * warps * WEIGHTS_PER_THREAD_FORMS // max(WEIGHTS_PER_THREAD_FORMS, chunk)
+        chunks = max(1, 32 * warps * WEIGHTS_PER_THREAD_FORMS // max(WEIGHTS_PER_THREAD_FORMS, chunk))
     if transposed or is_local:
         programs = -(-out_features // chunks) * (in_features // chunk)
     elif is_block:
