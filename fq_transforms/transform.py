@@ -134,7 +134,8 @@ class Transform:
                 many. Read for inputs only.
             model: For inputs, the module whose parameters are `params`, in the mode that it shall run in.
             forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed.
-            statistics: For `Mse`, group key to the mean square of each input channel, [E, in] or [in]: see
+            statistics: For `Mse`, group key to the mean square of each input channel, [E, in] or [in], or, for a format
+                with blocks of (1, B), to the second moments of each block's, [E, in / B, B, B] or [in / B, B, B]: see
                 `input_second_moments`.
 
         Returns:
@@ -448,11 +449,14 @@ class Transform:
         forward: Forward | None = None,
         unseen: Unseen = "raise",
         group: "ProcessGroup | None" = None,
+        blocks: bool = False,
     ) -> dict[str, Tensor]:
         """m[e, i] = mean of x[t, i]**2 over the tokens t that expert e multiplies its weight with, x @ w[e].T.
 
-        The `statistics` of `calibrate`, with which `Mse` takes the amax with the least sum of m[e, i] * error[o, i]**2.
-        The model runs on each batch, unquantized. Why so, and over ranks: docs/calibration.
+        With `blocks`, for formats with blocks b of (1, B), m[e, b, i, j] = mean of x[t, b * B + i] * x[t, b * B + j].
+
+        These are the `statistics` of `calibrate`. The model runs on each batch, unquantized. More, and over ranks:
+        docs/calibration.
 
         Args:
             params: Names to tensors; may hold more than the spec names.
@@ -461,9 +465,11 @@ class Transform:
             forward: As `calibrate` takes it.
             unseen: For experts without tokens: "raise", "mean-of-peers", or "ones", the error of the weight itself.
             group: Ranks with the same weights and each its own batches; sums are added over them in one all-reduce.
+            blocks: The same on all ranks.
 
         Returns:
-            Group key to fp32 [E, in] on the device of the weights; sums are fp64, rounded once. Dense weights: E = 1.
+            Group key to fp32 [E, in] or, symmetric, [E, in / B, B, B], on the device of the weights; sums are fp64,
+            rounded once. Dense weights: E = 1.
 
         Raises:
             KeyError: A parameter is missing.
@@ -482,7 +488,14 @@ class Transform:
             {'weight': tensor([[5., 2.]])}
         """
         return input_second_moments(
-            params, batches, spec=self.spec, model=model, forward=forward, unseen=unseen, group=group
+            params,
+            batches,
+            spec=self.spec,
+            model=model,
+            forward=forward,
+            unseen=unseen,
+            group=group,
+            blocks=blocks,
         )
 
     def report(

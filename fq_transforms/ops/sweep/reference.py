@@ -22,17 +22,16 @@ as int64 in units of 2**-shift, exactly: in whatever order, the sum is the same.
 NOTE margin: max stays unless another's error is smaller by more than a part in 2**16, and by a unit per chunk. The fp32
 sum of a chunk is off by less than a part in 2**18, its integer by less than a unit. So the true error falls, too.
 
-NOTE local Hessian: with H [B, B], the second moments of the B inputs of a block along `in`, its error is d^T H d for
-d = w - fakequant(w). In fp32: p = r * d, then p += H[j] * d[j] for j = 0, 1, ... B - 1, then d * p is added by pairs. H is
-symmetric to the bit, and scaled by a power of two, so that the largest number of its diagonal is within [1, 2).
+NOTE local Hessian: with H [B, B], the second moments of the B inputs of a block along `in`, the block's error is
+d^T H d for d = w - fakequant(w). In fp32: p = r * d, then p += H[j] * d[j] for j = 0, 1, ... B - 1, then d * p is added
+by pairs. H is symmetric to the bit, and scaled so that the largest number of its diagonal is within [1, 2).
 
-NOTE margin of a form: its terms cancel, so rounding is not a part of the sum but of a = sum of |d_i H_ij d_j|: less than
-m * a with m = max(B, 8) * 2**-23, twice the rounding of B products, their sum, and log2(B) pairs. Because H is symmetric,
-a is at most sum of R_i d_i**2, R_i = sum over j of |H_ij|. So r = m * R raises the error of each candidate to a bound
-that the true one is not above, and r = -m * R, less 2**-120 for what underflows, lowers that of max to one that it is
-not below. The least bound wins if it is below max's. So the true error falls, too, and no rounding below zero wins.
-Candidates whose true errors differ by less than 2 * m * sum of R_i d_i**2 are equals. With a diagonal H, R is it, and
-the margin a part of the error as it is without H.
+NOTE margin of a form: terms of both signs cancel, so its rounding is no part of it, but of a = sum of |d_i H_ij d_j|:
+less than m * a for m = max(B, 8) * 2**-23, twice what B products, their sum and log2(B) pairs can lose. As H is
+symmetric, a is at most sum of R_i d_i**2 with R_i = sum over j of |H_ij|. So r = m * R makes of a candidate's error a
+bound that the true error is not above; r = -m * R, less 2**-120 for what underflows, makes of max's one that it is not
+below. The least bound wins if it is below that of max. So the true error falls, too, and no rounding below zero wins.
+True errors that are within 2 * m * sum of R_i d_i**2 count as equal. Where H is diagonal that is a part of the error.
 
 NOTE not swept: a granule whose amax is at most 2**-24 (two-level: the expert's), which INT rounds to zero and FP8 does
 not scale, or not finite, keeps its amax, as it does from a candidate that is either.
@@ -179,9 +178,7 @@ def limit(first: Tensor, format: Format, shape: "torch.Size | tuple[int, ...]") 
     return first - (first >> MARGIN) - rows * columns // chunk_of(format, shape[-1])
 
 
-def pick(
-    amax: Tensor, ok: Tensor, best: Tensor, trials: Iterable[tuple[Tensor, Tensor]], format: Format
-) -> Tensor:
+def pick(amax: Tensor, ok: Tensor, best: Tensor, trials: Iterable[tuple[Tensor, Tensor]], format: Format) -> Tensor:
     """The amax with the least error of some tried (amax, error), or the given one if none is below `best`."""
     least = 0.0 if format.scale == "e4m3" else TINY_AMAX
     for tried, error in trials:
