@@ -65,6 +65,7 @@ __all__ = [
     "WINDOW",
     "WINDOW_COLUMNS",
     "Search",
+    "bound_of_form",
     "chunk_of",
     "doubt_of",
     "limit",
@@ -143,7 +144,7 @@ def sweep_reference(
         d = x - _dequantized(x, tried * unit, global_unit, format)
         if importance is None or doubt is None:
             return _sum_of_squares(d, importance, format)
-        return _form(d, importance, sign * doubt)
+        return bound_of_form(d, importance, sign * doubt)
 
     def trials() -> Iterator[tuple[Tensor, Tensor]]:
         if search.kind == "ratios":
@@ -260,7 +261,7 @@ def _sum_of_squares(d: Tensor, importance: Tensor | None, format: Format) -> Ten
     return in_granules(error, (rows, None if columns is None else columns // chunk)).sum((-3, -1))
 
 
-def _form(d: Tensor, moments: Tensor, doubt: Tensor) -> Tensor:
+def bound_of_form(d: Tensor, moments: Tensor, doubt: Tensor) -> Tensor:
     """Bound of the error of each block, fp32 [out, in / B]; see NOTE margin of a form."""
     d = d.unflatten(-1, doubt.shape)
     p = d * doubt
