@@ -121,6 +121,7 @@ def test_int4_blocks_are_not_worse_than_modelopts(modelopt, format, kind):
     assert_not_above(weight, ours, by_modelopt, None, format, moments)
 
 
+@pytest.mark.filterwarnings("ignore:GPTModel.sharded_state_dict:UserWarning")  # of Megatron, which is not used here
 def test_a_model_that_modelopt_calibrates_itself(modelopt):
     """`mtq.quantize` with algorithm local_hessian, INT4 in blocks: its H is ours, and its amax is not better."""
     mtq = pytest.importorskip("modelopt.torch.quantization")

@@ -17,7 +17,7 @@ from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
 from fq_transforms.ops.vmap import Unmapped
 
-__all__ = ["swept_amax"]
+__all__ = ["in_units", "swept_amax"]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -76,7 +76,7 @@ class _Sweep(Unmapped):
     ) -> Tensor:
         format, transposed, search = statics.format, statics.transposed, statics.search
         if importance is not None:
-            importance = _in_units(importance).contiguous()
+            importance = in_units(importance).contiguous()
         if has_kernel(weights):
             from fq_transforms.ops.sweep.launch import sweep_triton
 
@@ -89,7 +89,7 @@ class _Sweep(Unmapped):
         return found
 
 
-def _in_units(importance: Tensor) -> Tensor:
+def in_units(importance: Tensor) -> Tensor:
     """Each expert's importance divided by the power of two that brings its largest into [1, 2).
 
     Of block-diagonal second moments each block's, by the largest of its diagonal; and symmetric to the bit.
