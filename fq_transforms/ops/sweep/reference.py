@@ -27,11 +27,12 @@ d^T H d for d = w - fakequant(w). In fp32: p = r * d, then p += H[j] * d[j] for 
 by pairs. H is symmetric to the bit, and scaled so that the largest number of its diagonal is within [1, 2).
 
 NOTE margin of a form: terms of both signs cancel, so its rounding is no part of it, but of a = sum of |d_i H_ij d_j|:
-less than m * a for m = max(B, 8) * 2**-23, twice what B products, their sum and log2(B) pairs can lose. As H is
-symmetric, a is at most sum of R_i d_i**2 with R_i = sum over j of |H_ij|. So r = m * R makes of a candidate's error a
-bound that the true error is not above; r = -m * R, less 2**-120 for what underflows, makes of max's one that it is not
-below. The least bound wins if it is below that of max. So the true error falls, too, and no rounding below zero wins.
-True errors that are within 2 * m * sum of R_i d_i**2 count as equal. Where H is diagonal that is a part of the error.
+of each term d twice, H, a product, up to B additions, d * p and log2(B) additions by pairs are rounded, which is less
+than m * a for m = max(B, 16) * 2**-23. As H is symmetric, a is at most sum of R_i d_i**2, R_i = sum over j of |H_ij|.
+So r = m * R makes of a candidate's error a bound that the true error is not above; r = -m * R, less 2**-120 for what
+underflows, makes of max's one that it is not below. The least bound wins if it is below that of max. So the true error
+falls, too, and no rounding below zero wins. True errors that are within 2 * m * sum of R_i d_i**2 count as equal. Where
+H is diagonal that is a part of the error.
 
 NOTE not swept: a granule whose amax is at most 2**-24 (two-level: the expert's), which INT rounds to zero and FP8 does
 not scale, or not finite, keeps its amax, as it does from a candidate that is either.
@@ -230,7 +231,7 @@ def doubt_of(moments: Float32[Tensor, "blocks b b"]) -> Float32[Tensor, "blocks 
 
 def margin_of(columns: int) -> float:
     """The m of NOTE margin of a form, for blocks of so many weights."""
-    return max(columns, 8) * 2.0**-23
+    return max(columns, 16) * 2.0**-23
 
 
 def _dequantized(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) -> Tensor:

@@ -15,6 +15,7 @@ from fq_transforms.ops.sweep.launch import sweep_triton
 from fq_transforms.ops.sweep.reference import Search, bound_of_form, doubt_of, margin_of, sweep_reference
 from tests.cases import DTYPES, STATIC_FORMATS, experts, name_of, same_bits
 from tests.conftest import HAS_GPU
+from tests.ops.sweep.test_reference import Watch
 from tests.oracle import fake_quantize_experts
 from tests.variants import CPU, on_each_kernel, variants
 
@@ -237,6 +238,17 @@ def test_each_expert_by_itself(format, layout):
     assert not torch.equal(found, swept_amax(stored, amax, global_amax, given.flip(0), search=search, **options))
 
 
+@pytest.mark.parametrize("format", [INT4_BLOCK32, NVFP4_STATIC], ids=name_of)
+def test_memory_is_a_few_copies_of_the_weight(format):
+    """However wide a row of moments is, it meets the weight without a copy for each of its numbers."""
+    weight, columns = experts(1, (128, 256))[0], format.block[1]
+    amax, global_amax = amax_of(weight, format)
+    moments = moments_of(256 // columns, columns)
+    with Watch() as watch:
+        sweep_reference(weight, amax, global_amax, moments, format=format, search=search_of(format))
+    assert watch.most < 12 * weight.nbytes
+
+
 def assert_equals_reference(weights, format, transposed, search, moments):
     stored = [w.mT.contiguous() if transposed else w for w in weights]
     amax, global_amax = expert_amax(weights, format=format)
@@ -291,3 +303,22 @@ def test_kernel_of_granules_that_are_not_swept(format, device):
     found, amax = assert_equals_reference(weights, format, False, FEW, moments)
     assert same_bits(found[1:], amax[1:])
     assert not torch.equal(found[0], amax[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", [INT4_BLOCK32, NVFP4_STATIC], ids=name_of)
+def test_the_public_search_launches_once(format):
+    """On a GPU `swept_amax` is this kernel, once a group, beside what brings the moments into units."""
+    columns = format.block[1]
+    weights = experts(8, (520, 512), torch.bfloat16, device="cuda")
+    moments = torch.stack([moments_of(512 // columns, columns, seed=e, device="cuda") for e in range(8)])
+    amax, global_amax = expert_amax(weights, format=format)
+    call = partial(swept_amax, weights, amax, global_amax, moments, format=format, search=search_of(format))
+    call()
+    torch.cuda.synchronize()
+    # Without acc_events a process's second profile would warn, and warnings are errors.
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda, acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages() if "sweep_kernel" in event.key) == 1
