@@ -10,7 +10,7 @@ from fq_transforms.methods import Mse
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.ops.amax.reference import expert_amax_reference
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from fq_transforms.ops.sweep.autograd import swept_amax
+from fq_transforms.ops.sweep.autograd import in_units, swept_amax
 from fq_transforms.ops.sweep.launch import sweep_triton
 from fq_transforms.ops.sweep.reference import Search, bound_of_form, doubt_of, margin_of, sweep_reference
 from tests.cases import DTYPES, STATIC_FORMATS, experts, name_of, same_bits
@@ -231,6 +231,7 @@ def test_each_expert_by_itself(format, layout):
     assert [t._version for t in (*stored, amax, given)] == versions
     both = moments + (skew - skew.mT)
     both = (both + both.mT) / 2
+    assert torch.equal(in_units(given), both)
     for e, weight in enumerate(weights):
         g = None if global_amax is None else global_amax[e]
         wanted = sweep_reference(weight, amax[e], g, both[e], format=format, search=search)
