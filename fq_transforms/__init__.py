@@ -17,6 +17,7 @@ from fq_transforms.formats import (
     NVFP4_STATIC,
     Format,
 )
+from fq_transforms.gptq import gptq
 from fq_transforms.masters import cast, masters
 from fq_transforms.rounding import Stochastic
 from fq_transforms.rules import Rule
@@ -57,6 +58,7 @@ __all__ = [
     "checkpoint",
     "export",
     "formats",
+    "gptq",
     "layerwise",
     "masters",
     "merge",

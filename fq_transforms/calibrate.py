@@ -22,6 +22,7 @@ from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State
 
 __all__ = [
+    "bar_of",
     "calibrate",
     "check_method",
     "check_statistics",
@@ -68,7 +69,7 @@ def calibrate(
     state: State = {}
     largest: list[tuple[Tensor, Group, Sequence[int]]] = []
     groups = list(zip(spec.groups, held, layouts, found, importances, strict=True))
-    for group, weights, layout, leaves, importance in progress(groups, method):
+    for group, weights, layout, leaves, importance in progress(groups, bar_of(method)):
         experts = range(group.experts) if layout is None else layout.experts
         # A stateless format keeps no amax, but its weights are held to the same rule: finite.
         most = leaves.get("global_amax", leaves.get("amax"))
@@ -261,19 +262,23 @@ def scale_search(format: Format, *, is_weighted: bool) -> Search:
     return Search("window" if is_sure else "scales")
 
 
-def progress(items: Sequence[T], method: Method) -> Iterable[T]:
-    """The same items; if the method is not `Max`, with a bar on standard error once a second has passed.
+def bar_of(method: Method) -> str:
+    """What a bar over groups is called; `Max` is too fast for one."""
+    return "" if isinstance(method, Max) else f"calibrate, {type(method).__name__}"
+
+
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The same items; unless `what` is empty, with a bar on standard error once a second has passed.
 
     One item has none: of a folder that is calibrated group by group there would be thousands.
 
     Raises:
-        ImportError: tqdm is not installed, and the method is not `Max`.
+        ImportError: tqdm is not installed, and `what` is not empty.
     """
-    if isinstance(method, Max):
+    if not what:
         return items
-    name = type(method).__name__
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError(f"method {name} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
-    return items if len(items) < 2 else tqdm(items, desc=f"calibrate, {name}", delay=1.0, mininterval=0.5)
+        raise ImportError(f"{what} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
+    return items if len(items) < 2 else tqdm(items, desc=what, delay=1.0, mininterval=0.5)

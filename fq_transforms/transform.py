@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from fq_transforms.activations.apply import apply
 from fq_transforms.activations.fill_unseen import fill_unseen
+from fq_transforms.activations.hessians import input_hessians
 from fq_transforms.activations.observe import Forward
 from fq_transforms.activations.quantize import quantized_inputs
 from fq_transforms.activations.second_moments import Unseen, input_second_moments
@@ -484,6 +485,50 @@ class Transform:
         return input_second_moments(
             params, batches, spec=self.spec, model=model, forward=forward, unseen=unseen, group=group
         )
+
+    def input_hessians(
+        self,
+        params: Mapping[str, Tensor],
+        batches: Any,
+        *,
+        model: Module,
+        forward: Forward | None = None,
+        unseen: Unseen = "raise",
+        group: "ProcessGroup | None" = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """H[e] = mean of x[t] x[t]^T over the tokens t that expert e multiplies its weight with, x @ w[e].T.
+
+        What `gptq` takes. The diagonal is `input_second_moments`. The model runs on each batch, unquantized.
+
+        Args:
+            params: Names to tensors; may hold more than the spec names.
+            batches: As `calibrate` takes them.
+            model: As `calibrate` takes it.
+            forward: As `calibrate` takes it.
+            unseen: For experts without tokens: "raise", "mean-of-peers", or "ones", the identity.
+            group: Ranks with the same weights and each its own batches; sums are added over them.
+
+        Returns:
+            Group key to {"hessian": fp32 [E, in, in], "tokens": fp64 [E]} on the device of the weights. Groups that see
+            the same inputs, as gate and up do, have the same tensors. Sums are fp32. Dense weights: E = 1.
+
+        Raises:
+            KeyError: A parameter is missing.
+            ValueError: As `input_second_moments`.
+
+        Source: Frantar et al., arXiv:2210.17323, section 3; without its factor of 2, which changes nothing.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> params = dict(model.named_parameters())
+            >>> fq = fqt.transform(fqt.select(params, {"*": fqt.INT8}))
+            >>> batches = [torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 2.0]])]
+            >>> fq.input_hessians(params, batches, model=model)["weight"]
+            {'hessian': tensor([[[5., 3.],
+                     [3., 2.]]]), 'tokens': tensor([2.], dtype=torch.float64)}
+        """
+        return input_hessians(params, batches, spec=self.spec, model=model, forward=forward, unseen=unseen, group=group)
 
     def report(
         self, params: Mapping[str, Tensor], state: State, *, tokens: Mapping[str, Tensor] | None = None

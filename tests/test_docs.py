@@ -17,7 +17,7 @@ MODEL = {
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["calibration", "state", "folders"])
+@pytest.mark.parametrize("page", ["calibration", "state", "folders", "gptq"])
 def test_examples_run(page, tmp_path, monkeypatch):
     """A block that raises, or a name that no block has made, fails here."""
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ LAYERS = [
     "parse formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
     "ops knapsack",  # on plain tensors
     "distributed partition dtensor checks in_use masters select state",  # shards, ranks, what the public door checks
-    "fakequant pullback pack activations calibrate sync report",  # one verb each
+    "fakequant pullback pack activations calibrate gptq sync report",  # one verb each
     "transform",
     "training checkpoint export search sensitivity",
     "__init__",
@@ -37,7 +37,7 @@ FOUNDATION = {"torch", "jaxtyping", "numpy", "tqdm"}
 # Kernels are written in Triton, one file for each operation.
 TRITON_FILES = {"kernel", "device", "private"}
 OPERATION_FILES = {"__init__", "reference", "kernel", "launch", "autograd"}
-MOST_PUBLIC_NAMES = 36
+MOST_PUBLIC_NAMES = 38
 MOST_LINES = 25
 
 

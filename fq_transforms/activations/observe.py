@@ -33,8 +33,8 @@ class Seen(Protocol):
         """Take in x [..., in], which has rows, of the experts that `use` names."""
         ...
 
-    def merge(self, other: Self) -> None:
-        """Take in what another batch showed."""
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
         ...
 
     def sizes(self) -> Tensor:
@@ -78,22 +78,24 @@ def observe(
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(params)
     ran: set[str] = set()
     in_use = InUse(caller, model.named_modules(), nests=True)
-    found = {inputs.key: kind(inputs, params[inputs.names[0]].device) for inputs in wanted}
+    found: dict[str, SeenType] = {}
     number = -1
     for number, one in enumerate(_batches(batches, wanted[0], caller)):
-        of_batch: dict[str, SeenType] = {}  # in the order in which the layers ran
+        in_order: dict[str, None] = {}  # in which the layers ran
 
-        def see(use: Use, x: Tensor, of_batch: dict[str, SeenType] = of_batch) -> Tensor:
+        def see(use: Use, x: Tensor, in_order: dict[str, None] = in_order) -> Tensor:
+            key = use.inputs.key
             check_input(use.inputs, x)
             if is_mapped(x):
                 raise ValueError(
-                    f"inputs {use.inputs.key!r}: found an input that vmap maps, wanted a plain tensor; call {caller} "
+                    f"inputs {key!r}: found an input that vmap maps, wanted a plain tensor; call {caller} "
                     "outside of vmap, and take out layers that the model maps with a rule to None"
                 )
-            if use.inputs.key not in of_batch:
-                of_batch[use.inputs.key] = kind(use.inputs, x.device)
+            in_order[key] = None
+            if key not in found:
+                found[key] = kind(use.inputs, x.device)
             if x.numel():
-                of_batch[use.inputs.key].add(use, x.detach())
+                found[key].add(use, x.detach())
             return x
 
         with torch.no_grad(), in_use, in_use, products(model, values, wanted, see) as keys:
@@ -103,9 +105,7 @@ def observe(
                 error.add_note(f"{caller}: in batch {number}")
                 raise
         ran |= keys
-        _check_finite(of_batch.values(), number, caller)
-        for key, seen in of_batch.items():
-            found[key].merge(seen)
+        _check_finite([found[key] for key in in_order], number, caller)
     if number < 0:
         raise ValueError(f"batches: found no batch in {type(batches).__name__}, wanted at least one")
     if idle := [inputs for inputs in wanted if inputs.key not in ran and inputs.always_runs]:
@@ -114,7 +114,13 @@ def observe(
             f"{len(wanted)} groups did not), or used another tensor than its parameter, wanted every selected layer to "
             "run; take it out with a rule to None"
         )
-    return found
+    devices = {inputs.key: params[inputs.names[0]].device for inputs in wanted}
+    return {
+        inputs.key: found[inputs.key].to(devices[inputs.key])
+        if inputs.key in found
+        else kind(inputs, devices[inputs.key])
+        for inputs in wanted
+    }
 
 
 def check_input(inputs: Inputs, x: Tensor) -> None:

@@ -63,9 +63,9 @@ class _Largest:
             rows = torch.zeros_like(self.tokens).index_add_(0, experts, torch.ones_like(experts, dtype=torch.float64))
             self.tokens += rows.div(use.blocks, rounding_mode="floor")
 
-    def merge(self, other: "_Largest") -> None:
-        self.amax = torch.maximum(self.amax, other.amax.to(self.amax.device))
-        self.tokens += other.tokens.to(self.tokens.device)
+    def to(self, device: torch.device) -> "_Largest":
+        self.amax, self.tokens = self.amax.to(device), self.tokens.to(device)
+        return self
 
     def sizes(self) -> Tensor:
         return self.amax[:-1]

@@ -15,7 +15,7 @@ from fq_transforms.spec import Inputs, Spec, ranges
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Unseen", "input_second_moments"]
+__all__ = ["POLICIES", "Unseen", "check_unseen", "input_second_moments"]
 
 Unseen = Literal["raise", "mean-of-peers", "ones"]
 POLICIES: tuple[Unseen, ...] = get_args(Unseen)
@@ -79,9 +79,9 @@ class _Squares:
             self.sums.index_add_(0, experts, part.double().square())
             self.rows.index_add_(0, experts, torch.ones_like(experts, dtype=torch.float64))
 
-    def merge(self, other: "_Squares") -> None:
-        self.sums += other.sums.to(self.sums.device)
-        self.rows += other.rows.to(self.rows.device)
+    def to(self, device: torch.device) -> "_Squares":
+        self.sums, self.rows = self.sums.to(device), self.rows.to(device)
+        return self
 
     def sizes(self) -> Tensor:
         return self.sums[:-1].sum(-1)
@@ -89,20 +89,23 @@ class _Squares:
     def means(self, unseen: Unseen) -> Tensor:
         rows = self.rows[:-1, None]
         means, is_unseen = self.sums[:-1] / rows.clamp(min=1.0), (rows == 0).flatten()
-        numbers: list[int] = is_unseen.nonzero().flatten().tolist()
-        if numbers and unseen == "ones":
-            means[is_unseen] = 1.0
-        elif numbers:
-            is_without_peers = len(numbers) == self.inputs.experts
-            if unseen == "raise" or is_without_peers:
-                wanted = "tokens for each" if unseen == "raise" else f"peers for unseen={unseen!r}"
-                choices = "'ones'" if is_without_peers else "'mean-of-peers' or 'ones'"
-                raise ValueError(
-                    f"input_second_moments: inputs {self.inputs.key!r}: found no token for expert {ranges(numbers)} of "
-                    f"{self.inputs.experts}, wanted {wanted}; pass more batches, or choose by unseen={choices}"
-                )
-            means[is_unseen] = means[~is_unseen].mean(0)
+        if numbers := check_unseen(self.inputs, is_unseen, unseen, "input_second_moments"):
+            means[numbers] = 1.0 if unseen == "ones" else means[~is_unseen].mean(0)
         return means.float()
+
+
+def check_unseen(inputs: Inputs, is_unseen: Tensor, unseen: Unseen, caller: str) -> list[int]:
+    """The experts of a group without tokens. Raises ValueError where the policy has nothing to give them."""
+    numbers: list[int] = is_unseen.nonzero().flatten().tolist()
+    is_without_peers = len(numbers) == inputs.experts
+    if numbers and unseen != "ones" and (unseen == "raise" or is_without_peers):
+        wanted = "tokens for each" if unseen == "raise" else f"peers for unseen={unseen!r}"
+        choices = "'ones'" if is_without_peers else "'mean-of-peers' or 'ones'"
+        raise ValueError(
+            f"{caller}: inputs {inputs.key!r}: found no token for expert {ranges(numbers)} of {inputs.experts}, wanted "
+            f"{wanted}; pass more batches, or choose by unseen={choices}"
+        )
+    return numbers
 
 
 def _add_up(found: Sequence[_Squares], group: "ProcessGroup") -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import fq_transforms as fqt
-from fq_transforms.calibrate import check_statistics, chosen_leaves, importance_of, progress
+from fq_transforms.calibrate import bar_of, check_statistics, chosen_leaves, importance_of, progress
 from fq_transforms.checkpoint import megatron as leaves
 from fq_transforms.checkpoint.storage import refuse_uri
 from fq_transforms.checks import weights_of
@@ -362,7 +362,7 @@ def _chosen(
 ) -> State:
     """The state that the method chooses, from that of `Max` over all ranks."""
     chosen: State = {}
-    for group in progress(fq.spec.groups, fq.method):
+    for group in progress(fq.spec.groups, bar_of(fq.method)):
         weights = [weight.detach() for weight in weights_of(params, group)]
         importance = importance_of(group, weights, statistics)
         chosen[group.key] = chosen_leaves(fq.method, group, weights, None, state[group.key], importance)

@@ -63,6 +63,7 @@ __all__ = [
     "int_scale",
     "lsq_backward_reference",
     "lsq_push_reference",
+    "mx_exponent",
     "over_int_scale",
     "philox",
     "power_of_two",
@@ -467,12 +468,12 @@ def quantize_mx(x: Tensor, format: Format, to: Rounding = round_to) -> tuple[Ten
     assert isinstance(format.element, FloatElement)
     blocks = in_blocks(x, format)
     amax = blocks.abs().amax(-1, keepdim=True)
-    e = _mx_exponent(amax, format)
+    e = mx_exponent(amax, format)
     v = to(blocks * power_of_two(-e), format.element)
     return v, e, amax < torch.inf
 
 
-def _mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, "..."]:
+def mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, "..."]:
     """Exponent e of a block's scale 2**e, from the bits of its amax (finite), clamped to what E8M0 holds."""
     assert isinstance(format.element, FloatElement)
     bits = amax.view(torch.int32)

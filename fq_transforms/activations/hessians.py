@@ -1,0 +1,217 @@
+"""Second moments of the inputs of each expert, whole: what GPTQ weighs the errors of weights by."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fq_transforms.activations.observe import Forward, observe
+from fq_transforms.activations.products import Use
+from fq_transforms.activations.second_moments import POLICIES, Unseen, check_unseen
+from fq_transforms.ops.hessian.launch import add_products
+from fq_transforms.spec import Inputs, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["input_hessians"]
+
+
+def input_hessians(
+    params: Mapping[str, Tensor],
+    batches: Any,
+    *,
+    spec: Spec,
+    model: Module,
+    forward: Forward | None,
+    unseen: Unseen,
+    group: "ProcessGroup | None",
+) -> dict[str, dict[str, Tensor]]:
+    """`Transform.input_hessians`, with the spec of the Transform."""
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
+    wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
+    found: dict[str, _Products] = {}
+    failed: Exception | None = None
+    try:
+        if unseen not in POLICIES:
+            raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
+        if wanted:
+            kind = partial(_Products, _Empty())
+            found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_hessians")
+    except Exception as error:
+        if group is None:
+            raise
+        failed = error
+    sums = {key: one.sums() for key, one in found.items()}
+    if group is not None:  # which all ranks reach, so that none waits for one that has failed
+        sums = _over(group, wanted, sums, failed)
+    done: dict[int, dict[str, Tensor]] = {}
+    for inputs in wanted:
+        own = sums[inputs.key]
+        if id(own) not in done:
+            done[id(own)] = _means(inputs, own, unseen)
+    return {inputs.key: dict(done[id(sums[inputs.key])]) for inputs in wanted}
+
+
+class _Sums:
+    """Sums of x x^T and numbers of tokens, of groups that have seen the same inputs."""
+
+    def __init__(self, hessian: Tensor, tokens: Tensor) -> None:
+        self.hessian, self.tokens = hessian, tokens
+
+    @staticmethod
+    def of(inputs: Inputs, device: torch.device) -> "_Sums":
+        side = inputs.shape[1]
+        return _Sums(
+            torch.zeros((inputs.experts, side, side), device=device),
+            torch.zeros(inputs.experts, dtype=torch.float64, device=device),
+        )
+
+    def copy(self) -> "_Sums":
+        return _Sums(self.hessian.clone(), self.tokens.clone())
+
+
+class _Seen:
+    """An input that one group has seen, and others may be about to see, with the groups that have."""
+
+    def __init__(self, use: Use, x: Tensor, by: "_Products") -> None:
+        self.use, self.x, self.version, self.by = use, x, _version(x), [by]
+
+    def is_seen_again(self, use: Use, x: Tensor) -> bool:
+        """True if it is the same tensor, unchanged; this one is held, so no other can be where it is."""
+        is_same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
+        if not is_same or x.dtype != self.x.dtype or _version(x) != self.version:
+            return False
+        one, other = self.use.experts, use.experts
+        if isinstance(one, int) or isinstance(other, int):
+            return isinstance(one, int) and isinstance(other, int) and one == other
+        return torch.equal(one, other)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+class _Node:
+    """Groups that have seen the same so far, what that was, and what the first of them has seen since."""
+
+    def __init__(self, sums: _Sums | None, members: "list[_Products]") -> None:
+        self.sums, self.members = sums, members
+        self.next: _Seen | None = None
+        for member in members:
+            member.node = self
+
+    def settle(self) -> None:
+        """Add what was seen next; those that have not seen it go on by themselves."""
+        seen, self.next = self.next, None
+        if seen is None:
+            return
+        left = [member for member in self.members if member not in seen.by]
+        if left:
+            _Node(None if self.sums is None else self.sums.copy(), left)
+            self.members = seen.by
+        if self.sums is None:
+            self.sums = _Sums.of(seen.use.inputs, seen.x.device)
+        experts = seen.use.experts
+        x = seen.x.reshape(-1, seen.x.shape[-1])
+        experts = experts if isinstance(experts, int) else experts.reshape(-1).long()
+        add_products(self.sums.hessian, x, experts)
+        if isinstance(experts, int):
+            self.sums.tokens[experts] += len(x)
+        else:
+            self.sums.tokens += experts.bincount(minlength=len(self.sums.tokens) + 1)[:-1]
+
+
+class _Empty(dict[tuple[int, int], _Node]):
+    """Groups that have seen nothing yet, by experts and `in`."""
+
+    def add(self, member: "_Products") -> None:
+        key = member.inputs.experts, member.inputs.shape[1]
+        node = self.get(key)
+        if node is None or node.sums is not None:
+            self[key] = _Node(None, [member])
+        else:
+            node.members.append(member)
+            member.node = node
+
+
+class _Products:
+    """Sums of x x^T of a group; groups that see the same inputs, as gate and up do, share them. See `Seen`."""
+
+    measure = "sum of squares"
+    node: _Node
+
+    def __init__(self, empty: _Empty, inputs: Inputs, device: torch.device) -> None:
+        self.inputs, self._device = inputs, device
+        empty.add(self)
+
+    def add(self, use: Use, x: Tensor) -> None:
+        if not use.is_first:  # a further part of a weight, which sees the same tokens again
+            return
+        seen = self.node.next
+        if seen is not None and self not in seen.by and seen.is_seen_again(use, x):
+            seen.by.append(self)
+            return
+        if seen is not None:
+            self.node.settle()
+        self.node.next = _Seen(use, x, self)
+
+    def to(self, device: torch.device) -> "_Products":
+        self._device = device
+        return self
+
+    def sizes(self) -> Tensor:
+        return self.sums().hessian.diagonal(dim1=1, dim2=2).sum(1)
+
+    def sums(self) -> _Sums:
+        """Those of its node, on its device."""
+        self.node.settle()
+        if self.node.sums is None:
+            self.node.sums = _Sums.of(self.inputs, self._device)
+        sums = self.node.sums
+        if sums.hessian.device != self._device:
+            self.node.sums = sums = _Sums(sums.hessian.to(self._device), sums.tokens.to(self._device))
+        return sums
+
+
+def _over(
+    group: "ProcessGroup", wanted: Sequence[Inputs], sums: Mapping[str, _Sums], failed: Exception | None
+) -> dict[str, _Sums]:
+    """The sums of all ranks. Groups share them that do on each rank: one may have seen no token of an expert."""
+    ids = [id(sums[inputs.key]) if failed is None else 0 for inputs in wanted]
+    own = None if failed is not None else [ids.index(one) for one in ids]
+    everyone: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(everyone, own, group)
+    if failed is not None:
+        raise failed
+    if None in everyone:
+        raise ValueError("input_hessians: found that another rank of the group failed, wanted sums from all of them")
+    device = torch.device("cpu" if "cpu:" in torch.distributed.get_backend_config(group) else "cuda")
+    found: dict[tuple[int, ...], _Sums] = {}
+    result: dict[str, _Sums] = {}
+    for inputs, labels in zip(wanted, zip(*everyone, strict=True), strict=True):
+        if labels not in found:
+            of_rank = sums[inputs.key]
+            leaves = [leaf.to(device, copy=True) for leaf in (of_rank.hessian, of_rank.tokens)]
+            for leaf in leaves:
+                torch.distributed.all_reduce(leaf, torch.distributed.ReduceOp.SUM, group)
+            found[labels] = _Sums(*(leaf.to(of_rank.hessian.device) for leaf in leaves))
+        result[inputs.key] = found[labels]
+    return result
+
+
+def _means(inputs: Inputs, sums: _Sums, unseen: Unseen) -> dict[str, Tensor]:
+    """The leaves of a group: its Hessians are made of the sums, in place."""
+    hessian, tokens = sums.hessian, sums.tokens
+    hessian /= tokens.clamp(min=1.0)[:, None, None]
+    is_unseen = tokens == 0
+    if numbers := check_unseen(inputs, is_unseen, unseen, "input_hessians"):
+        if unseen == "ones":
+            hessian[numbers] = torch.eye(hessian.shape[-1], device=hessian.device)
+        else:
+            hessian[numbers] = torch.einsum("e,eij->ij", (~is_unseen / (~is_unseen).sum()).float(), hessian)
+    return {"hessian": hessian, "tokens": tokens}

@@ -1,0 +1,1 @@
+"""Rounding of weights one column after the other, each making up for those before it."""
