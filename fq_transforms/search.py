@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fq_transforms.calibrate import progress
 from fq_transforms.checkpoint.modelopt_names import is_grouped
 from fq_transforms.checks import weights_of
 from fq_transforms.dtensor import is_sharded
@@ -213,7 +214,7 @@ def search(
     limit = _checked_budget(budget, units)
     with torch.no_grad():
         costs = Sensitivities(fq, params, sensitivity, loss, hessians)
-        units = [_measured(unit, members[unit.name], costs) for unit in _bar(units, sensitivity)]
+        units = [_measured(unit, members[unit.name], costs) for unit in progress(units, f"search, {sensitivity}")]
     return _chosen(given, units, limit)
 
 
@@ -317,12 +318,3 @@ def _check_group(fq: Transform, params: Mapping[str, Tensor], group: Group, form
             check_fits(group.names[0], group.shape, format)
             check_packable(replace(group, format=format))
             check_format(fq.method, format, group.key)
-
-
-def _bar(units: Sequence[Unit], sensitivity: str) -> Iterable[Unit]:
-    """The same units, with a bar on standard error once a second has passed; without tqdm there is none."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return units
-    return tqdm(units, desc=f"search, {sensitivity}", delay=1.0, mininterval=0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from fq_transforms.calibrate import importance_of
-from fq_transforms.checks import weights_of
+from fq_transforms.checks import check_device, check_tensor, weights_of
 from fq_transforms.formats import Format
 from fq_transforms.report.report import group_report
 from fq_transforms.spec import Group, Spec
@@ -127,16 +127,14 @@ def _moments(params: Mapping[str, Tensor], group: Group, hessians: Hessians) -> 
         assert importance is not None
         return importance, [1.0] * group.experts
     what, width = f"hessians {group.key!r}", group.shape[1]
-    if set(found) != {"hessian", "tokens"}:
-        raise ValueError(f"{what}: found {list(found)}, wanted hessian and tokens, or a tensor")
+    if sorted(found) != ["hessian", "tokens"]:
+        raise ValueError(
+            f"{what}: found {sorted(found)}, wanted 'hessian' and 'tokens', as of input_hessians, or a tensor, as of "
+            "input_second_moments"
+        )
     hessian, tokens = found["hessian"], found["tokens"]
-    for leaf, tensor, shape in (
-        ("hessian", hessian, (group.experts, width, width)),
-        ("tokens", tokens, (group.experts,)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{what}: found {leaf} {tuple(tensor.shape)}, wanted {shape}")
-    if hessian.device != weights[0].device:
-        raise ValueError(f"{what}: found on {hessian.device}, wanted on {weights[0].device} as the weights")
+    check_tensor(f"{what}.hessian", hessian, (group.experts, width, width), torch.float32)
+    check_tensor(f"{what}.tokens", tokens, (group.experts,), tokens.dtype)
+    check_device(group, found, weights[0].device)
     counts: list[float] = tokens.double().tolist()
-    return hessian.detach().float(), counts
+    return hessian.detach(), counts

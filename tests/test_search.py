@@ -288,18 +288,21 @@ def test_the_error_of_outputs_is_the_error_of_outputs(transposed):
     assert by_mean.sensitivity == pytest.approx(wanted_mean, rel=1e-5)
 
 
-def test_second_moments_are_taken_as_they_come():
-    """Law: what `input_second_moments` gives is what `search` takes, and experts one by one add up to the same."""
+def test_what_the_transform_measures_is_taken_as_it_comes():
+    """Law: `input_hessians` and `input_second_moments` are what `search` takes; experts add up to their layer."""
     model, params = language_model()
     fq = transform_of(params, {"*.experts.*": fqt.INT8})
-    moments = fq.input_second_moments(params, tokens(16, 8), model=model, unseen="ones")
-    both = [
-        fqt.search(fq, params, [fqt.MXFP4], budget="1GB", sensitivity="hessian", hessians=moments, by=by)
-        for by in ("engine", "expert")
-    ]
-    assert len(both[0].units) == 2
-    assert len(both[1].units) == 8
-    assert both[0].sensitivity == pytest.approx(both[1].sensitivity, rel=1e-12)  # sums of float64 in another order
+    measured = (
+        fq.input_hessians(params, tokens(16, 8), model=model, unseen="ones"),
+        fq.input_second_moments(params, tokens(16, 8), model=model, unseen="ones"),
+    )
+    for hessians in measured:
+        whole, by_expert = (
+            fqt.search(fq, params, [fqt.MXFP4], budget="1GB", sensitivity="hessian", hessians=hessians, by=by)
+            for by in ("engine", "expert")
+        )
+        assert (len(whole.units), len(by_expert.units)) == (2, 8)
+        assert whole.sensitivity == pytest.approx(by_expert.sensitivity, rel=1e-12)  # float64 in another order
 
 
 def squares(params):
@@ -493,8 +496,12 @@ def test_stacks_have_no_format_for_each_expert():
 HESSIANS = {
     "missing": (lambda entry: None, KeyError, ("hessians: found none of group 'w'",)),
     "leaves": (lambda entry: {"hessian": entry["hessian"]}, ValueError, ("'w': found ['hessian']", "tokens")),
-    "shape": (lambda entry: entry | {"hessian": torch.eye(32)}, ValueError, ("hessian (32, 32)", "wanted (1, 32, 32)")),
-    "tokens": (lambda entry: entry | {"tokens": torch.tensor(3)}, ValueError, ("tokens ()", "wanted (1,)")),
+    "shape": (
+        lambda entry: entry | {"hessian": torch.eye(32)},
+        ValueError,
+        ("'w'.hessian: found (32, 32)", "wanted (1, 32, 32)"),
+    ),
+    "tokens": (lambda entry: entry | {"tokens": torch.tensor(3)}, ValueError, ("'w'.tokens: found ()", "wanted (1,)")),
     "nan": (
         lambda entry: entry | {"hessian": entry["hessian"] * torch.nan},
         ValueError,
