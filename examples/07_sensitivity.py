@@ -5,7 +5,7 @@ A small byte-level Mixture-of-Experts language model is trained on the help text
 `fqt.search` asks what four and eight bits would cost each expert, in four ways, and chooses under a budget of bytes:
 
 1. "loss": measured, a run of the model for each expert and format;
-2. "jvp": predicted, by `torch.func.jvp` of the loss along the quantization error, first and second order;
+2. "jvp": predicted, by `torch.func.jvp` of the loss along the quantization error, its second order;
 3. "hessian": the error of each expert's outputs, from the second moments of its inputs;
 4. "report": the error of the weights, which looks at no data.
 
@@ -83,8 +83,8 @@ weights = {name: param.bfloat16().float() for name, param in params.items()}
 
 # %% [markdown]
 # ## Sensitivities
-# What a format costs a part of the model, in four ways. The longer a model is trained, the less the first order of the
-# loss has to say: at a minimum it is zero. So "jvp" has the second, too.
+# What a format costs a part of the model, in four ways, all on the same few sequences. Beside them stands what four
+# bits for one expert add to the loss of held-out text.
 
 
 # %%
@@ -111,9 +111,15 @@ def searched(way, by):
 
 
 by_expert = {way: searched(way, "expert") for way in WAYS}
-costs = {way: torch.tensor([u.options[0].sensitivity for u in found.units]) for way, found in by_expert.items()}
-measured = costs["loss"]
-print(f"Four bits for one expert of {LAYERS * EXPERTS}: the loss on {SAMPLE} sequences changes by")
+heldout = fqt.search(
+    fq, weights, [FOUR], budget="1GB", by="expert", sensitivity="loss", loss=lambda w: losses(w, test).mean()
+)
+costs = {
+    way: torch.tensor([unit.options[0].sensitivity for unit in found.units])
+    for way, found in (by_expert | {"held out": heldout}).items()
+}
+measured = costs.pop("held out")
+print(f"Four bits for one expert of {LAYERS * EXPERTS}: the loss on {HELDOUT} held-out sequences changes by")
 print(f"{measured.min():+.5f} to {measured.max():+.5f} nats per byte, {measured.mean():+.5f} on average.")
 
 
@@ -122,8 +128,8 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack([x.argsort().argsort().float() for x in (a, b)]))[0, 1].item()
 
 
-correlation = {way: rank_correlation(cost, measured) for way, cost in costs.items() if way != "loss"}
-print("Rank correlation with it:")
+correlation = {way: rank_correlation(cost, measured) for way, cost in costs.items()}
+print(f"Rank correlation with it of what {SAMPLE} sequences of training text show:")
 for way, value in correlation.items():
     print(f"    {way:10}{value:+.2f}")
 
@@ -203,15 +209,15 @@ if matplotlib:
     left.set_yticks(range(LAYERS))
     left.set_xlabel("expert")
     left.set_ylabel("layer")
-    left.set_title("INT4 for one expert: increase of the loss, 1e-3 nats per byte")
+    left.set_title("INT4 for one expert: increase of the held-out loss, 1e-3")
 
-    for way, marker in zip(correlation, "x.+", strict=True):
-        scale = 1000 if way == "jvp" else 1000 * measured.max() / costs[way].max()  # only jvp is in nats
+    for way, marker in zip(correlation, "ox.+", strict=True):
+        scale = 1000 if "loss" in WAYS[way] else 1000 * measured.max() / costs[way].max()  # the others are not in nats
         middle.plot(1000 * measured, scale * costs[way], marker, label=f"{way}, {correlation[way]:+.2f}")
     ends = 1000 * torch.stack([measured.min(), measured.max()])
-    middle.plot(ends, ends, color="0.6", linewidth=0.8, label="as measured")
-    middle.set_xlabel("measured, 1e-3 nats per byte")
-    middle.set_ylabel("predicted; hessian and report scaled to it")
+    middle.plot(ends, ends, color="0.6", linewidth=0.8, label="as held out")
+    middle.set_xlabel("increase of the held-out loss, 1e-3 nats per byte")
+    middle.set_ylabel("sensitivity; of hessian and report scaled to it")
     middle.set_title("Sensitivity of an expert, and rank correlation")
     middle.legend()
 
@@ -234,12 +240,12 @@ others = ", ".join(f"{way} {value:+.2f}" for way, value in correlation.items() i
 behind = ", ".join(f"{way} {value:+.5f}" for way, value in average.items() if way != best)
 cost = {name: f"{each.mean():+.5f}" for name, each in increase.items()}
 print(
-    f"\nOf the predictions, {ahead} orders the experts most as their measured loss does ({correlation[ahead]:+.2f}; "
+    f"\nOf the four, {ahead} orders the experts most as the held-out loss does ({correlation[ahead]:+.2f}; "
     f"{others}), and over {len(budgets)} budgets the choices by {best} have the smallest held-out loss on average "
     f"({average[best]:+.5f}; {behind})."
 )
 print(
-    f"At {8 * budget / count:.2f} bits per weight a choice by jvp costs {cost['by expert, jvp']} nats per byte for each "
-    f"expert, {cost['by role, jvp']} for each role and {cost['by layer, jvp']} for each layer, as engines load it; four "
-    f"bits for all cost {cost['4 bits for all']}."
+    f"At {8 * budget / count:.2f} bits per weight a choice by jvp costs {cost['by expert, jvp']} nats per byte for "
+    f"each expert, {cost['by role, jvp']} for each role and {cost['by layer, jvp']} for each layer, as engines do; "
+    f"four bits for all cost {cost['4 bits for all']}."
 )

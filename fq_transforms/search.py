@@ -179,7 +179,7 @@ def search(
         "report"     sum of e^2
         "hessian"    sum over experts of tokens * trace(e H e^T), or of e^2 m
         "loss"       loss(w + e) - loss(w)
-        "jvp"        L'e + e'L''e / 2, by torch.func.jvp of jvp
+        "jvp"        e'L''e / 2, by torch.func.jvp of jvp
 
     Args:
         fq: Whose groups, and whose method. Its own formats count only if they are among `formats`.

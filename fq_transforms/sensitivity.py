@@ -52,7 +52,7 @@ class Sensitivities:
             return 0.0
         fq = replace(self.fq, spec=Spec(tuple(replace(group, format=format) for group in groups)))
         own = {name: self.params[name] for group in groups for name in group.names}
-        kinds = {"report": self.report, "hessian": self.hessian, "loss": self.increase, "jvp": self.predicted}
+        kinds = {"report": self.report, "hessian": self.hessian, "loss": self.increase, "jvp": self.curvature}
         found = kinds[self.kind](fq, own, fq.calibrate(own))
         if not isfinite(found):
             raise ValueError(
@@ -80,8 +80,8 @@ class Sensitivities:
         """loss(w + e) - loss(w)."""
         return self.loss_of(fq.fakequant(own, state)).item() - self.base
 
-    def predicted(self, fq: Transform, own: dict[str, Tensor], state: State) -> float:
-        """First and second order of the same."""
+    def curvature(self, fq: Transform, own: dict[str, Tensor], state: State) -> float:
+        """E'L''e / 2. The first order is zero at a minimum; a sample's is that sample's chance."""
         fakes = fq.fakequant(own, state)
         errors = {name: (fakes[name].float() - weight.float()).to(weight.dtype) for name, weight in own.items()}
 
@@ -92,11 +92,11 @@ class Sensitivities:
             return jvp(at, (t,), (torch.ones(()),))[1]
 
         try:
-            found = jvp(slope, (torch.zeros(()),), (torch.ones(()),))
+            second = jvp(slope, (torch.zeros(()),), (torch.ones(()),))[1]
         except (NotImplementedError, RuntimeError) as error:
             error.add_note("sensitivity 'jvp': wanted a loss with two forward derivatives; 'loss' needs none")
             raise
-        return found[0].item() + found[1].item() / 2
+        return second.item() / 2
 
     def loss_of(self, moved: dict[str, Tensor]) -> Tensor:
         """The loss where some weights are others."""

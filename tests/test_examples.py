@@ -95,7 +95,7 @@ def test_calibration_compares_every_method_in_every_format():
 def test_sensitivity_chooses_a_spec_under_its_budget():
     """Every choice keeps the budget, halfway between four bits for all and eight; the last lines say what was found."""
     lines = said("07_sensitivity.py", "--small")
-    assert lines[0].startswith("Four bits for one expert of 4: the loss on 4 sequences changes by")
+    assert lines[0].startswith("Four bits for one expert of 4: the loss on 8 held-out sequences changes by")
     rows = lines[lines.index(next(line for line in lines if "held-out loss" in line)) + 1 :]
     size = {row[:22].strip(): int(row[22:32].replace(",", "")) for row in rows[: rows.index("")]}
     ends = [size.pop(f"{bits} bits for all") for bits in (4, 8)]
@@ -104,7 +104,7 @@ def test_sensitivity_chooses_a_spec_under_its_budget():
     assert all(ends[0] <= each <= sum(ends) // 2 for each in size.values())
     assert size["by expert, report"] > ends[0]  # the error of weights only falls
     assert any(line.startswith("unit ") and line.endswith("in INT8") for line in lines)
-    assert lines[-2].startswith("Of the predictions, ")
+    assert lines[-2].startswith("Of the four, ")
     assert lines[-1].startswith("At 6.0")
 
 
