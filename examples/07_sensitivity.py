@@ -135,12 +135,12 @@ for way, value in correlation.items():
 
 # %% [markdown]
 # ## A spec under a budget of bytes
-# Halfway between four bits for all and eight. Engines load one format for a layer's experts, which leaves few choices
-# in a small model; `fakequant` takes one for each role, or each expert, too.
+# Four bits for all, and a quarter of what eight would add. Engines load one format for a layer's experts, which leaves
+# few choices in a small model; `fakequant` takes one for each role, or each expert, too.
 
 # %%
 smallest, largest = (sum(u.options[i].bytes for u in by_expert["jvp"].units) for i in (0, -1))
-budget = (smallest + largest) // 2
+budget = smallest + (largest - smallest) // 4
 mixed = {f"by expert, {way}": found.at(budget) for way, found in by_expert.items()}
 mixed |= {"by role, jvp": searched("jvp", "group").at(budget), "by layer, jvp": searched("jvp", "engine").at(budget)}
 print(f"\n{mixed['by role, jvp']}")

@@ -104,7 +104,7 @@ class Sensitivities:
         if not isinstance(found, Tensor) or found.numel() != 1:
             kind = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"loss: found {kind}, wanted a function of all parameters to a scalar tensor")
-        return found.reshape(()).float()
+        return found.reshape(())
 
 
 def _moments_by_name(params: Mapping[str, Tensor], spec: Spec, hessians: Hessians) -> dict[str, _Moments]:

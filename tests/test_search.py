@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
@@ -16,6 +17,7 @@ from fq_transforms.methods import Mse
 from fq_transforms.state import flatten
 from tests.cases import ALL_FORMATS, assert_names, experts, message_of, name_of
 from tests.export.models import build, in_lists, read
+from tests.lens import mesh  # noqa: F401 (a fixture)
 from tests.models import language_model, tokens
 
 FORMATS = [fqt.NVFP4, fqt.FP8_PER_CHANNEL, None]
@@ -151,19 +153,22 @@ def test_bytes_are_those_of_pack(format):
     assert found.units[0].options[0].bytes == found.bytes
 
 
-def test_bytes_are_those_of_a_folder(tmp_path):
-    """Law: codes and scales of the files take the bytes that were counted, and an engine's checks let them pass."""
+@pytest.mark.parametrize("small", [fqt.NVFP4, fqt.INT4_BLOCK32], ids=name_of)
+def test_bytes_are_those_of_a_folder(small, tmp_path):
+    """Law: codes and scales of the files take the bytes that were counted, and an export takes what was chosen."""
     model, params = build()
     params = in_lists(params)
-    fq = fqt.transform(fqt.select(params, {"*.experts.*": fqt.NVFP4, "*self_attn*": fqt.NVFP4}))
-    free = fqt.search(fq, params, [fqt.NVFP4, fqt.FP8_PER_CHANNEL], budget="1GB")
-    found = free.at((sum(smallest_and_largest(free))) // 2)
-    assert {group.format for group in found.spec.groups} == {fqt.NVFP4, fqt.FP8_PER_CHANNEL}
+    fq = fqt.transform(fqt.select(params, {"*.experts.*": small, "*self_attn*": small}))
+    free = fqt.search(fq, params, [small, fqt.FP8_PER_CHANNEL], budget="1GB")
+    found = free.at(sum(smallest_and_largest(free)) // 2)
+    assert {group.format for group in found.spec.groups} == {small, fqt.FP8_PER_CHANNEL}
     pairs = [("gate_proj", "up_proj"), ("q_proj", "k_proj"), ("q_proj", "v_proj")]
     state = fqt.tie(found.fq.calibrate(params), pairs)
     fqt.export.save(tmp_path / "out", found.fq, params, state, config=model.config, layout="compressed-tensors")
     modules = {name.removesuffix(".weight") for name in names_of(found.spec)}
     stored = {name: tensor for name, tensor in read(tmp_path / "out").items() if name.rpartition(".")[0] in modules}
+    shapes = [stored.pop(name) for name in list(stored) if name.endswith("weight_shape")]  # of packed integers
+    assert bool(shapes) == (small == fqt.INT4_BLOCK32)
     assert sum(tensor.nbytes for tensor in stored.values()) == found.bytes
 
 
@@ -494,6 +499,14 @@ def test_inputs_are_refused():
     fq = transform_of(params, [fqt.Rule("*.experts.*", fqt.FP8, fqt.FP8)])
     message = message_of(ValueError, fqt.search, fq, params, FORMATS, budget="1GB")
     assert_names(message, "search: found the inputs of 9 groups", "dataclasses.replace(spec, inputs=())")
+
+
+def test_dtensors_are_refused(mesh):  # noqa: F811
+    """Each rank would choose by its own shard, and ranks would differ."""
+    params = {"head.weight": torch.randn(8, 32)}
+    fq = transform_of(params, {"*": fqt.FP8})
+    sharded = {"head.weight": distribute_tensor(params["head.weight"], mesh, [Shard(0)])}
+    assert_names(message_of(ValueError, fqt.search, fq, sharded, [fqt.FP8], budget="1GB"), "'head.weight'", "DTensor")
 
 
 def test_stacks_have_no_format_for_each_expert():
