@@ -1,15 +1,17 @@
 # %% [markdown]
-"""# Calibration: how should a scale be chosen?
+"""# Calibration: how should a scale be chosen, and a weight be rounded?
 
 The quickstart's Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
-are quantized in INT4, NVFP4, FP8 and INT8, with scales chosen by every method: the largest weight, percentiles, the
-least squared error, the least squared error weighted by how large the inputs are, and four over six. For each: the
-error of the weights, the loss on text that was held out, and how far the predictions move. Five minutes on two cores,
-after `pip install -e '.[examples]'`; with `--small` some seconds, too few to learn much.
+are quantized in INT4, NVFP4, MXFP4, FP8 and INT8, with scales chosen by every method: the largest weight, percentiles,
+the least squared error, the least squared error weighted by how large the inputs are, and four over six; and rounded
+to the nearest or by GPTQ. For each: the error of the weights, that of the layers' outputs and the loss on text that was
+held out, and how far the predictions move. Six minutes on two cores, after `pip install -e '.[examples]'`; with
+`--small` some seconds, too few to learn much.
 """
 
 # %%
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -65,32 +67,40 @@ def divergence_of(predicted, wanted):
 
 
 # %% [markdown]
-# ## How large are the inputs?
-# `input_second_moments` runs the model on training text and gives, for each expert, the mean square of each of its
-# input channels. An error of a weight that meets large inputs moves the layer's output more. The moments belong to the
-# model and not to a format, so once is enough.
+# ## What do experts multiply?
+# `input_hessians` runs the model on training text and gives, for each expert, the mean of x xᵀ over its tokens. An
+# error of a weight that meets large inputs moves the layer's output more; what is off the diagonal says which errors
+# make up for each other. They belong to the model and not to a format, so once is enough; and once on held-out text, to
+# judge.
 
 # %%
-FORMATS = (fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.NVFP4, fqt.FP8, fqt.INT8)
+FORMATS = (fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.NVFP4, fqt.MXFP4, fqt.FP8, fqt.INT8)
 
 
 def spec_of(format):
     return fqt.select(weights, {"*.experts.*": format})
 
 
+def hessians_on(batches):
+    return fqt.transform(spec).input_hessians(weights, batches, model=model, unseen="mean-of-peers")
+
+
 spec = spec_of(fqt.INT8)
 generator = torch.Generator().manual_seed(1)
 windows = [tiny_moe.random_windows(training, tiny_moe.BATCH, SIZES.context, generator) for _ in range(CALIBRATION)]
-batches = [window[:, :-1] for window in windows]
-moments = fqt.transform(spec).input_second_moments(weights, batches, model=model, unseen="mean-of-peers")
+hessians, seen = hessians_on([window[:, :-1] for window in windows]), hessians_on(inputs.split(64))
+moments = {key: found["hessian"].diagonal(dim1=1, dim2=2) for key, found in hessians.items()}
 spread = torch.cat([(means.amax(1) / means.median(1).values) for means in moments.values()])
+fewest = min(found["tokens"].min().item() for found in hessians.values())
 print(f"Largest mean square of an input channel, over the median's: {spread.median():.1f}, at most {spread.max():.1f}")
+print(f"Tokens that an expert saw: at least {fewest:.0f}")
 
 # %% [markdown]
 # ## Every method
 # Methods choose an amax for each granule: an expert for INT8 and FP8, 32 weights for INT4, 16 for NVFP4. Where a
-# format keeps no amax of its granules there is nothing to choose: NVFP4 takes the scales of its blocks from the weights
-# at each call, and has Max only. NVFP4_STATIC is the same format with calibrated scales.
+# format keeps no amax of its granules there is nothing to choose: NVFP4 and MXFP4 take the scales of their blocks from
+# the weights, and have Max only. NVFP4_STATIC is NVFP4 with calibrated scales. GPTQ rounds under scales that are chosen
+# already: those of mse, or of max where there is no choice; NVFP4's would move with the weights.
 
 # %%
 METHODS = {
@@ -102,37 +112,84 @@ METHODS = {
     "mse, weighted": Mse(),
     "four over six, 256": FourOverSix(256),
     "four over six, 448": FourOverSix(448),
+    "GPTQ": Mse(),
+    "GPTQ, activation": Mse(),
+    "GPTQ of ModelOpt": Mse(),
 }
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what else it lacks
+        from modelopt.torch.quantization.utils import calib_utils
+except ImportError:
+    calib_utils = None
+    del METHODS["GPTQ of ModelOpt"]
+    print("no rows of ModelOpt: it is not installed")
 
 
-def applies(method, format):
-    if isinstance(method, FourOverSix):
+def has_choice(format):
+    """True if the format keeps the amax of its granules."""
+    return not format.dynamic
+
+
+def applies(name, format):
+    if name.startswith("GPTQ"):
+        return format != fqt.NVFP4
+    if isinstance(METHODS[name], FourOverSix):
         return format == fqt.NVFP4_STATIC
-    return isinstance(method, Max) or not format.dynamic
+    return name == "max" or has_choice(format)
+
+
+def quantized(name, format):
+    """The weights that the model computes with, by a format and a method."""
+    fq = fqt.transform(spec_of(format), method=METHODS[name] if has_choice(format) else Max())
+    state = fq.calibrate(weights, statistics=moments if name == "mse, weighted" else None)
+    if name == "GPTQ of ModelOpt":
+        return fq.fakequant(weights | by_modelopt(fq, state), state)
+    if name.startswith("GPTQ"):
+        order = "activation" if "activation" in name else None
+        return fqt.gptq(fq, weights, state, hessians, order=order)
+    return fq.fakequant(weights, state)
+
+
+def by_modelopt(fq, state):
+    """ModelOpt's GPTQ, an expert at a time, on the same Hessians and under the same scales."""
+    found = {}
+    for group in fq.spec.groups:
+        for e, name in enumerate(group.names):
+            one = fqt.transform(fqt.select({"w": weights[name]}, {"w": group.format}))
+            scales = {"w": {leaf: value[e : e + 1] for leaf, value in state[group.key].items()}}
+            weight = weights[name].clone()
+            inverse = calib_utils.compute_hessian_inverse(hessians[group.key]["hessian"][e], weight, 0.01)
+            calib_utils.gptq_blockwise_update(
+                weight, inverse, 128, lambda w, one=one, scales=scales: one.fakequant({"w": w}, scales)["w"]
+            )
+            found[name] = weight
+    return found
 
 
 def errors(fakes):
-    """Squared error of each expert's matrices, and the same weighted by the inputs: each [layers, roles, experts]."""
-    plain, weighted = [], []
+    """Error of each expert's matrices, plain, weighted by the inputs, and of the outputs on held-out text.
+
+    Each [layers, roles, experts].
+    """
+    found = [], [], []
     for group in spec.groups:
-        for name, means in zip(group.names, moments[group.key], strict=True):
-            square = (fakes[name] - weights[name]).double().square()
-            plain.append(square.sum())
-            weighted.append((square * means).sum())
-    shape = (SIZES.layers, -1, SIZES.experts)
-    return torch.stack(plain).view(shape), torch.stack(weighted).view(shape)
+        for e, name in enumerate(group.names):
+            error = (fakes[name] - weights[name]).double()
+            found[0].append(error.square().sum())
+            found[1].append((error.square() * moments[group.key][e]).sum())
+            found[2].append(((error @ seen[group.key]["hessian"][e].double()) * error).sum())
+    return [torch.stack(each).view(SIZES.layers, -1, SIZES.experts) for each in found]
 
 
 wanted = predictions(weights)
 base = loss_of(wanted)
-pairs = [(format, name) for format in FORMATS for name, method in METHODS.items() if applies(method, format)]
-plain, weighted, losses, divergences = {}, {}, {}, {}
+pairs = [(format, name) for format in FORMATS for name in METHODS if applies(name, format)]
+plain, weighted, outputs, losses, divergences = {}, {}, {}, {}, {}
 for format, name in (bar := tqdm(pairs, desc="calibrate")):
     bar.set_postfix_str(f"{format.name}, {name}")
-    fq = fqt.transform(spec_of(format), method=METHODS[name])
-    state = fq.calibrate(weights, statistics=moments if name == "mse, weighted" else None)
-    fakes = fq.fakequant(weights, state)
-    plain[format, name], weighted[format, name] = errors(fakes)
+    fakes = quantized(name, format)
+    plain[format, name], weighted[format, name], outputs[format, name] = errors(fakes)
     predicted = predictions(fakes)
     losses[format, name], divergences[format, name] = loss_of(predicted), divergence_of(predicted, wanted)
 
@@ -151,9 +208,10 @@ print(f"mse: an error no larger than max's for {experts}; weighted by the inputs
 
 # %% [markdown]
 # ## The table
-# Errors are sums over all experts, over those of max. The loss of a model may go down by luck, and an increase of less
-# than two standard errors may be chance; the divergence from bf16's predictions cannot be negative, and orders the
-# methods where the loss does not.
+# Errors are sums over all experts, over those of max; those of outputs on held-out text. GPTQ makes the error of the
+# weights larger, which is how it makes that of the outputs smaller. The loss of a model may go down by luck, and an
+# increase of less than two standard errors may be chance; the divergence from bf16's predictions cannot be negative,
+# and orders the methods where the loss does not.
 
 
 # %%
@@ -162,14 +220,16 @@ def mean_and_error(each):
     return each.mean().item(), each.std().item() / len(each) ** 0.5
 
 
-print(f"\n{'':38}{'error / that of max':>21}{'held-out loss, nats per byte':>36}{'divergence':>14}")
-print(f"{'format':16}{'method':22}{'weights':>10}{'weighted':>11}{'':16}{'increase':>18}{'1e-3 nats per byte':>22}")
-print(f"{'bf16':59}{base.mean():>10.4f}")
+print(f"\n{'':38}{'error / that of max':>30}{'held-out loss, nats per byte':>36}{'divergence':>14}")
+print(f"{'format':16}{'method':22}{'weights':>10}{'weighted':>10}{'outputs':>10}", end="")
+print(f"{'':13}{'increase':>19}{'1e-3 nats per byte':>22}")
+print(f"{'bf16':68}{base.mean():>10.4f}")
 for format, name in pairs:
-    ratios = [(found[format, name].sum() / found[format, "max"].sum()).item() for found in (plain, weighted)]
+    found = plain, weighted, outputs
+    ratios = [(each[format, name].sum() / each[format, "max"].sum()).item() for each in found]
     cost = "{:+.4f} ±{:.4f}".format(*mean_and_error(losses[format, name] - base))
     moved = "{:.3f} ±{:.3f}".format(*mean_and_error(1000 * divergences[format, name]))
-    print(f"{format.name:16}{name:22}{ratios[0]:>10.3f}{ratios[1]:>11.3f}", end="")
+    print(f"{format.name:16}{name:22}" + "".join(f"{ratio:>10.3f}" for ratio in ratios), end="")
     print(f"{losses[format, name].mean():>10.4f}{cost:>20}{moved:>20}")
 
 # %% [markdown]
@@ -189,12 +249,14 @@ if matplotlib:
     import matplotlib.pyplot as plt
 
     roles = [group.key.rpartition("experts.*.")[2].removesuffix(".weight") for group in spec.groups]
-    choosing = [format for format in FORMATS if not format.dynamic]
+    choosing = [format for format in FORMATS if format != fqt.NVFP4]
     figure, panels = plt.subplots(1, len(choosing), figsize=(16, 4.8), layout="constrained")
     for panel, format in zip(panels, choosing, strict=True):
         names = [name for of, name in pairs if of == format and name != "max"]
         for column, name in enumerate(names):
-            ratio = (plain[format, name] / plain[format, "max"]).transpose(0, 1).flatten(1)  # [roles, layers * experts]
+            ratio = (
+                (outputs[format, name] / outputs[format, "max"]).transpose(0, 1).flatten(1)
+            )  # [roles, layers * experts]
             at = column + torch.linspace(-0.3, 0.3, ratio.shape[1])
             for role, color in enumerate(("tab:blue", "tab:orange", "tab:green")):
                 panel.plot(at, ratio[role], ".", color=color, label=None if column else roles[role])
@@ -207,7 +269,7 @@ if matplotlib:
         panel.yaxis.set_minor_formatter("{x:g}" if is_narrow else "")
         panel.set_xticks(range(len(names)), names, rotation=35, ha="right")
         panel.set_title(format.name)
-    panels[0].set_ylabel("squared error of an expert's matrix / that of max")
+    panels[0].set_ylabel("held-out error of a matrix's outputs / that of max")
     panels[0].legend()
     figure.suptitle("Each point a matrix of an expert, layer by layer from left to right")
     figure.savefig(tiny_moe.OUT / "calibration_errors.png", dpi=110)
@@ -228,3 +290,23 @@ if matplotlib:
     figure.suptitle("1e-3 nats per byte, ± standard error")
     figure.savefig(tiny_moe.OUT / "calibration_loss.png", dpi=110)
     print(f"\nfigures: {tiny_moe.OUT / 'calibration_errors.png'}, {tiny_moe.OUT / 'calibration_loss.png'}")
+
+# %% [markdown]
+# ## What it found
+
+# %%
+fours = [fqt.INT4_BLOCK32, fqt.NVFP4_STATIC, fqt.MXFP4]
+left, best, less = {}, {}, {}
+for format in fours:
+    own = [name for of, name in pairs if of == format]
+    nearest = "mse" if "mse" in own else "max"
+    left[format] = (outputs[format, "GPTQ"].sum() / outputs[format, nearest].sum()).item()
+    best[format] = min(own, key=lambda name, format=format: divergences[format, name].mean())
+    less[format] = 1 - (divergences[format, best[format]].mean() / divergences[format, "max"].mean()).item()
+shares = ", ".join(f"{share:.0%} in {format.name}" for format, share in left.items())
+print(f"\nOf the outputs' error by rounding to the nearest, GPTQ leaves under the same scales {shares}.")
+print(
+    "Nearest to bf16's predictions come "
+    + ", ".join(f"{best[f]} in {f.name} ({less[f]:.0%} less divergence than by max)" for f in fours)
+    + "."
+)

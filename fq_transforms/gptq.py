@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import check_device, check_state, check_tensor, weights_of
+from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.formats import Format, static_format
-from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference
+from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
 from fq_transforms.spec import Group, ranges
@@ -89,13 +89,15 @@ def gptq(
     moved: dict[str, Tensor] = {}
     for groups in progress(list(families.values()), "GPTQ"):
         roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
-        _move(roles, hessians[groups[0].key], damping, shrinkage, order)
+        leaves = hessians[groups[0].key]
+        with torch.autocast(leaves["hessian"].device.type, enabled=False):  # which would round an average to bf16
+            _move(roles, leaves, damping, shrinkage, order)
         for role in roles:
             if role.kept:
                 warnings.warn(
                     f"gptq: {role.group.key!r}: rounded expert {ranges(role.kept)} of {role.group.experts} to the "
                     "nearest, which has no larger error",
-                    stacklevel=2,
+                    stacklevel=3,  # beyond no_grad's wrapper
                 )
             moved |= zip(role.group.names, role.moved, strict=True)
     return dict(params) | moved
@@ -131,15 +133,18 @@ def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hes
         if weights[0].is_meta:
             raise ValueError(f"parameter {group.names[0]!r}: found on meta, wanted values; load the weights")
         what = f"hessians {group.key!r}"
-        if sorted(leaves) != ["hessian", "tokens"]:
-            raise ValueError(f"{what}: found {sorted(leaves)}, wanted 'hessian' and 'tokens', as of input_hessians")
+        if not isinstance(leaves, Mapping) or set(leaves) != {"hessian", "tokens"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+            found = list(leaves) if isinstance(leaves, Mapping) else type(leaves).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"{what}: found {found}, wanted 'hessian' and 'tokens', as of input_hessians")
         side = group.shape[1]
         check_tensor(f"{what}.hessian", leaves["hessian"], (group.experts, side, side), torch.float32)
+        check_readable(f"{what}.tokens", leaves["tokens"])
         check_tensor(f"{what}.tokens", leaves["tokens"], (group.experts,), leaves["tokens"].dtype)
         check_device(group, leaves, weights[0].device)
         if id(leaves["hessian"]) not in checked:  # roles that share their inputs share it
             checked.add(id(leaves["hessian"]))
             _check_values(group, leaves["hessian"])
+        _check_tokens(group, leaves["tokens"])
 
 
 def _check_values(group: Group, hessian: Tensor) -> None:
@@ -162,6 +167,17 @@ def _check_values(group: Group, hessian: Tensor) -> None:
         else:
             found = f"{least[e].item()} on the diagonal of {expert}, wanted mean squares, 0 or more"
         raise ValueError(f"hessians {group.key!r}: found {found}")
+
+
+def _check_tokens(group: Group, tokens: Tensor) -> None:
+    """Raise ValueError for the first number of tokens that is none."""
+    wrong = (~((tokens >= 0) & (tokens < torch.inf))).nonzero().flatten()
+    if len(wrong):
+        e = int(wrong[0])
+        raise ValueError(
+            f"hessians {group.key!r}.tokens: found {tokens[e].item()} for expert {e}, {group.expert_name(e)!r}, wanted "
+            "a count, 0 or more"
+        )
 
 
 def _chunks(tensor: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -218,12 +234,16 @@ def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, column
     errors = _errors(weight, factor, amax, global_amax, columns, format)
     (nearest,) = fake_quantize([weight], amax, global_amax, format=format)
     nearest = weight - nearest
-    is_better = _loss(errors, hessian) < _loss(nearest, hessian)
-    is_other = (errors != nearest).flatten(1).any(1)
-    role.kept += [part.start + e for e in (is_other & ~is_better).nonzero().flatten().tolist()]
-    errors = torch.where(is_better[:, None, None], errors, nearest)
+    loss, least = _loss(errors, hessian), _loss(nearest, hessian)
+    is_better = loss < least  # False for NaN
+    is_kept = (loss >= least) & (errors != nearest).flatten(1).any(1)
+    role.kept += [part.start + e for e in is_kept.nonzero().flatten().tolist()]
     # A weight less its error is a value of the format, but for the rounding of the difference.
-    (found,) = fake_quantize([weight - errors], amax, global_amax, format=format, out_dtype=old[0].dtype)
+    found = weight - errors
+    if format.is_stateless:
+        found = on_grid_of(weight, found, format)
+    found = torch.where(is_better[:, None, None], found, weight)
+    (found,) = fake_quantize([found], amax, global_amax, format=format, out_dtype=old[0].dtype)
     for to, one in zip(role.new[part], found, strict=True):
         to.copy_(one)
 
@@ -263,8 +283,8 @@ def _slope(hessian: Tensor, average: Tensor, tokens: Tensor) -> float:
     """Of a regression of what is off the diagonals on the same of the average of the others, by tokens."""
     total, rest = tokens.sum(), tokens.sum() - tokens
     square = _product(average, average)
-    beside = torch.cat([_product(some, average) for _, some in _chunks(hessian, 4 * hessian[0].nbytes)])
-    own = torch.cat([_product(some, some) for _, some in _chunks(hessian, 4 * hessian[0].nbytes)])
+    beside = torch.cat([_product(some, average) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
+    own = torch.cat([_product(some, some) for _, some in _chunks(hessian, 8 * hessian[0].nbytes)])
     with_rest = total * beside - tokens * own  # times what is left of the tokens
     of_rest = total**2 * square - 2 * total * tokens * beside + tokens**2 * own  # times its square
     counts = (tokens > 0) & (rest > 0)
@@ -275,8 +295,8 @@ def _slope(hessian: Tensor, average: Tensor, tokens: Tensor) -> float:
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
     """Sum of the products of what is off the diagonals of [..., in, in]."""
-    diagonals = (one.diagonal(dim1=-2, dim2=-1) * other.diagonal(dim1=-2, dim2=-1)).sum(-1, dtype=torch.float64)
-    return (one * other).sum((-2, -1), dtype=torch.float64) - diagonals
+    products = one.double() * other.double()  # whose squares are beyond fp32 where the inputs are large
+    return products.sum((-2, -1)) - products.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
@@ -344,7 +364,7 @@ def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
             raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
         warnings.warn(
             f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
-            stacklevel=4,
+            stacklevel=5,
         )
     upper = lower.flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]

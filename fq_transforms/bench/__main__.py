@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fq_transforms.bench import folder, full_size, host, mse, packing, peers, report, step, sweep
+from fq_transforms.bench import folder, full_size, gptq, host, mse, packing, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits, user
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
@@ -35,10 +35,10 @@ from fq_transforms.ops.quantize.reference import clip_backward_reference, fake_q
 
 Row = dict[str, Any]
 
-PARTS = ["kernels", "host", "pack", "mse", "step", "full-size"]
+PARTS = ["kernels", "host", "pack", "mse", "gptq", "step", "full-size"]
 WHAT = (
     "kernels against their floors and peers; the host's time with and without private APIs; packing alone; the sweep "
-    "over amax; training steps (needs Transformer Engine); a whole model"
+    "over amax; GPTQ of a layer; training steps (needs Transformer Engine); a whole model"
 )
 
 
@@ -109,6 +109,7 @@ def _write_page(
             "step": ((partial(step.rows, peers=peers),), step.page),
             "full-size": ((full_size.rows,), full_size.page),
             "mse": ((mse.rows,), mse.page),
+            "gptq": ((partial(gptq.rows, peers=peers),), gptq.page),
         }[what]
         for part in parts:
             for row in part(progress):

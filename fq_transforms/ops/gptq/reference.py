@@ -34,7 +34,7 @@ from fq_transforms.ops.quantize.reference import (
     valid,
 )
 
-__all__ = ["block_amax", "gptq_block_reference"]
+__all__ = ["block_amax", "gptq_block_reference", "on_grid_of"]
 
 
 def gptq_block_reference(
@@ -90,6 +90,25 @@ def block_amax(weight: Float32[Tensor, "... out in"], format: Format) -> Float32
     """
     blocks = weight.unflatten(-1, (-1, format.block[1] or 1))
     return valid(blocks.abs().amax(-1))
+
+
+def on_grid_of(
+    weight: Float32[Tensor, "... out in"], x: Float32[Tensor, "... out in"], format: Format
+) -> Float32[Tensor, "... out in"]:
+    """Rounds x to the nearest under the exponents of an MX format that another weight has.
+
+    Those of x itself may be others: a last bit above the largest value of a block doubles its scale.
+
+    Example:
+        >>> from fq_transforms.formats import MXFP4
+        >>> weight, x = torch.full((1, 32), 6.0), torch.full((1, 32), 0.5)
+        >>> x[0, 0] = 6.0000005
+        >>> on_grid_of(weight, x, MXFP4)[0, :2]
+        tensor([6.0000, 0.5000])
+    """
+    assert not isinstance(format.element, IntElement)
+    e = mx_exponent(block_amax(weight, format), format).repeat_interleave(format.block[1] or 1, -1)
+    return round_to(x * power_of_two(-e), format.element) * power_of_two(e)
 
 
 def _amax_of(amax: Tensor, column: Tensor, format: Format, out_features: int) -> Tensor:
