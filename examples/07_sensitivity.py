@@ -9,7 +9,7 @@ A small byte-level Mixture-of-Experts language model is trained on the help text
 3. "hessian": the error of each expert's outputs, from the second moments of its inputs;
 4. "report": the error of the weights, which looks at no data.
 
-The choices are tested on held-out data. This takes a minute or two on two cores, after
+The choices are tested on held-out data. This takes a few minutes on two cores, after
 `pip install -e '.[examples]'`; with `--small` it takes seconds and learns little.
 """
 
