@@ -175,7 +175,7 @@ class MappableExpert(Expert):
 
 
 class MappableMoE(MoE):
-    """Every expert runs on every token, and the router's zeros drop what was not chosen."""
+    """Every expert runs on every token, and sees zeros where it was not chosen."""
 
     def __init__(self, sizes):
         super().__init__(sizes, MappableExpert)
@@ -186,7 +186,8 @@ class MappableMoE(MoE):
         gate = torch.where(probability >= smallest, probability, 0.0)
         load = (gate > 0).float().mean((0, 1)) / self.top_k
         gate = gate / gate.sum(-1, keepdim=True)
-        y = sum(expert(x) * gate[..., e : e + 1] for e, expert in enumerate(self.experts))
+        own = [gate[..., e : e + 1] for e in range(len(self.experts))]
+        y = sum(expert(x * (g > 0)) * g for expert, g in zip(self.experts, own, strict=True))
         return y, len(self.experts) * (load * probability.mean((0, 1))).sum()
 
 

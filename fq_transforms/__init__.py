@@ -21,6 +21,7 @@ from fq_transforms.gptq import gptq
 from fq_transforms.masters import cast, masters
 from fq_transforms.rounding import Stochastic
 from fq_transforms.rules import Rule
+from fq_transforms.search import search
 from fq_transforms.select import select
 from fq_transforms.spec import Spec
 from fq_transforms.state import merge, tie
@@ -64,6 +65,7 @@ __all__ = [
     "methods",
     "presets",
     "rules",
+    "search",
     "select",
     "state",
     "tie",

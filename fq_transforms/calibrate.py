@@ -1,5 +1,6 @@
 """Calibration: parameters to state, as a pure function; a method chooses each amax."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -176,38 +177,79 @@ def check_whole(method: Method, group: Group, layout: Layout | None) -> None:
 
 
 def importance_of(group: Group, weights: Sequence[Tensor], statistics: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Statistics of a group as fp32 [E, in], on the device of its weights.
+    """Statistics of a group as fp32 [E, in], or block-diagonal [E, in / B, B, B], on the device of its weights.
 
     Raises:
-        ValueError: They are no floats [E, in] or [in] on the device of the weights, are negative or not finite, or all
-            zero for an expert; the weights are DTensors.
+        ValueError: They are no floats of such a shape, shared or by expert, on the device of the weights; they are
+            block-diagonal for a format without blocks along `in`; they are not finite, or no mean squares, or all zero
+            for an expert; the weights are DTensors.
     """
     if statistics is None:
         return None
     found: Any = statistics[group.key]
-    what, wanted = f"statistics {group.key!r}", ((group.experts, group.shape[1]), (group.shape[1],))
-    if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) not in wanted:
-        is_tensor = isinstance(found, Tensor)
-        text = f"{tuple(found.shape)} {found.dtype}" if is_tensor else type(found).__name__
-        raise ValueError(f"{what}: found {text}, wanted floats {wanted[0]} or {wanted[1]}: mean squares of the inputs")
+    what, experts, columns = f"statistics {group.key!r}", group.experts, group.shape[1]
+    is_tensor = isinstance(found, Tensor)
+    text = f"{tuple(found.shape)} {found.dtype}" if is_tensor else type(found).__name__
+    shapes: list[tuple[int, ...]] = [(experts, columns), (columns,)]
+    wanted = f"floats {shapes[0]} or {shapes[1]}: mean squares of the inputs"
+    if group.format.has_blocks_along_in:
+        side = group.format.block[1] or 1
+        shapes += [(experts, columns // side, side, side), (columns // side, side, side)]
+        wanted += f"; or {shapes[2]} or {shapes[3]}: second moments of each block's"
+    elif is_tensor and found.dim() > 2:
+        wanted += f"; {group.format.name} has no blocks along `in`, whose second moments could be taken"
+    if not is_tensor or not found.is_floating_point() or tuple(found.shape) not in shapes:
+        raise ValueError(f"{what}: found {text}, wanted {wanted}")
     if is_sharded(weights[0]) or is_sharded(found):
         raise ValueError(
             f"{what}: found DTensors, wanted plain weights and statistics; or calibrate without statistics"
         )
     if found.device != weights[0].device:
         raise ValueError(f"{what}: found on {found.device}, wanted on {weights[0].device} as the weights")
-    importance = found.detach().float().expand(wanted[0])
+    is_local = found.dim() > 2
+    importance = found.detach().float()
+    importance = importance if found.dim() in (2, 4) else importance[None]
     if is_concrete(importance):
-        usable = ((importance >= 0) & (importance < torch.inf)).all(-1) & (importance > 0).any(-1)
+        squares = importance.diagonal(dim1=-2, dim2=-1).flatten(1) if is_local else importance
+        usable = ((squares >= 0) & (squares < torch.inf)).all(-1) & (squares > 0).any(-1)
         if not bool(usable.all()):
             expert = int(usable.logical_not().nonzero()[0])
-            row = importance[expert]
+            row = squares[expert]
             raise ValueError(
                 f"{what}: found values from {row.min().item()} to {row.max().item()} for expert {expert}, "
                 f"{group.expert_name(expert)!r}, wanted finite ones, at least 0 and not all 0; give an expert without "
                 "tokens ones, or the mean of its peers"
             )
-    return importance
+        if is_local:
+            _check_moments(importance, group, what)
+    return importance.expand(experts, *importance.shape[1:])
+
+
+def _check_moments(moments: Tensor, group: Group, what: str) -> None:
+    """Raise ValueError unless blocks [E or 1, in / B, B, B] of good diagonals can be second moments.
+
+    Such blocks are symmetric, and no number is beyond the root of the product of the two on the diagonal in its row and
+    column. Both may be off by a part in 128 of that root: bf16 and products in TF32 lose less.
+    """
+    roots = (moments.diagonal(dim1=-2, dim2=-1) + torch.finfo(torch.float32).tiny).sqrt()  # squares may underflow
+    most = roots[..., :, None] * roots[..., None, :]
+    slack = most * 2.0**-7
+    is_symmetric = (moments - moments.mT).abs() <= slack  # False for NaN, and for infinities
+    is_possible = moments.abs() <= most + slack
+    is_right = is_symmetric & is_possible
+    if bool(is_right.all()):
+        return
+    expert, block, i, j = map(int, is_right.logical_not().nonzero()[0])
+    one, other = moments[expert, block, i, j].item(), moments[expert, block, j, i].item()
+    if math.isfinite(one) and math.isfinite(other) and bool(is_possible[expert, block, i, j]):
+        found, wanted = f"{one} at ({i}, {j}) and {other} at ({j}, {i})", "symmetric ones"
+    else:
+        limit = most[expert, block, i, j].item()
+        found, wanted = f"{one} at ({i}, {j})", f"at most {limit} there, the root of the two on the diagonal beside it"
+    raise ValueError(
+        f"{what}: found {found} of block {block} for expert {expert}, {group.expert_name(expert)!r}, wanted {wanted}: "
+        "the second moments of a block's inputs"
+    )
 
 
 def chosen_leaves(

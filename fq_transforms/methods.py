@@ -72,8 +72,9 @@ class Mse:
     Max itself is always tried. It stays unless another amax lowers the error by more than the sum may be off by, a part
     in 2**16 (see `fq_transforms.ops.sweep.reference`), so the error is never larger than max's. Of equals the first
     wins. Errors are those of results in fp32; a bf16 or fp16 result is rounded once more. With
-    `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, from
-    `Transform.input_second_moments`.
+    `calibrate(..., statistics=)` each squared error is weighted by its input channel's mean square, or, in formats with
+    blocks along `in`, a block's errors d by all its inputs' second moments H, as d^T H d: the error of the outputs, but
+    for correlations between blocks. Both are from `Transform.input_second_moments`.
 
     ModelOpt's defaults are (0.25, 4.0, 0.1); here ratios are twice as close, and few are above 1, where integers only
     lose resolution. A granule of many weights with one far outlier may want a smaller `start`.
@@ -86,7 +87,7 @@ class Mse:
     Raises:
         ValueError: The sweep is empty or has more than 4096 ratios; a number is not positive and finite.
 
-    Source: ModelOpt 0.47 `MseCalibrator`, and `NVFP4MSECalibrator` for the sweep over scales.
+    Source: ModelOpt 0.47 `MseCalibrator`, `NVFP4MSECalibrator` for the sweep over scales, `local_hessian_calibrate`.
 
     Example:
         >>> Mse(0.5, 1.0, 0.25).ratios

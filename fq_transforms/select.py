@@ -12,7 +12,7 @@ from fq_transforms.parse import check_name, nearest
 from fq_transforms.rules import Rule, Rules, as_rules, name_matches, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
 
-__all__ = ["select"]
+__all__ = ["check_fits", "select"]
 
 _STACKED_EXPERTS = (r"(?:.*\.)?(?:local_)?experts\..+",)
 _ROUTER = re.compile(r"(?P<block>(?:.*\.)?)(?:router|gate)(?:\.[^.]+)?\.weight")
@@ -252,13 +252,26 @@ def _group(
     is_transposed = layouts.is_transposed(key, names, first)
     matrix = first.shape[-2:]
     shape = (matrix[1], matrix[0]) if is_transposed else (matrix[0], matrix[1])
+    check_fits(names[0], shape, format)
+    return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
+
+
+def check_fits(name: str, shape: tuple[int, int], format: Format) -> None:
+    """Raise ValueError, naming the parameter, unless blocks of a format divide the rows of an expert's (out, in).
+
+    Example:
+        >>> check_fits("head", (8, 48), FORMATS["INT4_BLOCK32"])
+        Traceback (most recent call last):
+        ...
+        ValueError: parameter 'head': found shape (out, in) = (8, 48), wanted `in` to be a multiple of 32, the block of
+        INT4_BLOCK32; choose a format of another element or exclude it with a rule to None
+    """
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
         raise ValueError(
-            f"parameter {names[0]!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
+            f"parameter {name!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
             f"block of {format.name}; choose {_fitting(format, shape[1])} or exclude it with a rule to None"
         )
-    return Group(key, names, format, first.shape[0] if stacked else len(names), shape, stacked, is_transposed)
 
 
 def _fitting(format: Format, width: int) -> str:

@@ -136,8 +136,8 @@ class Transform:
                 many. Read for inputs only.
             model: For inputs, the module whose parameters are `params`, in the mode that it shall run in.
             forward: For inputs, `forward(call, batch)`, if `call(batch)` is not how a batch is passed.
-            statistics: For `Mse`, group key to the mean square of each input channel, [E, in] or [in]: see
-                `input_second_moments`.
+            statistics: For `Mse`, group key to what `input_second_moments` gives: mean squares, [E, in] or [in]; for
+                formats with blocks of (1, B) also second moments, [E, in / B, B, B] or [in / B, B, B].
 
         Returns:
             A new state on the device of the weights, detached. An expert of zeros has amax 0; an expert without
@@ -450,29 +450,30 @@ class Transform:
         forward: Forward | None = None,
         unseen: Unseen = "raise",
         group: "ProcessGroup | None" = None,
+        blocks: bool = False,
     ) -> dict[str, Tensor]:
         """m[e, i] = mean of x[t, i]**2 over the tokens t that expert e multiplies its weight with, x @ w[e].T.
 
-        The `statistics` of `calibrate`, with which `Mse` takes the amax with the least sum of m[e, i] * error[o, i]**2.
-        The model runs on each batch, unquantized. Why so, and over ranks: docs/calibration.
+        With `blocks`, for formats with blocks b of (1, B), m[e, b, i, j] = mean of x[t, b * B + i] * x[t, b * B + j].
+        These are the `statistics` of `calibrate`. The model runs unquantized. More, and ranks: docs/calibration.
 
         Args:
             params: Names to tensors; may hold more than the spec names.
-            batches: As `calibrate` takes them.
-            model: As `calibrate` takes it.
-            forward: As `calibrate` takes it.
+            batches: As `calibrate` takes them, as it does the next two.
+            model: As there.
+            forward: As there.
             unseen: For experts without tokens: "raise", "mean-of-peers", or "ones", the error of the weight itself.
-            group: Ranks with the same weights and each its own batches; sums are added over them in one all-reduce.
+            group: Ranks with the same weights and each its own batches, over which sums are added.
+            blocks: The same on all ranks.
 
         Returns:
-            Group key to fp32 [E, in] on the device of the weights; sums are fp64, rounded once. Dense weights: E = 1.
+            Group key to fp32 [E, in] or [E, in / B, B, B] on the device of the weights; sums are fp64. Dense: E = 1.
 
         Raises:
             KeyError: A parameter is missing.
-            ValueError: As `calibrate` with inputs; an expert has no token under "raise", a group none under
-                "mean-of-peers"; another rank failed.
+            ValueError: As `calibrate` with inputs; no token where `unseen` wants some; another rank failed.
 
-        Source: the diagonal of GPTQ's Hessian, Frantar et al., arXiv:2210.17323, section 3; `llama-imatrix`.
+        Source: diagonal or blocks of GPTQ's Hessian, Frantar et al., arXiv:2210.17323, section 3; `llama-imatrix`.
 
         Example:
             >>> import fq_transforms as fqt
@@ -484,7 +485,14 @@ class Transform:
             {'weight': tensor([[5., 2.]])}
         """
         return input_second_moments(
-            params, batches, spec=self.spec, model=model, forward=forward, unseen=unseen, group=group
+            params,
+            batches,
+            spec=self.spec,
+            model=model,
+            forward=forward,
+            unseen=unseen,
+            group=group,
+            blocks=blocks,
         )
 
     def calibrate_sequentially(

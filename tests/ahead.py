@@ -56,6 +56,8 @@ MOST_INSTRUCTIONS = {
 # The most instructions a weight and candidate of the sweep, in the loop over candidates; `fq_transforms.bench.mse` has
 # the least that the formulas need.
 MOST_SWEEP_INSTRUCTIONS = {"INT": 12.7, "FP8": 11.9, "NVFP4": 13.9}
+# The same with second moments, in the innermost loop, where 16 rows of H take 32; NVFP4 has all of a candidate there.
+MOST_FORM_INSTRUCTIONS = {"INT": 43.5, "NVFP4": 50.0}
 SEARCHES = [Search("ratios", Mse().ratios), Search("window"), Search("scales")]
 
 
@@ -95,6 +97,28 @@ def check_sweep(format, plan, compiled):
     assert len(loads) <= 1, f"{format.name}: {loads}"  # the candidate's ratio
     before = [name for address, name, _ in listing if address < loop[0]]
     assert before.count("LDG.E.128") == weights / 8, f"{format.name}: {before.count('LDG.E.128')} wide loads"
+
+
+def check_form(format, plan, compiled):
+    """Of the sweep with second moments: few instructions a weight in the innermost loop, 16 rows of H and candidates.
+
+    Where a thread holds a chunk whole, nothing is exchanged; else numbers within a warp, without a barrier.
+    """
+    listing = listing_of(compiled)
+    jumps = [
+        (int(target.group(1), 16), address)
+        for address, name, operands in listing
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands)) and int(target.group(1), 16) < address
+    ]
+    start, end = max(jumps)  # the last to begin: rows of H, or, where 16 are all of them, candidates
+    body = [name for address, name, _ in listing if start <= address <= end]
+    weights = plan.constants["CHUNK"] * plan.constants["TILE"] / (32 * plan.warps)
+    found = len(body) / weights
+    most = next(most for name, most in MOST_FORM_INSTRUCTIONS.items() if format.name.startswith(name))
+    assert found <= most, f"{format.name}: {found:.1f} instructions a weight"
+    exchanges = [name for name in body if name.startswith(("LDS", "STS", "SHFL", "BAR", "STL"))]
+    allowed = ("SHFL",) if plan.constants["CHUNK"] > weights else ()
+    assert all(name.startswith(allowed) for name in exchanges), f"{format.name}: {exchanges}"
 
 
 def check_packing(format, plan, compiled):
@@ -143,7 +167,14 @@ def compile_sweeps(format, transposed, amax):
             swept = compile_ahead(plan, operands)
             if dtype == "bf16" and not transposed:
                 check_sweep(format, plan, swept)
-    return len(cases) * len(searches)
+    if not format.has_blocks_along_in:
+        return len(cases) * len(searches)
+    for dtype, size, _ in cases:
+        plan = sweep_plan(format, SHAPE, transposed, size, searches[-1], is_local=True)
+        swept = compile_ahead(plan, operands | {"weight_base": dtype, "importance_ptr": "fp32"})
+        if dtype == "bf16" and not transposed:
+            check_form(format, plan, swept)
+    return len(cases) * (len(searches) + 1)
 
 
 def compile_stochastic(format, transposed, operands):

@@ -100,18 +100,19 @@ def test_calibration_compares_every_method_in_every_format():
 
 
 def test_sensitivity_chooses_a_spec_under_its_budget():
-    """The script itself asserts that a state stands for INT4; at small settings it says what each choice costs."""
+    """Every choice keeps the budget, a quarter of the way from four bits to eight; the last lines say what it found."""
     lines = said("07_sensitivity.py", "--small")
-    assert lines[0].startswith("INT4 by its state and by its format: all equal but ")
-    size = {}
-    for line in lines[lines.index(next(line for line in lines if "held-out loss" in line)) + 1 :]:
-        for name in ("8 bits for all", "mixed, by expert (a state)", "mixed, by group (a spec)", "4 bits for all"):
-            if line.startswith(name):
-                size[name] = int(line.removeprefix(name).split()[0].replace(",", ""))
-    budget = (size["8 bits for all"] + size["4 bits for all"]) // 2
-    assert size["4 bits for all"] < size["mixed, by group (a spec)"] <= budget
-    assert size["mixed, by expert (a state)"] <= budget
-    assert any(line.startswith("group ") and "SQNR dB" in line for line in lines)
+    assert lines[0].startswith("Four bits for one expert of 4: the loss on 8 held-out sequences changes by")
+    rows = lines[lines.index(next(line for line in lines if "held-out loss" in line)) + 1 :]
+    size = {row[:22].strip(): int(row[22:32].replace(",", "")) for row in rows[: rows.index("")]}
+    ends = [size.pop(f"{bits} bits for all") for bits in (4, 8)]
+    ways = [f"by expert, {way}" for way in ("loss", "jvp", "hessian", "report")]
+    assert list(size) == [*ways, "by role, jvp", "by layer, jvp"]
+    assert all(ends[0] <= each <= ends[0] + (ends[1] - ends[0]) // 4 for each in size.values())
+    assert size["by expert, report"] > ends[0]  # the error of weights only falls
+    assert any(line.startswith("unit ") and line.endswith("in INT8") for line in lines)
+    assert lines[-2].startswith("Of the four, ")
+    assert lines[-1].startswith("At 5.0")
 
 
 def test_distillation_brings_the_student_back_to_its_teacher():

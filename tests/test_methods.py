@@ -266,6 +266,95 @@ def test_bad_statistics(bad, error, fragments):
     assert_names(message_of(error, fq.calibrate, params, statistics=statistics), "experts.*.weight", *fragments)
 
 
+def moments_of(count, columns, side=32):
+    """Second moments of blocks of inputs that go together, by expert: [count, columns / side, side, side]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, columns // side, 2 * side, side, generator=generator)
+    x = x @ torch.randn(count, columns // side, side, side, generator=generator)
+    return x.mT @ x / (2 * side)
+
+
+@pytest.mark.parametrize("format", [format for format in STATIC if format.has_blocks_along_in], ids=name_of)
+def test_second_moments_of_each_expert(format):
+    """[E, in / B, B, B] weighs each expert by its own; [in / B, B, B] all alike; never above max's, block by block."""
+    params = params_of(3, (6, 256))
+    fq, by_max = transform_of(params, format, method=Mse()), transform_of(params, format).calibrate(params)
+    side = format.block[1]
+    moments = moments_of(3, 256, side)
+
+    def amax(statistics):
+        return fq.calibrate(params, statistics={"experts.*.weight": statistics})["experts.*.weight"]["amax"]
+
+    found = amax(moments)
+    assert torch.equal(found, torch.stack([amax(one)[e] for e, one in enumerate(moments)]))
+    assert not torch.equal(found, amax(moments[0]))
+    assert torch.equal(amax(moments[1].double()), amax(moments[1]))
+    state = {"experts.*.weight": by_max["experts.*.weight"] | {"amax": found}}
+    errors = []
+    for one in (state, by_max):
+        fakes = replace(fq, out_dtype=torch.float32).fakequant(params, one)
+        d = torch.stack([(params[name] - fakes[name]).double() for name in params]).unflatten(-1, (-1, side))
+        errors.append(torch.einsum("eobi,ebij,eobj->eob", d, moments.double(), d))
+    assert (errors[0] <= errors[1]).all()
+    assert errors[0].sum() < 0.95 * errors[1].sum()
+
+
+def bad_moments():
+    good = moments_of(4, 128)
+    for place, value, fragments in (
+        ((2, 1, 7, 7), torch.nan, ("nan", "expert 2", "experts.2.weight", "finite")),
+        ((2, 1, 7, 7), torch.inf, ("inf", "expert 2", "experts.2.weight", "finite")),
+        ((2, 1, 7, 7), -1.0, ("-1.0", "expert 2", "at least 0")),
+        ((1, 3, 0, 5), torch.nan, ("nan at (0, 5)", "block 3", "expert 1", "second moments")),
+        ((1, 3, 0, 5), torch.inf, ("inf at (0, 5)", "block 3", "expert 1", "at most")),
+        ((1, 3, 0, 5), 1e6, ("1000000.0 at (0, 5)", "block 3", "expert 1", "at most", "root")),
+    ):
+        bad = good.clone()
+        bad[place] = value
+        yield bad, fragments
+    root = (good[3, 0, 4, 4] * good[3, 0, 9, 9]).sqrt().item()
+    skew = good.clone()
+    skew[3, 0, 4, 9], skew[3, 0, 9, 4] = 0.25 * root, 0.5 * root
+    yield skew, ("at (4, 9) and", "at (9, 4) of block 0", "expert 3", "experts.3.weight", "symmetric")
+    yield good * (torch.arange(4) != 1)[:, None, None, None], ("expert 1", "not all 0", "without tokens")
+    yield good[:3], ("(3, 4, 32, 32)", "(4, 4, 32, 32)", "(4, 32, 32)", "(4, 128)")
+    yield moments_of(4, 128, 16), ("(4, 8, 16, 16)", "(4, 4, 32, 32)")
+    yield good.int(), ("int32", "floats")
+    yield good.to("meta"), ("on meta", "on cpu")
+
+
+@pytest.mark.parametrize(("bad", "fragments"), list(bad_moments()))
+def test_bad_second_moments(bad, fragments):
+    """What cannot be the mean of x x^T is refused with the group, the expert, the block and the place."""
+    params = params_of()
+    fq = transform_of(params, fqt.INT4_BLOCK32, method=Mse())
+    message = message_of(ValueError, fq.calibrate, params, statistics={"experts.*.weight": bad})
+    assert_names(message, "statistics 'experts.*.weight'", *fragments)
+
+
+def test_second_moments_of_formats_without_blocks_along_in():
+    """Channels, tensors and squares have no block whose inputs go together with its scale alone: said by name."""
+    params = params_of()
+    for format in (fqt.INT8, fqt.FP8_PER_CHANNEL, fqt.FP8_BLOCK):
+        fq = transform_of(params, format, method=Mse())
+        message = message_of(ValueError, fq.calibrate, params, statistics={"experts.*.weight": moments_of(4, 128)})
+        assert_names(message, "experts.*.weight", "(4, 4, 32, 32)", "(4, 128)", format.name, "no blocks along `in`")
+
+
+def test_second_moments_that_rounding_leaves_good():
+    """Law: what is refused is not what arithmetic loses: bf16, fp16, inputs alike or tiny enough to underflow."""
+    params = params_of(1)
+    fq = transform_of(params, fqt.INT4_BLOCK32, method=Mse())
+    x = torch.randn(64, 1, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, -1.0]).repeat(64)
+    x = x.double() * 2.0 ** -torch.linspace(0, 80, 128).double()
+    blocks = x.unflatten(-1, (4, 32)).transpose(0, 1)
+    moments = blocks.mT @ blocks / 64
+    assert (moments.float() == 0).any()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert fq.calibrate(params, statistics={"experts.*.weight": moments.to(dtype)[None]})
+    assert fq.calibrate(params, statistics={"experts.*.weight": moments_of(1, 128).half()})
+
+
 def test_statistics_of_other_groups_or_methods():
     """A missing group is a KeyError, an unexpected one and a method that weighs nothing a ValueError."""
     params = params_of()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["input_hessians"]
 
+# Inputs that are held until another is seen: one, and another between two layers that see the first, as in MLA.
+MOST_WAITING = 2
+
 
 def input_hessians(
     params: Mapping[str, Tensor],
@@ -67,7 +70,7 @@ class _Sums:
     def of(inputs: Inputs, device: torch.device) -> "_Sums":
         side = inputs.shape[1]
         return _Sums(
-            torch.zeros((inputs.experts, side, side), device=device),
+            torch.zeros((inputs.experts, side, side), dtype=torch.float32, device=device),
             torch.zeros(inputs.experts, dtype=torch.float64, device=device),
         )
 
@@ -76,24 +79,23 @@ class _Sums:
 
 
 class _Seen:
-    """An input that one group has seen, and others may be about to see, with the groups that have."""
+    """An input that one group has seen, and others may be about to see, with the groups that have.
+
+    It is a copy: the model may write to its own before these groups are known, as `x.relu_()` after a layer does.
+    """
 
     def __init__(self, use: Use, x: Tensor, by: "_Products") -> None:
-        self.use, self.x, self.version, self.by = use, x, _version(x), [by]
+        self.use, self.by = use, [by]
+        self.x = x.clone(memory_format=torch.contiguous_format)
 
     def is_seen_again(self, use: Use, x: Tensor) -> bool:
-        """True if it is the same tensor, unchanged; this one is held, so no other can be where it is."""
-        is_same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
-        if not is_same or x.dtype != self.x.dtype or _version(x) != self.version:
-            return False
+        """True if it has the same values, for the same experts."""
         one, other = self.use.experts, use.experts
         if isinstance(one, int) or isinstance(other, int):
-            return isinstance(one, int) and isinstance(other, int) and one == other
-        return torch.equal(one, other)
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+            is_same = isinstance(one, int) and isinstance(other, int) and one == other
+        else:
+            is_same = torch.equal(one, other)
+        return is_same and x.dtype == self.x.dtype and torch.equal(x, self.x)
 
 
 class _Node:
@@ -105,6 +107,8 @@ class _Node:
         for member in members:
             member.node = self
 
+    @torch.inference_mode(False)  # within which a model may run, and tensors made are not written to outside
+    @torch.no_grad()
     def settle(self) -> None:
         """Add what was seen next; those that have not seen it go on by themselves."""
         seen, self.next = self.next, None
@@ -112,8 +116,10 @@ class _Node:
             return
         left = [member for member in self.members if member not in seen.by]
         if left:
-            _Node(None if self.sums is None else self.sums.copy(), left)
+            rest = _Node(None if self.sums is None else self.sums.copy(), left)
             self.members = seen.by
+            if rest.sums is None:  # whom groups that have yet to begin may go with
+                left[0].empty.put(rest)
         if self.sums is None:
             self.sums = _Sums.of(seen.use.inputs, seen.x.device)
         experts = seen.use.experts
@@ -127,16 +133,34 @@ class _Node:
 
 
 class _Empty(dict[tuple[int, int], _Node]):
-    """Groups that have seen nothing yet, by experts and `in`."""
+    """Groups that have seen nothing yet, by experts and `in`; and what waits to be added, of all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[_Node] = []
+
+    def wait(self, node: _Node) -> None:
+        """Others may see what the node has seen, but no inputs of a whole model are held for them."""
+        if node in self.waiting:
+            self.waiting.remove(node)
+        self.waiting.append(node)
+        if len(self.waiting) > MOST_WAITING:
+            self.waiting.pop(0).settle()
+
+    def put(self, node: _Node) -> None:
+        self[_size(node.members[0])] = node
 
     def add(self, member: "_Products") -> None:
-        key = member.inputs.experts, member.inputs.shape[1]
-        node = self.get(key)
+        node = self.get(_size(member))
         if node is None or node.sums is not None:
-            self[key] = _Node(None, [member])
+            self.put(_Node(None, [member]))
         else:
             node.members.append(member)
             member.node = node
+
+
+def _size(member: "_Products") -> tuple[int, int]:
+    return member.inputs.experts, member.inputs.shape[1]
 
 
 class _Products:
@@ -146,7 +170,7 @@ class _Products:
     node: _Node
 
     def __init__(self, empty: _Empty, inputs: Inputs, device: torch.device) -> None:
-        self.inputs, self._device = inputs, device
+        self.inputs, self._device, self.empty = inputs, device, empty
         empty.add(self)
 
     def add(self, use: Use, x: Tensor) -> None:
@@ -159,6 +183,7 @@ class _Products:
         if seen is not None:
             self.node.settle()
         self.node.next = _Seen(use, x, self)
+        self.empty.wait(self.node)
 
     def to(self, device: torch.device) -> "_Products":
         self._device = device
@@ -213,5 +238,7 @@ def _means(inputs: Inputs, sums: _Sums, unseen: Unseen) -> dict[str, Tensor]:
         if unseen == "ones":
             hessian[numbers] = torch.eye(hessian.shape[-1], device=hessian.device)
         else:
-            hessian[numbers] = torch.einsum("e,eij->ij", (~is_unseen / (~is_unseen).sum()).float(), hessian)
+            shares = (~is_unseen / (~is_unseen).sum()).float()
+            with torch.autocast(hessian.device.type, enabled=False):  # which would round it to bf16
+                hessian[numbers] = torch.einsum("e,eij->ij", shares, hessian)
     return {"hessian": hessian, "tokens": tokens}

@@ -1,6 +1,11 @@
-"""How large each channel of a layer's input is, by which `Mse` weighs the errors of its weights."""
+"""How large each channel of a layer's input is, by which `Mse` weighs the errors of its weights.
+
+And how channels of a block that shares a scale go together: their second moments, blocks on the diagonal of GPTQ's
+Hessian.
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -33,27 +38,38 @@ def input_second_moments(
     forward: Forward | None,
     unseen: Unseen,
     group: "ProcessGroup | None",
+    blocks: bool = False,
 ) -> dict[str, Tensor]:
     """`Transform.input_second_moments`, with the spec of the Transform."""
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
     wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
+    given: Any = blocks
     try:  # all that may differ between ranks, so that those without the error do not wait for ever
         if unseen not in POLICIES:
             raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
+        if not isinstance(given, bool):
+            raise ValueError(f"blocks: found {given!r}, wanted True or False")
         if not wanted:
             return {}
-        found = observe(params, batches, wanted, _Squares, model=model, forward=forward, caller="input_second_moments")
+        kind = partial(_seen, blocks=blocks)
+        found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_second_moments")
     except Exception:
         if group is not None:
-            _add_up([_Squares(inputs, torch.device("cpu"), torch.nan) for inputs in wanted], group)
+            _add_up([_Squares(inputs, torch.device("cpu"), torch.nan) for inputs in wanted], group, False)
         raise
     if group is not None:
-        _add_up(list(found.values()), group)
+        with_blocks = _add_up(list(found.values()), group, blocks)
         if bool(found[wanted[0].key].rows.isnan().any()):
             raise ValueError(
                 "input_second_moments: found that another rank of the group failed, wanted sums from all of them"
             )
+        if with_blocks not in (0, group.size()):
+            raise ValueError(f"blocks: found True on {with_blocks} of {group.size()} ranks, wanted the same on all")
+        # Only now: a rank that failed does not take part, nor one with other blocks. One by one, as they are large.
+        for squares in found.values():
+            if isinstance(squares, _Moments):
+                _add_over(group, [squares.products])
     return {key: squares.means(unseen) for key, squares in found.items()}
 
 
@@ -87,11 +103,65 @@ class _Squares:
         return self.sums[:-1].sum(-1)
 
     def means(self, unseen: Unseen) -> Tensor:
-        rows = self.rows[:-1, None]
-        means, is_unseen = self.sums[:-1] / rows.clamp(min=1.0), (rows == 0).flatten()
+        """By expert, fp32; the policy decides for those without tokens."""
+        return self._filled(self._each(self.sums[:-1]), unseen, torch.ones(())).float()
+
+    def _each(self, sums: Tensor) -> Tensor:
+        """Sums [E, ...] over the tokens of each expert."""
+        return sums / self.rows[:-1].clamp(min=1.0).view(-1, *[1] * (sums.dim() - 1))
+
+    def _filled(self, means: Tensor, unseen: Unseen, ones: Tensor) -> Tensor:
+        """The means [E, ...], with others in place of those of experts without tokens."""
+        is_unseen = self.rows[:-1] == 0
         if numbers := check_unseen(self.inputs, is_unseen, unseen, "input_second_moments"):
-            means[numbers] = 1.0 if unseen == "ones" else means[~is_unseen].mean(0)
-        return means.float()
+            means[numbers] = ones.to(means) if unseen == "ones" else means[~is_unseen].mean(0)
+        return means
+
+
+class _Moments(_Squares):
+    """Sum of x x^T of each block of B inputs besides, fp64 [E, in / B, B, B]."""
+
+    def __init__(self, inputs: Inputs, device: torch.device, value: float = 0.0) -> None:
+        super().__init__(inputs, device, value)
+        side = inputs.format.block[1] or 1
+        shape = (inputs.experts, inputs.shape[1] // side, side, side)
+        self.products = torch.full(shape, value, dtype=torch.float64, device=device)
+
+    def add(self, use: Use, x: Tensor) -> None:
+        super().add(use, x)
+        x = x.reshape(-1, x.shape[-1])
+        if isinstance(use.experts, int):
+            self._add_products(use.experts, x)
+            return
+        experts = use.experts.reshape(-1)
+        x = x[experts.argsort(stable=True)]
+        counts: list[int] = experts.long().bincount(minlength=len(self.rows)).tolist()  # waits for the device
+        for expert, rows in enumerate(x.split(counts)[:-1]):
+            if len(rows):
+                self._add_products(expert, rows)
+
+    def _add_products(self, expert: int, x: Tensor) -> None:
+        for part in x.split(MOST_ROWS):
+            by_block = part.double().unflatten(-1, self.products.shape[1:3]).transpose(0, 1)  # [in / B, rows, B]
+            self.products[expert] += by_block.mT @ by_block
+
+    def to(self, device: torch.device) -> "_Moments":
+        super().to(device)
+        self.products = self.products.to(device)
+        return self
+
+    def means(self, unseen: Unseen) -> Tensor:
+        means = self._each(self.products)
+        means = (means + means.mT) / 2  # a product need not be symmetric to the bit
+        # Its sums are in another order, too: the diagonal is that of `blocks=False`, exactly.
+        means.diagonal(dim1=-2, dim2=-1).copy_(self._each(self.sums[:-1]).view(means.shape[:-1]))
+        return self._filled(means, unseen, torch.eye(means.shape[-1])).float()
+
+
+def _seen(inputs: Inputs, device: torch.device, value: float = 0.0, *, blocks: bool) -> _Squares:
+    """What is kept of a group: second moments of blocks, if they are asked for and its format has some along `in`."""
+    kind = _Moments if blocks and inputs.format.has_blocks_along_in else _Squares
+    return kind(inputs, device, value)
 
 
 def check_unseen(inputs: Inputs, is_unseen: Tensor, unseen: Unseen, caller: str) -> list[int]:
@@ -108,9 +178,15 @@ def check_unseen(inputs: Inputs, is_unseen: Tensor, unseen: Unseen, caller: str)
     return numbers
 
 
-def _add_up(found: Sequence[_Squares], group: "ProcessGroup") -> None:
-    """Add up sums and counts over the ranks, in place. One all-reduce, on the group's device, or none for none."""
+def _add_up(found: Sequence[_Squares], group: "ProcessGroup", blocks: bool) -> int:
+    """Add up sums and counts over the ranks, in place; on how many of them `blocks` is true. One all-reduce."""
+    flag = torch.tensor([float(blocks)], dtype=torch.float64, device="cpu")
+    _add_over(group, [leaf for squares in found for leaf in (squares.sums, squares.rows)] + [flag] * bool(found))
+    return int(flag)
+
+
+def _add_over(group: "ProcessGroup", leaves: Sequence[Tensor]) -> None:
+    """Add up fp64 tensors over the ranks, in place. One all-reduce, on the group's device, or none for none."""
     device = torch.device("cpu" if "cpu:" in torch.distributed.get_backend_config(group) else "cuda")
-    leaves = [leaf for squares in found for leaf in (squares.sums, squares.rows)]
     for leaf, total in zip(leaves, sum_over(group, [leaf.to(device) for leaf in leaves]), strict=True):
         leaf.copy_(total)

@@ -23,7 +23,7 @@ from fq_transforms.calibrate import scale_search
 from fq_transforms.formats import Format, IntElement
 from fq_transforms.methods import Mse
 from fq_transforms.ops.amax.autograd import expert_amax
-from fq_transforms.ops.sweep.autograd import swept_amax
+from fq_transforms.ops.sweep.autograd import in_units, swept_amax
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
 
 __all__ = ["arithmetic_floor_us", "instructions_of", "page", "rows"]
@@ -50,19 +50,29 @@ FORMATS = [
 MOST = 3.0  # the limit: a sweep may take this many times its floor
 
 
-def instructions_of(format: Format, *, weighted: bool = False) -> int:
-    """Instructions per weight and candidate; one more if the error is weighted.
+def instructions_of(format: Format, *, weighted: bool = False, local: bool = False) -> int:
+    """Instructions per weight and candidate; one more if the error is weighted, a row of H if it is a form.
 
     Example:
         >>> instructions_of(fqt.INT8), instructions_of(fqt.FP8), instructions_of(fqt.NVFP4_STATIC)
         (11, 10, 12)
+        >>> instructions_of(fqt.NVFP4_STATIC, local=True)
+        45
     """
     kind = "int" if isinstance(format.element, IntElement) else "e2m1" if format.scale == "e4m3" else "fp8"
-    return len(INSTRUCTIONS[kind]) + weighted
+    columns = format.block[1] or 0
+    return len(INSTRUCTIONS[kind]) + weighted + local * (2 * columns + 1)  # d * r, then a product and a sum a column
 
 
 def arithmetic_floor_us(
-    format: Format, shape: Shape, candidates: int, *, processors: int, clock_mhz: float, weighted: bool = False
+    format: Format,
+    shape: Shape,
+    candidates: int,
+    *,
+    processors: int,
+    clock_mhz: float,
+    weighted: bool = False,
+    local: bool = False,
 ) -> float:
     """Microseconds that the instructions of a sweep take at the full issue rate.
 
@@ -73,18 +83,21 @@ def arithmetic_floor_us(
         processors: SMs of the chip.
         clock_mhz: Its highest clock.
         weighted: With importance.
+        local: With second moments of blocks.
 
     Example:
         >>> round(arithmetic_floor_us(fqt.FP8, SHAPES[0], 22, processors=132, clock_mhz=1980.0))
         1050
     """
     weights = shape.experts * shape.out_features * shape.in_features
-    lanes = weights * candidates * instructions_of(format, weighted=weighted)
+    lanes = weights * candidates * instructions_of(format, weighted=weighted, local=local)
     return lanes / (processors * LANES * clock_mhz)
 
 
 def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
-    """One row per format on Nemotron-3-Nano's fc1 at EP=4, some with weighted errors; each checked before it is timed.
+    """One row per format on Nemotron-3-Nano's fc1 at EP=4, some with weighted errors, by channel and by block.
+
+    Each is checked before it is timed.
 
     Raises:
         SystemExit: An amax is not the reference's.
@@ -100,7 +113,9 @@ def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
     copy_us = floor_us(lambda: out.copy_(stacked))
     ones = torch.rand((shape.experts, shape.in_features), generator=generator, device="cuda")
     cases = [(format, None) for format in FORMATS] + [(fqt.INT4_BLOCK32, ones), (fqt.NVFP4_STATIC, ones)]
+    cases += [(format, _moments(format, shape, generator)) for format in FORMATS if format.has_blocks_along_in]
     for format, importance in progress(cases, desc="mse"):
+        kind = "" if importance is None else "weighted" if importance.dim() == 2 else "local"
         search = _search(format, importance)
         amax, global_amax = expert_amax(weights, format=format)
         given = (format, search, amax, global_amax, importance)
@@ -109,13 +124,14 @@ def rows(progress: Callable[..., Any]) -> Generator[Row, None, None]:
         moved = sum(leaf.nbytes for leaf in (amax, amax, global_amax, importance) if leaf is not None)
         bytes_us = copy_us * (stacked.nbytes + moved) / (2 * stacked.nbytes)
         chip: dict[str, Any] = {"processors": processors, "clock_mhz": clock_mhz}
-        arithmetic_us = arithmetic_floor_us(format, shape, search.count, weighted=importance is not None, **chip)
+        counted = {"weighted": kind == "weighted", "local": kind == "local"}
+        arithmetic_us = arithmetic_floor_us(format, shape, search.count, **counted, **chip)
         us = device_us(call)
         yield {
-            "format": format.name + ", weighted" * (importance is not None),
+            "format": format.name + {"": "", "weighted": ", weighted", "local": ", local Hessian"}[kind],
             "shape": str(shape),
             "tried": search.count,
-            "instructions": instructions_of(format, weighted=importance is not None),
+            "instructions": instructions_of(format, **counted),
             "us": us,
             "with_max_us": device_us(both),
             "bytes_us": bytes_us,
@@ -151,12 +167,23 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
             "",
             "Bytes: each weight read once, the leaves read and written, at `copy_`'s bandwidth. Arithmetic: weights * "
             f"tried * instructions / (SMs * {LANES} * clock), {chip}; instructions per weight and candidate: "
-            f"{counts}; one more if weighted.",
+            f"{counts}; one more if weighted; a product and a sum for each weight of the block, and one more, with its "
+            "local Hessian.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
         ]
     )
+
+
+def _moments(format: Format, shape: Shape, generator: torch.Generator) -> Tensor:
+    """Second moments of blocks of inputs that go together, by expert."""
+    side = format.block[1] or 1
+    size = (shape.experts, shape.in_features // side, 2 * side, side)
+    x = torch.randn(size, generator=generator, device="cuda") + torch.randn(
+        (*size[:-1], 1), generator=generator, device="cuda"
+    )
+    return x.mT @ x / (2 * side)
 
 
 def _search(format: Format, importance: Tensor | None) -> Search:
@@ -183,10 +210,9 @@ def _checked(
         return swept_amax(weights, *leaves, importance, format=format, search=search)
 
     found = call()
+    units = None if importance is None else in_units(importance)
     for e, weight in enumerate(weights):
-        g, h = (None if leaf is None else leaf[e] for leaf in (global_amax, importance))
-        if h is not None:  # as `swept_amax` does
-            h = h / 2.0 ** (int(torch.frexp(h.max())[1]) - 1)
+        g, h = (None if leaf is None else leaf[e] for leaf in (global_amax, units))
         wanted = sweep_reference(weight, amax[e], g, h, format=format, search=search)
         if not torch.equal(found[e], wanted):
             differ = int((found[e] != wanted).sum())

@@ -45,8 +45,8 @@ _OURS = re.compile(r"[^./\0][^/\0]*")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def bytes_of(size: int | str) -> int:
-    """A size such as 5_000_000 or "5MB", in bytes.
+def bytes_of(size: int | str, what: str = "max_shard_size") -> int:
+    """A size such as 5_000_000 or "5MB", in bytes; `what` it is called in the message.
 
     Raises:
         ValueError: It is no size, or not positive.
@@ -58,7 +58,7 @@ def bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
     number = round(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
     if number < 1:
-        raise ValueError(f'max_shard_size: found {size!r}, wanted a number of bytes, or a text such as "5GB"')
+        raise ValueError(f'{what}: found {size!r}, wanted a number of bytes, or a text such as "5GB"')
     return number
 
 

@@ -82,8 +82,9 @@ def calibrate(
     Args:
         fq: Of a spec from `select`, without inputs.
         model: As above.
-        statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds. Replicas
-            of a weight have one state only if their statistics are equal: see docs/calibration.
+        statistics: For `Mse`, of this rank's parts: [E, in] of the experts and input channels that it holds, or their
+            blocks' second moments. Replicas of a weight have one state only if their statistics are equal: see
+            docs/calibration.
         masters: The values to calibrate on, by the model's names, where the model itself has fake weights: as in
             `recalibrate=lambda step, masters, state: megatron.calibrate(fq, model, masters=masters)` for `attach`.
 

@@ -24,6 +24,8 @@ def test_the_floor_by_hand():
     assert found == weights * 5 * 11 / 128
     weighted = arithmetic_floor_us(fqt.INT8, shape, 5, processors=2, clock_mhz=10.0, weighted=True)
     assert weighted == weights * 5 * 12 / 128 / 20
+    local = arithmetic_floor_us(fqt.INT4_BLOCK32, shape, 5, processors=1, clock_mhz=1.0, local=True)
+    assert local == weights * 5 * (11 + 2 * 32 + 1) / 128
 
 
 def test_the_page_names_what_is_above_the_limit():

@@ -71,7 +71,7 @@ def gptq_block_kernel(
         g = load_expert_scale(amax_ptr, global_amax_ptr, QMAX, False, DIVIDES)
 
     for j in range(width):
-        x = tl.sum(tl.where(k[None, :] == j, t, 0.0), axis=1)[:, None]
+        x = tl.sum(tl.where(k[None, :] == j, t, 0.0), axis=1)[:, None] + 0.0  # no zero is negative, of one column too
         at = granule
         if COLUMNS != 0:
             at += tl.load(columns_ptr + expert * in_features + first + j) // COLUMNS

@@ -74,7 +74,8 @@ def gptq_block_reference(
     """
     rest, errors = target.clone(), torch.empty_like(target)
     for j in range(target.shape[-1]):
-        q = _column(rest[..., j], _amax_of(amax, columns[:, j], format, target.shape[-2]), global_amax, format)
+        # The kernel takes a column out by a sum, which has no negative zero.
+        q = _column(rest[..., j] + 0.0, _amax_of(amax, columns[:, j], format, target.shape[-2]), global_amax, format)
         e = errors[..., j] = weight[..., j] - q
         rest[..., j + 1 :] += e[..., None] * factor[:, None, j, j + 1 :]
     return errors

@@ -17,7 +17,7 @@ from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.sweep.reference import Search, sweep_reference
 from fq_transforms.ops.vmap import Unmapped
 
-__all__ = ["swept_amax"]
+__all__ = ["in_units", "swept_amax"]
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -31,7 +31,7 @@ def swept_amax(
     weights: Sequence[Float[Tensor, "..."]],
     amax: Float32[Tensor, "..."],
     global_amax: Float32[Tensor, "..."] | None,
-    importance: Float32[Tensor, "e in"] | None,
+    importance: Float32[Tensor, "e in"] | Float32[Tensor, "e blocks b b"] | None,
     *,
     format: Format,
     transposed: bool = False,
@@ -43,7 +43,8 @@ def swept_amax(
         weights: N tensors [*experts, out, in] of one shape and dtype; [*experts, in, out] if transposed.
         amax: fp32 [E, *format.amax_shape(out, in)], of `expert_amax`.
         global_amax: fp32 [E] for static two-level formats, else None.
-        importance: fp32 [E, in], finite and at least 0; None for ones. Only ratios within an expert count.
+        importance: fp32 [E, in], finite and at least 0; None for ones. Only ratios within an expert count. For blocks
+            along `in` also [E, in / B, B, B], symmetric; only ratios within a block count.
         format: With a static amax.
         transposed: True if a matrix is stored [in, out].
         search: What is tried.
@@ -75,7 +76,7 @@ class _Sweep(Unmapped):
     ) -> Tensor:
         format, transposed, search = statics.format, statics.transposed, statics.search
         if importance is not None:
-            importance = _in_units(importance).contiguous()
+            importance = in_units(importance).contiguous()
         if has_kernel(weights):
             from fq_transforms.ops.sweep.launch import sweep_triton
 
@@ -88,9 +89,15 @@ class _Sweep(Unmapped):
         return found
 
 
-def _in_units(importance: Tensor) -> Tensor:
-    """Each expert's importance divided by the power of two that brings its largest into [1, 2)."""
-    largest = importance.amax(-1, keepdim=True)
-    _, exponent = torch.frexp(largest)
+def in_units(importance: Tensor) -> Tensor:
+    """Each expert's importance divided by the power of two that brings its largest into [1, 2).
+
+    Of block-diagonal second moments each block's, by the largest of its diagonal; and symmetric to the bit.
+    """
+    is_local = importance.dim() == 4
+    squares = importance.diagonal(dim1=-2, dim2=-1) if is_local else importance
+    _, exponent = torch.frexp(squares.amax(-1, keepdim=True))
+    exponent = exponent[..., None] if is_local else exponent
     half = (1 - exponent) // 2  # in two steps: 2**149 is beyond fp32
-    return torch.ldexp(torch.ldexp(importance, half), 1 - exponent - half)
+    scaled = torch.ldexp(torch.ldexp(importance, half), 1 - exponent - half)
+    return (scaled + scaled.mT) / 2 if is_local else scaled

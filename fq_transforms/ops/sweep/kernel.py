@@ -10,6 +10,10 @@ Where a chunk is a whole granule, the program keeps the best so far and stores i
 chunks, their errors are added as integers in memory, [E, granules, COUNT], from which `pick` takes the least. Then a
 program's chunks are all of one granule, so that it adds one number a candidate; only matrices stored [in, out] have
 chunks of several granules side by side, and add one number each.
+
+With second moments H a program takes TILE rows of one block of columns, so that all its threads read the same numbers
+of H, a row of it at a time. Each number of d in turn meets its row of H: a sum of the others' zero bits takes it out,
+which costs nothing where a thread holds a chunk whose numbers are known by register.
 """
 
 import triton
@@ -56,6 +60,32 @@ def _by_pairs(error, PIECES: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constex
 
 
 @triton.jit
+def _form(
+    d,
+    moments,
+    doubt,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECES: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Bound of d^T H d of each chunk [TILE], in the order of the reference; rows of H are at `moments`."""
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    bits = bits_of(d).reshape(GROUPS, GROUP // PIECE, TILE, PIECE)
+    group = tl.arange(0, GROUPS)[:, None, None, None]
+    place = (tl.arange(0, GROUP // PIECE) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, None, :]
+    p = d * doubt
+    for g in range(GROUPS):
+        own = tl.sum(tl.where(group == g, bits, 0), axis=0)
+        for j in tl.static_range(GROUP):
+            one = float_of(tl.sum(tl.sum(tl.where(place == j, own, 0), axis=2), axis=0))
+            row = tl.load(moments + (g * GROUP + j) * CHUNK).reshape(PIECES, TILE, PIECE)
+            p += row * _each(one)
+    return _by_pairs(d * p, PIECES, TILE, PIECE)
+
+
+@triton.jit
 def sweep_kernel(
     weight_base,
     weight_table,
@@ -80,6 +110,9 @@ def sweep_kernel(
     MIN_EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     MIN_SCALE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DOUBT: tl.constexpr,
+    UNDERFLOW: tl.constexpr,
     SHIFT: tl.constexpr,
     KEPT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -101,7 +134,7 @@ def sweep_kernel(
     c = tl.arange(0, TILE)
     piece_c = tl.arange(0, PIECES * TILE) % TILE
     first = tl.arange(0, PIECES * TILE) // TILE * PIECE
-    if TRANSPOSED:  # memory is [in, out]: CHUNK inputs of TILE neighbouring outputs
+    if TRANSPOSED or LOCAL:  # CHUNK inputs of TILE neighbouring outputs
         tiles = tl.cdiv(out_features, TILE)
         row = (tl.program_id(0) % tiles) * TILE + c
         piece_row = (tl.program_id(0) % tiles) * TILE + piece_c
@@ -112,7 +145,10 @@ def sweep_kernel(
         if COLUMNS != 0:
             granule += column // COLUMNS
         input = column + first
-        offsets = (input[:, None] + tl.arange(0, PIECE)[None, :]).to(tl.int64) * out_features + piece_row[:, None]
+        if TRANSPOSED:  # memory is [in, out]
+            offsets = (input[:, None] + tl.arange(0, PIECE)[None, :]).to(tl.int64) * out_features + piece_row[:, None]
+        else:
+            offsets = piece_row.to(tl.int64)[:, None] * in_features + (input[:, None] + tl.arange(0, PIECE)[None, :])
     elif IS_BLOCK:  # chunks, which are blocks, follow each other in memory
         granule = tl.program_id(0) * TILE + c
         exists = granule < rows * columns
@@ -136,7 +172,14 @@ def sweep_kernel(
     mask = piece_exists[:, None] & (tl.arange(0, PIECE) >= 0)[None, :]
     weight = address(weight_base, weight_table, weight_stride, ALIGNED)
     x = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32).reshape(PIECES, TILE, PIECE)
-    if importance_ptr is not None:
+    if LOCAL:
+        moments = importance_ptr + (expert * columns + column // CHUNK) * (CHUNK * CHUNK)
+        moments += first[:, None] + tl.arange(0, PIECE)[None, :]
+        doubt = tl.zeros([PIECES * TILE, PIECE], dtype=tl.float32)
+        for j in range(CHUNK):
+            doubt += tl.abs(tl.load(moments + j * CHUNK))
+        doubt = (doubt * DOUBT).reshape(PIECES, TILE, PIECE)
+    elif importance_ptr is not None:
         at = importance_ptr + expert * in_features + input[:, None] + tl.arange(0, PIECE)[None, :]
         importance = tl.load(at, mask=mask, other=0.0).reshape(PIECES, TILE, PIECE)
 
@@ -187,10 +230,16 @@ def sweep_kernel(
             s = qmax_over(QMAX, tried * unit)
             q = round_magnitude(tl.minimum(a * _each(s), QMAX), MIN_EXPONENT, MANTISSA)
             error = a - q * _each(tl.div_rn(1.0, s))
-        error = error * error
-        if importance_ptr is not None:
-            error = error * importance
-        error = _by_pairs(error, PIECES, TILE, PIECE)
+        if LOCAL:
+            if ELEMENT != "int":
+                error = float_of(bits_of(error) ^ (bits_of(x) & -2147483648))
+            sign = tl.where(k == 0, -1.0, 1.0)
+            error = _form(error, moments, doubt * sign, min(16, CHUNK), CHUNK, PIECES, TILE, PIECE)
+        else:
+            error = error * error
+            if importance_ptr is not None:
+                error = error * importance
+            error = _by_pairs(error, PIECES, TILE, PIECE)
 
         if IS_BLOCK:
             is_better = error < best
@@ -198,7 +247,8 @@ def sweep_kernel(
                 is_better = is_better & (tried < float("inf"))
                 if SCALE != "e4m3":
                     is_better = is_better & (tried > TINY_AMAX)
-            best = tl.where(is_better, tl.where(k == 0, error * KEPT, error), best)
+            first_error = error - UNDERFLOW if LOCAL else error * KEPT
+            best = tl.where(is_better, tl.where(k == 0, first_error, error), best)
             chosen = tl.where(is_better, tl.where(k == 0, kept, tried), chosen)
         else:
             total = (error * 2.0**SHIFT).to(tl.int64)

@@ -10,13 +10,29 @@ from torch import Tensor
 from fq_transforms.formats import Format
 from fq_transforms.ops.launch import Plan, constants_of, launch, matrices_of, shape_of
 from fq_transforms.ops.sweep.kernel import sweep_kernel
-from fq_transforms.ops.sweep.reference import BELOW, MARGIN, SCALES, WINDOW, Search, chunk_of, pick, shift_of, units_of
+from fq_transforms.ops.sweep.reference import (
+    BELOW,
+    MARGIN,
+    SCALES,
+    UNDERFLOW,
+    WINDOW,
+    Search,
+    chunk_of,
+    limit,
+    margin_of,
+    pick,
+    shift_of,
+    units_of,
+)
 
 __all__ = ["sweep_triton"]
 
 # Chunks per thread, and warps per program; 32 weights of a granule of many chunks spare exchanges between threads.
 WARPS_BLOCKS, WARPS_SUMS = 4, 1
 CHUNKS_PER_THREAD_SUMS = 2
+# Of a form a thread keeps four numbers a weight in registers, for so many weights; a wider block takes more threads, of
+# one warp, which exchange numbers without a barrier. Not measured yet: read from what ptxas made.
+WEIGHTS_PER_THREAD_FORMS = 32
 
 
 def sweep_triton(
@@ -35,7 +51,7 @@ def sweep_triton(
         weights: As `expert_amax_triton` takes them.
         amax: fp32 [E, *amax_shape], of max.
         global_amax: fp32 [E], static two-level formats only.
-        importance: fp32 [E, in], or None.
+        importance: fp32 [E, in] or [E, in / B, B, B], as the reference takes them, or None.
         format: The numbers.
         transposed: True if a matrix is stored [in, out].
         search: What is tried.
@@ -44,7 +60,8 @@ def sweep_triton(
         A new tensor. Memory: 8 bytes per granule and candidate where a granule has many chunks, else none beside it.
     """
     inputs = matrices_of(weights)
-    plan = sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search)
+    is_local = importance is not None and importance.dim() == 4
+    plan = sweep_plan(format, inputs.matrix, transposed, inputs.base.element_size(), search, is_local=is_local)
     shape, count = shape_of(inputs.matrix, transposed), search.count
     device = inputs.base.device
     ratios = _ratios(search, device)
@@ -57,7 +74,7 @@ def sweep_triton(
     launch(plan, (inputs,), (amax, global_amax, importance, ratios, sums))
     sums = sums.view(*amax.shape, count)
     trials = ((amax * ratios[k], sums[..., k]) for k in range(1, count))
-    return pick(amax, units_of(amax)[1], sums[..., 0], trials, format, shape)
+    return pick(amax, units_of(amax)[1], limit(sums[..., 0], format, shape), trials, format)
 
 
 @cache
@@ -68,7 +85,13 @@ def _ratios(search: Search, device: torch.device) -> Tensor:
 
 @cache
 def sweep_plan(
-    format: Format, matrix: tuple[int, int], transposed: bool, bytes_per_weight: int, search: Search
+    format: Format,
+    matrix: tuple[int, int],
+    transposed: bool,
+    bytes_per_weight: int,
+    search: Search,
+    *,
+    is_local: bool = False,
 ) -> Plan:
     """Of `sweep_kernel`."""
     out_features, in_features = shape = shape_of(matrix, transposed)
@@ -77,7 +100,9 @@ def sweep_plan(
     is_block = format.has_blocks_along_in
     warps = WARPS_BLOCKS if is_block and chunk <= 32 else WARPS_SUMS
     chunks = 32 * warps * (1 if is_block else CHUNKS_PER_THREAD_SUMS)
-    if transposed:
+    if is_local:
+        chunks = max(1, 32 * warps * WEIGHTS_PER_THREAD_FORMS // max(WEIGHTS_PER_THREAD_FORMS, chunk))
+    if transposed or is_local:
         programs = -(-out_features // chunks) * (in_features // chunk)
     elif is_block:
         programs = -(-rows * columns // chunks)
@@ -90,6 +115,9 @@ def sweep_plan(
         "KIND": search.kind,
         "COUNT": search.count,
         **{name: numbers[name] for name in names},
+        "LOCAL": is_local,
+        "DOUBT": margin_of(chunk),
+        "UNDERFLOW": UNDERFLOW,
         "SHIFT": 0 if is_block else shift_of(format, shape),
         "KEPT": 1 - 2.0**-MARGIN,
         "WINDOW": WINDOW,

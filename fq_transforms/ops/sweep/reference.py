@@ -22,6 +22,18 @@ as int64 in units of 2**-shift, exactly: in whatever order, the sum is the same.
 NOTE margin: max stays unless another's error is smaller by more than a part in 2**16, and by a unit per chunk. The fp32
 sum of a chunk is off by less than a part in 2**18, its integer by less than a unit. So the true error falls, too.
 
+NOTE local Hessian: with H [B, B], the second moments of the B inputs of a block along `in`, the block's error is
+d^T H d for d = w - fakequant(w). In fp32: p = r * d, then p += H[j] * d[j] for j = 0, 1, ... B - 1, then d * p is added
+by pairs. H is symmetric to the bit, and scaled so that the largest number of its diagonal is within [1, 2).
+
+NOTE margin of a form: terms of both signs cancel, so its rounding is no part of it, but of a = sum of |d_i H_ij d_j|:
+of each term d twice, H, a product, up to B additions, d * p and log2(B) additions by pairs are rounded, which is less
+than m * a for m = max(B, 16) * 2**-23. As H is symmetric, a is at most sum of R_i d_i**2, R_i = sum over j of |H_ij|.
+So r = m * R makes of a candidate's error a bound that the true error is not above; r = -m * R, less 2**-120 for what
+underflows, makes of max's one that it is not below. The least bound wins if it is below that of max. So the true error
+falls, too, and no rounding below zero wins. True errors that are within 2 * m * sum of R_i d_i**2 count as equal. Where
+H is diagonal that is a part of the error.
+
 NOTE not swept: a granule whose amax is at most 2**-24 (two-level: the expert's), which INT rounds to zero and FP8 does
 not scale, or not finite, keeps its amax, as it does from a candidate that is either.
 """
@@ -50,10 +62,15 @@ from fq_transforms.ops.quantize.reference import (
 __all__ = [
     "MARGIN",
     "SCALES",
+    "UNDERFLOW",
     "WINDOW",
     "WINDOW_COLUMNS",
     "Search",
+    "bound_of_form",
     "chunk_of",
+    "doubt_of",
+    "limit",
+    "margin_of",
     "pick",
     "shift_of",
     "sweep_reference",
@@ -66,6 +83,7 @@ WINDOW_COLUMNS = 16  # the widest block of which it is shown that the window has
 BELOW = 16  # how many codes under that of max the window begins
 MARGIN = 16
 CHUNK = 16
+UNDERFLOW = 2.0**-120
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would look for tensors inside
@@ -85,18 +103,23 @@ def sweep_reference(
     weight: Float[Tensor, "out in"],
     amax: Float32[Tensor, "..."],
     global_amax: Float32[Tensor, ""] | None,
-    importance: Float32[Tensor, " in"] | None,
+    importance: Float32[Tensor, " in"] | Float32[Tensor, "blocks b b"] | None,
     *,
     format: Format,
     search: Search,
 ) -> Float32[Tensor, "..."]:
-    """The amax of each granule of one expert with the least error: sum of importance * (w - fakequant(w))**2.
+    """The amax of each granule of one expert with the least error, of d = w - fakequant(w).
+
+        importance          error of a granule
+        None                sum of d_i**2
+        h [in]              sum of h_i * d_i**2
+        H [in / B, B, B]    d^T H_b d of block b, for formats with blocks of (1, B)
 
     Args:
         weight: bf16, fp16 or fp32.
         amax: fp32 `format.amax_shape(out, in)`: of `expert_amax_reference`, which is tried first.
         global_amax: fp32, static two-level formats only.
-        importance: Of each input channel, at least 0 and below 2; None for ones.
+        importance: At least 0 and below 2; H symmetric, as NOTE local Hessian has it.
         format: With a static amax, and no `unit_scale_below`.
         search: What is tried.
 
@@ -116,8 +139,13 @@ def sweep_reference(
     x = weight.float() * (spread(unit, weight, format) if global_amax is None else unit)
     global_unit = None if global_amax is None else global_amax * unit
 
-    def error(tried: Tensor) -> Tensor:
-        return _error(x, tried * unit, global_unit, importance, format)
+    doubt = doubt_of(importance) if importance is not None and importance.dim() == 3 else None
+
+    def error(tried: Tensor, sign: float = 1.0) -> Tensor:
+        d = x - _dequantized(x, tried * unit, global_unit, format)
+        if importance is None or doubt is None:
+            return _sum_of_squares(d, importance, format)
+        return bound_of_form(d, importance, sign * doubt)
 
     def trials() -> Iterator[tuple[Tensor, Tensor]]:
         if search.kind == "ratios":
@@ -137,26 +165,23 @@ def sweep_reference(
             tried = global_amax * (scale / torch.full_like(scale, E4M3.max))
             yield tried, error(tried)
 
-    return pick(amax, ok, error(amax), trials(), format, x.shape[-2:])
+    best = limit(error(amax), format, x.shape[-2:]) if doubt is None else error(amax, -1.0) - UNDERFLOW
+    return pick(amax, ok, best, trials(), format)
 
 
-def pick(
-    amax: Tensor,
-    ok: Tensor,
-    first: Tensor,
-    trials: Iterable[tuple[Tensor, Tensor]],
-    format: Format,
-    shape: "torch.Size | tuple[int, ...]",
-) -> Tensor:
-    """The amax with the least error of some tried (amax, error), or the given one, whose error is `first`.
+def limit(first: Tensor, format: Format, shape: "torch.Size | tuple[int, ...]") -> Tensor:
+    """What another's error must be below, where that of max is `first`; see NOTE margin.
 
-    Errors are fp32, or int64 if granules have many chunks; `shape` is (out, in) of a weight. See NOTE margin.
+    Errors are fp32, or int64 if granules have many chunks; `shape` is (out, in) of a weight.
     """
-    if first.dtype == torch.int64:
-        rows, columns = (side or extent for side, extent in zip(format.block, shape, strict=True))
-        best = first - (first >> MARGIN) - rows * columns // chunk_of(format, shape[-1])
-    else:
-        best = first * (1 - 2.0**-MARGIN)
+    if first.dtype != torch.int64:
+        return first * (1 - 2.0**-MARGIN)
+    rows, columns = (side or extent for side, extent in zip(format.block, shape, strict=True))
+    return first - (first >> MARGIN) - rows * columns // chunk_of(format, shape[-1])
+
+
+def pick(amax: Tensor, ok: Tensor, best: Tensor, trials: Iterable[tuple[Tensor, Tensor]], format: Format) -> Tensor:
+    """The amax with the least error of some tried (amax, error), or the given one if none is below `best`."""
     least = 0.0 if format.scale == "e4m3" else TINY_AMAX
     for tried, error in trials:
         better = ok & (tried > least) & (tried < torch.inf) & (error < best)
@@ -191,30 +216,63 @@ def shift_of(format: Format, shape: "torch.Size | tuple[int, ...]") -> int:
     return 62 - 3 - ceil(log2(rows * columns))
 
 
-def _error(x: Tensor, amax: Tensor, global_amax: Tensor | None, importance: Tensor | None, format: Format) -> Tensor:
-    """Error of each granule, in the shape of its amax: fp32 of a single chunk, int64 of many."""
+def doubt_of(moments: Float32[Tensor, "blocks b b"]) -> Float32[Tensor, "blocks b"]:
+    """How far an error may be off, by each d_i**2: m * sum over j of |H_ij|, added in order. See NOTE margin of a form.
+
+    Example:
+        >>> doubt_of(torch.eye(16)[None])[0, 0].item() == 2.0**-19
+        True
+    """
+    total = torch.zeros_like(moments[:, 0])
+    for row in moments.unbind(1):
+        total = total + row.abs()
+    return total * margin_of(moments.shape[-1])
+
+
+def margin_of(columns: int) -> float:
+    """The m of NOTE margin of a form, for blocks of so many weights."""
+    return max(columns, 16) * 2.0**-23
+
+
+def _dequantized(x: Tensor, amax: Tensor, global_amax: Tensor | None, format: Format) -> Tensor:
+    """What is left of weights in units under an amax."""
     element = format.element
     if format.scale == "e4m3":
         v, s, _, _ = quantize_two_level(x, amax, global_amax, format)
-        y = (v * s).flatten(-2)
-    elif isinstance(element, IntElement):
-        y = dequantize_int(*quantize_int(x, amax, format), format)
-    else:
-        v, r = quantize_fp8(x, amax, format)
-        y = v * r
-    y = x - y
-    error = y * y
+        return (v * s).flatten(-2)
+    if isinstance(element, IntElement):
+        return dequantize_int(*quantize_int(x, amax, format), format)
+    v, r = quantize_fp8(x, amax, format)
+    return v * r
+
+
+def _sum_of_squares(d: Tensor, importance: Tensor | None, format: Format) -> Tensor:
+    """Error of each granule, in the shape of its amax: fp32 of a single chunk, int64 of many."""
+    error = d * d
     if importance is not None:
         error = error * importance
-    chunk = chunk_of(format, x.shape[-1])
-    error = error.unflatten(-1, (-1, chunk))
-    while error.shape[-1] > 1:
-        error = error[..., 0::2] + error[..., 1::2]
-    error = error[..., 0]
+    chunk = chunk_of(format, d.shape[-1])
+    error = _by_pairs(error.unflatten(-1, (-1, chunk)))
     if format.has_blocks_along_in:
         return error
-    error = (error * 2.0 ** shift_of(format, x.shape[-2:])).to(torch.int64)
+    error = (error * 2.0 ** shift_of(format, d.shape[-2:])).to(torch.int64)
     if format.block == (None, None):
         return error.sum()
     rows, columns = format.block
     return in_granules(error, (rows, None if columns is None else columns // chunk)).sum((-3, -1))
+
+
+def bound_of_form(d: Tensor, moments: Tensor, doubt: Tensor) -> Tensor:
+    """Bound of the error of each block, fp32 [out, in / B]; see NOTE margin of a form."""
+    d = d.unflatten(-1, doubt.shape)
+    p = d * doubt
+    for one, row in zip(d.unbind(-1), moments.unbind(1), strict=True):
+        p += row * one[..., None]
+    return _by_pairs(d * p)
+
+
+def _by_pairs(error: Tensor) -> Tensor:
+    """Sum along the last dim: neighbours, then neighbouring sums, and so on."""
+    while error.shape[-1] > 1:
+        error = error[..., 0::2] + error[..., 1::2]
+    return error[..., 0]
