@@ -199,6 +199,34 @@ def test_an_error_leaves_nothing_or_what_can_be_gone_on_with(tmp_path):
     assert all(param.is_meta for param in meta.parameters())
 
 
+@WARNS
+def test_a_model_in_memory_is_gone_on_with(tmp_path):
+    """Law: after an interrupt in a layer, those before it are read back: what was moved, not what was left alone."""
+    model, fq = own_model()
+    wanted, wanted_state = fq.calibrate_sequentially(model, GIVEN, gptq={})
+    options = {"out": tmp_path / "out", "config": OWN}
+
+    def interrupted(module, args):
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyboardInterrupt
+
+    hook = model.layers[2].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fq.calibrate_sequentially(model, GIVEN, gptq={}, store=Counting(**options))
+    hook.remove()
+    assert not (tmp_path / "out").exists()
+    Counting.kept = 0
+    params, state = fq.calibrate_sequentially(model, GIVEN, gptq={}, store=Counting(**options, resume=True))
+    assert Counting.kept == 2  # a layer, and what lies outside; the one that was interrupted had its mark
+    assert_same(state, wanted_state)
+    assert list(params) == list(wanted)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(params[key], one) for key, one in wanted.items())
+    assert all((params[key] is own[key]) == (one is own[key]) for key, one in wanted.items())
+    found = read(tmp_path / "out")
+    assert all(torch.equal(found[key], one) for key, one in wanted.items())
+
+
 def peak_of(place, count):
     """In a process of its own: the most anonymous memory that calibration takes, in layers."""
     sides, rules = (512, 1024), [fqt.Rule("layers.*", fqt.FP8, fqt.FP8)]
