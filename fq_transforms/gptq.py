@@ -83,9 +83,10 @@ def gptq(
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
-    families: dict[int, list[Group]] = {}  # roles that share their inputs share the factor too
+    families: dict[tuple[int, int], list[Group]] = {}  # roles that share their inputs share the factor too
     for group in fq.spec.groups:
-        families.setdefault(id(hessians[group.key]["hessian"]), []).append(group)
+        leaves = hessians[group.key]
+        families.setdefault((id(leaves["hessian"]), id(leaves["tokens"])), []).append(group)
     moved: dict[str, Tensor] = {}
     for groups in progress(list(families.values()), "GPTQ"):
         roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
