@@ -34,7 +34,7 @@ COPIES = 8
 # How far a Hessian may be from its transpose, beside its largest number: sums in fp32 in two orders.
 ASYMMETRY = 2.0**-10
 # Where a Hessian has no Cholesky factor, ten times the damping is tried, from the one on, up to the other.
-LEAST_DAMPING, MOST_DAMPING = 1e-4, 10
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 0.1
 
 
 @torch.no_grad()
@@ -83,9 +83,10 @@ def gptq(
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
-    families: dict[int, list[Group]] = {}  # roles that share their inputs share the factor too
+    families: dict[tuple[int, int], list[Group]] = {}  # roles that share their inputs share the factor too
     for group in fq.spec.groups:
-        families.setdefault(id(hessians[group.key]["hessian"]), []).append(group)
+        leaves = hessians[group.key]
+        families.setdefault((id(leaves["hessian"]), id(leaves["tokens"])), []).append(group)
     moved: dict[str, Tensor] = {}
     for groups in progress(list(families.values()), "GPTQ"):
         roles = [_Role(group, weights_of(params, group), state[group.key]) for group in groups]
@@ -226,7 +227,7 @@ def _move(
         if order is not None:
             columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
             shrunk = _taken(_taken(shrunk, columns, 1), columns, 2)
-        factor = _factor(shrunk, damping, roles[0].group)
+        factor = _factor(shrunk, damping, roles[0].group, first)
         del shrunk
         for role in roles:
             _move_some(role, part, own, factor, columns)
@@ -350,14 +351,15 @@ def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
     return tensor.gather(dim, index.expand(tensor.shape))
 
 
-def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
-    """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular.
+def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor:
+    """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular; the first is expert `first`.
 
     A Hessian of fewer tokens than inputs is singular; if fp32 has no factor of it, it is damped further.
     """
     means = hessian.diagonal(dim1=1, dim2=2).mean(1)
     lower = torch.empty_like(hessian)
     left = torch.arange(len(hessian), device=hessian.device)
+    singular: list[int] = []
     while True:
         damped = hessian[left].flip(1, 2)
         damped.diagonal(dim1=1, dim2=2).add_((damping * means[left])[:, None])
@@ -365,11 +367,18 @@ def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
         left = left[failed != 0]
         if not len(left):
             break
+        singular = singular or (first + left).tolist()
         damping = max(10 * damping, LEAST_DAMPING)
         if damping > MOST_DAMPING:
-            raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
+            e = first + int(left[0])
+            raise ValueError(
+                f"hessians {group.key!r}: found one that is not positive for expert {e}, {group.expert_name(e)!r}, "
+                "wanted means of x x^T"
+            )
+    if singular:
         warnings.warn(
-            f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
+            f"gptq: {group.key!r}: found singular Hessians of expert {ranges(singular)}, damped by up to {damping:g} "
+            "of their mean diagonal",
             stacklevel=5,
         )
     upper = lower.flip(1, 2)

@@ -451,7 +451,7 @@ def test_singular_hessians_are_damped_and_said():
     with pytest.warns(UserWarning, match="damped") as caught:
         found = taken(fqt.gptq(fq, params, state, {KEYS["separate"]: leaves}, damping=0.0, shrinkage=0.0), "separate")
     assert {warning.filename for warning in caught} == {__file__}
-    assert_names(str(caught[0].message), KEYS["separate"], "1 singular")
+    assert_names(str(caught[0].message), KEYS["separate"], "singular Hessians of expert 0")
     assert all(q.isfinite().all() for q in found)
     ours = losses(weights, found, leaves["hessian"])
     assert (ours <= losses(weights, nearest_of(weights, fqt.INT4_BLOCK32), leaves["hessian"])).all()
@@ -499,6 +499,21 @@ def test_two_groups_that_share_a_hessian():
     for role, some, leaves in (("gate", gate, shared), ("up", up, shared), ("down", down, own)):
         wanted = moved(some, fqt.INT4_BLOCK32, leaves)
         assert_all_equal([found[f"experts.{e}.{role}.weight"] for e in range(2)], wanted)
+
+
+def test_one_hessian_with_other_tokens():
+    """Bug: groups with one Hessian between them were drawn to the average by the tokens of the first."""
+    weights = experts(2, (16, 32))
+    params = {f"experts.{e}.{role}.weight": w for role in ("gate", "up") for e, w in enumerate(weights)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.INT4_BLOCK32}))
+    leaves = hessians_of(correlated(2, 64, 32)[:, :8])
+    others = leaves | {"tokens": torch.tensor([2.0, 1e6])}
+    hessians = {"experts.*.gate.weight": leaves, "experts.*.up.weight": others}
+    found = fqt.gptq(fq, params, fq.calibrate(params), hessians, shrinkage=1.0)
+    wanted = [moved(weights, fqt.INT4_BLOCK32, some, shrinkage=1.0) for some in (leaves, others)]
+    assert not any(torch.equal(*pair) for pair in zip(*wanted, strict=True))
+    for role, of_role in zip(("gate", "up"), wanted, strict=True):
+        assert_all_equal([found[f"experts.{e}.{role}.weight"] for e in range(2)], of_role)
 
 
 def test_input_hessians_to_gptq():
