@@ -10,7 +10,6 @@ run that goes on reads back what has a mark.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,7 +42,16 @@ from fq_transforms.export.files import (
 )
 from fq_transforms.export.names import file_tensors
 from fq_transforms.export.plan import config_of
-from fq_transforms.export.shards import DTYPES, Files, Shard, ShardWriter, TensorType, index_of, lay_out, type_of
+from fq_transforms.export.shards import (
+    DTYPES,
+    Files,
+    ShardWriter,
+    TensorType,
+    index_of,
+    is_whole,
+    lay_out,
+    type_of,
+)
 from fq_transforms.export.sources import Folder
 from fq_transforms.parse import shown
 from fq_transforms.sequential import LayerStore
@@ -171,11 +179,8 @@ class LayerFiles(LayerStore):
         if self._out is None or self._stage is None:
             return self._read_from(self._folder)
         with naming(self._out):
-            for source, name in [(one, name) for one in (self._source,) if one for name in one.others()]:
-                (self._stage / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.path / name, self._stage / name)
-                with (self._stage / name).open("rb") as stream:
-                    os.fsync(stream.fileno())
+            if self._source is not None:
+                self._source.copy_others(self._stage)
             checkpoint.save_file(self._stage / STATE, self._fq, state)
             write_json(self._stage / CONFIG, self._config)
             commit(self._stage, self._out)
@@ -271,7 +276,7 @@ class LayerFiles(LayerStore):
                         f"resume: found {str(left[0])!r}, a part of another run to {str(path)!r}: of other weights, "
                         "batches or options; wanted those, or no resume, to begin anew"
                     )
-                if not (self._resume and (stage / _BEGUN).exists() and _is_whole(stage, self._shards)):
+                if not (self._resume and (stage / _BEGUN).exists() and is_whole(stage, self._shards)):
                     remove_staged(path)
                     stage.mkdir()
                     ShardWriter(stage, self._shards).sync()
@@ -326,15 +331,3 @@ class _Read(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _is_whole(stage: Path, shards: Sequence[Shard]) -> bool:
-    """True if the shards are as they were laid out, so that what has a mark can be there."""
-    for shard in shards:
-        file = stage / shard.file
-        if not file.is_file() or file.stat().st_size != shard.size:
-            return False
-        with file.open("rb") as stream:
-            if stream.read(len(shard.head)) != shard.head:
-                return False
-    return True
