@@ -25,6 +25,18 @@ def test_a_file_alone_is_enough(tmp_path):
     assert_same(checkpoint.load_file(tmp_path / "a", found), state)
 
 
+def test_a_directory_is_refused_with_what_reads_it(tmp_path):
+    """Kills an IsADirectoryError that does not say which call reads what `save` wrote."""
+    fq, state, params = small()
+    checkpoint.save(tmp_path / "a", fq, state)
+    for call in (lambda: checkpoint.load_file(tmp_path / "a", fq), lambda: checkpoint.read_spec(tmp_path / "a")):
+        message = message_of(ValueError, call)
+        assert_names(
+            message, str(tmp_path / "a"), "found a directory", "checkpoint.load(path, fq, like=fq.init(params))"
+        )
+    assert_same(checkpoint.load(tmp_path / "a", fq, like=fq.init(params)), state)
+
+
 def test_damaged_file(tmp_path):
     """Any bit flipped, any end cut off: header, spec, names and numbers are all under the checksum."""
     fq, state, _ = small()
