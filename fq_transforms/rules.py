@@ -33,7 +33,7 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True)
 class Rule:
-    """The formats of the weights that match a pattern, and of the inputs that they are multiplied with.
+    """Formats of the weights that match a pattern, and of their inputs, whose amax a group shares by default.
 
     The last rule that matches a name decides both, so an exception repeats what it does not change. `Rule(pattern)`
     leaves out weights and inputs; `Rule(pattern, inputs=FP8)` quantizes the inputs only.
@@ -46,8 +46,8 @@ class Rule:
             channel (FP8_PER_CHANNEL), with one scale per token; in dynamic blocks (MX, or NVFP4 with a calibrated
             global amax).
         required: False if the rule may match nothing, as a preset's exclusions may.
-        per_expert_inputs: The inputs of each expert have an amax of their own. By default the experts of a group share
-            one, the largest, as ModelOpt's do.
+        per_expert_inputs: True if the inputs of each expert have an amax of their own; `presets.per_expert_inputs` sets
+            it for all of a preset. False: the experts of a group share one, the largest, as in ModelOpt's presets.
 
     Raises:
         ValueError: A field is of another type; inputs have static scales along blocks; `per_expert_inputs` without
