@@ -72,3 +72,8 @@ __all__ = [
     "transform",
     "value_and_grad",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, which is what completion in a notebook shows; modules inside are imported by their path."""
+    return __all__

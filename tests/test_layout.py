@@ -201,3 +201,9 @@ def test_public_names_exist_and_are_sorted(module):
     assert all(hasattr(offered, name) for name in names)
     assert names == sorted(set(names), key=by_kind)
     assert len(names) <= MOST_PUBLIC_NAMES
+
+
+def test_the_package_shows_its_public_names_only():
+    """What a notebook completes; names of modules inside are still found."""
+    assert dir(fqt) == sorted(fqt.__all__)
+    assert fqt.parse.nearest("a", ["b"]) == ["b"]
