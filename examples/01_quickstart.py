@@ -23,7 +23,7 @@ started = time.perf_counter()
 torch.manual_seed(0)
 
 SIZES = tiny_moe.Sizes(layers=2, hidden=128, inner=256)
-STEPS, LR, QAT_STEPS, QAT_LR = 360, 4e-3, 60, 2e-3
+STEPS, LR, QAT_STEPS, QAT_LR = 360, 4e-3, 60, 5e-4
 if options.small:
     SIZES = tiny_moe.Sizes(layers=1, hidden=128, inner=128, experts=4, context=32)
     STEPS, LR, QAT_STEPS, QAT_LR = 150, 8e-3, 40, 2e-3
@@ -217,7 +217,7 @@ if plt := tiny_moe.pyplot():
     right.set_yticks(range(len(amax)), [key.removesuffix(".weight").replace(".moe.experts.*", "") for key in state])
     right.set_xticks(range(SIZES.experts))
     right.set_xlabel("expert")
-    right.set_title("Largest magnitude (amax) of each expert's weights")
+    right.set_title("amax of each expert in NVFP4")
     figure.savefig(options.out / "quickstart.png", dpi=110)
     print(f"figure: {options.out / 'quickstart.png'}")
 
