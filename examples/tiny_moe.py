@@ -52,7 +52,8 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        return print("no figure: matplotlib is not installed")
+        print("no figure: matplotlib is not installed")
+        return None
     if is_script():
         matplotlib.use("Agg")
     import matplotlib.pyplot
