@@ -200,8 +200,8 @@ if plt := tiny_moe.pyplot():
     cost, error = zip(*(increase(*pair) for pair in bars.values()), strict=True)
     drawn = middle.bar(list(bars), cost, 0.6, yerr=error, color=("0.5", "0.7", "tab:green"), ecolor="0.3", capsize=4)
     middle.bar_label(drawn, [f"{value:+.3f}" for value in cost], padding=4)
-    worst = max(increase(losses, base)[0] for format, losses in each.items() if format != INT2)
-    middle.axhline(worst, color="tab:blue", linestyle="--", linewidth=1, label="the worst on the left")
+    worst = order[-1]  # the topmost on the left
+    middle.axhline(increase(each[worst], base)[0], color="tab:blue", linestyle="--", label=f"PTQ in {worst.name}")
     middle.axhline(0, color="black", linewidth=0.8)
     middle.margins(y=0.12)
     middle.set_ylabel("increase of the loss, nats per byte, ± standard error")
@@ -229,8 +229,8 @@ costs = {format: increase(losses, base)[0] for format, losses in each.items()}
 most = max(FORMATS, key=costs.get)
 broken, mended = increase(later, base_more)[0], increase(qat, base_more)[0]
 print(
-    f"\nAfter training, no format of four bits or more costs over {costs[most]:.4f} nats per byte ({most.name}); two "
-    f"bits cost {costs[INT2]:.4f}."
+    f"\nAfter training, no format of four bits or more, with scales of each expert's own, costs over "
+    f"{costs[most]:.4f} nats per byte ({most.name}); two bits cost {costs[INT2]:.4f}."
 )
 print(
     f"{QAT_STEPS} steps under fake quantization bring back {1 - mended / broken:.0%} of what two bits cost without: "
