@@ -250,9 +250,9 @@ if plt := tiny_moe.pyplot():
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(range(len(FORMATS)), [format.name for format in FORMATS])
         panel.set_ylabel("1e-3 nats per byte, ± standard error")
-    panels[0].set_title("Increase of the held-out loss (PTQ after the steps, QAT: over bf16 after them)")
+    panels[0].set_title("Increase of the held-out loss over bf16 with as many steps")
     panels[1].set_title("Divergence from the teacher")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(options.out / "distill.png", dpi=110)
     print(f"\nfigure: {options.out / 'distill.png'}")
 
