@@ -5,6 +5,7 @@ Recipes have none, since a reader has nothing but the page. A block that cannot 
 comment `<!-- tested by tests/file.py::name -->` above it, and the test must exist.
 """
 
+import importlib.util
 import os
 import re
 import socket
@@ -81,6 +82,15 @@ def test_what_does_not_run_is_tested_where_the_page_says():
         for test in blocks_of(page)[1]:
             path, _, name = test.partition("::")
             assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{page}: {test}"
+
+
+def test_pages_of_data_are_as_the_data_is():
+    """Formats, pictures of their values, and figures of the benchmark: `python docs/made.py` writes them anew."""
+    found = importlib.util.spec_from_file_location("made", ROOT / "docs/made.py")
+    made = importlib.util.module_from_spec(found)
+    found.loader.exec_module(made)
+    for name, content in made.made().items():
+        assert (ROOT / "docs" / name).read_text() == content, name
 
 
 def test_recipes_need_nothing_but_their_page():
