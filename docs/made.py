@@ -125,7 +125,7 @@ def numbers(format: Format) -> list[str]:
     """What libraries differ in."""
     element = format.element
     is_int, is_two_level = isinstance(element, IntElement), format.scale == "e4m3"
-    floor = f"2**{int(torch.tensor(format.min_scale).log2())}" if format.min_scale else "0"
+    floor = f"2^{int(torch.tensor(format.min_scale).log2())}" if format.min_scale else "0"
     below = f", 1 below {format.unit_scale_below:g}" if format.unit_scale_below else ""
     return [
         f"{element.low}..{element.high}" if is_int else "",
@@ -246,11 +246,10 @@ def steps() -> tuple[str, str, str]:
     head = ["format", "1 microbatch: GPU", "1: whole step", "4 microbatches: GPU", "4: whole step"]
     device = [(r["format"], r["device"]["ratio"], r["device"]["ratio"]) for r in of[1]]
     peers = [r for r in found["ModelOpt"]["modelopt"]["rows"] if r["microbatches"] == 1]
-    ways = [
-        [f"`{way}`" if way != "ModelOpt" else "ModelOpt 0.47, a quantizer per expert, at each forward"]
-        + ["{:.2f} to {:.2f}".format(*span(r["ways"][way]["ratio"] for r in measured))]
-        for way, measured in (("lens", of[1]), ("value_and_grad", of[1]), ("layerwise", of[1]), ("ModelOpt", peers))
-    ]
+    measured = {"lens": of[1], "value_and_grad": of[1], "layerwise": of[1], "ModelOpt": peers}
+    taken = {way: span(r["ways"][way]["ratio"] for r in rows) for way, rows in measured.items()}
+    called = {"ModelOpt": "ModelOpt 0.47, a quantizer per expert, at each forward"}
+    ways = [[called.get(way, f"`{way}`"), "{:.2f} to {:.2f}".format(*taken[way])] for way in taken]
     picture = bars(device, 0.9, 1.05, "Time of an optimizer step over bf16's, one microbatch, by format")
     return where + table(head, rows), picture, table(["way, one microbatch", "whole steps over bf16's"], ways)
 
