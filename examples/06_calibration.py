@@ -3,10 +3,10 @@
 
 The quickstart's Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
 are quantized in INT4, NVFP4, MXFP4, FP8 and INT8, with scales chosen by every method: the largest weight, percentiles,
-the least squared error, the least squared error weighted by how large the inputs are, and four over six; and rounded
-to the nearest or by GPTQ. For each: the error of the weights, that of the layers' outputs and the loss on text that was
-held out, and how far the predictions move. Six minutes on two cores, after `pip install -e '.[examples]'`; with
-`--small` some seconds, too few to learn much.
+the least squared error, the same weighted by how large the inputs are or by how they go together, and four over six;
+and rounded to the nearest or by GPTQ. For each: the error of the weights, that of the layers' outputs and the loss on
+text that was held out, and how far the predictions move. Six minutes on two cores, after
+`pip install -e '.[examples]'`; with `--small` some seconds, too few to learn much.
 """
 
 # %%
@@ -110,6 +110,7 @@ METHODS = {
     "percentile 99": Percentile(99),
     "mse": Mse(),
     "mse, weighted": Mse(),
+    "mse, local Hessian": Mse(),
     "four over six, 256": FourOverSix(256),
     "four over six, 448": FourOverSix(448),
     "GPTQ": Mse(),
@@ -136,13 +137,27 @@ def applies(name, format):
         return format != fqt.NVFP4
     if isinstance(METHODS[name], FourOverSix):
         return format == fqt.NVFP4_STATIC
+    if name == "mse, local Hessian":
+        return has_choice(format) and format.has_blocks_along_in
     return name == "max" or has_choice(format)
+
+
+def blocks_of(format):
+    """The blocks on the diagonals of the Hessians whose channels share a scale, [E, in / B, B, B]."""
+    if not format.has_blocks_along_in:
+        return None
+    side = format.block[1]
+    return {
+        key: found["hessian"].unflatten(2, (-1, side)).unflatten(1, (-1, side)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        for key, found in hessians.items()
+    }
 
 
 def quantized(name, format):
     """The weights that the model computes with, by a format and a method."""
     fq = fqt.transform(spec_of(format), method=METHODS[name] if has_choice(format) else Max())
-    state = fq.calibrate(weights, statistics=moments if name == "mse, weighted" else None)
+    statistics = {"mse, weighted": moments, "mse, local Hessian": blocks_of(format)}.get(name)
+    state = fq.calibrate(weights, statistics=statistics)
     if name == "GPTQ of ModelOpt":
         return fq.fakequant(weights | by_modelopt(fq, state), state)
     if name.startswith("GPTQ"):

@@ -31,7 +31,7 @@ from fq_transforms.training.optimizer import FakeQuantOptimizer
 from fq_transforms.training.value_and_grad import value_and_grad
 from fq_transforms.transform import Transform, transform
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FP8",
@@ -72,3 +72,8 @@ __all__ = [
     "transform",
     "value_and_grad",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, which is what completion in a notebook shows; modules inside are imported by their path."""
+    return __all__

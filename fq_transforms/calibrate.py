@@ -312,7 +312,8 @@ def bar_of(method: Method) -> str:
 def progress(items: Sequence[T], what: str) -> Iterable[T]:
     """The same items; unless `what` is empty, with a bar on standard error once a second has passed.
 
-    One item has none: of a folder that is calibrated group by group there would be thousands.
+    One item has none: of a folder that is calibrated group by group there would be thousands. A bar within another goes
+    when it ends.
 
     Raises:
         ImportError: tqdm is not installed, and `what` is not empty.
@@ -323,4 +324,4 @@ def progress(items: Sequence[T], what: str) -> Iterable[T]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(f"{what} needs tqdm: pip install 'fq_transforms[calibrate]'") from error
-    return items if len(items) < 2 else tqdm(items, desc=what, delay=1.0, mininterval=0.5)
+    return items if len(items) < 2 else tqdm(items, desc=what, delay=1.0, mininterval=0.5, leave=None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -170,7 +171,8 @@ def check_is_tensor(what: str, tensor: Any) -> None:
         kind = type(tensor)
         if isinstance(tensor, Tensor):
             raise ValueError(f"{what}: found {kind.__name__}, wanted values; run the lazy module once first")
-        raise ValueError(f"{what}: found {kind.__name__}, wanted a tensor")
+        hint = ": pass torch.from_numpy(array)" if isinstance(tensor, np.ndarray) else ""
+        raise ValueError(f"{what}: found {kind.__name__}, wanted a tensor{hint}")
 
 
 def check_readable(what: str, tensor: Any) -> None:

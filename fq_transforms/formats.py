@@ -301,8 +301,18 @@ MXFP6_E3M2_TORCHAO_EVEN = replace(MXFP6_E3M2, name="MXFP6_E3M2_TORCHAO_EVEN", ex
 MXFP6_E2M3_TORCHAO_EVEN = replace(MXFP6_E2M3, name="MXFP6_E2M3_TORCHAO_EVEN", exponent_rounding="even")
 MXFP4_TORCHAO_EVEN = replace(MXFP4, name="MXFP4_TORCHAO_EVEN", exponent_rounding="even")
 
+
+class _ByName(dict[str, Format]):
+    """A dict that says which name was nearest to one that it has not."""
+
+    def __missing__(self, name: object) -> Format:
+        raise KeyError(f"found no format {shown(name)} in FORMATS (did you mean {nearest(str(name), self)[0]!r}?)")
+
+
 # All of the above, by name.
-FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}
+FORMATS: dict[str, Format] = _ByName(
+    {value.name: value for value in list(globals().values()) if isinstance(value, Format)}
+)
 
 # Layouts of files, and what their readers do with each type of scale; "plain" has weights, and no scales.
 Layout: TypeAlias = Literal["compressed-tensors", "modelopt", "fp8", "plain"]

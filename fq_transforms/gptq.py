@@ -15,13 +15,13 @@ from fq_transforms.formats import Format, static_format
 from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
 from fq_transforms.ops.launch import each_expert, has_kernel
 from fq_transforms.ops.quantize.autograd import fake_quantize
-from fq_transforms.spec import Group, ranges
+from fq_transforms.spec import Group, Spec, ranges
 from fq_transforms.state import State
 
 if TYPE_CHECKING:
     from fq_transforms.transform import Transform
 
-__all__ = ["Hessians", "gptq"]
+__all__ = ["Hessians", "check_formats", "gptq"]
 
 Hessians = Mapping[str, Mapping[str, Tensor]]
 
@@ -34,7 +34,7 @@ COPIES = 8
 # How far a Hessian may be from its transpose, beside its largest number: sums in fp32 in two orders.
 ASYMMETRY = 2.0**-10
 # Where a Hessian has no Cholesky factor, ten times the damping is tried, from the one on, up to the other.
-LEAST_DAMPING, MOST_DAMPING = 1e-4, 10
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 0.1
 
 
 @torch.no_grad()
@@ -112,6 +112,16 @@ def _check_options(damping: Any, shrinkage: Any, order: Any) -> None:
         raise ValueError(f"order: found {order!r}, wanted None or 'activation'")
 
 
+def check_formats(spec: Spec) -> None:
+    """Raise ValueError for a group whose scales follow the weights as they move."""
+    for group in spec.groups:
+        if group.format.dynamic and not group.format.is_stateless:
+            raise ValueError(
+                f"gptq: found {group.format.name} for group {group.key!r}, whose scales follow the weights as they "
+                f"move, wanted {static_format(group.format).name}"
+            )
+
+
 def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hessians) -> None:
     """Raise unless there is a usable Hessian of each group, on the device of its weights. Each is read once."""
     keys = {group.key for group in fq.spec.groups}
@@ -122,12 +132,8 @@ def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hes
             f"hessians: found unexpected groups {unexpected[:4]}, wanted the spec's, such as {min(keys)!r}"
         )
     checked: set[int] = set()
+    check_formats(fq.spec)
     for group in fq.spec.groups:
-        if group.format.dynamic and not group.format.is_stateless:
-            raise ValueError(
-                f"gptq: found {group.format.name} for group {group.key!r}, whose scales follow the weights as they "
-                f"move, wanted {static_format(group.format).name}"
-            )
         weights, leaves = weights_of(params, group), hessians[group.key]
         if is_sharded(weights[0]):
             raise ValueError(f"gptq: found the DTensor {group.names[0]!r}, wanted plain tensors: whole experts")
@@ -221,7 +227,7 @@ def _move(
         if order is not None:
             columns = shrunk.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
             shrunk = _taken(_taken(shrunk, columns, 1), columns, 2)
-        factor = _factor(shrunk, damping, roles[0].group)
+        factor = _factor(shrunk, damping, roles[0].group, first)
         del shrunk
         for role in roles:
             _move_some(role, part, own, factor, columns)
@@ -345,14 +351,15 @@ def _taken(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
     return tensor.gather(dim, index.expand(tensor.shape))
 
 
-def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
-    """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular.
+def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor:
+    """R_ij / R_jj of each expert, where H + damping = R R^T and R is upper triangular; the first is expert `first`.
 
     A Hessian of fewer tokens than inputs is singular; if fp32 has no factor of it, it is damped further.
     """
     means = hessian.diagonal(dim1=1, dim2=2).mean(1)
     lower = torch.empty_like(hessian)
     left = torch.arange(len(hessian), device=hessian.device)
+    singular: list[int] = []
     while True:
         damped = hessian[left].flip(1, 2)
         damped.diagonal(dim1=1, dim2=2).add_((damping * means[left])[:, None])
@@ -360,11 +367,18 @@ def _factor(hessian: Tensor, damping: float, group: Group) -> Tensor:
         left = left[failed != 0]
         if not len(left):
             break
+        singular = singular or (first + left).tolist()
         damping = max(10 * damping, LEAST_DAMPING)
         if damping > MOST_DAMPING:
-            raise ValueError(f"hessians {group.key!r}: found one that is not positive, wanted means of x x^T")
+            e = first + int(left[0])
+            raise ValueError(
+                f"hessians {group.key!r}: found one that is not positive for expert {e}, {group.expert_name(e)!r}, "
+                "wanted means of x x^T"
+            )
+    if singular:
         warnings.warn(
-            f"gptq: {group.key!r}: found {len(left)} singular Hessians, damped by {damping:g} of their mean diagonal",
+            f"gptq: {group.key!r}: found singular Hessians of expert {ranges(singular)}, damped by up to {damping:g} "
+            "of their mean diagonal",
             stacklevel=5,
         )
     upper = lower.flip(1, 2)

@@ -12,6 +12,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor
@@ -69,7 +71,13 @@ class InUse(AbstractContextManager["InUse"]):
                 "task a model of its own: copy.deepcopy(model)"
             )
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            # PyTorch's functional_call, interrupted as it ends, puts back what it has exchanged when its frame goes,
+            # which must not be after this use has put back its own.
+            clear_frames(trace)
         self.leave()
 
     def leave(self) -> None:
@@ -104,6 +112,21 @@ class InUse(AbstractContextManager["InUse"]):
         """`module.register_forward_hook`, for the time of the use."""
         self.undo.append(partial(_unhook, module, hook))
         module.register_forward_hook(hook, **options)
+
+    def exchange(self, model: Module, tensors: Mapping[str, Tensor]) -> None:
+        """Let a model have tensors by their names in place of its own, for the time of the use."""
+        own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        given = {id(tensor): tensors[name] for name, tensor in own if name in tensors}
+        places = _places(model, tensors)
+        self.undo.append(partial(_put_back, places))
+        for entries, attribute, tensor in places:
+            entries[attribute] = given[id(tensor)]
+
+    def stand_in(self, module: Module, forward: Callable[..., Any]) -> None:
+        """Let a module's forward be another, for the time of the use."""
+        had, own = "forward" in vars(module), module.forward
+        self.undo.append(partial(_put_forward, module, own if had else None))
+        vars(module)["forward"] = forward
 
     def call(self, model: Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`functional_call`, which by itself loses what it has exchanged when it is interrupted."""
@@ -145,6 +168,13 @@ def _put_back(places: Iterable[_Place]) -> None:
     for entries, attribute, tensor in places:
         if entries.get(attribute) is not tensor:
             entries[attribute] = tensor
+
+
+def _put_forward(module: Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        vars(module).pop("forward", None)
+    else:
+        vars(module)["forward"] = forward
 
 
 class Within(AbstractContextManager[T], Generic[T]):

@@ -2,10 +2,12 @@
 
     spec = select(params, presets.FP8_DEFAULT_CFG)                          # weights, and what they are multiplied with
     spec = select(params, presets.weights_only(presets.FP8_DEFAULT_CFG))    # weights only
+    spec = select(params, presets.per_expert_inputs(presets.FP8_DEFAULT_CFG))  # an amax of each expert's own inputs
     spec = select(params, [*presets.FP8_DEFAULT_CFG, Rule("*layers.0.*")])  # all but a layer
     spec = select(params, presets.for_layout(presets.NVFP4_DEFAULT_CFG, "compressed-tensors"))
 
-A name that ModelOpt 0.47 has is its whole configuration: the same weights and inputs, in the same formats.
+A name that ModelOpt 0.47 has is its whole configuration: the same weights and inputs, in the same formats. As there,
+the experts of a group share the amax of their inputs, unless `per_expert_inputs` is asked for.
 `*_DEFAULT_CFG` and `*_WEIGHT_ONLY_CFG` take the weights of modules but the excluded, and routed experts;
 `*_EXPERTS_ONLY_CFG` routed experts alone. docs/classes.md holds both libraries beside each other, class by class.
 ModelOpt has one of the latter, NVFP4's. The others are ours, made after it: each is the rule of a whole model's
@@ -100,6 +102,16 @@ def weights_only(rules: Rules) -> tuple[Rule, ...]:
         True
     """
     return tuple(replace(rule, inputs=None, per_expert_inputs=False) for rule in as_rules(rules))
+
+
+def per_expert_inputs(rules: Rules) -> tuple[Rule, ...]:
+    """The same rules with an amax for each expert's inputs, in place of one that the experts of a group share.
+
+    Example:
+        >>> per_expert_inputs(FP8_DEFAULT_CFG)[0].per_expert_inputs, FP8_DEFAULT_CFG[0].per_expert_inputs
+        (True, False)
+    """
+    return tuple(replace(rule, per_expert_inputs=rule.inputs is not None) for rule in as_rules(rules))
 
 
 def for_layout(rules: Rules, layout: formats.Layout) -> tuple[Rule, ...]:

@@ -33,7 +33,7 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True)
 class Rule:
-    """The formats of the weights that match a pattern, and of the inputs that they are multiplied with.
+    """Formats of the weights that match a pattern, and of their inputs, whose amax a group shares by default.
 
     The last rule that matches a name decides both, so an exception repeats what it does not change. `Rule(pattern)`
     leaves out weights and inputs; `Rule(pattern, inputs=FP8)` quantizes the inputs only.
@@ -46,8 +46,8 @@ class Rule:
             channel (FP8_PER_CHANNEL), with one scale per token; in dynamic blocks (MX, or NVFP4 with a calibrated
             global amax).
         required: False if the rule may match nothing, as a preset's exclusions may.
-        per_expert_inputs: The inputs of each expert have an amax of their own. By default the experts of a group share
-            one, the largest, as ModelOpt's do.
+        per_expert_inputs: True if the inputs of each expert have an amax of their own; `presets.per_expert_inputs` sets
+            it for all of a preset. False: the experts of a group share one, the largest, as in ModelOpt's presets.
 
     Raises:
         ValueError: A field is of another type; inputs have static scales along blocks; `per_expert_inputs` without
@@ -138,13 +138,25 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     given: Any = rules
     is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)  # a str is a sequence too
     if wrong := [rule for rule in given if not isinstance(rule, Rule)] if is_list else [given]:
-        hint = "; put it into a list" if isinstance(wrong[0], Rule) else ""
+        found = f"the format {wrong[0].name}" if isinstance(wrong[0], Format) else shown(wrong[0])
         raise ValueError(
-            f"rules: found {shown(wrong[0])}, wanted a mapping from patterns to formats such as "
+            f"rules: found {found}, wanted a mapping from patterns to formats such as "
             "{'*.experts.*': fqt.NVFP4}, a list of fqt.Rule(pattern, weights, inputs), or a preset such as "
-            f"fqt.presets.FP8_DEFAULT_CFG{hint}"
+            f"fqt.presets.FP8_DEFAULT_CFG{_how_to_write(wrong[0])}"
         )
     return tuple(given)
+
+
+def _how_to_write(wrong: Any) -> str:
+    """What to write in place of what is no rules, for a message; "" where it is not known."""
+    if isinstance(wrong, Rule):
+        return "; put it into a list"
+    if isinstance(wrong, Format):
+        name = f"fqt.formats.{wrong.name}" if FORMATS.get(wrong.name) == wrong else "the format"
+        return f"; to say which weights, write {{'*.experts.*': {name}}}, or {{'*': {name}}} for every matrix"
+    if isinstance(wrong, str) and wrong in FORMATS:
+        return f"; to say which weights, write {{'*.experts.*': fqt.formats.{wrong}}}"
+    return f"; write fqt.presets.{wrong}" if isinstance(wrong, str) and wrong.endswith("_CFG") else ""
 
 
 def to_json(rules: Rules) -> str:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
 from fq_transforms.formats import FORMATS, Format
-from fq_transforms.parse import check_name, nearest
+from fq_transforms.parse import check_name, nearest, shown
 from fq_transforms.rules import Rule, Rules, as_rules, name_matches, unwrapped
-from fq_transforms.spec import Group, Inputs, Skipped, Spec, group_key, ranges
+from fq_transforms.spec import Group, Inputs, Skipped, Spec, experts_regex, group_key, numbered, ranges
 
 __all__ = ["check_fits", "select"]
 
@@ -47,7 +47,7 @@ def select(
         params: `dict(model.named_parameters())`, names to tensors.
         rules: Globs to formats of weights; or a list of `Rule`s, of weights and inputs; or a preset, which is one.
         experts: Regular expressions (full match) for names that are not found by themselves. With a named group
-            `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter, or a single matrix.
+            `(?P<expert>\d+)`, a list of experts; without, a stacked 3-D parameter, or a single matrix of a layer.
         transposed: Globs of parameters whose matrices are stored [in, out]; or globs to False for [out, in] and True
             for [in, out], the last match counts. Matrices are taken as [out, in], as `nn.Linear` has them. Of stacks
             `gate_up_proj` and `down_proj`, a router or a bias beside them tell; where nothing does, say it.
@@ -74,7 +74,7 @@ def select(
             f"params: found {type(params).__name__}, wanted names to tensors, such as dict(model.named_parameters())"
         )
     for name, param in params.items():
-        check_is_tensor(f"parameter {check_name(name, 'params')!r}", param)
+        _check_entry(name, param)
     orientation = _orientation(transposed)
     never = _never_weights(params)
     _check_patterns(params, [name for name in params if name not in never], rules, patterns, tuple(orientation))
@@ -101,6 +101,19 @@ def select(
             f"the rules select no weight among {len(params)} parameters; patterns: {[r.pattern for r in rules]}"
         )
     return Spec(tuple(groups), tuple(skipped), tuple(inputs), rules)
+
+
+def _check_entry(name: Any, param: Any) -> None:
+    """Raise ValueError unless an entry of `params` is a name and a tensor."""
+    if not isinstance(name, str):
+        raise ValueError(f"params: found the key {shown(name)}, wanted the name of a parameter, a str")
+    if isinstance(param, Mapping):
+        raise ValueError(
+            f"params: found a dict at {shown(name)}, wanted one flat dict from names, joined by dots, to tensors: pass "
+            "{'.'.join(map(str, path)): tensor "
+            "for path, tensor in zip(optree.tree_paths(params), optree.tree_leaves(params))}"
+        )
+    check_is_tensor(f"parameter {check_name(name, 'params')!r}", param)
 
 
 def _why_left(rule: Rule) -> str:
@@ -141,7 +154,8 @@ def _check_patterns(
             found = f"only {others[0]!r}, which is no weight" if others else "none"
             raise ValueError(
                 f"rule {rule.pattern!r} matches no weight: found {found}, among {len(weights)} weights such as "
-                f"{_nearest(rule.pattern, weights)}; correct the pattern or remove the rule"
+                f"{_nearest(rule.pattern, weights)}; {_glob_meant(rule.pattern, weights)}correct the pattern or remove "
+                "the rule"
             )
     for regex in experts:
         try:
@@ -157,11 +171,56 @@ def _check_patterns(
                     f"experts={regex!r}: found the expert {number!r} in {match.string!r}, wanted a number; "
                     r"let the group `expert` match \d+"
                 )
+        if all("expert" not in match.re.groupindex for match in matches):
+            _check_says_something(regex, [match.string for match in matches], params)
     for glob in transposed:
         if not any(name_matches(name, glob) for name in weights):
             raise ValueError(
-                f"transposed={glob!r} matches no weight, among {len(weights)} such as {_nearest(glob, weights)}"
+                f"transposed={glob!r} matches no weight, among {len(weights)} such as {_nearest(glob, weights)}; "
+                f"{_glob_meant(glob, weights)}correct the glob"
             )
+
+
+def _check_says_something(regex: str, names: Sequence[str], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a regex without the group `expert` is of a list of matrices, each of which stays a group."""
+    lists = numbered(names)
+    if not lists or any(
+        params[name].dim() != 2
+        or _is_among_experts(name)
+        or _is_computed_with(name, params)
+        or group_key(name, ()) != (name, 0)
+        for name in names
+    ):
+        return
+    before, after, numbers = lists[0]
+    raise ValueError(
+        rf"experts={regex!r}: found no group (?P<expert>\d+), and matrices {before}[{ranges(numbers)}]{after} that "
+        "differ in a number, wanted the group in the place of the expert's number: pass "
+        f"experts=r'{experts_regex(before, after)}'; what is no expert needs no experts="
+    )
+
+
+def _is_among_experts(key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in _STACKED_EXPERTS)
+
+
+def _is_computed_with(name: str, params: Mapping[str, Tensor]) -> bool:
+    """True if torch.nn.utils computes a weight from a parameter."""
+    pair = {"weight_g": "weight_v", "weight_v": "weight_g"}.get(name.rpartition(".")[2], "")
+    has_pair = bool(pair) and f"{name[: -len(pair)]}{pair}" in params
+    return "parametrizations" in name.split(".") or name.endswith("weight_orig") or has_pair
+
+
+def _glob_meant(glob: str, names: Sequence[str]) -> str:
+    """What to write in place of a glob that matches nothing, or ''."""
+    if glob.startswith("*.") and any(name_matches(name, glob[2:]) for name in names):
+        return f"`*.` wants a dot before the rest, and there the names begin with it: write {glob[2:]!r}; or "
+    if "[" not in glob:
+        return ""
+    literal = glob.replace("[", "[[]")
+    if any(name_matches(name, literal) for name in names):
+        return f"in a glob [...] is one character of a set, and there the names have brackets: write {literal!r}; or "
+    return ""
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
@@ -303,10 +362,7 @@ class _Layouts:
 
     def check_computed_with(self, name: str) -> None:
         """Raise ValueError for what a weight is computed from, which would be off the grid, unless it is told."""
-        pair = {"weight_g": "weight_v", "weight_v": "weight_g"}.get(name.rpartition(".")[2], "")
-        has_pair = bool(pair) and f"{name[: -len(pair)]}{pair}" in self.params
-        is_made_into_another = "parametrizations" in name.split(".") or name.endswith("weight_orig") or has_pair
-        if is_made_into_another and not any(re.fullmatch(pattern, name) for pattern in self.patterns):
+        if _is_computed_with(name, self.params) and not any(re.fullmatch(pattern, name) for pattern in self.patterns):
             raise ValueError(
                 f"parameter {name!r}: found what torch.nn.utils computes a weight from, wanted the weight that the "
                 "layer computes with: call remove_parametrizations, or the remove_* of its kind; exclude it with the "
@@ -317,7 +373,7 @@ class _Layouts:
     def check_experts(self, key: str, names: Sequence[str], first: Tensor) -> None:
         """Raise ValueError unless the experts of a group are a list, a stack, or one."""
         is_told = any(re.fullmatch(pattern, key) for pattern in self.patterns)
-        is_among_experts = any(re.fullmatch(pattern, key) for pattern in _STACKED_EXPERTS)
+        is_among_experts = _is_among_experts(key)
         if first.dim() == 3 and (key not in names or not (is_told or is_among_experts)):
             raise ValueError(
                 f"parameter {names[0]!r}: found the 3-D shape {tuple(first.shape)}, wanted a matrix or stacked "

@@ -24,7 +24,7 @@ from fq_transforms.formats import Format, check_layout, own_format
 from fq_transforms.parse import check_name, parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 
-__all__ = ["Group", "Inputs", "Skipped", "Spec", "group_key", "ranges", "refuse_inputs"]
+__all__ = ["Group", "Inputs", "Skipped", "Spec", "experts_regex", "group_key", "numbered", "ranges", "refuse_inputs"]
 
 # Names of the experts of a list; `expert` is the number.
 EXPERT_LISTS = (
@@ -270,7 +270,7 @@ class Spec:
             rows += [("not quantized", "why", "", "shape", "")]
             not_quantized = [(group_key(s.name, ())[0], (s.reason, "", _by(s.shape), "")) for s in self.skipped]
             rows += [(name, *cells) for name, cells in _collapse(not_quantized)]
-        return f"{_table(rows, right=2)}\n{self.summary}"
+        return "\n".join([_table(rows, right=2), self.summary, *_hints(self.groups)])
 
     @property
     def summary(self) -> str:
@@ -305,6 +305,60 @@ def group_key(name: str, patterns: Sequence[str]) -> tuple[str, int]:
             start, end = match.span("expert")
             return f"{name[:start]}*{name[end:]}", int(match["expert"])
     return name, 0
+
+
+def numbered(names: Iterable[str]) -> list[tuple[str, str, list[int]]]:
+    """Names that differ in one number, from 0 on without a gap: what stands before and behind it, and the numbers.
+
+    Of several such numbers in a name, the last.
+
+    Example:
+        >>> numbered(["a.0.ffn_0.w2", "a.0.ffn_1.w2", "a.1.ffn_0.w2", "a.1.ffn_1.w2"])
+        [('a.0.ffn_', '.w2', [0, 1]), ('a.1.ffn_', '.w2', [0, 1])]
+    """
+    places = {name: [m.span() for m in re.finditer(r"\d+", name)][::-1] for name in names}
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name, spans in places.items():
+        for start, end in spans:
+            numbers.setdefault((name[:start], name[end:]), []).append(int(name[start:end]))
+    lists = {place: sorted(found) for place, found in numbers.items() if len(found) > 1}
+    lists = {place: found for place, found in lists.items() if found == list(range(len(found)))}
+    last = (next(((n[:a], n[b:]) for a, b in spans if (n[:a], n[b:]) in lists), None) for n, spans in places.items())
+    return [(*place, lists[place]) for place in dict.fromkeys(last) if place]
+
+
+def experts_regex(before: str, after: str) -> str:
+    """What to pass as `experts=` for names with their expert's number in between; other numbers may be any."""
+    before, after = (re.sub(r"\d+", r"\\d+", re.escape(part)) for part in (before, after))
+    return rf"{before}(?P<expert>\d+){after}"
+
+
+# What layers are called, and heads, whose numbers are of no expert.
+_LAYERS = re.compile(r"(?:layer|block|stage|level|head|resnet|attention)s?$|^h$", re.IGNORECASE)
+_OF_EXPERTS = re.compile(r"expert|moe|ffn", re.IGNORECASE)
+MOST_HINTS = 3
+
+
+def _hints(groups: Sequence[Group]) -> list[str]:
+    """Of dense groups that differ in a number within a layer, or in one beside an expert's name: how to group them."""
+    dense: dict[tuple[tuple[int, int], Format], list[str]] = {}
+    for group in groups:
+        if group.names == (group.key,) and not group.stacked:
+            dense.setdefault((group.shape, group.format), []).append(group.key)
+    found: dict[str, str] = {}
+    for names in dense.values():
+        for before, after, numbers in numbered(names):
+            words = re.findall(r"[A-Za-z]+", before)
+            is_named = bool(_OF_EXPERTS.search(before))
+            is_within = is_named or bool(re.search(r"\d", before))
+            if is_within and len(numbers) >= (2 if is_named else 4) and not (words and _LAYERS.search(words[-1])):
+                regex = experts_regex(before, after)
+                found.setdefault(
+                    regex,
+                    f"hint: {before}[{ranges(numbers)}]{after} are {len(numbers)} groups; if they are experts of one "
+                    f"layer, pass experts=r'{regex}'",
+                )
+    return [*found.values()][:MOST_HINTS]
 
 
 _GROUP_FIELDS = {

@@ -26,6 +26,7 @@ from fq_transforms.pack import PackedTree, pack, unpack
 from fq_transforms.pullback import pullback, take_grads
 from fq_transforms.report.report import Report, report
 from fq_transforms.rounding import Stochastic
+from fq_transforms.sequential import LayerStore, calibrate_sequentially
 from fq_transforms.spec import Spec
 from fq_transforms.state import State, init
 from fq_transforms.sync import sync
@@ -492,6 +493,58 @@ class Transform:
             unseen=unseen,
             group=group,
             blocks=blocks,
+        )
+
+    def calibrate_sequentially(
+        self,
+        model: Module,
+        batches: Any,
+        *,
+        gptq: Mapping[str, Any] | None = None,
+        forward: Forward | None = None,
+        layers: str | None = None,
+        unseen: str | float = "raise",
+        store: LayerStore | None = None,
+    ) -> tuple[Mapping[str, Tensor], State]:
+        """Parameters and state, each layer calibrated on what the quantized layers before it give: docs/calibration.
+
+            for i in layers:  state[i] = calibrate(params[i], x);  params[i] = gptq(params[i], state[i])
+                              x = apply(layer i, params[i], state[i], x)
+
+        Args:
+            model: With its own parameters; left as it is.
+            batches: As `calibrate` takes them. A thread runs the model on each, one at a time, and waits at each layer.
+            gptq: Options of `fqt.gptq`, and `unseen` of `input_hessians`; None to move no weight.
+            forward: As `calibrate` takes it.
+            layers: Path of the list of layers; None for the one ModuleList that holds selected weights. What lies
+                outside is calibrated last, on the outputs of the quantized layers, or on what comes before them.
+            unseen: As `fill_unseen` takes it.
+            store: `fqt.export.LayerFiles`, for a model that is in files, and to go on after a kill.
+
+        Returns:
+            The model's parameters by name, the same tensors where nothing has moved them, and a state.
+
+        Raises:
+            KeyError, ValueError: As `calibrate` and `fill_unseen`; the model has no list of layers; a layer is not
+                called, or twice, in a forward; there is no batch. What the model raises, with the batch's number.
+
+        Example:
+            >>> import fq_transforms as fqt
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2)))
+            >>> fq = fqt.transform(fqt.select(dict(model.named_parameters()), {"*": fqt.INT8}))
+            >>> params, state = fq.calibrate_sequentially(model, torch.ones(1, 4), layers="")
+            >>> params["1.weight"] is model[1].weight, sorted(state)
+            (True, ['0.weight', '1.weight'])
+        """
+        return calibrate_sequentially(
+            self,
+            model,
+            batches,
+            gptq=gptq,
+            forward=forward,
+            layers=layers,
+            unseen=unseen,
+            store=store,
         )
 
     def input_hessians(

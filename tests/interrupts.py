@@ -11,13 +11,27 @@ from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.overrides import _get_current_function_mode_stack
 
 import fq_transforms as fqt
-from fq_transforms import in_use
-from fq_transforms.activations import apply, observe, products, quantize
+from fq_transforms import in_use, sequential
+from fq_transforms.activations import apply, observe, products, quantize, stepped
 from fq_transforms.integrations import te
 from fq_transforms.ops import private
 from fq_transforms.training import layerwise, main_grad, optimizer, reads, value_and_grad
 
-OURS = (in_use, apply, observe, products, quantize, te, layerwise, main_grad, optimizer, reads, value_and_grad)
+OURS = (
+    in_use,
+    sequential,
+    stepped,
+    apply,
+    observe,
+    products,
+    quantize,
+    te,
+    layerwise,
+    main_grad,
+    optimizer,
+    reads,
+    value_and_grad,
+)
 # PyTorch's own, which lose what they hold if they are interrupted themselves.
 THEIRS = (contextlib, stateless, sys.modules[NamedMemberAccessor.__module__], torch.overrides)
 FILES = {module.__file__ for module in (*OURS, *THEIRS)}

@@ -88,6 +88,7 @@ def test_calibration_compares_every_method_in_every_format():
     methods = {"max", "percentile 99.99", "percentile 99.9", "percentile 99", "mse", "mse, weighted"}
     assert plain.keys() == (
         {(format, method) for format in ("INT4_BLOCK32", "NVFP4_STATIC", "FP8", "INT8") for method in methods | gptq}
+        | {(format, "mse, local Hessian") for format in ("INT4_BLOCK32", "NVFP4_STATIC")}
         | {("NVFP4_STATIC", "four over six, 256"), ("NVFP4_STATIC", "four over six, 448"), ("NVFP4", "max")}
         | {("MXFP4", method) for method in {"max", *gptq}}
     )

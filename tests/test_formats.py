@@ -1,5 +1,7 @@
 """Formats are numbers: what a format may be, and that every format that may be is right in the kernels."""
 
+import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from fq_transforms.formats import E2M1, E3M2, E4M3, E5M2, FORMATS, NVFP4, FloatE
 from fq_transforms.ops.amax.launch import expert_amax_triton
 from fq_transforms.ops.amax.reference import expert_amax_reference
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
-from tests.cases import experts, name_of, same_bits
+from tests.cases import assert_names, experts, message_of, name_of, same_bits
 from tests.conftest import HAS_GPU
 from tests.variants import by_kernel
 
@@ -88,6 +90,16 @@ def test_a_new_constant_is_all_that_a_new_format_needs(format, transposed, _):
         leaf = None if amax is None else amax[expert]
         result = found[expert].mT if transposed else found[expert]
         assert same_bits(result, fake_quantize_reference(weight, leaf, None, **options))
+
+
+def test_a_name_that_is_no_format_has_a_nearest_one():
+    """`FORMATS` is a dict like any other, to JSON, copies and `get`, but for what it says of a missing name."""
+    for name, meant in (("NVFP5", "NVFP4"), ("mxfp4", "MXFP4"), (4, "")):
+        assert_names(message_of(KeyError, FORMATS.__getitem__, name), repr(name), "did you mean", meant)
+    assert "NVFP5" not in FORMATS
+    assert FORMATS.get("NVFP5") is None
+    assert dict(FORMATS) == FORMATS == pickle.loads(pickle.dumps(FORMATS))
+    assert json.loads(json.dumps({name: f.to_dict() for name, f in FORMATS.items()})).keys() == FORMATS.keys()
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=name_of)

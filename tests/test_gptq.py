@@ -451,7 +451,7 @@ def test_singular_hessians_are_damped_and_said():
     with pytest.warns(UserWarning, match="damped") as caught:
         found = taken(fqt.gptq(fq, params, state, {KEYS["separate"]: leaves}, damping=0.0, shrinkage=0.0), "separate")
     assert {warning.filename for warning in caught} == {__file__}
-    assert_names(str(caught[0].message), KEYS["separate"], "1 singular")
+    assert_names(str(caught[0].message), KEYS["separate"], "singular Hessians of expert 0")
     assert all(q.isfinite().all() for q in found)
     ours = losses(weights, found, leaves["hessian"])
     assert (ours <= losses(weights, nearest_of(weights, fqt.INT4_BLOCK32), leaves["hessian"])).all()

@@ -22,7 +22,7 @@ LAYERS = [
     "parse formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
     "ops knapsack",  # on plain tensors
     "distributed partition dtensor checks in_use masters select state",  # shards, ranks, what the public door checks
-    "fakequant pullback pack activations calibrate gptq sync report",  # one verb each
+    "fakequant pullback pack activations calibrate gptq sequential sync report",  # one verb each
     "transform",
     "training checkpoint export search sensitivity",
     "__init__",
@@ -201,3 +201,9 @@ def test_public_names_exist_and_are_sorted(module):
     assert all(hasattr(offered, name) for name in names)
     assert names == sorted(set(names), key=by_kind)
     assert len(names) <= MOST_PUBLIC_NAMES
+
+
+def test_the_package_shows_its_public_names_only():
+    """What a notebook completes; names of modules inside are still found."""
+    assert dir(fqt) == sorted(fqt.__all__)
+    assert fqt.parse.nearest("a", ["b"]) == ["b"]

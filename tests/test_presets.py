@@ -379,6 +379,18 @@ def test_our_own_presets_are_modelopts_for_the_experts(preset):
     assert presets.experts_only(whole.weights, whole.inputs) == getattr(presets, preset)
 
 
+def test_an_amax_of_each_experts_inputs_is_one_word_away():
+    """Formats and weights stay, inputs of experts have one amax each in place of a shared one; twice is as once."""
+    params = {f"experts.{i}.w1.weight": torch.empty(64, 32, device="meta") for i in range(3)}
+    rules = presets.per_expert_inputs(presets.FP8_DEFAULT_CFG)
+    shared, own = select(params, presets.FP8_DEFAULT_CFG), select(params, rules)
+    assert (shared.inputs[0].leaf_shapes["amax"], own.inputs[0].leaf_shapes["amax"]) == ((1,), (3,))
+    assert own.groups == shared.groups
+    assert [i.format for i in own.inputs] == [i.format for i in shared.inputs]
+    assert presets.per_expert_inputs(rules) == rules
+    assert presets.per_expert_inputs(presets.W4A16_NVFP4_CFG) == presets.W4A16_NVFP4_CFG
+
+
 @pytest.mark.parametrize("preset", [*WHOLE, *EXPERTS_ONLY])
 def test_the_weights_of_a_preset_alone(preset):
     """Law: `weights_only` selects the same weights, in the same formats, and no inputs; twice is as once."""

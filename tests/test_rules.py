@@ -65,6 +65,18 @@ def test_what_is_no_rules_is_refused(rules):
         )
 
 
+def test_a_format_in_place_of_rules_is_refused_with_the_line_to_write():
+    """The constant, its name, a preset's name; a format of one's own has no name to write."""
+    assert_names(
+        message_of(ValueError, as_rules, NVFP4),
+        "rules: found the format NVFP4, wanted",
+        "write {'*.experts.*': fqt.formats.NVFP4}, or {'*': fqt.formats.NVFP4} for every matrix",
+    )
+    assert_names(message_of(ValueError, as_rules, "NVFP4"), "write {'*.experts.*': fqt.formats.NVFP4}")
+    assert_names(message_of(ValueError, as_rules, "FP8_DEFAULT_CFG"), "; write fqt.presets.FP8_DEFAULT_CFG")
+    assert_names(message_of(ValueError, as_rules, OWN), "found the format FP8", "{'*': the format}")
+
+
 def test_a_rule_alone_is_refused_with_the_fix():
     assert_names(message_of(ValueError, as_rules, Rule("*", FP8)), "found Rule(", "put it into a list")
 

@@ -1,8 +1,11 @@
 """Which parameters are quantized: each naming convention, what rules decide, and each refusal."""
 
+import re
 import time
 from fnmatch import fnmatchcase
 
+import numpy as np
+import optree
 import pytest
 import torch
 from hypothesis import given
@@ -517,6 +520,58 @@ def experts_with(**changes):
     return params
 
 
+def test_what_is_written_in_place_of_a_mistake_is_right():
+    """What the errors and the hint of the table say to write does what was meant: globs, the regex, the flat dict."""
+    bracketed = {"net.ffn[7].up": meta(32, 64), "net.ffn[8].up": meta(32, 64)}
+    assert [g.key for g in select(bracketed, {"*ffn[[]7].*": FP8}).groups] == ["net.ffn[7].up"]
+    assert select(expert_list("experts.{}.w1.weight"), {"experts.*": FP8}).groups[0].experts == 4
+    params = {f"layers.{i}.ffn_{e}.{w}": meta(32, 64) for i in range(3) for e in range(12) for w in ("w1", "w2")}
+    spec = select(params, {"*": FP8})
+    *_, hint = str(spec).splitlines()
+    assert "layers.0.ffn_[0-11].w1 are 12 groups" in hint
+    regex = re.search("experts=r'(.*)'", hint)[1]
+    found = select(params, {"*": FP8}, experts=regex)
+    assert [(g.key, g.experts) for g in found.groups] == [
+        (f"layers.{i}.ffn_*.{w}", 12) for i in range(3) for w in ("w1", "w2")
+    ]
+    nested = {"layers": [{"weight": meta(32, 64)}, {"weight": meta(32, 64)}]}
+    message = message_of(ValueError, select, {"net": nested}, {"*": FP8})
+    assert_names(message, "params: found a dict at 'net'", "one flat dict", "pass {'.'.join")
+    line = message.partition("pass ")[2]
+    flat = eval(line, {"optree": optree, "params": {"net": nested}})
+    assert [g.key for g in select(flat, {"*": FP8}).groups] == ["net.layers.0.weight", "net.layers.1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count", "is_hinted"),
+    [
+        ("net.ffn_{}.up", 12, True),
+        ("layers.0.moe.{}.up", 2, True),
+        ("layers.0.mlp.{}.up", 8, True),
+        ("expert{}.up", 2, True),
+        ("layers.0.mlp.{}.up", 3, False),  # what a Sequential may hold
+        ("layers.{}.ffn.up", 12, False),
+        ("stages.0.blocks.{}.up", 12, False),
+        ("transformer.h.{}.mlp.up", 12, False),
+        ("layers.0.attn.heads.{}.up", 12, False),
+        ("layers.0.experts.{}.up", 12, False),  # is a group
+        ("layers.0.moe.w{}", 1, False),
+    ],
+)
+def test_the_table_hints_at_experts_that_were_not_grouped(pattern, count, is_hinted):
+    """Numbers within a layer from 0 on, or beside a word for experts; layers, blocks and heads are none."""
+    spec = select({pattern.format(i): meta(32, 64) for i in range(count)}, {"*": FP8})
+    assert ("hint: " in str(spec)) == is_hinted
+
+
+def test_a_regex_without_the_group_still_tells_single_matrices():
+    """Kills a refusal of what `experts=` is for: stacks, a matrix among experts, what a weight is computed from."""
+    for name in ("layers.{}.moe_kernel", "layers.{}.experts.w1", "layers.{}.parametrizations.weight.original"):
+        shape = (4, 32, 64) if name.endswith("kernel") else (32, 64)
+        params = {name.format(i): meta(*shape) for i in range(3)}
+        assert len(select(params, {"*": FP8}, experts=name.replace("{}", r"\d+")).groups) == 3
+
+
 KEY = "layers.0.experts.*.w1.weight"
 THIRD = "layers.0.experts.2.w1.weight"
 FIRST = "layers.0.experts.0.w1.weight"
@@ -690,6 +745,32 @@ REFUSALS = {
         {"experts": r"net\.(?P<expert>\w+)"},
         ["experts=", "net.up", "up"],
     ),
+    "experts= without the group, on a list": (
+        expert_list("net.ffn_{}.up", experts=12),
+        ALL_FP8,
+        {"experts": r"net\.ffn_(\d+)\.up"},
+        ["found no group (?P<expert>", "net.ffn_[0-11].up", r"pass experts=r'net\.ffn_(?P<expert>\d+)\.up'"],
+    ),
+    "experts that begin the name": (
+        expert_list("experts.{}.w1.weight"),
+        {"*.experts.*": FP8},
+        {},
+        ["'*.experts.*' matches no weight", "`*.` wants a dot", "write 'experts.*'"],
+    ),
+    "a glob with the brackets of a name": (
+        {"net.ffn[7].up": meta(32, 64), "net.ffn[8].up": meta(32, 64)},
+        {"*": FP8, "*ffn[7].*": NVFP4},
+        {},
+        ["'*ffn[7].*' matches no weight", "one character of a set", "write '*ffn[[]7].*'"],
+    ),
+    "transposed= with the brackets of a name": (
+        {"net.ffn[7].up": meta(32, 64)},
+        ALL_FP8,
+        {"transposed": "*ffn[7].*"},
+        ["transposed='*ffn[7].*' matches no weight", "write '*ffn[[]7].*'"],
+    ),
+    "a key that is no name": ({3: meta(8, 8)}, ALL_FP8, {}, ["params: found the key 3, wanted the name"]),
+    "NumPy": ({"layer.weight": np.ones((8, 8))}, ALL_FP8, {}, ["'layer.weight'", "found ndarray", "torch.from_numpy"]),
     "a stack that nothing shows the layout of": (
         {"layers.3.experts.down_proj": meta(4, 96, 64)},
         ALL_FP8,

@@ -11,9 +11,9 @@ from fq_transforms.activations.products import Use, products
 from fq_transforms.checks import DTYPES, plain_weights_of
 from fq_transforms.in_use import InUse
 from fq_transforms.ops.private import is_mapped
-from fq_transforms.spec import Inputs
+from fq_transforms.spec import Group, Inputs
 
-__all__ = ["Forward", "Seen", "check_input", "observe"]
+__all__ = ["Forward", "Seen", "check_input", "each_batch", "observe", "run_batch"]
 
 Forward = Callable[[Callable[..., Any], Any], Any]
 
@@ -80,7 +80,7 @@ def observe(
     in_use = InUse(caller, model.named_modules(), nests=True)
     found: dict[str, SeenType] = {}
     number = -1
-    for number, one in enumerate(_batches(batches, wanted[0], caller)):
+    for number, one in enumerate(each_batch(batches, wanted[0], caller)):
         in_order: dict[str, None] = {}  # in which the layers ran
 
         def see(use: Use, x: Tensor, in_order: dict[str, None] = in_order) -> Tensor:
@@ -100,7 +100,7 @@ def observe(
 
         with torch.no_grad(), in_use, in_use, products(model, values, wanted, see) as keys:
             try:
-                _run(lambda *args, **kwargs: in_use.call(model, values, args, kwargs), one, forward)
+                run_batch(lambda *args, **kwargs: in_use.call(model, values, args, kwargs), one, forward)
             except Exception as error:
                 error.add_note(f"{caller}: in batch {number}")
                 raise
@@ -148,11 +148,11 @@ def _check_finite(seen: Iterable[Seen], number: int, caller: str) -> None:
                 )
 
 
-def _batches(batches: Any, inputs: Inputs, caller: str) -> Generator[Any]:
+def each_batch(batches: Any, group: Group, caller: str) -> Generator[Any]:
     """One batch (a tensor, a tuple, a mapping), or each of many."""
     if batches is None:
         raise ValueError(
-            f"batches: found None, wanted some for {inputs.key!r}: {caller}(params, batches), with a tensor, a tuple "
+            f"batches: found None, wanted some for {group.key!r}: {caller}(params, batches), with a tensor, a tuple "
             "of arguments, a dict of keyword arguments, or a list of these"
         )
     if isinstance(batches, Tensor | tuple | Mapping):
@@ -165,7 +165,8 @@ def _batches(batches: Any, inputs: Inputs, caller: str) -> Generator[Any]:
         )
 
 
-def _run(call: Callable[..., Any], one: Any, forward: Forward | None) -> None:
+def run_batch(call: Callable[..., Any], one: Any, forward: Forward | None) -> None:
+    """Run a model on one batch, as `Transform.calibrate` says."""
     if forward is not None:
         forward(call, one)
     elif isinstance(one, Tensor):

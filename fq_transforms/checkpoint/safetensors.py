@@ -85,8 +85,8 @@ def load_file(path: str | os.PathLike[str], fq: Transform, *, like: State | None
         like: `fq.init(params)`, or another state whose devices are wanted; the CPU if None or on meta.
 
     Raises:
-        ValueError: It is no such file, is truncated or damaged, or is not what is wanted; the message names the file,
-            and the group or leaf.
+        ValueError: It is no such file, a directory, truncated or damaged, or is not what is wanted; the message names
+            the file, and the group or leaf.
         OSError: The file is not there or cannot be read.
 
     Example: See `save_file`.
@@ -117,9 +117,14 @@ def _read(path: str | os.PathLike[str], wanted: Spec | None = None) -> tuple[Spe
 
     Nothing is read but the spec and what its leaves take.
     """
-    what = f"file {os.fspath(path)!r}"
+    what, file = f"file {os.fspath(path)!r}", local_path(path)
+    if file.is_dir():
+        raise ValueError(
+            f"{what}: found a directory, wanted a file of save_file; what save wrote there is read by "
+            "checkpoint.load(path, fq, like=fq.init(params))"
+        )
     try:
-        with open_regular(local_path(path)) as stream:
+        with open_regular(file) as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             entries, about = _parsed(text := stream.read(min(length, MOST_TEXT)))

@@ -63,7 +63,7 @@ from fq_transforms.export.plan import (
 from fq_transforms.export.ranks import LostRankError, Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
-from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
+from fq_transforms.export.shards import ShardWriter, TensorType, index_of, is_whole, lay_out
 from fq_transforms.export.sources import MODELOPT, Folder
 from fq_transforms.export.states import in_files
 from fq_transforms.export.ties import check_ties, fused_sources
@@ -616,7 +616,7 @@ class _Stage:
         (stage / FAILED).unlink(missing_ok=True)
         if self._resume and (stage / CONFIG).exists() and not {DONE, MOVING} & {one.name for one in stage.iterdir()}:
             _write_marks(stage, b"\1" * len(job.pieces))  # all was there but the name
-        if self._resume and (stage / DONE).exists() and _is_whole(job, stage):
+        if self._resume and _has_marks(job, stage) and is_whole(stage, job.shards):
             _check_space(job, path, stage)
             return
         others = [one for one in _stages(path) if (one / DONE).exists() and one != stage]
@@ -663,16 +663,8 @@ def _write_marks(stage: Path, marks: bytes) -> None:
     fsync_directory(stage)
 
 
-def _is_whole(job: "Job", stage: Path) -> bool:
-    """True if the shards are as they were laid out, so that what is marked as done can be there."""
-    for shard in job.shards:
-        file = stage / shard.file
-        if not file.is_file() or file.stat().st_size != shard.size:
-            return False
-        with file.open("rb") as stream:
-            if stream.read(len(shard.head)) != shard.head:
-                return False
-    return len(job.pieces) == (stage / DONE).stat().st_size
+def _has_marks(job: "Job", stage: Path) -> bool:
+    return (stage / DONE).exists() and (stage / DONE).stat().st_size == len(job.pieces)
 
 
 def _stages(path: Path) -> list[Path]:
@@ -830,11 +822,7 @@ class _Marks:
 def _finish(job: Job, path: Path, stage: Path) -> None:
     """Write what is beside the tensors, and let the folder appear."""
     with naming(path):
-        for name in job.source.others():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(job.source.path / name, stage / name)
-            with (stage / name).open("rb") as stream:
-                os.fsync(stream.fileno())
+        job.source.copy_others(stage)
         index = index_of(job.shards)
         documents = job.target.documents(job.plan) | ({INDEX: index} if index else {})
         for name, document in documents.items():

@@ -224,7 +224,7 @@ def planned(
         state: Of the weights and inputs; None if it is made later, group by group.
         out_dtype: Of the weights that files stand for; None for their own.
     """
-    entries, is_folder = _config(config), state is None
+    entries, is_folder = config_of(config), state is None
     if not spec.groups and not (is_folder and target.schemes is None):
         raise ValueError(
             f"export to {target.name}: found no weights in the spec, and inputs of {len(spec.inputs)} groups, wanted "
@@ -578,7 +578,8 @@ def _rows_of_scale(rows: slice | Tensor, format: Format) -> slice | Tensor:
     return slice(*(None if row is None else row // block for row in (rows.start, rows.stop)))
 
 
-def _config(config: Any) -> dict[str, Any]:
+def config_of(config: Any) -> dict[str, Any]:
+    """What config.json holds. Raises ValueError unless it is of a model of a known class that is not quantized."""
     entries: Any = config.to_dict() if hasattr(config, "to_dict") and not isinstance(config, type) else config
     if not isinstance(entries, Mapping):
         raise ValueError(f"config: found {type(entries).__name__}, wanted model.config, or what config.json holds")

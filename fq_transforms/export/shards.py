@@ -28,7 +28,19 @@ from fq_transforms.checkpoint.storage import Lock, naming, open_regular, stage_o
 from fq_transforms.export.files import INDEX, SINGLE, check_free, commit, read_document, remove_staged, write_json
 from fq_transforms.parse import MOST_NAME, check_name, parse_json, shown
 
-__all__ = ["DTYPES", "Files", "Place", "Shard", "ShardWriter", "TensorType", "index_of", "lay_out", "type_of", "write"]
+__all__ = [
+    "DTYPES",
+    "Files",
+    "Place",
+    "Shard",
+    "ShardWriter",
+    "TensorType",
+    "index_of",
+    "is_whole",
+    "lay_out",
+    "type_of",
+    "write",
+]
 
 # Names that safetensors has for PyTorch's dtypes. Files may have others, which can be copied only.
 DTYPES = {
@@ -285,6 +297,18 @@ def write(
                 remove_staged(folder)
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
+
+
+def is_whole(stage: Path, shards: Sequence[Shard]) -> bool:
+    """True if shards are as `ShardWriter` lays them out, so that what is said to be done can be there."""
+    for shard in shards:
+        file = stage / shard.file
+        if not file.is_file() or file.stat().st_size != shard.size:
+            return False
+        with file.open("rb") as stream:
+            if stream.read(len(shard.head)) != shard.head:
+                return False
+    return True
 
 
 class Files:

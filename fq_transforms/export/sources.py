@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -165,6 +166,14 @@ class Folder:
                         "copy; mend it, or take it away"
                     )
                 yield relative
+
+    def copy_others(self, to: Path) -> None:
+        """Copy these files into a directory, until they reach the disk."""
+        for name in self.others():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path / name, to / name)
+            with (to / name).open("rb") as stream:
+                os.fsync(stream.fileno())
 
     def _other_weights(self) -> dict[str, str]:
         """Files of weights that are not read, and why. Raises ValueError for a shard that the index does not name."""

@@ -25,6 +25,16 @@ def test_a_file_alone_is_enough(tmp_path):
     assert_same(checkpoint.load_file(tmp_path / "a", found), state)
 
 
+def test_a_directory_is_refused_with_what_reads_it(tmp_path):
+    """Kills an IsADirectoryError that does not say which call reads what `save` wrote."""
+    fq, state, params = small()
+    checkpoint.save(tmp_path / "a", fq, state)
+    message = message_of(ValueError, checkpoint.load_file, tmp_path / "a", fq)
+    line = "checkpoint.load(path, fq, like=fq.init(params))"
+    assert_names(message, str(tmp_path / "a"), "found a directory", line)
+    assert_same(checkpoint.load(tmp_path / "a", fq, like=fq.init(params)), state)
+
+
 def test_damaged_file(tmp_path):
     """Any bit flipped, any end cut off: header, spec, names and numbers are all under the checksum."""
     fq, state, _ = small()
