@@ -89,13 +89,12 @@ def bits(format: Format) -> str:
 
 def read_by(format: Format) -> str:
     """Engines, and the layouts that each of them reads, for experts."""
-    found = {
-        f"{READER_NAMES[engine.name]} {engine.version} ({layout})": None
-        for layout, engines in READERS.items()
-        for engine in engines.values()
-        if engine.loads and (format_key(format), None) in engine.loads.get("experts", {})
-    }
-    return ", ".join(found) or "plain files only"
+    layouts: dict[str, list[str]] = {}
+    for layout, engines in READERS.items():
+        for engine in engines.values():
+            if engine.loads and (format_key(format), None) in engine.loads.get("experts", {}):
+                layouts.setdefault(f"{READER_NAMES[engine.name]} {engine.version}", []).append(layout)
+    return "; ".join(f"{name} ({', '.join(names)})" for name, names in layouts.items()) or "plain files only"
 
 
 def at_a_glance() -> str:
@@ -162,11 +161,11 @@ def picture_name(format: Format) -> str:
 def grid(format: Format) -> str:
     """Every value of an element on a line, the largest at the ends."""
     values = element_values(format)
-    largest, width = max(map(abs, values)), 760
+    largest, width = max(map(abs, values)), 560
     few = len(values) <= 16
 
     def place(value: float) -> float:
-        return round(width / 2 + value / largest * (width / 2 - 24), 2)
+        return round(width / 2 + value / largest * (width / 2 - 18), 2)
 
     ticks = "".join(f"M{place(v):g} 14V38" for v in values)
     parts = [
@@ -179,7 +178,7 @@ def grid(format: Format) -> str:
 
 def bars(rows: list[tuple[str, float, float]], low: float, high: float, what: str) -> str:
     """Ranges, one per row, beside a line at 1."""
-    left, right, step = 170, 640, 24
+    left, right, step = 150, 450, 24
     bottom = step * len(rows) + 16
 
     def place(value: float) -> float:
@@ -197,7 +196,7 @@ def bars(rows: list[tuple[str, float, float]], low: float, high: float, what: st
             f'<rect x="{place(least):g}" y="{y - 6}" width="{across:g}" height="12" rx="3" fill="{MARK}"/>',
             text(right + 16, y + 4, found, "start"),
         ]
-    return svg(760, bottom + 28, parts, what)
+    return svg(560, bottom + 28, parts, what)
 
 
 # Figures.
@@ -231,7 +230,7 @@ def kernels() -> tuple[str, str]:
         [f"`{name}`", *("{:.2f} to {:.2f}".format(*of_kind[k][name]) if name in of_kind[k] else "" for k in kinds)]
         for name in forward
     ]
-    picture = bars([(name, *forward[name]) for name in forward], 0.8, 1.1, "Speed of fakequant over copy_, by format")
+    picture = bars([(name, *forward[name]) for name in forward], 0.9, 1.05, "Speed of fakequant over copy_, by format")
     return where + table(["format", *kinds], rows), picture
 
 
