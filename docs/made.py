@@ -154,7 +154,7 @@ def picture_name(format: Format) -> str:
     """Of the file; formats of one element share it."""
     element = format.element
     if isinstance(element, IntElement):
-        return f"int{(element.high - element.low + 1).bit_length() - 1}"
+        return f"int{(element.high - element.low).bit_length()}"
     return f"e{element.exponent_bits}m{element.mantissa_bits}"
 
 
