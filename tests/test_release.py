@@ -11,7 +11,9 @@ import fq_transforms as fqt
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "install.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 VERSION = r"\d+(?:\.\d+)+"
+TESTED = "Versions that were tested"
 
 
 def cells(line):
@@ -48,12 +50,8 @@ def test_citation_has_the_date_of_the_release():
 
 def test_tested_versions_are_the_pins():
     """The row of `.ci/run` names what its environment pins, no more and no less of the peers and engines."""
-    (row,) = [row for row in rows("Versions that were tested") if ".ci/run" in row["the run"]]
-    pins = dict(
-        re.findall(
-            rf"^([\w-]+)(?:\[.*\])?==({VERSION})", "\n".join(PROJECT["project"]["optional-dependencies"]["test"]), re.M
-        )
-    )
+    (row,) = [row for row in rows(TESTED) if ".ci/run" in row["the run"]]
+    pins = dict(re.findall(rf"^([\w-]+)(?:\[.*\])?==({VERSION})", "\n".join(EXTRAS["test"]), re.M))
     for tool in ("ruff", "pyright"):
         pins.pop(tool)
     assert row["PyTorch"] == f"{pins.pop('torch')}, CPU"
@@ -63,26 +61,30 @@ def test_tested_versions_are_the_pins():
 
 
 def test_oldest_versions():
-    """The page's first sentence says what pip enforces, and a row has run the oldest PyTorch."""
-    page = PAGE.read_text()
-    python = PROJECT["project"]["requires-python"].removeprefix(">=")
-    (torch,) = [re.findall(r"[\d.]+", one)[0] for one in PROJECT["project"]["dependencies"] if one.startswith("torch")]
-    assert f"Python {python} or newer, PyTorch {torch} or newer" in page
-    found = rows("Versions that were tested")
-    assert any(row["PyTorch"].startswith(f"{torch}.") for row in found)
-    series = {".".join(row["Python"].split(".")[:2]) for row in found}
-    named = {
-        name.rpartition(" ")[2] for name in PROJECT["project"]["classifiers"] if re.search(r"Python :: \d\.\d", name)
-    }
-    assert named == series
+    """What pip enforces is the first sentence of the page, and rows have run the oldest of each."""
+    oldest = dict(re.findall(rf"^([\w-]+)>=({VERSION})", "\n".join(PROJECT["project"]["dependencies"]), re.M))
+    oldest["Python"] = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert f"Python {oldest['Python']} or newer, PyTorch {oldest['torch']} or newer" in PAGE.read_text()
+    found = rows(TESTED)
+    for column, name in (("Python", "Python"), ("PyTorch", "torch"), ("Triton", "triton")):
+        assert any(f"{row[column]}.".startswith(f"{oldest[name]}.") for row in found), name
+    (row,) = [row for row in found if row["with"].startswith("the oldest of")]
+    others = dict(one.split() for one in row["with"].split(": ")[1].split(", "))
+    assert others == {name: f"{oldest[name]}.0" for name in ("optree", "jaxtyping", "safetensors")}
+
+
+def test_classifiers_name_the_tested_series():
+    """Of Python, each has its row, and each row has its classifier."""
+    named = re.findall(r"Python :: (\d\.\d+)$", "\n".join(PROJECT["project"]["classifiers"]), re.M)
+    assert set(named) == {".".join(row["Python"].split(".")[:2]) for row in rows(TESTED)}
 
 
 def test_extras_are_all_on_the_page():
     """A new extra has its line; one that is gone has none."""
-    assert {row["extra"].strip("`") for row in rows("Extras")} == PROJECT["project"]["optional-dependencies"].keys()
+    assert {row["extra"].strip("`") for row in rows("Extras")} == EXTRAS.keys()
 
 
-@pytest.mark.parametrize("row", rows("Versions that were tested"), ids=lambda row: row["PyTorch"])
+@pytest.mark.parametrize("row", rows(TESTED), ids=lambda row: row["PyTorch"])
 def test_what_a_row_names_is_there(row):
     """The results that a link goes to have the row's versions, and a script is one that can be run."""
     for link in re.findall(r"\]\((.*?)\)", row["the run"]):
