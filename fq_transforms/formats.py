@@ -36,6 +36,8 @@ class IntElement:
 class FloatElement:
     """A small float: sign, `exponent_bits`, `mantissa_bits`, subnormals, and the largest finite value `max`.
 
+    Ties go to the even significand. Without a mantissa that is the larger value, above the smallest.
+
     Example:
         >>> E4M3.min_exponent, E4M3.max
         (-6, 448.0)
@@ -233,16 +235,21 @@ _FLOAT_FIELDS = {"exponent_bits": "a count", "mantissa_bits": "a count", "max": 
 
 
 def code_bits(format: Format) -> int:
-    """Bits of one stored code: 8, 6 or 4.
+    """Bits that one code takes where it is stored: 4, 6 or 8; of floats wider than a byte, which are not, their own.
+
+    Integers take 4 or 8. A float of another width lies in the next of the three, its sign in the highest bit.
 
     Example:
         >>> code_bits(INT4_BLOCK32), code_bits(MXFP6_E2M3)
         (4, 6)
+        >>> code_bits(Format("FP5_E2M2", FloatElement(2, 2, 7.0), (1, 64)))
+        6
     """
     element = format.element
     if isinstance(element, IntElement):
         return 4 if element.low >= -8 and element.high <= 7 else 8
-    return 1 + element.exponent_bits + element.mantissa_bits
+    bits = 1 + element.exponent_bits + element.mantissa_bits
+    return next((width for width in (4, 6, 8) if bits <= width), bits)
 
 
 def _is_power_of_two(side: int | None) -> bool:

@@ -182,7 +182,9 @@ def _block_amax(a):
 @triton.jit
 def _magnitude_codes(a, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """Codes of the nearest values to magnitudes a, ties to even, in the low bits of MAGIC_BITS."""
-    if MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
+    if MIN_EXPONENT == 1:  # values are evenly spaced; the OFFSET below may be odd, which would move ties
+        return bits_of(tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC))
+    elif MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
         t = tl.fma(a, 2.0**MANTISSA, MAGIC)
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
