@@ -36,6 +36,9 @@ def magnitudes(element):
     """Every magnitude of the element, ascending in float64. The parity of an index is that of the last bit."""
     if isinstance(element, IntElement):
         return np.arange(max(-element.low, element.high) + 1, dtype=np.float64)
+    if element.exponent_bits == 0:  # OCP 1.0, 5.3.4: integers, of which all bits but the sign and one are a fraction
+        values = np.arange(2**element.mantissa_bits) / 2.0 ** (element.mantissa_bits - 1)
+        return values[values <= element.max]
     bits, bias = element.mantissa_bits, 2 ** (element.exponent_bits - 1) - 1
     values = []
     for exponent in range(2**element.exponent_bits):
