@@ -36,7 +36,8 @@ WHOSE = {
     "OCP": "the OCP specification",
     "TRANSFORMER_ENGINE": "Transformer Engine",
 }
-WHOSE_FIRST = {"fp32": "ModelOpt", "e4m3": "what deployment stores", "e8m0": "ModelOpt, Transformer Engine"}
+WHOSE_FIRST = {"fp32": "ModelOpt", "e4m3": "what deployment stores", "e8m0": "ModelOpt"}
+WHOSE_FIRST |= {"MXINT8": "as the other MX formats"}
 FULL_SIZE = ["select", "calibrate", "fakequant again", "report again", "checkpoint: save", "checkpoint: load"]
 # Lines and text in colours that are read on white and on black.
 INK, LINE, MARK = "#7a8290", "#9aa2ae", "#0d9488"
@@ -53,10 +54,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def core() -> list[Format]:
-    """The public formats, integers first, then by element and by what shares a scale."""
-    found = [value for name in fqt.__all__ if isinstance(value := getattr(fqt, name), Format)]
-    order = [format.name for format in FORMATS.values()]
-    return sorted(found, key=lambda format: order.index(format.name))
+    """The formats that are no convention of another, in their order."""
+    endings = tuple(f"_{ending}" for ending in WHOSE)
+    return [format for name, format in FORMATS.items() if not name.endswith(endings)]
 
 
 def shared_by(format: Format) -> str:
@@ -115,7 +115,9 @@ def conventions() -> str:
             continue
         for format in sorted(same, key=lambda f: f.name != base.name):
             pairs = zip(numbers(format), numbers(base), strict=True)
-            whose = WHOSE_FIRST[format.scale] if format == base else WHOSE[format.name.removeprefix(f"{base.name}_")]
+            whose = WHOSE_FIRST.get(base.name, WHOSE_FIRST[base.scale])
+            if format != base:
+                whose = WHOSE[format.name.removeprefix(f"{base.name}_")]
             rows.append([f"`{format.name}`", *(f"**{a}**" if a != b else a for a, b in pairs), whose])
     return table(["constant", "codes", "qmax", "order", "smallest scale", "exponent", "whose"], rows)
 

@@ -192,6 +192,11 @@ def check_packable(group: Group) -> None:
             f"group {group.key!r}: found {format.name}, whose scales below {format.unit_scale_below} become 1, for "
             "which no E4M3 scale stands, wanted a format that can be stored, such as NVFP4"
         )
+    if code_bits(format) > 8:
+        raise ValueError(
+            f"group {group.key!r}: found {format.name}, whose elements have {code_bits(format)} bits, wanted codes of "
+            "at most 8, such as FP8's"
+        )
     multiple = {8: 1, 6: 4, 4: 2}[code_bits(format)]
     if group.shape[1] % multiple:
         raise ValueError(
