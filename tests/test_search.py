@@ -247,6 +247,16 @@ def test_the_spec_is_an_ordinary_one(by):
     assert found.sensitivity == pytest.approx(error, rel=1e-12)
 
 
+def test_names_with_brackets_keep_their_format():
+    """Bug: a rule for 'x[0].w' was a glob that matches 'x0.w', so `select` by these rules left 'x[0].w' as it was."""
+    params = {"x[0].w": torch.randn(4, 32), "x0.w": torch.randn(4, 32), "m['y'].w": torch.randn(4, 32)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    free = fqt.search(fq, params, [fqt.MXFP4, fqt.INT8, None], budget="1GB")
+    for budget in range(smallest_and_largest(free)[0], smallest_and_largest(free)[1], 13):
+        found = free.at(budget)
+        assert fqt.select(params, found.spec.rules) == found.spec
+
+
 def test_all_may_be_left_as_they_are():
     """Edge: a budget of all bytes, and None among the formats: a spec without groups, at sensitivity 0."""
     params = params_of()
