@@ -298,6 +298,21 @@ def test_the_error_of_outputs_is_the_error_of_outputs(transposed):
             error = errors[key][e] if transposed else errors[key][e].T
             wanted += (x.double() @ error).square().sum().item()
             wanted_mean += (error.square() * diagonal[key][e].double()[:, None]).sum().item()
+    blocks = {  # [E, in / B, B, B], as of input_second_moments(blocks=True)
+        key: torch.stack([h[:, at : at + 16, at : at + 16] for at in range(0, 32, 16)], 1)
+        for key, h in ((key, entry["hessian"]) for key, entry in hessians.items())
+    }
+    static = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, transposed={"*": transposed}))
+    options = {"budget": "1GB", "sensitivity": "hessian"}
+    by_blocks = fqt.search(static, params, [fqt.NVFP4_STATIC], hessians=blocks, **options)
+    wanted_blocks = sum(
+        (error.reshape(-1, 2, 16).double() * torch.einsum("obi,bij->obj", error.reshape(-1, 2, 16), block.double()))
+        .sum()
+        .item()
+        for key in params
+        for error, block in zip(errors[key].mT if transposed else errors[key], blocks[key], strict=True)
+    )
+    assert by_blocks.sensitivity == pytest.approx(wanted_blocks, rel=1e-4)
     # Sums of a few thousand products in fp32.
     assert found.sensitivity == pytest.approx(wanted, rel=1e-4)
     assert by_mean.sensitivity == pytest.approx(wanted_mean, rel=1e-5)
