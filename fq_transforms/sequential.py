@@ -219,9 +219,14 @@ class _Run:
             number = _part_of(name, self.path)
             parts[-1 if number is None else number].append(name)
         options = f"{self.fq!r} gptq={self.gptq!r} unseen={self.unseen!r} layers={self.path!r}"
-        given: Any = [batch.given for batch in self.batches]
-        tensors = [leaf for leaf in optree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        about = [self.fq.spec.to_json(), options, *tensors]
+        # Of a mapping that is no dict, such as transformers' BatchEncoding, optree has no leaves.
+        given: Any = [dict(one) if isinstance(one, Mapping) else one for one in (b.given for b in self.batches)]
+        leaves = [
+            leaf if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in optree.tree_leaves(given)
+            if isinstance(leaf, Tensor | bool | int | float | str)
+        ]
+        about = [self.fq.spec.to_json(), options, *leaves]
         state: State = {}
         with torch.no_grad(), self.store.using(self.fq, self.model, parts, about), self.use, self.use:
             # What layers write into buffers as they run goes into copies.
