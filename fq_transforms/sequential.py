@@ -175,6 +175,11 @@ def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_inputs, {name: value for name, value in gptq.items() if name not in of_inputs}
 
 
+def _unknown(leaf: Any) -> Any:
+    """NaN for each number of a tensor of floats."""
+    return torch.full_like(leaf, torch.nan) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 class _Alone(Module):
     """A layer by itself, whose tensors have the names that they have in the model."""
 
@@ -317,7 +322,10 @@ class _Run:
             )
 
     def _outside(self, names: Sequence[str]) -> State:
-        """Calibrate what lies outside the layers, each of which stands still, and gives what the last one gave."""
+        """Calibrate what lies outside the layers, each of which stands still: the last one gives what it gave.
+
+        Those before it give NaN, as what they gave is gone. Nothing outside may read it, and NaN shows what does.
+        """
         params: dict[str, Tensor] = {n: tensor for n, tensor in self.model.named_parameters() if n in names}
         output: Any = None
 
@@ -326,9 +334,19 @@ class _Run:
             output = batch.output
             run_batch(call, batch.given, self.forward)
 
-        for layer in self.listed:
-            self.use.stand_in(layer, lambda *args, **kwargs: copy.deepcopy(output))
-        return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]
+        *before, last = self.listed
+        for layer in before:
+            self.use.stand_in(layer, lambda *args, **kwargs: optree.tree_map(_unknown, copy.deepcopy(output)))
+        self.use.stand_in(last, lambda *args, **kwargs: copy.deepcopy(output))
+        try:
+            return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]
+        except ValueError as error:
+            error.add_note(
+                f"{CALLER}: weights outside of {self.path!r} may read what its last layer gives; what those before it "
+                "give is NaN to them. Move what lies between layers, or adds up their outputs, into the layers; or "
+                "leave these weights out with a rule to None"
+            )
+            raise
 
     def _within(self, is_inside: Callable[[str], bool]) -> "Transform":
         """The Transform of some of the weights."""

@@ -291,6 +291,41 @@ def on_meta():
     return model
 
 
+class Residual(Decoder):
+    """Adds up what its layers give by itself."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x, cache=[])
+        return self.head(x)
+
+
+class Between(Decoder):
+    """Has a weight between layers."""
+
+    def forward(self, x):
+        one, two, three = self.layers
+        return self.head(three(self.embed(two(one(x, cache=[]), cache=[])), cache=[]))
+
+
+@pytest.mark.parametrize("kind", [Residual, Between])
+def test_outputs_of_earlier_layers_are_refused_outside(kind):
+    """Bug: a head behind `x = x + layer(x)`, and a weight between layers, were shown the last layer's output instead.
+
+    Those within the layers are calibrated all the same.
+    """
+    model = kind()
+    before, numbers = things_of(model), numbers_of(model)
+    params = dict(model.named_parameters())
+    rules = [[fqt.Rule(pattern, fqt.INT8, fqt.FP8)] for pattern in ("*", "layers.*")]
+    everywhere, inside = (fqt.transform(fqt.select(params, one)) for one in rules)
+    with pytest.raises(ValueError, match="wanted finite values\n.*weights outside of 'layers' may read what its last"):
+        everywhere.calibrate_sequentially(model, GIVEN)
+    assert_untouched(model, before, numbers)
+    inside.calibrate_sequentially(model, GIVEN)
+
+
 MISTAKES = {
     "no list": (lambda: nn.Sequential(nn.Linear(32, 32)), {}, "layers: found none among ModuleLists of Sequential"),
     "two lists": (two_lists, {}, "layers: found 2, ['layers', 'more'] among ModuleLists"),
