@@ -32,7 +32,7 @@ from fq_transforms.checks import weights_of
 from fq_transforms.gptq import check_formats
 from fq_transforms.gptq import gptq as moved_by_gptq
 from fq_transforms.in_use import InUse
-from fq_transforms.spec import Spec
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State
 
 if TYPE_CHECKING:
@@ -135,12 +135,12 @@ def _layers_of(model: Module, spec: Spec, layers: str | None) -> tuple[str, list
     names = [name for name, _ in found.named_children()]
     if not isinstance(found, ModuleList | Sequential) or not names or not all(map(str.isdecimal, names)):
         raise ValueError(f"layers: found {type(found).__name__} at {layers!r}, wanted a ModuleList with layers in it")
-    _check_apart(model, layers, list(found), set(selected))
+    _check_apart(model, layers, list(found), spec.groups)
     return layers, list(found)
 
 
-def _check_apart(model: Module, path: str, listed: Sequence[Module], selected: set[str]) -> None:
-    """Raise ValueError for a layer that is in the list twice, or a selected weight that is in two layers."""
+def _check_apart(model: Module, path: str, listed: Sequence[Module], groups: Sequence[Group]) -> None:
+    """Raise ValueError for a layer that is in the list twice, or a group or a selected weight that is in two layers."""
     numbers: dict[int, int] = {}
     for number, layer in enumerate(listed):
         if (first := numbers.setdefault(id(layer), number)) != number:
@@ -148,6 +148,15 @@ def _check_apart(model: Module, path: str, listed: Sequence[Module], selected: s
                 f"layers: found '{_dotted(path)}{number}' to be the same module as '{_dotted(path)}{first}', wanted "
                 "each layer once"
             )
+    for group in groups:
+        parts = {_part_of(name, path): name for name in group.names}
+        if len(parts) > 1:
+            one, other, *_ = parts.values()
+            raise ValueError(
+                f"layers: found {one!r} and {other!r}, of two layers, in the group {group.key!r}, wanted experts of "
+                "one layer in a group; correct `experts` of select"
+            )
+    selected = {name for group in groups for name in group.names}
     names: dict[int, str] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(weight), name)

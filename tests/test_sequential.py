@@ -326,6 +326,17 @@ def test_outputs_of_earlier_layers_are_refused_outside(kind):
     inside.calibrate_sequentially(model, GIVEN)
 
 
+def test_a_group_lies_in_one_layer():
+    """Bug: experts that a regular expression found in several layers were missing from the first."""
+    model = Decoder()
+    params = dict(model.named_parameters())
+    experts = [r"layers\.(?P<expert>\d+)\.experts\.0\.weight"]
+    fq = fqt.transform(fqt.select(params, {"layers.?.experts.0.weight": fqt.INT8}, experts=experts))
+    message = "layers: found 'layers.0.experts.0.weight' and 'layers.1.experts.0.weight', of two layers"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fq.calibrate_sequentially(model, GIVEN)
+
+
 MISTAKES = {
     "no list": (lambda: nn.Sequential(nn.Linear(32, 32)), {}, "layers: found none among ModuleLists of Sequential"),
     "two lists": (two_lists, {}, "layers: found 2, ['layers', 'more'] among ModuleLists"),
