@@ -96,10 +96,13 @@ def calibrate_sequentially(
         check_formats(fq.spec)
         moved_by_gptq(replace(fq, spec=Spec(())), {}, {}, {}, **_split(gptq)[1])  # which checks the options
     fill_unseen({}, spec=Spec(()), unseen=unseen, params={})  # which checks `unseen`
+    if store is not None and not isinstance(store, LayerStore):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"store: found {type(store).__name__}, wanted None or fqt.export.LayerFiles(folder, out)")
     path, listed = _layers_of(model, fq.spec, layers)
     given = [] if batches is None else list(each_batch(batches, fq.spec.groups[0], CALLER))
     if not given:
         raise ValueError(f"batches: found none in {type(batches).__name__}, wanted at least one")
+    given = [optree.tree_map(_detached, one) for one in given]
     run = _Run(fq, model, path, listed, given, gptq, forward, unseen, store or LayerStore())
     return run.parameters_and_state()
 
@@ -187,6 +190,11 @@ def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _unknown(leaf: Any) -> Any:
     """NaN for each number of a tensor of floats."""
     return torch.full_like(leaf, torch.nan) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _detached(leaf: Any) -> Any:
+    """A tensor without its graph, with which it could not be copied."""
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 class _Alone(Module):

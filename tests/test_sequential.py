@@ -326,6 +326,13 @@ def test_outputs_of_earlier_layers_are_refused_outside(kind):
     inside.calibrate_sequentially(model, GIVEN)
 
 
+def test_batches_may_be_of_a_graph():
+    """Bug: embeddings that autograd had computed could not be copied; now they are as their numbers."""
+    model, fq = decoder()
+    with_graph = [(one.clone().requires_grad_() * 1,) for one in GIVEN]
+    assert_same(fq.calibrate_sequentially(model, with_graph)[1], fq.calibrate_sequentially(model, GIVEN)[1])
+
+
 def test_a_group_lies_in_one_layer():
     """Bug: experts that a regular expression found in several layers were missing from the first."""
     model = Decoder()
@@ -351,6 +358,7 @@ MISTAKES = {
     "no batches": (Decoder, {"batches": []}, "batches: found none in list, wanted at least one"),
     "None": (Decoder, {"batches": None}, "batches: found none in NoneType"),
     "a number": (Decoder, {"batches": 3}, "batches: found int, wanted a tensor"),
+    "a path": (Decoder, {"store": "out"}, "store: found str, wanted None or fqt.export.LayerFiles"),
     "a batch of text": (Decoder, {"batches": [GIVEN[0], "text"]}, "batches: found str as one of them"),
     "unseen": (Decoder, {"unseen": "zero"}, "unseen: found 'zero', wanted one of"),
     "gptq": (Decoder, {"gptq": True}, "gptq: found bool, wanted None, or options"),
