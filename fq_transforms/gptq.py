@@ -67,7 +67,7 @@ def gptq(
 
     Raises:
         KeyError: Hessians lack a group.
-        ValueError: A Hessian is not finite, not symmetric, or all zeros; a format is dynamic NVFP4; DTensors.
+        ValueError: A Hessian is not finite, symmetric and positive semidefinite, or is zero; dynamic NVFP4; DTensors.
 
     Source: Frantar et al., "GPTQ", arXiv:2210.17323.
 
@@ -372,8 +372,8 @@ def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor
         if damping > MOST_DAMPING:
             e = first + int(left[0])
             raise ValueError(
-                f"hessians {group.key!r}: found one that is not positive for expert {e}, {group.expert_name(e)!r}, "
-                "wanted means of x x^T"
+                f"hessians {group.key!r}: found one that is not positive definite for expert {e}, "
+                f"{group.expert_name(e)!r}, wanted means of x x^T"
             )
     if singular:
         warnings.warn(
