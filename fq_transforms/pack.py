@@ -27,8 +27,8 @@ from fq_transforms.dtensor import Layout, is_sharded, layout_of, sharded_tensors
 from fq_transforms.formats import Format, code_bits
 from fq_transforms.ops.launch import has_kernel
 from fq_transforms.ops.pack.reference import code_dtype, pack_reference, pack_scales, unpack_reference
-from fq_transforms.ops.private import is_mapped
 from fq_transforms.ops.pieces import pieces_of
+from fq_transforms.ops.private import is_mapped
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
 

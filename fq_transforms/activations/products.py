@@ -257,9 +257,9 @@ class _Watch:
 
     def on_named(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         found: list[tuple[Tensor, _Span | _Copy]] = []
-        for tensor in _tensors((*args, *kwargs.values())):  # not in brackets, of which Dynamo loses `self`
+        for tensor in _tensors((*args, *kwargs.values())):
             if (at := self.find(tensor)) is not None:
-                found.append((tensor, at))
+                found.append((tensor, at))  # noqa: PERF401 (in brackets, Dynamo loses `self`)
         if not found:
             return func(*args, **kwargs)
         if name in _PRODUCTS:
@@ -365,9 +365,11 @@ class TracedProducts(_Watch, TorchFunctionMode):
         return self.on_named(_NAMES.get(func, "another function"), func, args, kwargs or {})
 
     def see(self, use: Use, x: Tensor) -> Tensor:
+        """What the caller makes of an input."""
         return self.on_input(use, x)
 
     def on_named(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """As a call of a function that is named; one expert of a stack is followed first."""
         if name == "__getitem__" and isinstance(args[1], int):
             at = self.find(args[0])
             if isinstance(at, _Span) and at.expert_stride and args[0].dim() == 3:
@@ -377,6 +379,7 @@ class TracedProducts(_Watch, TorchFunctionMode):
         return _Watch.on_named(self, name, func, args, kwargs)
 
     def find(self, tensor: Tensor) -> _Span | _Copy | None:
+        """What weight a tensor is, is a view of, or was made of."""
         for made, copy in self.made:
             if tensor is made:
                 return copy
@@ -384,18 +387,22 @@ class TracedProducts(_Watch, TorchFunctionMode):
         for held, span in self.roots:
             if root is held:
                 is_whole = tensor.dim() == 3 and tensor.shape[0] == span.inputs.experts
+                is_whole = is_whole and tensor.stride(0) == span.expert_stride
                 if span.expert_stride and span.inputs.per_expert and not is_whole:
                     raise _not_followed(span, f"torch.compile, as a view {tuple(tensor.shape)} of unknown experts")
                 return span
         return None
 
     def remember(self, tensor: Tensor, at: _Copy) -> None:
+        """A tensor that was made of a weight."""
         self.made.append((tensor, at))
 
     def is_same_memory(self, one: Tensor, other: Tensor) -> bool:
+        """True for two views of one tensor."""
         return _root(one) is _root(other)
 
     def multiply(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a product, with its input replaced; its weight was seen."""
         for tensor in _tensors((*args, *kwargs.values())):
             at = self.find(tensor)
             if at is not None:

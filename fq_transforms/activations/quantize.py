@@ -138,8 +138,8 @@ def check_traced(traced: TracedProducts, spec: Spec) -> None:
         for name in inputs.names:
             if name not in traced.seen:
                 raise ValueError(
-                    f"inputs {inputs.key!r}: found torch.compile, and no use of {name!r} in what it traced, wanted each "
-                    "selected weight to be used; call `apply` outside of torch.compile"
+                    f"inputs {inputs.key!r}: found torch.compile, and no use of {name!r} in what it traced, wanted "
+                    "each selected weight to be used; call `apply` outside of torch.compile"
                 )
 
 

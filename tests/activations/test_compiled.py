@@ -192,7 +192,7 @@ def test_no_gradient_in_part_of_a_graph_is_refused():
 
 def test_the_context_goes_around_what_is_compiled():
     """`quantized_inputs` within a graph is refused by name."""
-    model, params, fq, state, x = setting(by_linear, fqt.FP8)
+    model, _, fq, state, x = setting(by_linear, fqt.FP8)
 
     def within(x):
         with fq.quantized_inputs(model, state):
