@@ -200,3 +200,16 @@ def test_the_context_goes_around_what_is_compiled():
 
     with pytest.raises(torch._dynamo.exc.Unsupported, match="wanted it around what is compiled, or fq.apply within"):
         torch.compile(within, fullgraph=True, backend="eager")(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, of what it does not trace
+def test_around_a_compiled_model():
+    """Within `quantized_inputs` a compiled model, compiled before or not, breaks its graph rather than miss an input."""
+    model, _, fq, state, x = setting(by_linear, fqt.FP8)
+    alone, compiled = model(x), torch.compile(model, backend="eager")
+    assert_same(compiled(x), alone)
+    with fq.quantized_inputs(model, state):
+        wanted, found = model(x), compiled(x)
+    assert_same(found, wanted)
+    assert not torch.equal(found, alone)
+    assert_same(compiled(x), alone)
