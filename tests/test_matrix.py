@@ -43,8 +43,16 @@ def test_every_verb_is_a_row():
     assert missing == {"sync"}  # a collective: what it sends is no function of one rank's tree
 
 
-@pytest.mark.parametrize("column", [column for column in COLUMNS if column != "CUDA graph"])
-@pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]} {key[1]}".replace("`", ""))
+def cells():
+    """Each cell but a GPU's. What is in no graph is compiled piece by piece around it, by default: slow."""
+    for key, found in on_the_page().items():
+        by_column = dict(zip(COLUMNS, found, strict=True))
+        for column in by_column.keys() - {"CUDA graph"}:
+            slow = [pytest.mark.slow] if column == "compile" and by_column["fullgraph"] == "c" else []
+            yield pytest.param(key, column, marks=slow, id=f"{column} of {key[0]} {key[1]}".replace("`", ""))
+
+
+@pytest.mark.parametrize(("key", "column"), sorted(cells(), key=lambda param: param.id))
 def test_cell(key, column):
     """A transform of the verb equals that of its stand-in, or eager code; or the verb is refused by name."""
     assert cell(rows()[key], column) == on_the_page()[key][[*COLUMNS].index(column)]

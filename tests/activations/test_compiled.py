@@ -204,7 +204,7 @@ def test_the_context_goes_around_what_is_compiled():
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's, of what it does not trace
 def test_around_a_compiled_model():
-    """Within `quantized_inputs` a compiled model, compiled before or not, breaks its graph rather than miss an input."""
+    """Within `quantized_inputs` a model that was compiled before breaks its graph rather than miss an input."""
     model, _, fq, state, x = setting(by_linear, fqt.FP8)
     alone, compiled = model(x), torch.compile(model, backend="eager")
     assert_same(compiled(x), alone)
