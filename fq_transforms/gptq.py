@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
+from fq_transforms.checks import (
+    check_device,
+    check_readable,
+    check_state,
+    check_tensor,
+    refuse_compiled,
+    refuse_transforms,
+    weights_of,
+)
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.formats import Format, static_format
 from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
@@ -80,6 +88,8 @@ def gptq(
         >>> fqt.gptq(fq, params, state, hessians)["w"]
         tensor([[0., 1.]])
     """
+    refuse_transforms("gptq", "move the weights before")
+    refuse_compiled("gptq", "move the weights before")
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
