@@ -2,16 +2,14 @@
 """# Quickstart: train, calibrate, fake-quantize, fine-tune
 
 A byte-level Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
-are fake-quantized in every format: after training (PTQ), with one amax per expert and with one for all experts, and
-during some more steps of training (QAT). This takes a few minutes on two cores, after `pip install -e '.[examples]'`;
-with `--small` it takes seconds and learns little.
+are fake-quantized after training (PTQ) in every format, and in one of two bits that is defined here. Two bits hurt, and
+some more steps of training under fake quantization (QAT) bring back most of it. This takes two to three minutes on two
+cores, after `pip install -e '.[examples]'`; with `--small` it takes seconds.
 """
 
 # %%
-import sys
-import timeit
+import time
 
-import matplotlib
 import optree
 import torch
 from torch.func import functional_call
@@ -20,15 +18,15 @@ from tqdm.auto import tqdm
 import fq_transforms as fqt
 import tiny_moe
 
-SMALL = "--small" in sys.argv
-STEPS, QAT_STEPS = (2, 1) if SMALL else (480, 80)
-SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
-if SMALL:
-    SIZES = tiny_moe.Sizes(layers=1, hidden=128, inner=128, experts=4, context=16)
-IS_SCRIPT = "__file__" in globals()  # a notebook has no file
-
-tiny_moe.OUT.mkdir(exist_ok=True)
+options = tiny_moe.options(__doc__)
+started = time.perf_counter()
 torch.manual_seed(0)
+
+SIZES = tiny_moe.Sizes(layers=2, hidden=128, inner=256)
+STEPS, LR, QAT_STEPS, QAT_LR = 360, 4e-3, 60, 5e-4
+if options.small:
+    SIZES = tiny_moe.Sizes(layers=1, hidden=128, inner=128, experts=4, context=32)
+    STEPS, LR, QAT_STEPS, QAT_LR = 150, 8e-3, 40, 2e-3
 
 # %% [markdown]
 # ## Text and model
@@ -36,46 +34,23 @@ torch.manual_seed(0)
 
 # %%
 training, heldout = tiny_moe.read_text()
-inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=8 if SMALL else None)
+inputs, targets = tiny_moe.sequences(heldout, SIZES.context, most=128 if options.small else 256)
 print(f"{len(training):,} bytes to train on, {targets.numel():,} held out")
 
-
-def train(params, steps, *, seed, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return tiny_moe.train(model, params, training, steps, generator=generator, **options)
-
-
 model = tiny_moe.LanguageModel(SIZES)
-params = train(dict(model.named_parameters()), STEPS, lr=4e-3, seed=0, label="train")
-
-# %% [markdown]
-# ## Held-out loss
-# Weights are rounded to bf16 before anything else is done to them. The model then computes in bf16 too, unless this
-# CPU is slow at it.
-
-
-# %%
-def matmul_seconds(dtype):
-    a = torch.ones(512, 512, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ a, number=2, repeat=5))
-
-
-compute = torch.bfloat16 if matmul_seconds(torch.bfloat16) < 2 * matmul_seconds(torch.float32) else torch.float32
-
-
-def bf16(params):
-    return {name: param.bfloat16() for name, param in params.items()}
+params = dict(model.named_parameters())
+generator = torch.Generator().manual_seed(0)
+params = tiny_moe.train(model, params, training, STEPS, lr=LR, generator=generator, label="train")
 
 
 @torch.no_grad()
 def heldout_logits(weights):
-    weights = {name: weight.to(compute) for name, weight in weights.items()}
     return torch.cat([functional_call(model, weights, (tokens,))[0] for tokens in inputs.split(64)])
 
 
 def heldout_loss(weights):
     """Mean loss of each held-out sequence, in nats per byte."""
-    return tiny_moe.losses(heldout_logits(weights).float(), targets)
+    return tiny_moe.losses(heldout_logits(weights), targets)
 
 
 # %% [markdown]
@@ -84,20 +59,22 @@ def heldout_loss(weights):
 # the largest magnitude (amax) of each expert.
 
 # %%
-weights = bf16(params)
-spec = fqt.select(weights, {"*.experts.*": fqt.NVFP4})
+spec = fqt.select(params, {"*.experts.*": fqt.NVFP4})
 fq = fqt.transform(spec)
-state = fq.calibrate(weights)
+state = fq.calibrate(params)
 print(spec)
 print(state["layers.0.moe.experts.*.w1.weight"])
 
 # %% [markdown]
-# ## PTQ in every format
+# ## PTQ in every format, and in one of our own
+# A format is data. INT2 has the integers -2 to 1, and a scale for each 32 weights along `in`.
+#
 # The state is a pytree, so sharing one scale is a map over it: each entry becomes the largest of the same entry over
-# all experts. For INT4, NVFP4_STATIC and others with blocks that is every block's amax; NVFP4 keeps only one amax
-# per expert, and MX formats, which take every scale from the weights, keep nothing to share.
+# all experts. NVFP4 keeps one amax per expert, formats with blocks one per block; MX formats, which take every scale
+# from the weights, keep nothing to share.
 
 # %%
+INT2 = fqt.Format("INT2", fqt.formats.IntElement(qmax=2, low=-2, high=1), block=(1, 32))
 FORMATS = [value for value in vars(fqt).values() if isinstance(value, fqt.Format)]
 
 
@@ -109,43 +86,56 @@ def tie(state):
     return optree.tree_map(lambda amax: amax.amax(0, keepdim=True).expand_as(amax).contiguous(), state)
 
 
-base = heldout_loss(weights)
+base = heldout_loss(params)
 each, tied = {}, {}
-for format in (bar := tqdm(FORMATS, desc="PTQ")):
+for format in (bar := tqdm([*FORMATS, INT2], desc="PTQ")):
     bar.set_postfix_str(format.name)
     fq_format = experts_in(format)
-    amax = fq_format.calibrate(weights)
-    each[format] = heldout_loss(fq_format.fakequant(weights, amax))
+    amax = fq_format.calibrate(params)
+    each[format] = heldout_loss(fq_format.fakequant(params, amax))
     if not format.is_stateless:
-        tied[format] = heldout_loss(fq_format.fakequant(weights, tie(amax)))
+        tied[format] = heldout_loss(fq_format.fakequant(params, tie(amax)))
 
 # %% [markdown]
-# ## QAT for the formats that lost most
-# Some more steps from the trained weights, calibrated again at each step, since the weights move. The control is the
-# same steps on the same batches without quantization: for bf16, and for PTQ after them.
+# ## QAT in two bits: a lens around the optimizer step
+# The optimizer steps fp32 masters. `fakequant` writes them, quantized, into the model's own parameters, and
+# `take_grads` brings the gradients back. The model in between is an ordinary model.
 
 # %%
-# NVFP4_STATIC, calibrated on the weights that it quantizes, is NVFP4: of formats with equal losses one is enough.
-distinct = {each[format].mean().item(): format for format in reversed(FORMATS)}
-worst = [distinct[loss] for loss in sorted(distinct, reverse=True)[:3]]
-more = {"lr": 2e-4, "seed": 1}
-control = bf16(train(params, QAT_STEPS, label="bf16, same extra steps", **more))
+two_bits = experts_in(INT2)
+fqt.cast(params, out=model)
+masters = fqt.masters(model)
+optimizer = torch.optim.AdamW(masters.values(), lr=QAT_LR, betas=(0.9, 0.95), weight_decay=0.1)
+scheduler = tiny_moe.warm_up_and_cosine(optimizer, QAT_STEPS)
+generator = torch.Generator().manual_seed(1)
+for _ in tqdm(range(QAT_STEPS), desc="QAT INT2"):
+    amax = two_bits.calibrate(masters)
+    two_bits.fakequant(masters, amax, out=model)
+    windows = tiny_moe.random_windows(training, tiny_moe.BATCH, SIZES.context, generator)
+    logits, balance = model(windows[:, :-1])
+    (tiny_moe.mean_loss(logits, windows[:, 1:]) + 0.01 * balance).backward()
+    two_bits.take_grads(model, masters, amax)
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+qat = heldout_loss(two_bits.fakequant(masters, two_bits.calibrate(masters)))
+
+# %% [markdown]
+# More steps help by themselves. So the control is the same steps on the same batches without quantization, and PTQ
+# after them.
+
+# %%
+generator = torch.Generator().manual_seed(1)
+control = tiny_moe.train(
+    model, params, training, QAT_STEPS, lr=QAT_LR, generator=generator, label="the same steps without"
+)
 base_more = heldout_loss(control)
-later, qat = {}, {}
-for format in worst:
-    fq_format = experts_in(format)
-
-    def quantize(params, fq=fq_format):
-        return fq.fakequant(params, fq.calibrate(params))
-
-    later[format] = heldout_loss(quantize(control))
-    trained = bf16(train(params, QAT_STEPS, label=f"QAT {format.name}", quantize=quantize, **more))
-    qat[format] = heldout_loss(quantize(trained))
+later = heldout_loss(two_bits.fakequant(control, two_bits.calibrate(control)))
 
 # %% [markdown]
 # ## The table
-# An increase of less than two standard errors may be chance. This model is small and was trained for a minute or two: a
-# large one need not rank the formats alike.
+# An increase of less than two standard errors may be chance. This model is small and was trained for a minute: a large
+# one need not rank the formats alike.
 
 
 # %%
@@ -159,15 +149,12 @@ def cell(losses, base):
     return "     -" if losses is None else "{:.4f} {:+.4f} ±{:.4f}".format(losses.mean(), *increase(losses, base))
 
 
-arithmetic = "weights and compute in bf16" if compute == torch.bfloat16 else "weights rounded to bf16, compute in fp32"
-print(f"\nHeld-out loss in nats per byte ({targets.numel():,} bytes; {arithmetic}),")
-print("and its increase over bf16 with as many steps, ± the standard error of that\n")
+print(f"\nHeld-out loss in nats per byte ({targets.numel():,} bytes), and its increase over the unquantized model's")
+print("with as many steps, ± the standard error of that\n")
 columns = ("PTQ, amax per expert", "PTQ, one for all", f"{QAT_STEPS} more steps, PTQ", f"{QAT_STEPS} steps of QAT")
-rows = [("bf16", f"{base.mean():.4f}"), ("bf16, same extra steps", "", "", f"{base_more.mean():.4f}")]
-for format in FORMATS:
-    after = [cell(losses.get(format), base) for losses in (each, tied)]
-    after += [cell(losses.get(format), base_more) for losses in (later, qat)]
-    rows.append((format.name, *after))
+rows = [("unquantized", f"{base.mean():.4f}", "", f"{base_more.mean():.4f}")]
+rows += [(format.name, cell(each[format], base), cell(tied.get(format), base)) for format in each]
+rows[-1] += cell(later, base_more), cell(qat, base_more)
 for row in (("", *columns), *rows):
     print("".join(f"{entry:24}" for entry in row).rstrip())
 
@@ -176,13 +163,13 @@ for row in (("", *columns), *rows):
 # One safetensors file, which also says what it holds: the spec is in its metadata. Whoever gets it needs nothing else.
 
 # %%
-path = tiny_moe.OUT / "nvfp4_state.safetensors"
+path = options.out / "nvfp4_state.safetensors"
 fqt.checkpoint.save_file(path, fq, state)
 
 stored = fqt.transform(fqt.checkpoint.read_spec(path))
 reloaded = fqt.checkpoint.load_file(path, stored)
-before = heldout_logits(fq.fakequant(weights, state))
-after = heldout_logits(stored.fakequant(weights, reloaded))
+before = heldout_logits(fq.fakequant(params, state))
+after = heldout_logits(stored.fakequant(params, reloaded))
 assert torch.equal(before, after)
 leaves = fqt.state.flatten(reloaded)
 print(f"{path.name}: {len(leaves)} leaves, {path.stat().st_size:,} bytes, the same logits after loading")
@@ -191,40 +178,62 @@ print(f"{path.name}: {len(leaves)} leaves, {path.stat().st_size:,} bytes, the sa
 # ## Figure
 
 # %%
-if IS_SCRIPT:
-    matplotlib.use("Agg")  # a script may have no display
-import matplotlib.pyplot as plt
+if plt := tiny_moe.pyplot():
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(16, 6), width_ratios=(1.3, 0.8, 1), layout="constrained"
+    )
+    order = sorted(FORMATS, key=lambda format: each[format].mean())
+    for losses, shift, color, label in (
+        (each, 0.2, "tab:blue", "one amax per expert"),
+        (tied, -0.2, "tab:orange", "one amax for all (MX: none)"),
+    ):
+        at = [row + shift * (format in tied) for row, format in enumerate(order) if format in losses]
+        cost, error = zip(*(increase(losses[format], base) for format in order if format in losses), strict=True)
+        left.barh(at, cost, 0.38, xerr=error, color=color, ecolor="0.4", capsize=2, label=label)
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(range(len(order)), [format.name for format in order])
+    left.set_xlabel("increase of the loss, nats per byte, ± standard error")
+    left.set_title("PTQ in the formats of hardware")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), width_ratios=(1.15, 1), layout="constrained")
-order = sorted(FORMATS, key=lambda format: each[format].mean())
-for losses, shift, color, label in (
-    (each, 0.2, "tab:blue", "PTQ, one amax per expert"),
-    (tied, -0.2, "tab:orange", "PTQ, one amax for all (MX: none)"),
-):
-    rows = [row + shift * (format in tied) for row, format in enumerate(order) if format in losses]
-    cost, error = zip(*(increase(losses[format], base) for format in order if format in losses), strict=True)
-    left.barh(rows, cost, 0.38, xerr=error, color=color, ecolor="0.4", capsize=2, label=label)
-for losses, shift, fill, label in (
-    (later, 0.1, "white", f"PTQ after {QAT_STEPS} more steps"),
-    (qat, -0.1, "black", f"{QAT_STEPS} steps of QAT"),
-):
-    rows = [order.index(format) + shift for format in losses]
-    cost, error = zip(*(increase(losses[format], base_more) for format in losses), strict=True)
-    left.errorbar(cost, rows, xerr=error, fmt="kD", markerfacecolor=fill, capsize=2, label=label)
-left.axvline(0, color="black", linewidth=0.8)
-left.set_yticks(range(len(order)), [format.name for format in order])
-left.set_xlabel("increase of loss over bf16 with as many steps (nats per byte, ± standard error)")
-left.set_title(f"What each format costs (bf16: {base.mean():.3f} nats per byte)")
-left.legend(loc="lower right")
+    bars = {"PTQ": (each[INT2], base), "PTQ after\nmore steps": (later, base_more), "QAT": (qat, base_more)}
+    cost, error = zip(*(increase(*pair) for pair in bars.values()), strict=True)
+    drawn = middle.bar(list(bars), cost, 0.6, yerr=error, color=("0.5", "0.7", "tab:green"), ecolor="0.3", capsize=4)
+    middle.bar_label(drawn, [f"{value:+.3f}" for value in cost], padding=4)
+    worst = max(increase(losses, base)[0] for format, losses in each.items() if format != INT2)
+    middle.axhline(worst, color="tab:blue", linestyle="--", linewidth=1, label="the worst on the left")
+    middle.axhline(0, color="black", linewidth=0.8)
+    middle.margins(y=0.12)
+    middle.set_ylabel("increase of the loss, nats per byte, ± standard error")
+    middle.set_title("Two bits (INT2)")
+    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
 
-amax = torch.stack([group["amax"] for group in state.values()])
-image = right.imshow(amax, aspect="auto", cmap="viridis")
-for row, column in torch.cartesian_prod(torch.arange(len(amax)), torch.arange(SIZES.experts)).tolist():
-    value = amax[row, column].item()
-    dark = image.norm(value) < 0.6
-    right.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
-right.set_yticks(range(len(amax)), [key.removesuffix(".weight").replace(".moe.experts.*", "") for key in state])
-right.set_xticks(range(SIZES.experts))
-right.set_xlabel("expert")
-right.set_title("Largest magnitude (amax) of each expert's weights")
-figure.savefig(tiny_moe.OUT / "quickstart.png", dpi=130)
+    amax = torch.stack([group["amax"] for group in state.values()])
+    image = right.imshow(amax, aspect="auto", cmap="viridis", vmin=0)
+    for row, column in torch.cartesian_prod(torch.arange(len(amax)), torch.arange(SIZES.experts)).tolist():
+        value = amax[row, column].item()
+        color = "white" if image.norm(value) < 0.6 else "black"
+        right.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    right.set_yticks(range(len(amax)), [key.removesuffix(".weight").replace(".moe.experts.*", "") for key in state])
+    right.set_xticks(range(SIZES.experts))
+    right.set_xlabel("expert")
+    right.set_title("amax of each expert in NVFP4")
+    figure.savefig(options.out / "quickstart.png", dpi=110)
+    print(f"figure: {options.out / 'quickstart.png'}")
+
+# %% [markdown]
+# ## What it found
+
+# %%
+costs = {format: increase(losses, base)[0] for format, losses in each.items()}
+most = max(FORMATS, key=costs.get)
+broken, mended = increase(later, base_more)[0], increase(qat, base_more)[0]
+print(
+    f"\nAfter training, no format of four bits or more costs over {costs[most]:.4f} nats per byte ({most.name}); two "
+    f"bits cost {costs[INT2]:.4f}."
+)
+print(
+    f"{QAT_STEPS} steps under fake quantization bring back {1 - mended / broken:.0%} of what two bits cost without: "
+    f"{broken:.4f} became {mended:.4f}."
+)
+print(f"All of this took {time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of CPU time.")

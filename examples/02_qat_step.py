@@ -14,7 +14,6 @@ with `--small` it is over sooner.
 """
 
 # %%
-import sys
 import time
 
 import torch
@@ -26,14 +25,14 @@ from tqdm.auto import trange
 import fq_transforms as fqt
 import tiny_moe
 
+options = tiny_moe.options(__doc__)
+torch.manual_seed(0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = "--small" in sys.argv
 SIZES = tiny_moe.Sizes(layers=2, hidden=128, inner=256)
 STEPS, MICROBATCHES, TOKENS = 60, 4, 64
-if SMALL:
+if options.small:
     SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=64, experts=4)
     STEPS, MICROBATCHES, TOKENS = 16, 2, 32
-torch.manual_seed(0)
 
 
 # %% [markdown]
@@ -157,7 +156,7 @@ def unquantized(batch):
 
 
 batch = microbatches(0)
-wanted = plain(batch)
+wanted, milliseconds = plain(batch), {}
 for way in (unquantized, plain, once, layerwise, lens):  # the lens is last: it leaves fake weights in the model
     way(batch)  # compiles, on a GPU
     if DEVICE == "cuda":
@@ -166,7 +165,7 @@ for way in (unquantized, plain, once, layerwise, lens):  # the lens is last: it 
     grads = way(batch)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    took = (time.perf_counter() - started) * 1e3
+    milliseconds[way.__name__] = took = (time.perf_counter() - started) * 1e3
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if DEVICE == "cuda" else ""
     equal = all(torch.equal(grads[name], grad) for name, grad in wanted.items())
     print(f"{way.__name__:12} {took:7.1f} ms per step{peak}; gradients equal: {equal}")
@@ -193,6 +192,15 @@ for number in (bar := trange(STEPS, desc="QAT")):
     history.append(sum(losses).item())
     bar.set_postfix(loss=f"{history[-1]:.4f}")
 
+# %% [markdown]
+# ## What it found
+
+# %%
 first, last = sum(history[:5]) / 5, sum(history[-5:]) / 5
-print(f"loss {first:.4f} to {last:.4f} in {STEPS} steps of {MICROBATCHES} microbatches under NVFP4")
 assert last < 0.8 * first
+over = {way: f"{took / milliseconds['unquantized']:.2f}" for way, took in milliseconds.items()}
+print(
+    f"\nFour ways gave the same gradients; here a step took {over['lens']} times the unquantized one by the lens, "
+    f"{over['once']} by value_and_grad, {over['layerwise']} by layerwise and {over['plain']} by functional_call."
+)
+print(f"Under NVFP4 the loss fell from {first:.4f} to {last:.4f} in {STEPS} steps of {MICROBATCHES} microbatches.")

@@ -13,7 +13,6 @@ everything runs on two cores, with Megatron's own layers, in a minute.
 """
 
 # %%
-import argparse
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch.func import functional_call
 
 import fq_transforms as fqt
+import tiny_moe
 
 warnings.simplefilter("ignore")  # Megatron names packages that are not installed
 ON_GPU = torch.cuda.is_available()
@@ -201,10 +201,12 @@ def logits_of(fq, model, state):
 
 # %%
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--load", action="store_true", help="only load what another run has saved there")
-    options = parser.parse_args()
+    options = tiny_moe.options(
+        __doc__,
+        folder={"type": Path, "help": "of the checkpoints (OUT/megatron)"},
+        load={"action": "store_true", "help": "only load what another run has saved there"},
+    )
+    folder, formats = options.folder or options.out / "megatron", FORMATS[: 2 if options.small else None]
     dist.init_process_group("nccl" if ON_GPU else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     from megatron.core import parallel_state, tensor_parallel
@@ -221,10 +223,10 @@ def main():
         torch.set_num_threads(1)
 
     if options.load:
-        for format in FORMATS:
+        for format in formats:
             model = build("meta")
             fq = transform_of(model, format)
-            state = megatron.load(options.folder / format.name, fq, model)
+            state = megatron.load(folder / format.name, fq, model)
             wanted = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(fq, model))
             assert all(map(torch.equal, optree.tree_leaves(state), optree.tree_leaves(wanted)))
             count = sum(len(leaf) for leaf in optree.tree_leaves(state))
@@ -235,22 +237,23 @@ def main():
         nvfp4 = transform_of(ddp, fqt.NVFP4)
         say(nvfp4.spec)
         first = train(nvfp4, ddp, optimizer, range(STEPS))[0]
-        for format in FORMATS:
+        for format in formats:
             fq = transform_of(ddp, format)
             state = optree.tree_map(lambda amax: 0.9 * amax, megatron.calibrate(fq, ddp))
             logits = logits_of(fq, model, state)
-            megatron.save(options.folder / format.name, fq, ddp, state)
+            megatron.save(folder / format.name, fq, ddp, state)
 
             fresh = build("meta")
-            restored = megatron.load(options.folder / format.name, fq, fresh)
+            restored = megatron.load(folder / format.name, fq, fresh)
             assert all(map(torch.equal, optree.tree_leaves(restored), optree.tree_leaves(state)))
             model = fresh
             ddp, optimizer = trainer(model)
             assert torch.equal(logits_of(fq, model, restored), logits)
             say(f"{format.name}: restored at TP={size}, EP={size} into a model on meta, the same state and logits")
         last = train(nvfp4, ddp, optimizer, range(STEPS, 2 * STEPS))[-1]
-        say(f"loss {first:.4f} to {last:.4f} over {2 * STEPS} steps under NVFP4, restored half way")
         assert last < first
+        say(f"\nIn {len(formats)} formats a model on meta took back the same state and logits at TP={size}, EP={size}.")
+        say(f"Under NVFP4 the loss went from {first:.4f} to {last:.4f} in {2 * STEPS} steps, restored half way.")
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

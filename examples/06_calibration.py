@@ -1,7 +1,7 @@
 # %% [markdown]
 """# Calibration: how should a scale be chosen, and a weight be rounded?
 
-The quickstart's Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
+A small Mixture-of-Experts language model is trained on the help texts that come with Python. Then its experts
 are quantized in INT4, NVFP4, MXFP4, FP8 and INT8, with scales chosen by every method: the largest weight, percentiles,
 the least squared error, the same weighted by how large the inputs are or by how they go together, and four over six;
 and rounded to the nearest or by GPTQ. For each: the error of the weights, that of the layers' outputs and the loss on
@@ -10,7 +10,6 @@ text that was held out, and how far the predictions move. Six minutes on two cor
 """
 
 # %%
-import sys
 import warnings
 
 import torch
@@ -22,20 +21,18 @@ import fq_transforms as fqt
 import tiny_moe
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 
-SMALL = "--small" in sys.argv
+options = tiny_moe.options(__doc__)
+torch.manual_seed(0)
+SMALL = options.small
 STEPS = 2 if SMALL else 480
 SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
 if SMALL:
     SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64, experts=4, context=16)
 CALIBRATION = 2 if SMALL else 32  # batches of training text that the inputs are observed on
-IS_SCRIPT = "__file__" in globals()  # a notebook has no file
-
-tiny_moe.OUT.mkdir(exist_ok=True)
-torch.manual_seed(0)
 
 # %% [markdown]
 # ## Text, model and training
-# Those of the quickstart, with the same weights.
+# Those of the quickstart, with more layers and for more steps.
 
 # %%
 training, heldout = tiny_moe.read_text()
@@ -252,59 +249,46 @@ for format, name in pairs:
 # Errors by expert; and what each method costs in loss, and how far it moves the predictions.
 
 # %%
-try:
-    import matplotlib
-except ImportError:
-    matplotlib = None
-    print("no figure: matplotlib is not installed")
-
-if matplotlib:
-    if IS_SCRIPT:
-        matplotlib.use("Agg")  # a script may have no display
-    import matplotlib.pyplot as plt
-
-    roles = [group.key.rpartition("experts.*.")[2].removesuffix(".weight") for group in spec.groups]
+if plt := tiny_moe.pyplot():
+    roles = [group.key.rpartition("experts.*.")[2].removesuffix(".weight") for group in spec.groups][:3]
     choosing = [format for format in FORMATS if format != fqt.NVFP4]
-    figure, panels = plt.subplots(1, len(choosing), figsize=(16, 4.8), layout="constrained")
+    figure, panels = plt.subplots(1, len(choosing), figsize=(17, 6), layout="constrained", sharey=True)
     for panel, format in zip(panels, choosing, strict=True):
         names = [name for of, name in pairs if of == format and name != "max"]
         for column, name in enumerate(names):
-            ratio = (
-                (outputs[format, name] / outputs[format, "max"]).transpose(0, 1).flatten(1)
-            )  # [roles, layers * experts]
-            at = column + torch.linspace(-0.3, 0.3, ratio.shape[1])
+            ratio = outputs[format, name] / outputs[format, "max"]  # [layers, roles, experts]
             for role, color in enumerate(("tab:blue", "tab:orange", "tab:green")):
-                panel.plot(at, ratio[role], ".", color=color, label=None if column else roles[role])
+                found = ratio[:, role].flatten()
+                at = column + 0.25 * (role - 1) + torch.linspace(-0.08, 0.08, len(found))
+                panel.plot(at, found, ".", markersize=4, color=color, label=None if column else roles[role])
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_locator(plt.LogLocator(subs=range(1, 10)))
-        is_narrow = panel.get_ylim()[1] < 2
-        panel.yaxis.set_minor_formatter("{x:g}" if is_narrow else "")
-        panel.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        panel.yaxis.set_minor_formatter("")
+        panel.set_xticks(range(len(names)), names, rotation=90)
         panel.set_title(format.name)
     panels[0].set_ylabel("held-out error of a matrix's outputs / that of max")
-    panels[0].legend()
-    figure.suptitle("Each point a matrix of an expert, layer by layer from left to right")
-    figure.savefig(tiny_moe.OUT / "calibration_errors.png", dpi=110)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, markerscale=3)
+    figure.suptitle("Each point is a matrix of an expert; below 1 is better than max")
+    figure.savefig(options.out / "calibration_errors.png", dpi=110)
 
-    figure, panels = plt.subplots(2, len(choosing), figsize=(16, 7.5), layout="constrained", sharey="col")
-    for column, format in zip(panels.T, choosing, strict=True):
-        rows = [(of, name) for of, name in pairs if of == format or (of == fqt.NVFP4 and format == fqt.NVFP4_STATIC)]
-        rows = rows[::-1]
-        labels = [name if of == format else f"{of.name}, {name}" for of, name in rows]
+    shown = [[(of, name) for of, name in reversed(pairs) if of == format] for format in choosing]
+    longest = max(map(len, shown))
+    figure, panels = plt.subplots(2, len(choosing), figsize=(20, 8.5), layout="constrained", sharey="col")
+    for column, format, rows in zip(panels.T, choosing, shown, strict=True):
         colors = ["0.5" if name == "max" else "tab:blue" for _, name in rows]
         for panel, each in zip(column, ({key: losses[key] - base for key in rows}, divergences), strict=True):
             cost, error = zip(*(mean_and_error(1000 * each[key]) for key in rows), strict=True)
-            panel.barh(labels, cost, xerr=error, color=colors, ecolor="0.3", capsize=2)
+            panel.barh([name for _, name in rows], cost, 0.7, xerr=error, color=colors, ecolor="0.3", capsize=2)
             panel.axvline(0, color="black", linewidth=0.8)
+            panel.set_ylim(len(rows) - longest - 0.6, len(rows) - 0.4)  # bars of one height in all panels
+            panel.locator_params(axis="x", nbins=4)
         column[0].set_title(format.name)
-        column[0].set_xlabel("increase of the held-out loss")
-        column[1].set_xlabel("divergence from bf16's predictions")
-    figure.suptitle("1e-3 nats per byte, ± standard error")
-    figure.savefig(tiny_moe.OUT / "calibration_loss.png", dpi=110)
-    print(f"\nfigures: {tiny_moe.OUT / 'calibration_errors.png'}, {tiny_moe.OUT / 'calibration_loss.png'}")
+    panels[0, 2].set_xlabel("increase of the held-out loss, 1e-3 nats per byte, ± standard error")
+    panels[1, 2].set_xlabel("divergence from bf16's predictions, 1e-3 nats per byte, ± standard error")
+    figure.savefig(options.out / "calibration_loss.png", dpi=100)
+    print(f"\nfigures: {options.out / 'calibration_errors.png'}, {options.out / 'calibration_loss.png'}")
 
 # %% [markdown]
 # ## What it found

@@ -14,7 +14,6 @@ The choices are tested on held-out data. This takes a few minutes on two cores, 
 """
 
 # %%
-import sys
 from dataclasses import replace
 
 import torch
@@ -24,18 +23,16 @@ from tqdm.auto import tqdm
 import fq_transforms as fqt
 import tiny_moe
 
-SMALL = "--small" in sys.argv
+options = tiny_moe.options(__doc__)
+torch.manual_seed(0)
+torch.set_num_threads(1)  # the matrices are small, and threads that wait for each other are slower than one
+SMALL = options.small
 STEPS = 2 if SMALL else 400
 SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, context=64)
 if SMALL:
     SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=2, top_k=1, context=16)
 LAYERS, EXPERTS = SIZES.layers, SIZES.experts
 SAMPLE, HELDOUT = (4, 8) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
-IS_SCRIPT = "__file__" in globals()  # a notebook has no file
-
-tiny_moe.OUT.mkdir(exist_ok=True)
-torch.manual_seed(0)
-torch.set_num_threads(1)  # the matrices are small, and threads that wait for each other are slower than one
 
 # %% [markdown]
 # ## Text and model
@@ -186,18 +183,9 @@ for spec in tqdm(known, desc="held-out loss"):
 curves = {way: [known[found.spec] for found in path] for way, path in paths.items()}
 average = {way: sum(curve) / len(curve) for way, curve in curves.items()}
 
-try:
-    import matplotlib
-except ImportError:
-    matplotlib = None
-    print("no figure: matplotlib is not installed")
-
-if matplotlib:
-    if IS_SCRIPT:
-        matplotlib.use("Agg")  # a script may have no display
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+if plt := tiny_moe.pyplot():
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3, "frameon": False}
     grid = 1000 * measured.view(LAYERS, EXPERTS)
     image = left.imshow(grid, aspect="auto", cmap="viridis")
     for layer in range(LAYERS):
@@ -209,7 +197,7 @@ if matplotlib:
     left.set_yticks(range(LAYERS))
     left.set_xlabel("expert")
     left.set_ylabel("layer")
-    left.set_title("INT4 for one expert: increase of the held-out loss, 1e-3")
+    left.set_title("INT4 for one expert: held-out loss, +1e-3 nats per byte")
 
     for way, marker in zip(correlation, "ox.+", strict=True):
         scale = 1000 if "loss" in WAYS[way] else 1000 * measured.max() / costs[way].max()  # the others are not in nats
@@ -219,20 +207,20 @@ if matplotlib:
     middle.set_xlabel("increase of the held-out loss, 1e-3 nats per byte")
     middle.set_ylabel("sensitivity; of hessian and report scaled to it")
     middle.set_title("Sensitivity of an expert, and rank correlation")
-    middle.legend()
+    middle.legend(**below)
 
     for way, curve in curves.items():
-        right.plot([found.bytes / 1000 for found in paths[way]], curve, ".-", label=way)
+        right.plot([found.bytes / 1000 for found in paths[way]], [1000 * cost for cost in curve], ".-", label=way)
     right.axhline(0, color="0.6", linewidth=0.8, label="bf16")
     right.set_xlabel("kB of packed experts")
-    right.set_ylabel("increase of the held-out loss, nats per byte")
+    right.set_ylabel("increase of the held-out loss, 1e-3 nats per byte")
     right.set_title("From four bits to eight, by expert")
-    right.legend()
-    figure.savefig(tiny_moe.OUT / "sensitivity.png", dpi=110)
-    print(f"\nfigure: {tiny_moe.OUT / 'sensitivity.png'}")
+    right.legend(**below)
+    figure.savefig(options.out / "sensitivity.png", dpi=110)
+    print(f"\nfigure: {options.out / 'sensitivity.png'}")
 
 # %% [markdown]
-# ## What was found
+# ## What it found
 
 # %%
 ahead, best = max(correlation, key=correlation.get), min(average, key=average.get)

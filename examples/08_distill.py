@@ -1,7 +1,7 @@
 # %% [markdown]
 """# Distillation: the model teaches its own quantized copy
 
-The quickstart's Mixture-of-Experts language model is trained on the help texts that come with Python, and its experts
+A small Mixture-of-Experts language model is trained on the help texts that come with Python, and its experts
 are fake-quantized. Then it is tuned for some steps, in three ways that see the same text:
 
 1. QAT: the loss is that of training, on the bytes of the text.
@@ -15,7 +15,6 @@ formats are named by `--formats`.
 """
 
 # %%
-import argparse
 import copy
 
 import torch
@@ -25,12 +24,12 @@ from tqdm.auto import tqdm
 import fq_transforms as fqt
 import tiny_moe
 
-IS_SCRIPT = "__file__" in globals()  # a notebook has no file
-parser = argparse.ArgumentParser(description="Distillation of a model into its own fake-quantized copy.")
-parser.add_argument("--small", action="store_true", help="a smaller model, for fewer steps")
-parser.add_argument("--steps", type=int, help="steps of each tuning")
-parser.add_argument("--formats", nargs="+", default=["MXFP4", "NVFP4"], metavar="NAME")
-options = parser.parse_args(None if IS_SCRIPT else [])
+options = tiny_moe.options(
+    __doc__,
+    steps={"type": int, "help": "steps of each tuning"},
+    formats={"nargs": "+", "default": ["MXFP4", "NVFP4"], "metavar": "NAME"},
+)
+torch.manual_seed(0)
 
 SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
 TRAIN_STEPS, TRAIN_LR, STEPS = 480, 4e-3, 50
@@ -42,12 +41,9 @@ LR = 1e-4  # larger ones move the student by more than quantization has: AdamW's
 FORMATS = [fqt.formats.FORMATS[name] for name in options.formats]
 KEPT = 16  # logits in the cache, of 256
 
-tiny_moe.OUT.mkdir(exist_ok=True)
-torch.manual_seed(0)
-
 # %% [markdown]
 # ## Text, model and training
-# Those of the quickstart, with the same weights, and batches of training text to tune on.
+# Those of the quickstart, with more layers and for more steps, and batches of training text to tune on.
 
 # %%
 training, heldout = tiny_moe.read_text()
@@ -241,17 +237,7 @@ for format, ways in found.items():
 # ## Figure
 
 # %%
-try:
-    import matplotlib
-except ImportError:
-    matplotlib = None
-    print("no figure: matplotlib is not installed")
-
-if matplotlib:
-    if IS_SCRIPT:
-        matplotlib.use("Agg")  # a script may have no display
-    import matplotlib.pyplot as plt
-
+if plt := tiny_moe.pyplot():
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     shown = {"PTQ after the steps": "0.8", "QAT": "tab:orange", "PTQ": "0.5"}
     shown |= dict(zip(list(WAYS)[1:], ("tab:blue", "tab:cyan"), strict=True))
@@ -267,5 +253,21 @@ if matplotlib:
     panels[0].set_title("Increase of the held-out loss (PTQ after the steps, QAT: over bf16 after them)")
     panels[1].set_title("Divergence from the teacher")
     panels[0].legend()
-    figure.savefig(tiny_moe.OUT / "distill.png", dpi=110)
-    print(f"\nfigure: {tiny_moe.OUT / 'distill.png'}")
+    figure.savefig(options.out / "distill.png", dpi=110)
+    print(f"\nfigure: {options.out / 'distill.png'}")
+
+# %% [markdown]
+# ## What it found
+
+# %%
+taken = {
+    way: ", ".join(f"{1 - divergences[f, way][0] / divergences[f, 'PTQ'][0]:.0%} in {f.name}" for f in FORMATS)
+    for way in list(WAYS)[1:]
+}
+print(
+    f"\nOf the divergence that quantization causes, {STEPS} steps of distillation take back "
+    + "; ".join(f"{share} ({way})" for way, share in taken.items())
+    + "."
+)
+away = ", ".join(f"{divergences[f, 'QAT'][0] / divergences[f, 'PTQ'][0]:.1f} times in {f.name}" for f in FORMATS)
+print(f"After as many steps on labels alone (QAT) it is this much of what PTQ leaves: {away}.")

@@ -1,9 +1,13 @@
-"""What the other examples share: a byte-level Mixture-of-Experts language model, its text, and its training.
+"""What the other examples share: their options, a byte-level Mixture-of-Experts language model, its text, its training.
 
 Nothing here knows of quantization. The text is the help texts that come with Python, so nothing is downloaded.
 """
 
+import argparse
 import math
+import os
+import shlex
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -16,6 +20,45 @@ from tqdm.auto import trange
 
 OUT = Path(__file__).parent / "out"
 BATCH = 16
+
+
+# The command line, and figures
+
+
+def options(doc, **more):
+    """What an example was asked for: `small`, `out` (the folder, which is made), and options of its own.
+
+    A notebook's command line is the kernel's, so its options are those in the environment's EXAMPLE_OPTIONS.
+    """
+    parser = argparse.ArgumentParser(
+        description=(doc or "").removeprefix("# "), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="as little as shows that it runs")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="of figures and files (examples/out)")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    found = parser.parse_args(None if is_script() else shlex.split(os.environ.get("EXAMPLE_OPTIONS", "")))
+    found.out.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def is_script():
+    """False in a notebook, which has no file."""
+    return hasattr(sys.modules["__main__"], "__file__")
+
+
+def pyplot():
+    """Matplotlib's, with or without a display; None if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return None
+    if is_script():
+        matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 class Sizes(NamedTuple):

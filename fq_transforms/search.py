@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from math import prod
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +13,6 @@ from fq_transforms.checkpoint.modelopt_names import is_grouped
 from fq_transforms.checks import weights_of
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.files import bytes_of
-from fq_transforms.export.tables import table
 from fq_transforms.export.ties import FUSED_BY_ENGINES
 from fq_transforms.formats import Format
 from fq_transforms.knapsack import least
@@ -25,6 +23,7 @@ from fq_transforms.rules import Rule
 from fq_transforms.select import check_fits
 from fq_transforms.sensitivity import Hessians, Loss, Sensitivities, Sensitivity
 from fq_transforms.spec import Group, Skipped, Spec, refuse_inputs
+from fq_transforms.tables import html, table
 from fq_transforms.transform import Transform
 
 __all__ = ["Mixture", "Option", "Unit", "search"]
@@ -134,6 +133,12 @@ class Mixture:
         return f"Mixture({self._total()})"
 
     def __str__(self) -> str:
+        return f"{table(self._rows(), left=(0, 1))}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), left=(0, 1), below=[self._total()])
+
+    def _rows(self) -> list[tuple[str, ...]]:
         formats = [option.format for option in self.units[0].options]
         header = ("unit", "format", "bytes", *(f"in {format.name}" for format in formats if format))
         rows = [
@@ -145,11 +150,7 @@ class Mixture:
             )
             for unit in self.units
         ]
-        return f"{table([header, *rows], left=(0, 1))}\n{self._total()}"
-
-    def _repr_html_(self) -> str:
-        """The table, for notebooks."""
-        return f"<pre>{escape(str(self), quote=False)}</pre>"
+        return [header, *rows]
 
     def _total(self) -> str:
         weights = sum(group.experts * prod(group.shape) for group in self._given.groups)

@@ -23,6 +23,7 @@ from zlib import crc32
 from fq_transforms.formats import Format, check_layout, own_format
 from fq_transforms.parse import check_name, parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
+from fq_transforms.tables import html, table
 
 __all__ = ["Group", "Inputs", "Skipped", "Spec", "experts_regex", "group_key", "numbered", "ranges", "refuse_inputs"]
 
@@ -33,7 +34,7 @@ EXPERT_LISTS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """The weights of one role in one layer, one per expert.
 
@@ -70,6 +71,9 @@ class Group:
         object.__setattr__(self, "leaf_shapes", shapes)
         object.__setattr__(self, "number", crc32(self.key.encode()) & 0x7FFFFFFF)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.key!r}: {_in_words(self)})"
+
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape of each parameter in `names`, as stored."""
@@ -87,7 +91,7 @@ class Group:
         return f"{self.names[0]}[{expert}]" if self.stacked else self.names[expert]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inputs(Group):
     """What the weights of one role in one layer are multiplied with: tokens [tokens, in], and how they are quantized.
 
@@ -133,10 +137,18 @@ class Skipped:
     reason: str
 
 
+# The headers of a spec's table, and the columns that are aligned to the left.
+_HEADS = (
+    ("quantized", "format", "experts", "out x in", "layout"),
+    ("inputs", "format", "experts", "in", "scales"),
+    ("not quantized", "why", "", "shape", ""),
+)
+_LEFT = (0, 1, 3, 4)
+
 AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spec:
     """What is quantized, how, and what is not. Static: frozen, hashable, a table when printed, JSON when stored.
 
@@ -253,24 +265,40 @@ class Spec:
         ]
         if not rows:
             return "" if self == other else "the order of groups or parameters"
-        return _table([("name", "what", "self", "other"), *((name, *cells) for name, cells in _collapse(rows))])
+        head = ("name", "what", "self", "other")
+        return table([head, *((name, *cells) for name, cells in _collapse(rows))], left=range(4))
+
+    def __repr__(self) -> str:
+        return f"Spec({self.summary})"
 
     def __str__(self) -> str:
+        return "\n".join([table(self._rows(), left=_LEFT), self.summary, *_hints(self.groups)])
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_html(self, *below: str) -> str:
+        """The table as HTML, with lines of text below it."""
+        rows = self._rows()
+        heads = [i for i, row in enumerate(rows) if row in _HEADS]
+        return html(rows, left=_LEFT, heads=heads, below=[self.summary, *_hints(self.groups), *below])
+
+    def _rows(self) -> list[tuple[str, ...]]:
         quantized = [
             (group.key, (group.format.name, str(group.experts), _by(group.shape), group.layout))
             for group in self.groups
         ]
-        rows = [("quantized", "format", "experts", "out x in", "layout")]
+        rows: list[tuple[str, ...]] = [_HEADS[0]]
         rows += [(name, *cells) for name, cells in _collapse(quantized)]
         if self.inputs:
-            rows += [("inputs", "format", "experts", "in", "scales")]
+            rows += [_HEADS[1]]
             of_inputs = [(i.key, (i.format.name, str(i.experts), str(i.shape[1]), i.scope)) for i in self.inputs]
             rows += [(name, *cells) for name, cells in _collapse(of_inputs)]
         if self.skipped:
-            rows += [("not quantized", "why", "", "shape", "")]
+            rows += [_HEADS[2]]
             not_quantized = [(group_key(s.name, ())[0], (s.reason, "", _by(s.shape), "")) for s in self.skipped]
             rows += [(name, *cells) for name, cells in _collapse(not_quantized)]
-        return "\n".join([_table(rows, right=2), self.summary, *_hints(self.groups)])
+        return rows
 
     @property
     def summary(self) -> str:
@@ -282,10 +310,6 @@ class Spec:
             f"{n} group{'s' * (n != 1)}, {experts:,} weight{'s' * (experts != 1)}: "
             f"{100 * inside / max(total, 1):.1f} % of {total:,} parameters"
         )
-
-    def _repr_html_(self) -> str:
-        """The table, for notebooks."""
-        return f"<pre>{str(self).replace('&', '&amp;').replace('<', '&lt;')}</pre>"
 
 
 def refuse_inputs(spec: Spec, what: str) -> None:
@@ -457,19 +481,6 @@ def _both_in_words(a: Any, b: Any) -> tuple[str, str]:
     if isinstance(a, tuple):  # names
         return next((repr(x), repr(y)) for x, y in zip_longest(a, b) if x != y)
     return str(a), str(b)
-
-
-def _table(rows: Sequence[tuple[str, ...]], *, right: int | None = None) -> str:
-    """Rows in columns, one of them aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = (
-        (
-            cell.rjust(width) if i == right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -97,8 +97,13 @@ class Transform:
         return f"Transform({'; '.join([self.spec.summary, *given])})"
 
     def __str__(self) -> str:
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:])
-        return f"{self.spec}\n{options}"
+        return f"{self.spec}\n{self._options()}"
+
+    def _repr_html_(self) -> str:
+        return self.spec.to_html(self._options())
+
+    def _options(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:])
 
     def init(self, params: Mapping[str, Tensor]) -> State:
         """The state before calibration: every amax -inf, the identity of `merge`. Meta parameters give a meta state.

@@ -19,7 +19,7 @@ NAME = PACKAGE.name
 
 # Packages and top-level modules, lowest first. One imports from its own line or from lines above it.
 LAYERS = [
-    "parse formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
+    "parse tables formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
     "ops knapsack",  # on plain tensors
     "distributed partition dtensor checks in_use masters select state",  # shards, ranks, what the public door checks
     "fakequant pullback pack activations calibrate gptq sequential sync report",  # one verb each

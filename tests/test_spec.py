@@ -367,14 +367,28 @@ def test_the_table_of_a_spec_that_quantizes_everything():
     assert "not quantized" not in str(spec)
 
 
-def test_a_notebook_shows_the_table_as_text():
-    """_repr_html_ is the table in <pre>, its characters escaped."""
-    spec = Spec((Group("a<b&c>", ("a<b&c>",), FP8, 1, (8, 8)),))
-    html = spec._repr_html_()
-    assert html.startswith("<pre>")
-    assert html.endswith("</pre>")
-    assert "a&lt;b&amp;c" in html
-    assert "<b" not in html
+def test_a_notebook_shows_the_cells_of_the_table():
+    """_repr_html_ has each cell of the printed table, escaped, in styles of its own, which no page's overrule."""
+    spec = Spec((Group("a<b&c>", ("a<b&c>",), FP8, 1, (8, 8)),), (Skipped("quantized", (3,), "1-D"),))
+    page = spec._repr_html_()
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    cells = [re.findall(r"<t[hd] style='[^']*'>(.*?)</t[hd]>", row) for row in rows]
+    lines = str(spec).splitlines()
+    assert [[cell for cell in row if cell] for row in cells] == [
+        re.split(r"  +", line.replace("a<b&c>", "a&lt;b&amp;c&gt;")) for line in lines[:4]
+    ]
+    assert [row.count("<th ") for row in rows] == [5, 0, 5, 0]  # a parameter named as a header is none
+    assert lines[4] in page
+    assert "<b&" not in page
+
+
+def test_the_repr_of_many_weights_is_a_line():
+    """In a traceback or a notebook's tuple; 64 weights were 41 KB."""
+    params = {f"layers.{i}.experts.{e}.w1.weight": meta(8, 32) for i in range(8) for e in range(64)}
+    spec = select(params, {"*": NVFP4})
+    assert repr(spec) == f"Spec({spec.summary})"
+    assert repr(spec.groups[0]) == "Group('layers.0.experts.*.w1.weight': NVFP4, 64 experts, 8 x 32 separate)"
+    assert repr(of_inputs()[1].inputs[0]).startswith("Inputs('")
 
 
 def test_a_spec_with_inputs_is_a_value_and_json():

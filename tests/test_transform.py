@@ -270,6 +270,9 @@ def test_it_prints_in_a_line_and_as_a_table(params):
     summary = "1 group, 4 weights: 98.1 % of 66,816 parameters"
     assert repr(fqt.transform(spec)) == f"Transform({summary})"
     assert repr(fqt.transform(spec, backward="clip")) == f"Transform({summary}; backward='clip')"
+    page = fqt.transform(spec, backward="clip")._repr_html_()
+    assert page.startswith("<div")
+    assert "backward=&#x27;clip&#x27;" in page
     lines = str(fqt.transform(spec, **OPTIONS)).splitlines()
     assert lines[:-1] == str(spec).splitlines()
     assert lines[-1] == "method=Percentile(percentile=99.0), backward='clip', out_dtype=torch.bfloat16, separate=True"

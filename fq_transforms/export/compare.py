@@ -15,9 +15,10 @@ from fq_transforms.export.files import bytes_bar
 from fq_transforms.export.inspect import is_stack
 from fq_transforms.export.shards import DTYPES
 from fq_transforms.export.sources import Folder
-from fq_transforms.export.tables import layers_of, table
+from fq_transforms.export.tables import layers_of
 from fq_transforms.report.report import role_of
 from fq_transforms.spec import group_key
+from fq_transforms.tables import table
 
 __all__ = ["Comparison", "RoleDifference", "compare"]
 

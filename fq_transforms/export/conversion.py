@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fq_transforms.export.tables import size, table
+from fq_transforms.export.tables import size
 from fq_transforms.spec import Spec
+from fq_transforms.tables import table
 
 __all__ = ["Conversion"]
 

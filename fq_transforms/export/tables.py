@@ -1,31 +1,13 @@
-"""Text in columns, and sizes that can be read: what tables of folders are made of."""
+"""Sizes and numbers of layers that can be read: what tables of folders are made of."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 
 from fq_transforms.spec import ranges
 
-__all__ = ["layers_of", "size", "table"]
+__all__ = ["layers_of", "size"]
 
 # Characters of a list of layers; of a longer one its ends are shown.
 MOST_LAYERS = 16
-
-
-def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """Rows in columns, aligned to the right but for some.
-
-    Example:
-        >>> print(table([("format", "weights"), ("FP8", "12")]))
-        format  weights
-        FP8          12
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def size(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import ceil, isfinite, log2, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ __all__ = ["Histogram", "Row", "element_values", "plot"]
 
 # Roles beside each other, and the most cells of a heat map in which numbers can be read.
 ACROSS, READABLE = 4, (16, 16)
+# The least that colours span, in dB: one bit. Over less, noise would look like a pattern.
+LEAST_SPAN = 6.0
+# The most labels along an axis, and the most values of an element that are told apart as ticks.
+MOST_LABELS, MOST_VALUES = 9, 64
+BLUE, RED, GREY = "tab:blue", "tab:red", "0.85"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,8 @@ class Row(NamedTuple):
 def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     """A figure: for each role its layers by experts, above the histogram of its worst expert."""
     from matplotlib.figure import Figure  # only where a figure is wanted
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     across = min(ACROSS, len(roles))
     down = -(-len(roles) // across)
@@ -61,15 +68,27 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     axes: Any = figure.subplots(2 * down, across, squeeze=False, height_ratios=[height, 3] * down)
     values = torch.cat([row.sqnr for rows, _ in roles.values() for row in rows])
     finite = values[values.isfinite()].tolist() or [0.0]
+    middle, half = (min(finite) + max(finite)) / 2, max(max(finite) - min(finite), LEAST_SPAN) / 2
     image: Any = None
     for i, (role, (rows, histogram)) in enumerate(roles.items()):
         above, below = axes[2 * (i // across)][i % across], axes[2 * (i // across) + 1][i % across]
-        image = _heat_map(above, role, rows, (min(finite), max(finite)))
+        image = _heat_map(above, role, rows, (middle - half, middle + half))
         _histogram(below, histogram)
     for i in range(len(roles), across * down):
         axes[2 * (i // across)][i % across].set_axis_off()
         axes[2 * (i // across) + 1][i % across].set_axis_off()
     figure.colorbar(image, ax=axes[0, :].tolist(), label="SQNR, dB")
+    legend: list[Any] = [
+        Patch(color=BLUE, label="weights of the worst expert"),
+        Patch(color=RED, alpha=0.4, label="clipped: over half a step beyond the largest value"),
+    ]
+    if any(len(element_values(histogram.format)) <= MOST_VALUES for _, histogram in roles.values()):
+        tick = Line2D([], [], color="black", marker="|", markersize=10, linestyle="")
+        tick.set_label("values that an element can take")
+        legend.append(tick)
+    if len(finite) < len(values):
+        legend.append(Patch(color=GREY, label="SQNR infinite (nothing is lost) or NaN"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=2 if across < 3 else 4, frameon=False)
     return figure
 
 
@@ -80,16 +99,18 @@ def _heat_map(axes: Any, role: str, rows: Sequence[Row], limits: tuple[float, fl
     for y, row in enumerate(rows):
         for expert, value in zip(row.experts, row.sqnr.tolist(), strict=True):
             grid[y, experts.index(expert)] = value if isfinite(value) else nan
-    axes.set_facecolor("0.85")
-    image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])
+    axes.set_facecolor(GREY)
+    image = axes.imshow(
+        grid.numpy(), aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest"
+    )
     if len(rows) <= READABLE[0] and len(experts) <= READABLE[1]:
         for y, line in enumerate(grid.tolist()):
             for x, value in enumerate(line):
                 if isfinite(value):
                     color = "white" if image.norm(value) < 0.6 else "black"
-                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=color, fontsize=7)
+                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
     for axis, labels in ((axes.set_xticks, [*map(str, experts)]), (axes.set_yticks, [row.label for row in rows])):
-        step = -(-len(labels) // 16)
+        step = 1 if len(labels) <= READABLE[0] else 2 ** ceil(log2(len(labels) / MOST_LABELS))
         axis(range(0, len(labels), step), labels[::step])
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
@@ -98,19 +119,25 @@ def _heat_map(axes: Any, role: str, rows: Sequence[Row], limits: tuple[float, fl
 
 
 def _histogram(axes: Any, found: Histogram) -> None:
-    """Counts on a logarithmic axis, the element's values as ticks below, and shades where weights are clipped."""
-    edges, counts = found.edges.tolist(), found.counts.tolist()
-    axes.stairs(counts, edges, fill=True, color="tab:blue", baseline=0.5)
-    axes.set_yscale("log")
-    axes.set_ylim(0.5, 2 * max(2, *counts))
-    axes.set_xlim(edges[0], edges[-1])
-    axes.vlines(element_values(found.format), 0, 0.05, transform=axes.get_xaxis_transform(), color="black", lw=0.6)
+    """Counts on a logarithmic axis, the element's values as ticks above, and red where weights are clipped."""
+    edges, counts, values = found.edges.tolist(), found.counts.tolist(), element_values(found.format)
     lowest, highest = half_step_beyond(found.format)
-    axes.axvspan(edges[0], lowest, color="tab:red", alpha=0.15, lw=0)
-    axes.axvspan(highest, edges[-1], color="tab:red", alpha=0.15, lw=0)
-    axes.set_xlabel(f"weight / scale; ticks: the values of {found.format.name}; red: clipped", fontsize=8)
+    axes.stairs(counts, edges, fill=True, color=BLUE, baseline=0.5)
+    for low, high in ((edges[0], lowest), (highest, edges[-1])):
+        axes.axvspan(low, high, color=RED, alpha=0.15, lw=0)
+        beyond = [n if low <= (a + b) / 2 <= high else 0 for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+        axes.stairs(beyond, edges, fill=True, color=RED, baseline=0.5)
+    axes.set_yscale("log")
+    axes.set_ylim(0.5, 4 * max(2, *counts))
+    axes.set_xlim(edges[0], edges[-1])
+    if len(values) <= MOST_VALUES:
+        axes.vlines(values, 0.94, 1, transform=axes.get_xaxis_transform(), color="black", lw=0.8)
+    else:  # a line each would be a bar
+        about = f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
+        axes.text(0.5, 0.97, about, transform=axes.transAxes, ha="center", va="top", fontsize=8)
+    axes.set_xlabel(f"weight / scale in {found.format.name}")
     axes.set_ylabel("weights")
-    axes.set_title(f"worst: {found.key}, expert {found.expert}, {found.sqnr:.1f} dB", fontsize=8)
+    axes.set_title(f"worst: {found.key}, expert {found.expert}, {found.sqnr:.1f} dB", fontsize=9)
 
 
 def element_values(format: Format) -> list[float]:

@@ -19,6 +19,7 @@ from fq_transforms.ops.report.reference import Measures, histogram_reference, re
 from fq_transforms.report.plot import Histogram, Row, plot
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import GroupState, State
+from fq_transforms.tables import html, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,26 +96,10 @@ class Report:
         return f"Report({self._totals()[0]})"
 
     def __str__(self) -> str:
-        rows = [_HEADER, *map(_cells, self._worst_first())]
-        columns = self._columns()
-        widths = [max(len(row[i]) for row in rows) for i in columns]
-        lines = [
-            "  ".join(row[i].ljust(w) if i in _LEFT else row[i].rjust(w) for i, w in zip(columns, widths, strict=True))
-            for row in rows
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
+        return "\n".join([table(self._rows(), left=_LEFT), *self._totals()])
 
     def _repr_html_(self) -> str:
-        columns = self._columns()
-
-        def line(row: Sequence[str], tag: str) -> str:
-            side = {i: "left" if i in _LEFT else "right" for i in columns}
-            cells = (f"<{tag} style='text-align:{side[i]}'>{escape(row[i])}</{tag}>" for i in columns)
-            return f"<tr>{''.join(cells)}</tr>"
-
-        rows = [line(_cells(group), "td") for group in self._worst_first()]
-        totals = "<br>".join(escape(text) for text in self._totals())
-        return f"<table><thead>{line(_HEADER, 'th')}</thead><tbody>{''.join(rows)}</tbody></table><p>{totals}</p>"
+        return html(self._rows(), left=_LEFT, below=self._totals())
 
     def to_html(self, title: str) -> str:
         """The table as a page of its own."""
@@ -146,8 +131,10 @@ class Report:
     def _worst_first(self) -> list[GroupReport]:
         return sorted(self.groups.values(), key=_lowest)
 
-    def _columns(self) -> list[int]:
-        return [i for i in range(len(_HEADER)) if i != _TOKENS or self._has_tokens()]
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The header and a line for each group; the last column only where tokens were counted."""
+        rows = [_HEADER, *map(_cells, self._worst_first())]
+        return rows if self._has_tokens() else [row[:-1] for row in rows]
 
     def _has_tokens(self) -> bool:
         return any(group.tokens is not None for group in self.groups.values())
@@ -355,7 +342,7 @@ _HEADER = (
     "dead",
     "unseen",
 )
-_LEFT, _TOKENS = (0, 1), 12
+_LEFT = (0, 1)
 
 
 def _cells(group: GroupReport) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.report.plot import element_values
+from fq_transforms.report.plot import LEAST_SPAN, element_values
 from tests.cases import ALL_FORMATS, experts, name_of
 from tests.report.models import model
 
@@ -30,6 +30,29 @@ def test_the_figure_has_a_heat_map_and_a_histogram_per_role(tmp_path):
     assert titles[1].startswith("worst: layers.1.experts.*.w1, expert 2")
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_colours_span_a_bit_and_the_legend_says_what_red_is():
+    """Half a dB of noise is not the whole scale, 20 dB are; grey has its line in the legend where there is any."""
+    pytest.importorskip("matplotlib")
+    params, fq, _ = model([fqt.INT8])
+    state, spans, words = fq.calibrate(params), [], []
+    for outlier in (False, True):
+        if outlier:
+            params["layers.1.experts.2.w0"][0, 0] = 2000.0
+            params["layers.2.experts.3.w0"].zero_()
+            state = fq.calibrate(params)
+        figure = fq.report(params, state).plot()
+        low, high = figure.axes[0].get_images()[0].get_clim()
+        spans.append(high - low)
+        words.append([text.get_text() for text in figure.legends[0].get_texts()])
+    values = torch.cat([group.sqnr for group in fq.report(params, state).groups.values()])
+    finite = values[values.isfinite()]
+    assert spans[0] == pytest.approx(LEAST_SPAN)
+    assert spans[1] > LEAST_SPAN
+    assert spans[1] == pytest.approx((finite.max() - finite.min()).item())
+    assert all(any(text.startswith("clipped: ") for text in texts) for texts in words)
+    assert ["infinite" in " ".join(texts) for texts in words] == [False, True]
 
 
 def test_a_figure_of_one_dense_weight():
