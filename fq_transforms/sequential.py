@@ -187,9 +187,14 @@ def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_inputs, {name: value for name, value in gptq.items() if name not in of_inputs}
 
 
-def _unknown(leaf: Any) -> Any:
-    """NaN for each number of a tensor of floats."""
-    return torch.full_like(leaf, torch.nan) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _unknown(output: Any) -> Any:
+    """A copy, of whatever structure, with NaN for each number of its tensors of floats."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(output, memo)
+    for made in memo.values():
+        if isinstance(made, Tensor) and made.is_floating_point():
+            made.fill_(torch.nan)
+    return copied
 
 
 def _detached(leaf: Any) -> Any:
@@ -258,7 +263,8 @@ class _Run:
             self._check_values([*parts[-1], *outside])
             for number, layer in enumerate(self.listed):
                 self.use.hook_before(layer, partial(self._arrive, number), prepend=True, with_kwargs=True)
-                self.use.hook_after(layer, partial(self._leave, number))
+                # First, as the hooks of the user come after what stands in for a layer, too.
+                self.use.hook_after(layer, partial(self._leave, number), prepend=True)
             self.use.undo.append(self._end)
             self._advance(0)
             for number in progress(range(len(self.listed)), CALLER):
@@ -353,7 +359,7 @@ class _Run:
 
         *before, last = self.listed
         for layer in before:
-            self.use.stand_in(layer, lambda *args, **kwargs: optree.tree_map(_unknown, copy.deepcopy(output)))
+            self.use.stand_in(layer, lambda *args, **kwargs: _unknown(output))
         self.use.stand_in(last, lambda *args, **kwargs: copy.deepcopy(output))
         try:
             return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]

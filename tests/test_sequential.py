@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import replace
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +302,21 @@ class Residual(Decoder):
         return self.head(x)
 
 
+class Wrapped(Residual):
+    """Has layers that give an object."""
+
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers:
+            layer.register_forward_hook(lambda module, args, x: SimpleNamespace(x=x))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x, cache=[]).x
+        return self.head(x)
+
+
 class Between(Decoder):
     """Has a weight between layers."""
 
@@ -309,7 +325,7 @@ class Between(Decoder):
         return self.head(three(self.embed(two(one(x, cache=[]), cache=[])), cache=[]))
 
 
-@pytest.mark.parametrize("kind", [Residual, Between])
+@pytest.mark.parametrize("kind", [Residual, Wrapped, Between])
 def test_outputs_of_earlier_layers_are_refused_outside(kind):
     """Bug: a head behind `x = x + layer(x)`, and a weight between layers, were shown the last layer's output instead.
 
