@@ -371,6 +371,18 @@ def types_of(leaves: Mapping[str, Tensor]) -> dict[str, LeafType]:
     return {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
 
 
+def refuse_transforms(verb: str, instead: str) -> None:
+    """Raise ValueError under a transform of torch.func, which this verb has no rule for."""
+    if is_functorch_active():
+        raise ValueError(f"{verb}: found a transform of torch.func, wanted none; {instead}")
+
+
+def refuse_compiled(verb: str, instead: str) -> None:
+    """Raise ValueError in what torch.compile or torch.export traces: this verb reads values, or makes parameters."""
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{verb}: found torch.compile or torch.export, wanted eager mode; {instead}")
+
+
 def is_concrete(tensor: Tensor) -> bool:
     """True if values can be read here and now: not on meta, not being traced, not batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":

@@ -5,7 +5,16 @@ A `Format` lies on four axes: the element (`IntElement` or `FloatElement`), the 
 disagreement is a number here too, and each library's choice is a constant with its name in it.
 
 The formulas that use these numbers are in `fq_transforms.ops.quantize.reference`. To make a new format, make a new
-constant.
+constant. What goes together; anything else is refused when the format is made:
+
+    scale   element                             block           dynamic         dequantize
+    fp32    integers of at most 8 bits          any             False           multiply, divide
+    fp32    floats with an exponent             any             False           multiply
+    e4m3    E2M1                                along in        False, True     multiply, divide
+    e8m0    floats, E0M7 for integers           along in        True            multiply
+
+A block is (None, None), (1, None), or (rows, columns), powers of two with at most 2048 columns; "along in" is (1,
+columns). `in` must be a multiple of such columns.
 """
 
 import json
@@ -36,9 +45,14 @@ class IntElement:
 class FloatElement:
     """A small float: sign, `exponent_bits`, `mantissa_bits`, subnormals, and the largest finite value `max`.
 
+    Ties go to the even significand. Without a mantissa that is the larger value, above the smallest. Without an
+    exponent all values are subnormals, evenly spaced below 2: OCP's INT8, with 6 bits behind the point, is `E0M7`.
+
     Example:
         >>> E4M3.min_exponent, E4M3.max
         (-6, 448.0)
+        >>> 2.0 ** (E0M7.min_exponent - E0M7.mantissa_bits), E0M7.max
+        (0.015625, 1.984375)
     """
 
     exponent_bits: int
@@ -48,13 +62,15 @@ class FloatElement:
     @property
     def min_exponent(self) -> int:
         """Exponent of the smallest normal value; subnormals share its spacing."""
-        return 2 - 2 ** (self.exponent_bits - 1)
+        return 2 - 2 ** (self.exponent_bits - 1) if self.exponent_bits else 1
 
     @property
     def has_max(self) -> bool:
         """True if `max` is one of the values that so many bits can have."""
         exponent = max(frexp(self.max)[1] - 1, self.min_exponent)
         steps = self.max * 2.0 ** (self.mantissa_bits - exponent)
+        if self.exponent_bits == 0:
+            return steps == int(steps) < 2**self.mantissa_bits
         return exponent <= 2 ** (self.exponent_bits - 1) and steps == int(steps)
 
     @property
@@ -69,6 +85,7 @@ E5M2 = FloatElement(5, 2, 57344.0)
 E3M2 = FloatElement(3, 2, 28.0)
 E2M3 = FloatElement(2, 3, 7.5)
 E2M1 = FloatElement(2, 1, 6.0)
+E0M7 = FloatElement(0, 7, 127 / 64)
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ class Format:
         exponent_rounding: E8M0 scales: "up", the smallest power of two that clips nothing; "floor", OCP's
             floor(log2(amax)) minus the element's largest exponent; "even", floor after amax is rounded to the
             element's mantissa.
+
+    Elements, blocks and scales that go together: the table above, in the module's docstring.
 
     Example:
         >>> from dataclasses import replace
@@ -133,17 +152,25 @@ class Format:
             f"dynamic={self.dynamic}, wanted {self.scale == 'e8m0'} with {self.scale} scales": self.scale == "e4m3"
             or self.dynamic == (self.scale == "e8m0"),
             f"{self.element}, wanted an E2M1 element under e4m3 scales": self.scale != "e4m3" or self.element == E2M1,
-            f"{self.element}, wanted a float element under {self.scale} scales": self.scale == "fp32"
-            or isinstance(self.element, FloatElement),
+            f"{self.element}, wanted a float element under {self.scale} scales, such as E0M7 for integers of 8 bits": (
+                self.scale == "fp32" or isinstance(self.element, FloatElement)
+            ),
             f"{self.element}, wanted integers of at most 8 bits": not isinstance(self.element, IntElement)
             or (-128 <= self.element.low <= 0 < self.element.high <= 127 and 0 < self.element.qmax <= 128),
             f"{self.element}, wanted a float within fp32, and its max": not isinstance(self.element, FloatElement)
             or (
-                1 <= self.element.exponent_bits <= 8
+                0 <= self.element.exponent_bits <= 8
                 and 0 <= self.element.mantissa_bits <= 23
                 and 0 < self.element.max < 2.0**128
                 and self.element.has_max
             ),
+            f"{self.element} under {self.scale} scales, wanted an IntElement, or e8m0 scales": self.scale == "e8m0"
+            or isinstance(self.element, IntElement)
+            or self.element.exponent_bits > 0,
+            f"{self.element} under e8m0 scales, exponent_rounding {shown(self.exponent_rounding)}, wanted a max of "
+            f"{1 + (self.exponent_rounding == 'even')} or more": self.scale != "e8m0"
+            or isinstance(self.element, IntElement)
+            or self.element.max >= 1 + (self.exponent_rounding == "even"),
             f"min_scale={self.min_scale}, wanted an E4M3 scale, 0 to 448": 0 <= self.min_scale <= E4M3.max,
             f"unit_scale_below={self.unit_scale_below}, wanted 0 or a scale": 0 <= self.unit_scale_below < 2.0**128,
             f"a name of {len(self.name)} characters, wanted 1 to {MOST_NAME}": 0 < len(self.name) <= MOST_NAME,
@@ -233,16 +260,25 @@ _FLOAT_FIELDS = {"exponent_bits": "a count", "mantissa_bits": "a count", "max": 
 
 
 def code_bits(format: Format) -> int:
-    """Bits of one stored code: 8, 6 or 4.
+    """Bits that one code takes where it is stored: 4, 6 or 8; of floats wider than a byte, which are not, their own.
+
+    Integers take 4 or 8. A float of another width lies in the next of the three, its sign in the highest bit.
 
     Example:
         >>> code_bits(INT4_BLOCK32), code_bits(MXFP6_E2M3)
         (4, 6)
+        >>> code_bits(Format("FP5_E2M2", FloatElement(2, 2, 7.0), (1, 64)))
+        6
     """
-    element = format.element
+    return element_bits(format.element)
+
+
+def element_bits(element: IntElement | FloatElement) -> int:
+    """`code_bits` of a format with this element."""
     if isinstance(element, IntElement):
         return 4 if element.low >= -8 and element.high <= 7 else 8
-    return 1 + element.exponent_bits + element.mantissa_bits
+    bits = 1 + element.exponent_bits + element.mantissa_bits
+    return next((width for width in (4, 6, 8) if bits <= width), bits)
 
 
 def _is_power_of_two(side: int | None) -> bool:
@@ -266,6 +302,7 @@ MXFP8 = Format("MXFP8", E4M3, (1, 32), scale="e8m0", dynamic=True)
 MXFP6_E3M2 = Format("MXFP6_E3M2", E3M2, (1, 32), scale="e8m0", dynamic=True)
 MXFP6_E2M3 = Format("MXFP6_E2M3", E2M3, (1, 32), scale="e8m0", dynamic=True)
 MXFP4 = Format("MXFP4", E2M1, (1, 32), scale="e8m0", dynamic=True)
+MXINT8 = Format("MXINT8", E0M7, (1, 32), scale="e8m0", dynamic=True)
 
 # Kimi-K2 and slime, whose files are those of compressed-tensors: a symmetric range.
 INT4_BLOCK32_KIMI = Format("INT4_BLOCK32_KIMI", IntElement(7, -7, 7), (1, 32))
@@ -296,6 +333,7 @@ MXFP8_OCP = replace(MXFP8, name="MXFP8_OCP", exponent_rounding="floor")
 MXFP6_E3M2_OCP = replace(MXFP6_E3M2, name="MXFP6_E3M2_OCP", exponent_rounding="floor")
 MXFP6_E2M3_OCP = replace(MXFP6_E2M3, name="MXFP6_E2M3_OCP", exponent_rounding="floor")
 MXFP4_OCP = replace(MXFP4, name="MXFP4_OCP", exponent_rounding="floor")
+MXINT8_OCP = replace(MXINT8, name="MXINT8_OCP", exponent_rounding="floor")
 MXFP8_TORCHAO_EVEN = replace(MXFP8, name="MXFP8_TORCHAO_EVEN", exponent_rounding="even")
 MXFP6_E3M2_TORCHAO_EVEN = replace(MXFP6_E3M2, name="MXFP6_E3M2_TORCHAO_EVEN", exponent_rounding="even")
 MXFP6_E2M3_TORCHAO_EVEN = replace(MXFP6_E2M3, name="MXFP6_E2M3_TORCHAO_EVEN", exponent_rounding="even")

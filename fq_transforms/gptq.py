@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import check_device, check_readable, check_state, check_tensor, weights_of
+from fq_transforms.checks import (
+    check_device,
+    check_readable,
+    check_state,
+    check_tensor,
+    refuse_compiled,
+    refuse_transforms,
+    weights_of,
+)
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.formats import Format, static_format
 from fq_transforms.ops.gptq.reference import block_amax, gptq_block_reference, on_grid_of
@@ -67,7 +75,7 @@ def gptq(
 
     Raises:
         KeyError: Hessians lack a group.
-        ValueError: A Hessian is not finite, not symmetric, or all zeros; a format is dynamic NVFP4; DTensors.
+        ValueError: A Hessian is not finite, symmetric and positive semidefinite, or is zero; dynamic NVFP4; DTensors.
 
     Source: Frantar et al., "GPTQ", arXiv:2210.17323.
 
@@ -80,6 +88,8 @@ def gptq(
         >>> fqt.gptq(fq, params, state, hessians)["w"]
         tensor([[0., 1.]])
     """
+    refuse_transforms("gptq", "move the weights before")
+    refuse_compiled("gptq", "move the weights before")
     _check_options(damping, shrinkage, order)
     check_state(state, fq.spec)
     _check_hessians(fq, params, hessians)
@@ -372,8 +382,8 @@ def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor
         if damping > MOST_DAMPING:
             e = first + int(left[0])
             raise ValueError(
-                f"hessians {group.key!r}: found one that is not positive for expert {e}, {group.expert_name(e)!r}, "
-                "wanted means of x x^T"
+                f"hessians {group.key!r}: found one that is not positive definite for expert {e}, "
+                f"{group.expert_name(e)!r}, wanted means of x x^T"
             )
     if singular:
         warnings.warn(

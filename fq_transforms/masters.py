@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from fq_transforms.checks import DTYPES, check_dtype, check_is_tensor, check_readable, weights_of
+from fq_transforms.checks import (
+    DTYPES,
+    check_dtype,
+    check_is_tensor,
+    check_readable,
+    refuse_compiled,
+    refuse_transforms,
+    weights_of,
+)
 from fq_transforms.dtensor import is_sharded, local_values, spread_in_words, spread_of
 from fq_transforms.ops.launch import Bounded, Contiguous
 from fq_transforms.ops.private import Guards, copy_all, is_transformed
@@ -59,6 +67,8 @@ def masters(params: Tensors, *, fq: "Transform | None" = None) -> dict[str, Tens
         {'w': Parameter containing:
         tensor([1., 1.], requires_grad=True)}
     """
+    refuse_transforms("masters", "make them outside, and write param.float() within")
+    refuse_compiled("masters", "make them before")
     tensors = tensors_of(params, tied=False)
     for name, param in tensors.items():
         check_is_tensor(f"parameter {name!r}", param)
@@ -188,7 +198,8 @@ def planned_write(
         ValueError: A tensor cannot be written to; see `Transform.fakequant`.
     """
     if is_transformed():
-        raise ValueError("out: found a transform of torch.func, wanted none; call fakequant without out")
+        instead = "call fakequant without out" if spec is not None else "write master.to(dtype) in place of cast"
+        raise ValueError(f"out: found a transform of torch.func, wanted none; {instead}")
     try:
         outs = [out[name] for name in masters]
     except KeyError as error:

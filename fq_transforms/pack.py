@@ -28,6 +28,7 @@ from fq_transforms.formats import Format, code_bits
 from fq_transforms.ops.launch import has_kernel
 from fq_transforms.ops.pack.reference import code_dtype, pack_reference, pack_scales, unpack_reference
 from fq_transforms.ops.pieces import pieces_of
+from fq_transforms.ops.private import is_mapped
 from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
 
@@ -51,6 +52,10 @@ def pack(params: Mapping[str, Tensor], state: State, *, spec: Spec) -> PackedTre
             if layout is not None or any(map(is_sharded, scales.values())):
                 weights, scales = local_group(group, layout, weights, scales)
             for name, weight in zip(group.names, weights, strict=True):
+                if not torch.compiler.is_compiling() and is_mapped(weight):
+                    raise ValueError(
+                        f"parameter {name!r}: found mapped by vmap, wanted a plain tensor; pack one by one"
+                    )
                 # All are finite where the ends are; to ask each weight takes 20 times as long.
                 if is_read(weight) and weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
                     raise ValueError(
@@ -80,8 +85,9 @@ def unpack(packed: PackedTree, *, spec: Spec, dtype: torch.dtype) -> dict[str, T
                     f"packed '{group.key}.{name}': found a DTensor, wanted a plain tensor; unpack each rank's shard"
                 )
         with torch.no_grad():
+            parts = {name: leaf.detach() for name, leaf in leaves.items()}  # no_grad lets tangents through
             experts = unpack_reference(
-                leaves["codes"], leaves["scale"], leaves.get("global_scale"), format=group.format, out_dtype=dtype
+                parts["codes"], parts["scale"], parts.get("global_scale"), format=group.format, out_dtype=dtype
             )
         if group.transposed:
             experts = experts.mT.contiguous()
@@ -191,6 +197,11 @@ def check_packable(group: Group) -> None:
         raise ValueError(
             f"group {group.key!r}: found {format.name}, whose scales below {format.unit_scale_below} become 1, for "
             "which no E4M3 scale stands, wanted a format that can be stored, such as NVFP4"
+        )
+    if code_bits(format) > 8:
+        raise ValueError(
+            f"group {group.key!r}: found {format.name}, whose elements have {code_bits(format)} bits, wanted codes of "
+            "at most 8, such as FP8's"
         )
     multiple = {8: 1, 6: 4, 4: 2}[code_bits(format)]
     if group.shape[1] % multiple:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fq_transforms.checks import DTYPES, check_device, check_readable, check_state, local_group, weights_of
+from fq_transforms.checks import (
+    DTYPES,
+    check_device,
+    check_readable,
+    check_state,
+    local_group,
+    refuse_compiled,
+    refuse_transforms,
+    weights_of,
+)
 from fq_transforms.distributed import sum_over
 from fq_transforms.dtensor import (
     Layout,
@@ -65,6 +74,8 @@ def take_grads(
     set_to_none: bool = True,
 ) -> None:
     """`Transform.take_grads`, with the options of the Transform given one by one."""
+    refuse_transforms("take_grads", "call pullback, which is pure")
+    refuse_compiled("take_grads", "call it between what is compiled, or call pullback")
     tensors: Mapping[str, Any] = tensors_of(params)
     try:
         sources = [tensors[name] for name in masters]

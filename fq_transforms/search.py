@@ -269,11 +269,16 @@ def _chosen(given: _Given, units: Sequence[Unit], budget: int) -> Mixture:
         if (format := format_of[group.key]) is not None:
             groups.append(replace(group, format=format))
         else:  # as `select` says it of the rules below
-            left += [Skipped(name, group.parameter_shape, f"excluded by {group.key}") for name in group.names]
+            left += [Skipped(name, group.parameter_shape, f"excluded by {_glob(group.key)}") for name in group.names]
     left.sort(key=lambda skipped: place.get(skipped.name, len(place)))
-    rules = (*spec.rules, *(Rule(key, format_of[key]) for key in (group.key for group in given.groups)))
+    rules = (*spec.rules, *(Rule(_glob(key), format_of[key]) for key in (group.key for group in given.groups)))
     chosen = Spec(tuple(groups), tuple(left), rules=() if given.is_split else rules)
     return Mixture(replace(given.fq, spec=chosen), units, budget, solution.bound, given)
+
+
+def _glob(key: str) -> str:
+    """The pattern of a rule for one group, whose names may have brackets, as paths in a tree do."""
+    return key.replace("[", "[[]")
 
 
 def _checked_budget(budget: int | str, units: Iterable[Unit]) -> int:

@@ -22,7 +22,7 @@ __all__ = ["Hessians", "Loss", "Sensitivities", "Sensitivity"]
 Sensitivity = Literal["report", "hessian", "loss", "jvp"]
 Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
 Hessians: TypeAlias = Mapping[str, Tensor | Mapping[str, Tensor]]
-# Of a parameter's experts: second moments of their inputs, [E, in] or [E, in, in], and how often each counts.
+# Of a parameter's experts: second moments of inputs, [E, in], [E, in / B, B, B] or [E, in, in]; how often each counts.
 _Moments: TypeAlias = tuple[Tensor, list[float]]
 
 
@@ -65,15 +65,14 @@ class Sensitivities:
         return sum(group_report(own, state[group.key], group).noise.sum().item() for group in fq.spec.groups)
 
     def hessian(self, fq: Transform, own: dict[str, Tensor], state: State) -> float:
-        """Sum of tokens * trace(e H e^T), or of e^2 m."""
+        """Sum of tokens * trace(e H e^T), or of e^2 m, or of e m e^T of each block."""
         fakes, found = replace(fq, out_dtype=torch.float32).fakequant(own, state), 0.0
         for group in fq.spec.groups:
             for name in group.names:
                 weights, outs = (tensor if group.stacked else tensor[None] for tensor in (own[name], fakes[name]))
                 for weight, fake, moment, count in zip(weights, outs, *self.moments[name], strict=True):
                     error = (fake - weight.float()).mT if group.transposed else fake - weight.float()
-                    outputs = error * moment if moment.dim() == 1 else error @ moment
-                    found += count * (outputs * error).sum(dtype=torch.float64).item()
+                    found += count * _form(error, moment)
         return found
 
     def increase(self, fq: Transform, own: dict[str, Tensor], state: State) -> float:
@@ -105,6 +104,18 @@ class Sensitivities:
             kind = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"loss: found {kind}, wanted a function of all parameters to a scalar tensor")
         return found.reshape(())
+
+
+def _form(error: Tensor, moments: Tensor) -> float:
+    """trace(e M e^T) of [out, in], by M's diagonal [in], its blocks [in / B, B, B], or all of it."""
+    if moments.dim() == 1:
+        outputs = error * moments
+    elif moments.dim() == 2:
+        outputs = error @ moments
+    else:
+        error = error.unflatten(-1, moments.shape[:2]).transpose(0, 1)
+        outputs = error @ moments
+    return (outputs * error).sum(dtype=torch.float64).item()
 
 
 def _moments_by_name(params: Mapping[str, Tensor], spec: Spec, hessians: Hessians) -> dict[str, _Moments]:

@@ -32,7 +32,7 @@ from fq_transforms.checks import weights_of
 from fq_transforms.gptq import check_formats
 from fq_transforms.gptq import gptq as moved_by_gptq
 from fq_transforms.in_use import InUse
-from fq_transforms.spec import Spec
+from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State
 
 if TYPE_CHECKING:
@@ -96,10 +96,13 @@ def calibrate_sequentially(
         check_formats(fq.spec)
         moved_by_gptq(replace(fq, spec=Spec(())), {}, {}, {}, **_split(gptq)[1])  # which checks the options
     fill_unseen({}, spec=Spec(()), unseen=unseen, params={})  # which checks `unseen`
+    if store is not None and not isinstance(store, LayerStore):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"store: found {type(store).__name__}, wanted None or fqt.export.LayerFiles(folder, out)")
     path, listed = _layers_of(model, fq.spec, layers)
     given = [] if batches is None else list(each_batch(batches, fq.spec.groups[0], CALLER))
     if not given:
         raise ValueError(f"batches: found none in {type(batches).__name__}, wanted at least one")
+    given = [optree.tree_map(_detached, one) for one in given]
     run = _Run(fq, model, path, listed, given, gptq, forward, unseen, store or LayerStore())
     return run.parameters_and_state()
 
@@ -135,12 +138,12 @@ def _layers_of(model: Module, spec: Spec, layers: str | None) -> tuple[str, list
     names = [name for name, _ in found.named_children()]
     if not isinstance(found, ModuleList | Sequential) or not names or not all(map(str.isdecimal, names)):
         raise ValueError(f"layers: found {type(found).__name__} at {layers!r}, wanted a ModuleList with layers in it")
-    _check_apart(model, layers, list(found), set(selected))
+    _check_apart(model, layers, list(found), spec.groups)
     return layers, list(found)
 
 
-def _check_apart(model: Module, path: str, listed: Sequence[Module], selected: set[str]) -> None:
-    """Raise ValueError for a layer that is in the list twice, or a selected weight that is in two layers."""
+def _check_apart(model: Module, path: str, listed: Sequence[Module], groups: Sequence[Group]) -> None:
+    """Raise ValueError for a layer that is in the list twice, or a group or a selected weight that is in two layers."""
     numbers: dict[int, int] = {}
     for number, layer in enumerate(listed):
         if (first := numbers.setdefault(id(layer), number)) != number:
@@ -148,6 +151,15 @@ def _check_apart(model: Module, path: str, listed: Sequence[Module], selected: s
                 f"layers: found '{_dotted(path)}{number}' to be the same module as '{_dotted(path)}{first}', wanted "
                 "each layer once"
             )
+    for group in groups:
+        parts = {_part_of(name, path): name for name in group.names}
+        if len(parts) > 1:
+            one, other, *_ = parts.values()
+            raise ValueError(
+                f"layers: found {one!r} and {other!r}, of two layers, in the group {group.key!r}, wanted experts of "
+                "one layer in a group; correct `experts` of select"
+            )
+    selected = {name for group in groups for name in group.names}
     names: dict[int, str] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(weight), name)
@@ -173,6 +185,21 @@ def _split(gptq: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of `input_hessians` among those of `gptq`, and the others."""
     of_inputs = {name: gptq[name] for name in ("unseen",) if name in gptq}
     return of_inputs, {name: value for name, value in gptq.items() if name not in of_inputs}
+
+
+def _unknown(output: Any) -> Any:
+    """A copy, of whatever structure, with NaN for each number of its tensors of floats."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(output, memo)
+    for made in memo.values():
+        if isinstance(made, Tensor) and made.is_floating_point():
+            made.fill_(torch.nan)
+    return copied
+
+
+def _detached(leaf: Any) -> Any:
+    """A tensor without its graph, with which it could not be copied."""
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 class _Alone(Module):
@@ -219,9 +246,14 @@ class _Run:
             number = _part_of(name, self.path)
             parts[-1 if number is None else number].append(name)
         options = f"{self.fq!r} gptq={self.gptq!r} unseen={self.unseen!r} layers={self.path!r}"
-        given: Any = [batch.given for batch in self.batches]
-        tensors = [leaf for leaf in optree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        about = [self.fq.spec.to_json(), options, *tensors]
+        # Of a mapping that is no dict, such as transformers' BatchEncoding, optree has no leaves.
+        given: Any = [dict(one) if isinstance(one, Mapping) else one for one in (b.given for b in self.batches)]
+        leaves = [
+            leaf if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in optree.tree_leaves(given)
+            if isinstance(leaf, Tensor | bool | int | float | str)
+        ]
+        about = [self.fq.spec.to_json(), options, *leaves]
         state: State = {}
         with torch.no_grad(), self.store.using(self.fq, self.model, parts, about), self.use, self.use:
             # What layers write into buffers as they run goes into copies.
@@ -231,7 +263,8 @@ class _Run:
             self._check_values([*parts[-1], *outside])
             for number, layer in enumerate(self.listed):
                 self.use.hook_before(layer, partial(self._arrive, number), prepend=True, with_kwargs=True)
-                self.use.hook_after(layer, partial(self._leave, number))
+                # First, as the hooks of the user come after what stands in for a layer, too.
+                self.use.hook_after(layer, partial(self._leave, number), prepend=True)
             self.use.undo.append(self._end)
             self._advance(0)
             for number in progress(range(len(self.listed)), CALLER):
@@ -312,7 +345,10 @@ class _Run:
             )
 
     def _outside(self, names: Sequence[str]) -> State:
-        """Calibrate what lies outside the layers, each of which stands still, and gives what the last one gave."""
+        """Calibrate what lies outside the layers, each of which stands still: the last one gives what it gave.
+
+        Those before it give NaN, as what they gave is gone. Nothing outside may read it, and NaN shows what does.
+        """
         params: dict[str, Tensor] = {n: tensor for n, tensor in self.model.named_parameters() if n in names}
         output: Any = None
 
@@ -321,9 +357,19 @@ class _Run:
             output = batch.output
             run_batch(call, batch.given, self.forward)
 
-        for layer in self.listed:
-            self.use.stand_in(layer, lambda *args, **kwargs: copy.deepcopy(output))
-        return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]
+        *before, last = self.listed
+        for layer in before:
+            self.use.stand_in(layer, lambda *args, **kwargs: _unknown(output))
+        self.use.stand_in(last, lambda *args, **kwargs: copy.deepcopy(output))
+        try:
+            return self._part(len(self.listed), self.of_outside, params, self.model, again)[1]
+        except ValueError as error:
+            error.add_note(
+                f"{CALLER}: weights outside of {self.path!r} may read what its last layer gives; what those before it "
+                "give is NaN to them. Move what lies between layers, or adds up their outputs, into the layers; or "
+                "leave these weights out with a rule to None"
+            )
+            raise
 
     def _within(self, is_inside: Callable[[str], bool]) -> "Transform":
         """The Transform of some of the weights."""

@@ -338,7 +338,7 @@ class Transform:
             KeyError: A parameter or a group of the state is missing.
             ValueError: As `fakequant`; an expert has seen no token; a selected weight is used in another way than a
                 product with an input, or in a checkpointed layer; a layer with inputs never ran; with inputs DTensors,
-                torch.compile, or vmap over weights.
+                vmap over weights, or torch.compile that does not see each of them used: docs/matrix.
 
         Example:
             >>> import fq_transforms as fqt

@@ -20,6 +20,9 @@ import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
 from fq_transforms.methods import Mse
 from fq_transforms.ops.amax.launch import amax_plan
+from fq_transforms.ops.gptq.launch import gptq_plan
+from fq_transforms.ops.hessian.kernel import add_products_kernel
+from fq_transforms.ops.hessian.launch import SIDE, TOKENS, WARPS
 from fq_transforms.ops.launch import Plan
 from fq_transforms.ops.pack.kernel import pack_scale_kernel
 from fq_transforms.ops.pack.launch import SCALE_TILE, STRAND, pack_plan
@@ -202,9 +205,29 @@ def compile_packing(format, transposed, amax):
     return len(cases)
 
 
+def compile_gptq(format):
+    """A whole block of columns, and a last one that is not whole; how many."""
+    if format.dynamic and not format.is_stateless:  # whose scales follow the weights
+        return 0
+    operands = dict.fromkeys(("weight_base", "target_ptr", "errors_ptr", "factor_ptr", "amax_ptr"), "fp32")
+    operands |= {"global_amax_ptr": "fp32" if format.has_global_amax else None, "columns_ptr": "i64"}
+    for first, width in ((128, 128), (2560, 32)):
+        compile_ahead(gptq_plan(format, SHAPE, first, width), operands)
+    return 2
+
+
+def compile_products():
+    """The sums of products, of inputs of each dtype; how many."""
+    tiles = -(-SHAPE[1] // SIDE)
+    plan = Plan(add_products_kernel, tiles * tiles, (SHAPE[1], tiles), {"SIDE": SIDE, "TOKENS": TOKENS}, WARPS)
+    for dtype in ("bf16", "fp16", "fp32"):
+        compile_ahead(plan, {"x_ptr": dtype, "order_ptr": "i64", "starts_ptr": "i64", "sums_ptr": "fp32"})
+    return 3
+
+
 def compile_format(format):
     """Every kernel that a format can have; how many."""
-    compiled = 0
+    compiled = compile_gptq(format)
     amax = {
         "amax_ptr": None if format.is_stateless else "fp32",
         "global_amax_ptr": "fp32" if format.has_global_amax else None,
@@ -262,7 +285,7 @@ def main():
     formats = [FORMATS[name] for name in fqt.__all__ if name in FORMATS]
     formats.sort(key=lambda format: format.scale != "e4m3")  # which take longest
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        compiled = sum(pool.map(compile_format, formats)) + compile_digits()
+        compiled = sum(pool.map(compile_format, formats)) + compile_digits() + compile_products()
     for kind in ("global", "int", "float"):
         constants = {"KIND": kind, "DIVIDES": False, "QMAX": 6.0, "TILE": SCALE_TILE}
         plan = Plan(pack_scale_kernel, 1, (1,), constants, 4)

@@ -36,6 +36,9 @@ def magnitudes(element):
     """Every magnitude of the element, ascending in float64. The parity of an index is that of the last bit."""
     if isinstance(element, IntElement):
         return np.arange(max(-element.low, element.high) + 1, dtype=np.float64)
+    if element.exponent_bits == 0:  # OCP 1.0, 5.3.4: integers, of which all bits but the sign and one are a fraction
+        values = np.arange(2**element.mantissa_bits) / 2.0 ** (element.mantissa_bits - 1)
+        return values[values <= element.max]
     bits, bias = element.mantissa_bits, 2 ** (element.exponent_bits - 1) - 1
     values = []
     for exponent in range(2**element.exponent_bits):
@@ -46,12 +49,16 @@ def magnitudes(element):
 
 
 def nearest(element, x):
-    """The element's value nearest to x; of two equally near, the one whose last bit is 0. NaN stays."""
+    """The element's value nearest to x; of two equally near, the one whose last bit is 0. NaN stays.
+
+    The last bit of the significand: without a mantissa that is the leading one, so the upper value is the even one.
+    """
     values = magnitudes(element)
     magnitude = np.abs(np.asarray(x, np.float64))
     between = (values[1:] + values[:-1]) / 2
     below, above = np.searchsorted(between, magnitude, "left"), np.searchsorted(between, magnitude, "right")
-    value = values[np.where(below % 2 == 0, below, above)]  # the two differ on a tie only
+    is_even = below == 0 if getattr(element, "mantissa_bits", 1) == 0 else below % 2 == 0
+    value = values[np.where(is_even, below, above)]  # the two differ on a tie only
     if isinstance(element, IntElement):
         value = np.where(np.signbit(x), np.minimum(value, -element.low), np.minimum(value, element.high))
     return np.where(np.isnan(magnitude), np.nan, np.copysign(value, x))

@@ -1,29 +1,99 @@
-"""Every Python block of a page that runs by itself, in order, in one namespace."""
+"""Every Python block of every page runs, in order, in one namespace for each page; or the page says where it is tested.
 
-import pathlib
+A page may have a comment `<!-- before` ... `-->` with Python that its readers do not see: names that it takes as given.
+Recipes have none, since a reader has nothing but the page. A block that cannot run in one process on a CPU has the
+comment `<!-- tested by tests/file.py::name -->` above it, and the test must exist.
+"""
+
+import importlib.util
+import os
 import re
+import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.export.models import write
 
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(
+    r"<!-- tested by (?P<test>\S+) -->\n+ *```python\n.*?\n *```$|<!-- before\n(?P<before>.*?)-->"
+    r"|^(?P<indent> *)```python\n(?P<shown>.*?)^(?P=indent)```$",
+    re.DOTALL | re.MULTILINE,
+)
 CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
 MODEL = {
     f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight": torch.randn(32, 32).bfloat16()
     for expert in range(2)
     for role in ("gate", "up", "down")
 } | {"lm_head.weight": torch.randn(32, 32).bfloat16()}
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["calibration", "state", "folders", "gptq"])
-def test_examples_run(page, tmp_path, monkeypatch):
+def blocks_of(page):
+    """What runs, with the line of the page where it begins, so that errors name it; and the tests of what does not."""
+    text = page.read_text()
+    code, tests = [], []
+    for match in BLOCK.finditer(text):
+        if match["test"]:
+            tests.append(match["test"])
+            continue
+        part = "shown" if match["before"] is None else "before"
+        lines = text.count("\n", 0, match.start(part))
+        indent = match["indent"] or ""
+        code.append("\n" * lines + re.sub(f"^{indent}", "", match[part], flags=re.MULTILINE))
+    assert len(code) + len(tests) - text.count("<!-- before") == len(re.findall(r"^ *```python", text, re.MULTILINE))
+    return code, tests
+
+
+def page_name(page):
+    return page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """What torchrun gives the only rank of a run, for pages that make a process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:::(transformers|accelerate|peft|torch)[.]")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)[0]], ids=page_name)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch, one_rank):
     """A block that raises, or a name that no block has made, fails here."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "model", MODEL, {"config.json": CONFIG})  # of which one page tells
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
-    assert blocks
-    names = {}
-    for block in blocks:
-        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    write(tmp_path / "model", MODEL, {"config.json": CONFIG})  # what pages about folders begin with
+    names = {"__name__": page.stem}
+    for code in blocks_of(page)[0]:
+        exec(compile(code, os.fspath(page.relative_to(ROOT)), "exec"), names)
+
+
+def test_what_does_not_run_is_tested_where_the_page_says():
+    """A comment that names no test is a block that nobody runs."""
+    for page in PAGES:
+        for test in blocks_of(page)[1]:
+            path, _, name = test.partition("::")
+            assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{page}: {test}"
+
+
+def test_pages_of_data_are_as_the_data_is():
+    """Formats, pictures of their values, and figures of the benchmark: `python docs/made.py` writes them anew."""
+    found = importlib.util.spec_from_file_location("made", ROOT / "docs/made.py")
+    made = importlib.util.module_from_spec(found)
+    found.loader.exec_module(made)
+    for name, content in made.made().items():
+        assert (ROOT / "docs" / name).read_text() == content, name
+
+
+def test_recipes_need_nothing_but_their_page():
+    """Set-up that readers do not see is for pages that explain, not for those that are followed."""
+    for page in (ROOT / "docs/recipes").glob("*.md"):
+        assert "<!-- before" not in page.read_text(), page

@@ -578,7 +578,7 @@ BAD_LEAVES = {
     "zeros": (lambda h, t: {"hessian": _set(h, 2, 0.0), "tokens": t}, ["all zeros", "expert 2", "unseen="]),
     "indefinite": (
         lambda h, t: {"hessian": 100.0 - 99 * torch.eye(32).expand(3, -1, -1), "tokens": t},
-        ["not positive"],
+        ["not positive definite", "expert 0"],
     ),
     "shape": (lambda h, t: {"hessian": h[:, :5], "tokens": t}, ["(3, 5, 32)", "(3, 32, 32)"]),
     "experts": (lambda h, t: {"hessian": h[:2], "tokens": t}, ["(2, 32, 32)", "(3, 32, 32)"]),

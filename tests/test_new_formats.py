@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch.func import grad
 
 import fq_transforms as fqt
-from fq_transforms.formats import E2M3, E3M2, Format, IntElement
+from fq_transforms.formats import E2M3, E3M2, FloatElement, Format, IntElement
 from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 from fq_transforms.rules import from_json, to_json
 from tests import oracle
@@ -21,6 +21,17 @@ from tests.cases import assert_names, experts, message_of, name_of, same_bits
 from tests.conftest import HAS_GPU
 from tests.export.models import to_compressed_tensors, to_modelopt
 
+# Elements of widths that no constant has: integers of 3 and 5 bits, floats of 2, 3, 5 and 7.
+ODD = [
+    Format("INT3_BLOCK64", IntElement(3, -4, 3), (1, 64)),
+    Format("INT5_BLOCK64", IntElement(15, -16, 15), (1, 64), dequantize="divide"),
+    Format("FP2_E1M0_BLOCK64", FloatElement(1, 0, 2.0), (1, 64)),
+    Format("FP3_E2M0_BLOCK64", FloatElement(2, 0, 4.0), (1, 64)),
+    Format("FP5_E2M2_BLOCK64", FloatElement(2, 2, 7.0), (1, 64)),
+    Format("FP7_E3M3_BLOCK64", FloatElement(3, 3, 30.0), (1, 64)),
+    Format("MXFP3_E1M1", FloatElement(1, 1, 3.0), (1, 32), scale="e8m0", dynamic=True),
+    Format("MXFP5_E3M1", FloatElement(3, 1, 24.0), (1, 32), scale="e8m0", dynamic=True, exponent_rounding="floor"),
+]
 NEW = [
     Format("INT6_PER_CHANNEL", IntElement(31, -32, 31), (1, None)),
     Format("FP6_E2M3_BLOCK64", E2M3, (1, 64)),
@@ -29,6 +40,7 @@ NEW = [
     Format("MXFP6_E3M2_BLOCK64", E3M2, (1, 64), scale="e8m0", dynamic=True),
     replace(fqt.NVFP4, name="NVFP4_BLOCK32", block=(1, 32)),
     replace(fqt.NVFP4_STATIC, name="NVFP4_STATIC_BLOCK32", block=(1, 32)),
+    *ODD,
 ]
 # Packed: the dtype of a code as it is stored, how many bytes 192 codes take, and the scale's shape and dtype.
 PACKED = {
@@ -39,6 +51,14 @@ PACKED = {
     "MXFP6_E3M2_BLOCK64": (torch.uint8, 144, (3,), torch.uint8),
     "NVFP4_BLOCK32": (torch.uint8, 96, (6,), torch.float8_e4m3fn),
     "NVFP4_STATIC_BLOCK32": (torch.uint8, 96, (6,), torch.float8_e4m3fn),
+    "INT3_BLOCK64": (torch.uint8, 96, (3,), torch.float32),
+    "INT5_BLOCK64": (torch.int8, 192, (3,), torch.float32),
+    "FP2_E1M0_BLOCK64": (torch.uint8, 96, (3,), torch.float32),
+    "FP3_E2M0_BLOCK64": (torch.uint8, 96, (3,), torch.float32),
+    "FP5_E2M2_BLOCK64": (torch.uint8, 144, (3,), torch.float32),
+    "FP7_E3M3_BLOCK64": (torch.uint8, 192, (3,), torch.float32),
+    "MXFP3_E1M1": (torch.uint8, 96, (6,), torch.uint8),
+    "MXFP5_E3M1": (torch.uint8, 144, (6,), torch.uint8),
 }
 METHODS = [Max(), Percentile(90), Mse(), FourOverSix()]
 KEY = "experts.*.w"
@@ -116,6 +136,16 @@ def test_packed_weights_are_the_fake_ones(format, dtype):
     assert same(fq.unpack(packed, dtype=dtype), fq.fakequant(params, state))
 
 
+def test_an_element_wider_than_a_byte_has_no_codes():
+    """It is fake-quantized as any other, and `pack` names what it cannot store."""
+    params, wide = params_of(), Format("FP10_E5M4", FloatElement(5, 4, 63488.0), (1, 64))
+    fq = transform_of(wide, params)
+    state = fq.calibrate(params)
+    wanted = oracle.fake_quantize_experts(torch.stack(list(params.values())), state[KEY]["amax"], None, wide)
+    assert same_bits(torch.stack(list(fq.fakequant(params, state).values())), wanted)
+    assert_names(message_of(ValueError, fq.pack, params, state), KEY, "FP10_E5M4", "10 bits, wanted codes of at most 8")
+
+
 @every_format
 def test_a_report_measures_it(format):
     """SQNR is that of the fake weights, by hand."""
@@ -191,7 +221,11 @@ def exported(format):
     return names, transform_of(format, names), {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
 
 
-@pytest.mark.parametrize("format", NEW[1:], ids=name_of)
+# Integers of a range that a stored INT4 or INT8 has: engines multiply codes by scales, whatever codes occur.
+NARROW = [format for format in NEW if format.name in ("INT6_PER_CHANNEL", "INT3_BLOCK64")]
+
+
+@pytest.mark.parametrize("format", [format for format in NEW if format not in NARROW], ids=name_of)
 def test_an_export_without_a_name_for_it_says_so(format, tmp_path):
     """Engines read what they know: refused before the first byte, by the format's name."""
     params, fq, config = exported(format)
@@ -202,10 +236,11 @@ def test_an_export_without_a_name_for_it_says_so(format, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_integers_of_fewer_bits_are_exported_in_a_byte(tmp_path):
-    """A reader of INT8 multiplies codes by scales, whatever the codes' range: it gets the fake weights of INT6."""
+@pytest.mark.parametrize("format", NARROW, ids=name_of)
+def test_integers_of_fewer_bits_are_exported_as_wider_ones(format, tmp_path):
+    """A reader of INT8 or INT4 gets the fake weights of INT6 or INT3."""
     pytest.importorskip("compressed_tensors")
-    params, fq, config = exported(NEW[0])
+    params, fq, config = exported(format)
     state = fq.calibrate(params)
     fqt.export.save(tmp_path / "out", fq, params, state, config=config)
     fqt.export.folder(tmp_path / "out", tmp_path / "plain", layout="plain")

@@ -24,6 +24,7 @@ from fq_transforms.formats import (
     MXFP4,
     MXFP6_E3M2,
     MXFP8,
+    MXINT8,
     NVFP4,
     IntElement,
 )
@@ -158,6 +159,7 @@ WHOLE = {
     "INT8_WEIGHT_ONLY_CFG": (INT8_PER_CHANNEL, None),
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": (INT4_BLOCK128, None),
     "MXFP8_DEFAULT_CFG": (MXFP8, MXFP8),
+    "MXINT8_DEFAULT_CFG": (MXINT8, MXINT8),
     "MXFP6_DEFAULT_CFG": (MXFP6_E3M2, MXFP6_E3M2),
     "MXFP4_DEFAULT_CFG": (MXFP4, MXFP4),
 }
@@ -169,6 +171,7 @@ EXPERTS_ONLY = {
     "INT8_EXPERTS_ONLY_CFG": (INT8_PER_CHANNEL, INT8),
     "INT4_BLOCKWISE_EXPERTS_ONLY_CFG": (INT4_BLOCK128, None),
     "MXFP8_EXPERTS_ONLY_CFG": (MXFP8, MXFP8),
+    "MXINT8_EXPERTS_ONLY_CFG": (MXINT8, MXINT8),
     "MXFP6_EXPERTS_ONLY_CFG": (MXFP6_E3M2, MXFP6_E3M2),
     "MXFP4_EXPERTS_ONLY_CFG": (MXFP4, MXFP4),
 }
@@ -479,7 +482,9 @@ def test_modelopt_has_the_same_numbers(modelopt, preset, role):
         return
     blocks = dict(numbers.get("block_sizes") or {})
     bits = numbers["num_bits"]
-    if isinstance(bits, int):
+    if isinstance(bits, int) and blocks.get("scale_bits") == (8, 0):  # its integers are 64 times OCP's INT8
+        assert (format.element.mantissa_bits, 64 * format.element.max) == (bits - 1, 2 ** (bits - 1) - 1)
+    elif isinstance(bits, int):
         assert format.element == IntElement(2 ** (bits - 1) - 1, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     else:
         assert (format.element.exponent_bits, format.element.mantissa_bits) == tuple(bits)

@@ -38,7 +38,7 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
         "loss_fn": torch.nn.functional.mse_loss,
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 4
+    assert len(blocks) >= 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 128)
@@ -47,3 +47,15 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
         names["masters"]["layers.0.experts.0.w1.weight"], names["params"]["layers.0.experts.0.w1.weight"]
     )
     assert "quantized" in capsys.readouterr().out
+    # Each block did its work: what was trained is what was saved, packed and exported.
+    key = names["fq"].spec.groups[0].key
+    assert torch.equal(names["found"].groups[key].amax.flatten(), names["state"][key]["amax"].flatten())
+    assert names["packed"].keys() == names["state"].keys()
+    assert (tmp_path / "nvfp4" / "config.json").exists()
+
+
+def test_a_newcomer_reads_it_in_five_minutes():
+    """At most 120 lines, with the command that CI runs."""
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120
+    assert lines[lines.index("<!-- the test command -->") + 1 :][:2][1].startswith("python3 -m venv .venv && ")

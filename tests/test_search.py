@@ -247,6 +247,16 @@ def test_the_spec_is_an_ordinary_one(by):
     assert found.sensitivity == pytest.approx(error, rel=1e-12)
 
 
+def test_names_with_brackets_keep_their_format():
+    """Bug: a rule for 'x[0].w' was a glob that matches 'x0.w', so `select` by these rules left 'x[0].w' as it was."""
+    params = {"x[0].w": torch.randn(4, 32), "x0.w": torch.randn(4, 32), "m['y'].w": torch.randn(4, 32)}
+    fq = fqt.transform(fqt.select(params, {"*": fqt.FP8}))
+    free = fqt.search(fq, params, [fqt.MXFP4, fqt.INT8, None], budget="1GB")
+    for budget in range(smallest_and_largest(free)[0], smallest_and_largest(free)[1], 13):
+        found = free.at(budget)
+        assert fqt.select(params, found.spec.rules) == found.spec
+
+
 def test_all_may_be_left_as_they_are():
     """Edge: a budget of all bytes, and None among the formats: a spec without groups, at sensitivity 0."""
     params = params_of()
@@ -288,6 +298,21 @@ def test_the_error_of_outputs_is_the_error_of_outputs(transposed):
             error = errors[key][e] if transposed else errors[key][e].T
             wanted += (x.double() @ error).square().sum().item()
             wanted_mean += (error.square() * diagonal[key][e].double()[:, None]).sum().item()
+    blocks = {  # [E, in / B, B, B], as of input_second_moments(blocks=True)
+        key: torch.stack([h[:, at : at + 16, at : at + 16] for at in range(0, 32, 16)], 1)
+        for key, h in ((key, entry["hessian"]) for key, entry in hessians.items())
+    }
+    static = fqt.transform(fqt.select(params, {"*": fqt.NVFP4_STATIC}, transposed={"*": transposed}))
+    options = {"budget": "1GB", "sensitivity": "hessian"}
+    by_blocks = fqt.search(static, params, [fqt.NVFP4_STATIC], hessians=blocks, **options)
+    wanted_blocks = sum(
+        (error.reshape(-1, 2, 16).double() * torch.einsum("obi,bij->obj", error.reshape(-1, 2, 16), block.double()))
+        .sum()
+        .item()
+        for key in params
+        for error, block in zip(errors[key].mT if transposed else errors[key], blocks[key], strict=True)
+    )
+    assert by_blocks.sensitivity == pytest.approx(wanted_blocks, rel=1e-4)
     # Sums of a few thousand products in fp32.
     assert found.sensitivity == pytest.approx(wanted, rel=1e-4)
     assert by_mean.sensitivity == pytest.approx(wanted_mean, rel=1e-5)

@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import replace
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +292,74 @@ def on_meta():
     return model
 
 
+class Residual(Decoder):
+    """Adds up what its layers give by itself."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x, cache=[])
+        return self.head(x)
+
+
+class Wrapped(Residual):
+    """Has layers that give an object."""
+
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers:
+            layer.register_forward_hook(lambda module, args, x: SimpleNamespace(x=x))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x, cache=[]).x
+        return self.head(x)
+
+
+class Between(Decoder):
+    """Has a weight between layers."""
+
+    def forward(self, x):
+        one, two, three = self.layers
+        return self.head(three(self.embed(two(one(x, cache=[]), cache=[])), cache=[]))
+
+
+@pytest.mark.parametrize("kind", [Residual, Wrapped, Between])
+def test_outputs_of_earlier_layers_are_refused_outside(kind):
+    """Bug: a head behind `x = x + layer(x)`, and a weight between layers, were shown the last layer's output instead.
+
+    Those within the layers are calibrated all the same.
+    """
+    model = kind()
+    before, numbers = things_of(model), numbers_of(model)
+    params = dict(model.named_parameters())
+    rules = [[fqt.Rule(pattern, fqt.INT8, fqt.FP8)] for pattern in ("*", "layers.*")]
+    everywhere, inside = (fqt.transform(fqt.select(params, one)) for one in rules)
+    with pytest.raises(ValueError, match="wanted finite values\n.*weights outside of 'layers' may read what its last"):
+        everywhere.calibrate_sequentially(model, GIVEN)
+    assert_untouched(model, before, numbers)
+    inside.calibrate_sequentially(model, GIVEN)
+
+
+def test_batches_may_be_of_a_graph():
+    """Bug: embeddings that autograd had computed could not be copied; now they are as their numbers."""
+    model, fq = decoder()
+    with_graph = [(one.clone().requires_grad_() * 1,) for one in GIVEN]
+    assert_same(fq.calibrate_sequentially(model, with_graph)[1], fq.calibrate_sequentially(model, GIVEN)[1])
+
+
+def test_a_group_lies_in_one_layer():
+    """Bug: experts that a regular expression found in several layers were missing from the first."""
+    model = Decoder()
+    params = dict(model.named_parameters())
+    experts = [r"layers\.(?P<expert>\d+)\.experts\.0\.weight"]
+    fq = fqt.transform(fqt.select(params, {"layers.?.experts.0.weight": fqt.INT8}, experts=experts))
+    message = "layers: found 'layers.0.experts.0.weight' and 'layers.1.experts.0.weight', of two layers"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fq.calibrate_sequentially(model, GIVEN)
+
+
 MISTAKES = {
     "no list": (lambda: nn.Sequential(nn.Linear(32, 32)), {}, "layers: found none among ModuleLists of Sequential"),
     "two lists": (two_lists, {}, "layers: found 2, ['layers', 'more'] among ModuleLists"),
@@ -305,6 +374,7 @@ MISTAKES = {
     "no batches": (Decoder, {"batches": []}, "batches: found none in list, wanted at least one"),
     "None": (Decoder, {"batches": None}, "batches: found none in NoneType"),
     "a number": (Decoder, {"batches": 3}, "batches: found int, wanted a tensor"),
+    "a path": (Decoder, {"store": "out"}, "store: found str, wanted None or fqt.export.LayerFiles"),
     "a batch of text": (Decoder, {"batches": [GIVEN[0], "text"]}, "batches: found str as one of them"),
     "unseen": (Decoder, {"unseen": "zero"}, "unseen: found 'zero', wanted one of"),
     "gptq": (Decoder, {"gptq": True}, "gptq: found bool, wanted None, or options"),

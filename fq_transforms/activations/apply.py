@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-from fq_transforms.activations.quantize import quantized_inputs
+from fq_transforms.activations.quantize import check_traced, quantized_inputs, traced_inputs
 from fq_transforms.fakequant import fakequant
 from fq_transforms.in_use import InUse
+from fq_transforms.ops.private import is_in_compiled
 from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.spec import Spec
 from fq_transforms.state import State
@@ -32,8 +33,31 @@ def apply(
 ) -> Any:
     """`Transform.apply`, with the options of the Transform given one by one."""
     weights = fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate)
-    if torch.compiler.is_compiling() and not spec.inputs:  # which cannot trace who else uses the model
-        return functional_call(model, weights, args, dict(kwargs))
+    if torch.compiler.is_compiling():  # which cannot trace who else uses the model
+        if not spec.inputs:
+            return functional_call(model, weights, args, dict(kwargs))
+        # A view would be known as another's memory.
+        weights = {name: w if w._base is None else w.clone() for name, w in weights.items()}  # pyright: ignore[reportPrivateUsage]
+        traced = traced_inputs(model, weights, state, spec=spec, backward=backward)
+        with traced:
+            out = functional_call(model, weights, args, dict(kwargs))
+        check_traced(traced, spec)
+        return out
+    if is_in_compiled():  # a graph could not: eager code does it, and the model that it runs is left alone
+        run: Any = torch.compiler.disable(_applied)
+        return run(model, weights, state, args, kwargs, spec, backward)
+    return _applied(model, weights, state, args, kwargs, spec, backward)
+
+
+def _applied(
+    model: Module,
+    weights: dict[str, Tensor],
+    state: State,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    spec: Spec,
+    backward: Backward,
+) -> Any:
     use = InUse("apply", model.named_modules(), nests=True)
     with use, use, quantized_inputs(model, weights, state, spec=spec, backward=backward):
         return use.call(model, weights, args, dict(kwargs))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import UNCALIBRATED, check_state, weights_of
+from fq_transforms.checks import UNCALIBRATED, check_state, refuse_compiled, refuse_transforms, weights_of
 from fq_transforms.formats import FP8
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.spec import Inputs, Spec
@@ -18,6 +18,8 @@ POLICIES = ("raise", "max-of-peers", "from-weights")
 
 def fill_unseen(state: State, *, spec: Spec, unseen: str | float, params: Mapping[str, Tensor] | None = None) -> State:
     """`Transform.fill_unseen`, with the spec of the Transform."""
+    refuse_transforms("fill_unseen", "fill the state before")
+    refuse_compiled("fill_unseen", "fill the state before")
     if isinstance(unseen, str) and unseen not in POLICIES:
         raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}, or a number")
     if not isinstance(unseen, str) and not 0 < unseen < torch.inf:

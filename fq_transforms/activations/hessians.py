@@ -37,7 +37,7 @@ def input_hessians(
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
     wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
-    found: dict[str, _Products] = {}
+    sums: dict[str, _Sums] = {}
     failed: Exception | None = None
     try:
         if unseen not in POLICIES:
@@ -45,11 +45,11 @@ def input_hessians(
         if wanted:
             kind = partial(_Products, _Empty())
             found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_hessians")
+            sums = {key: one.sums() for key, one in found.items()}
     except Exception as error:
         if group is None:
             raise
         failed = error
-    sums = {key: one.sums() for key, one in found.items()}
     if group is not None:  # which all ranks reach, so that none waits for one that has failed
         sums = _over(group, wanted, sums, failed)
     done: dict[int, dict[str, Tensor]] = {}

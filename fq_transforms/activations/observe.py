@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.products import Use, products
-from fq_transforms.checks import DTYPES, plain_weights_of
+from fq_transforms.checks import DTYPES, plain_weights_of, refuse_compiled
 from fq_transforms.in_use import InUse
 from fq_transforms.ops.private import is_mapped
 from fq_transforms.spec import Group, Inputs
@@ -72,6 +72,7 @@ def observe(
     """
     if model is None:
         raise ValueError(f"model: found None, wanted the module that reads {wanted[0].names[0]!r}, for its inputs")
+    refuse_compiled(caller, "run the model on batches before")
     for inputs in wanted:
         plain_weights_of(params, inputs)
     # Calibration changes nothing: what a layer writes into its buffers as it runs goes into copies.

@@ -34,7 +34,7 @@ from fq_transforms.in_use import InUse, Within
 from fq_transforms.ops.private import is_mapped, unwrapped
 from fq_transforms.spec import Inputs
 
-__all__ = ["Use", "products"]
+__all__ = ["TracedProducts", "Use", "products", "refuse_opaque"]
 
 
 class Use(NamedTuple):
@@ -91,6 +91,13 @@ _GROUPED_NAMES = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 # Functions whose result is the same weight in memory of its own; the last two may gather experts.
 _CASTS = ("to", "type", "type_as", "float", "bfloat16", "half", "contiguous", "clone")
 _GATHERS = ("__getitem__", "index_select")
+# Their names while Dynamo traces, which knows functions but not what they are called.
+_NAMES: dict[Any, str] = {
+    getattr(owner, name): name
+    for owner in (torch, Tensor, torch.nn.functional)
+    for name in (*_PRODUCTS, *_CASTS, *_GATHERS)
+    if hasattr(owner, name)
+}
 
 
 def products(
@@ -246,7 +253,13 @@ class _Watch:
         name: str = getattr(func, "__name__", "").removesuffix(".default")
         if (name == "__get__" and not self.copies) or self.is_resting():
             return func(*args, **kwargs)
-        found = [(t, at) for t in _tensors((*args, *kwargs.values())) if (at := self.find(t)) is not None]
+        return self.on_named(name, func, args, kwargs)
+
+    def on_named(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        found: list[tuple[Tensor, _Span | _Copy]] = []
+        for tensor in _tensors((*args, *kwargs.values())):
+            if (at := self.find(tensor)) is not None:
+                found.append((tensor, at))  # noqa: PERF401 (in brackets, Dynamo loses `self`)
         if not found:
             return func(*args, **kwargs)
         if name in _PRODUCTS:
@@ -267,9 +280,15 @@ class _Watch:
         spans = self.spans.get(_address(tensor))
         if spans is None:
             return None
-        offset = unwrapped(tensor).storage_offset()
+        offset = _offset(tensor)
         index = bisect_right(spans, offset, key=lambda span: span.start) - 1
         return spans[index] if index >= 0 and offset < spans[index].stop else None
+
+    def remember(self, tensor: Tensor, at: _Copy) -> None:
+        self.copies[tensor] = at
+
+    def is_same_memory(self, one: Tensor, other: Tensor) -> bool:
+        return _address(one) == _address(other)
 
     def follow(self, name: str, args: Any, kwargs: Any, found: Sequence[tuple[Tensor, Any]], out: Tensor) -> None:
         """Remember a result that is a weight still; refuse one that is not, for a product may hide in it."""
@@ -278,10 +297,10 @@ class _Watch:
         of, at = found[0]
         span = at.span if isinstance(at, _Copy) else at
         sides = (of.shape[-2:], of.shape[:-3:-1])
-        if isinstance(at, _Copy) and _address(out) == _address(of) and out.shape[-2:] in sides:
-            self.copies[out] = at
+        if isinstance(at, _Copy) and self.is_same_memory(out, of) and out.shape[-2:] in sides:
+            self.remember(out, at)
         elif name in _CASTS and of.dim() == 2:
-            self.copies[out] = at if isinstance(at, _Copy) else _Copy(at, _expert(at, of), _begins_an_expert(at, of))
+            self.remember(out, at if isinstance(at, _Copy) else _Copy(at, _expert(at, of), _begins_an_expert(at, of)))
         elif name in _GATHERS and isinstance(at, _Span) and of.dim() == 3 and span.inputs.stacked:
             index = args[-1] if args[1:] else kwargs.get("index")
             index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
@@ -289,16 +308,16 @@ class _Watch:
                 raise _not_followed(span, f"{name} with {index!r:.60}")
             if of.shape[0] != span.inputs.experts:
                 raise _not_followed(span, f"{name} of {of.shape[0]} of its {span.inputs.experts} experts")
-            self.copies[out] = _Copy(span, index % span.inputs.experts, _begins_an_expert(span, of))
+            self.remember(out, _Copy(span, index % span.inputs.experts, _begins_an_expert(span, of)))
         else:
             raise _not_followed(span, f"{name} of {tuple(of.shape)}")
 
     def multiply(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a product, with its input replaced."""
         *sides, in_dim = _PRODUCTS[name]
-        slots = [_slot(args, kwargs, *side) for side in sides]
-        operands: list[Tensor] = [(args if isinstance(slot, int) else kwargs)[slot] for slot in slots]
-        left, right = (self.find(operand) for operand in operands)
+        slots = [_slot(args, kwargs, *sides[0]), _slot(args, kwargs, *sides[1])]
+        operands = [_operand(args, kwargs, slots[0]), _operand(args, kwargs, slots[1])]
+        left, right = self.find(operands[0]), self.find(operands[1])
         if left is None and right is None:
             raise _not_followed(_one(self, args, kwargs), f"what {name} adds")
         if left is not None and right is not None:
@@ -320,6 +339,75 @@ class _Watch:
         if isinstance(slot, int):
             return (*args[:slot], x, *args[slot + 1 :]), kwargs
         return args, kwargs | {slot: x}
+
+
+class TracedProducts(_Watch, TorchFunctionMode):
+    """`products` of one call while torch.compile or torch.export traces it: nothing of it runs in the graph.
+
+    A weight is known by the tensor that others are views of, as there are no addresses and no offsets yet. A view of a
+    stack is one of unknown experts then, which does where all have one scale; else `w[i]` says which it is.
+
+    NOTE Dynamo shows a mode no property (`weight.mT`, `weight.T`) and no loop over a stack. What they give are views,
+    and views are found. `weight.data` is neither shown nor a view, so each weight has to be seen, not one of a group.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], on_input: OnInput) -> None:
+        TorchFunctionMode.__init__(self)
+        self.on_input = on_input
+        self.seen: list[str] = []
+        self.roots: list[tuple[Tensor, _Span]] = []
+        self.made: list[tuple[Tensor, _Copy]] = []
+        for group in inputs:
+            for number, name in enumerate(group.names):
+                self.roots.append((weights[name], _span_of(group, number, name, weights[name])))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.on_named(_NAMES.get(func, "another function"), func, args, kwargs or {})
+
+    def see(self, use: Use, x: Tensor) -> Tensor:
+        """What the caller makes of an input."""
+        return self.on_input(use, x)
+
+    def on_named(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """As a call of a function that is named; one expert of a stack is followed first."""
+        if name == "__getitem__" and isinstance(args[1], int):
+            at = self.find(args[0])
+            if isinstance(at, _Span) and at.expert_stride and args[0].dim() == 3:
+                out = func(*args, **kwargs)
+                self.remember(out, _Copy(at, args[1] % at.inputs.experts, True))
+                return out
+        return _Watch.on_named(self, name, func, args, kwargs)
+
+    def find(self, tensor: Tensor) -> _Span | _Copy | None:
+        """What weight a tensor is, is a view of, or was made of."""
+        for made, copy in self.made:
+            if tensor is made:
+                return copy
+        root = _root(tensor)
+        for held, span in self.roots:
+            if root is held:
+                is_whole = tensor.dim() == 3 and tensor.shape[0] == span.inputs.experts
+                is_whole = is_whole and tensor.stride(0) == span.expert_stride
+                if span.expert_stride and span.inputs.per_expert and not is_whole:
+                    raise _not_followed(span, f"torch.compile, as a view {tuple(tensor.shape)} of unknown experts")
+                return span
+        return None
+
+    def remember(self, tensor: Tensor, at: _Copy) -> None:
+        """A tensor that was made of a weight."""
+        self.made.append((tensor, at))
+
+    def is_same_memory(self, one: Tensor, other: Tensor) -> bool:
+        """True for two views of one tensor."""
+        return _root(one) is _root(other)
+
+    def multiply(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a product, with its input replaced; its weight was seen."""
+        for tensor in _tensors((*args, *kwargs.values())):
+            at = self.find(tensor)
+            if at is not None:
+                self.seen.append(at.span.name if isinstance(at, _Copy) else at.name)
+        return _Watch.multiply(self, name, args, kwargs)
 
 
 def _experts_of_rows(
@@ -357,13 +445,13 @@ def _expert(span: _Span, view: Tensor) -> int:
     """The (first) expert that a view of a parameter holds."""
     if not span.expert_stride:
         return span.expert
-    return (unwrapped(view).storage_offset() - span.start) // span.expert_stride
+    return (_offset(view) - span.start) // span.expert_stride
 
 
 def _is_within_an_expert(span: _Span, view: Tensor) -> bool:
     if not span.expert_stride:
         return True
-    offset = (unwrapped(view).storage_offset() - span.start) % span.expert_stride
+    offset = (_offset(view) - span.start) % span.expert_stride
     return offset + _extent(view) <= span.expert_stride
 
 
@@ -373,7 +461,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _begins_an_expert(span: _Span, view: Tensor) -> bool:
-    offset = unwrapped(view).storage_offset() - span.start
+    offset = _offset(view) - span.start
     return (offset % span.expert_stride if span.expert_stride else offset) == 0
 
 
@@ -391,17 +479,21 @@ def _slot(args: Any, kwargs: Any, position: int, keywords: Sequence[str]) -> Any
     return position if position < len(args) else next(keyword for keyword in keywords if keyword in kwargs)
 
 
+def _operand(args: Any, kwargs: Any, slot: Any) -> Tensor:
+    return args[slot] if isinstance(slot, int) else kwargs[slot]
+
+
 def _one(mode: _Watch, args: Any, kwargs: Any) -> _Span:
     at = next(at for t in _tensors((*args, *kwargs.values())) if (at := mode.find(t)) is not None)
     return at.span if isinstance(at, _Copy) else at
 
 
 def _span_of(group: Inputs, number: int, name: str, weight: Tensor) -> _Span:
-    start = unwrapped(weight).storage_offset()
+    start = _offset(weight)
     strides = weight.stride()
     in_stride = strides[-2] if group.transposed else strides[-1]
     stop = start + _extent(weight)
-    return _Span(group, name, number, int(start), int(stop), strides[0] if group.stacked else 0, in_stride)
+    return _Span(group, name, number, start, stop, strides[0] if group.stacked else 0, in_stride)
 
 
 def _check_visible(name: str, weight: Tensor) -> None:
@@ -415,6 +507,17 @@ def _check_visible(name: str, weight: Tensor) -> None:
 
 def _address(tensor: Tensor) -> int:
     return unwrapped(tensor).untyped_storage().data_ptr()
+
+
+def _offset(tensor: Tensor) -> int:
+    """In elements; 0 while a program is traced, where it cannot be asked for: see `TracedProducts.find`."""
+    return 0 if torch.compiler.is_compiling() else int(unwrapped(tensor).storage_offset())
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """The tensor that a view is of, or the tensor itself: what memory is while a program is traced."""
+    base = tensor._base  # pyright: ignore[reportPrivateUsage]
+    return tensor if base is None else base
 
 
 def _tensors(values: Any) -> Generator[Tensor]:
@@ -457,6 +560,15 @@ def _hooked(model: Module, inputs: Sequence[Inputs]) -> list[tuple[str, Module, 
             )
         found.append((path, module, held))
     return found
+
+
+def refuse_opaque(model: Module, inputs: Sequence[Inputs]) -> None:
+    """Raise ValueError for a layer that needs a hook, where a program is traced."""
+    for path, module, held in _hooked(model, inputs):
+        raise ValueError(
+            f"inputs {next(iter(held.values()))[0].key!r}: found torch.compile around {path!r} "
+            f"({type(module).__name__}), whose product is not seen there, wanted eager mode"
+        )
 
 
 class _PreHook:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.observe import Forward, check_input, observe
-from fq_transforms.activations.products import Use, products
+from fq_transforms.activations.products import TracedProducts, Use, products, refuse_opaque
 from fq_transforms.checks import UNCALIBRATED, check_state, plain_weights_of
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.autograd import expert_amax
@@ -20,7 +20,7 @@ from fq_transforms.ops.quantize.autograd import Backward, fake_quantize
 from fq_transforms.spec import Inputs, Spec
 from fq_transforms.state import GroupState, State
 
-__all__ = ["calibrated_inputs", "quantize_input", "quantized_inputs"]
+__all__ = ["calibrated_inputs", "check_traced", "quantize_input", "quantized_inputs", "traced_inputs"]
 
 # Below the most experts of one launch, `ops.launch.MOST_EXPERTS`.
 MOST_ROWS = 32768
@@ -90,6 +90,10 @@ def quantized_inputs(
     """
     if not spec.inputs:
         return nullcontext()
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "quantized_inputs: found torch.compile around it, wanted it around what is compiled, or fq.apply within"
+        )
     for inputs in spec.inputs:
         plain_weights_of(weights, inputs)
     _check_seen(state, spec)
@@ -109,6 +113,34 @@ def quantized_inputs(
             )
 
     return products(model, weights, spec.inputs, quantize, check_seen)
+
+
+def traced_inputs(
+    model: Module, weights: Mapping[str, Tensor], state: State, *, spec: Spec, backward: Backward
+) -> TracedProducts:
+    """`quantized_inputs` of one call while torch.compile or torch.export traces it; `check_traced` comes after it."""
+    for inputs in spec.inputs:
+        plain_weights_of(weights, inputs)
+    refuse_opaque(model, spec.inputs)
+    differentiates = torch.is_grad_enabled()
+
+    def quantize(use: Use, x: Tensor) -> Tensor:
+        if differentiates and not torch.is_grad_enabled():  # hooks on saved tensors act on the graph, which is whole
+            _refuse_recomputed(use, x, weights)
+        return quantize_input(use, x, state[use.inputs.key], backward=backward)
+
+    return TracedProducts(weights, spec.inputs, quantize)
+
+
+def check_traced(traced: TracedProducts, spec: Spec) -> None:
+    """Raise ValueError for a weight that was not seen in what was traced."""
+    for inputs in spec.inputs:
+        for name in inputs.names:
+            if name not in traced.seen:
+                raise ValueError(
+                    f"inputs {inputs.key!r}: found torch.compile, and no use of {name!r} in what it traced, wanted "
+                    "each selected weight to be used; call `apply` outside of torch.compile"
+                )
 
 
 def _refuse_recomputed(use: Use, x: Tensor, weights: Mapping[str, Tensor]) -> None:
@@ -161,9 +193,9 @@ def quantize_input(use: Use, x: Tensor, scales: GroupState, *, backward: Backwar
 def _by_row(matrix: Tensor, amax: Tensor, format: Format, backward: Backward) -> Tensor:
     """Each row [in] by an amax of its own: a format by channel if one has its numbers, else each row is an expert.
 
-    The latter, NVFP4's, costs a GPU's host time for each row.
+    The latter, NVFP4's and all in a graph, costs a GPU's host time for each row.
     """
-    if format.scale == "fp32":
+    if format.scale == "fp32" and not torch.compiler.is_compiling():  # which cannot make a format
         rows = _rows_of(format)
         return fake_quantize([matrix], amax[None, :, None].contiguous(), None, format=rows, backward=backward)[0]
     parts = zip(matrix[:, None].split(MOST_ROWS), amax.split(MOST_ROWS), strict=True)

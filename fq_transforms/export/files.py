@@ -55,7 +55,8 @@ def bytes_of(size: int | str, what: str = "max_shard_size") -> int:
         >>> bytes_of("5GB"), bytes_of("2 MiB")
         (5000000000, 2097152)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
+    text = str(size) if type(size) in (int, str) else ""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", text.strip().upper())
     number = round(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
     if number < 1:
         raise ValueError(f'{what}: found {size!r}, wanted a number of bytes, or a text such as "5GB"')

@@ -299,6 +299,8 @@ class LayerFiles(LayerStore):
             files = {self._source.path / place.file for place in self._source.files.places.values()}
             stats = {str(file): file.stat() for file in sorted(files)}
             words += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats.items()]
+        else:
+            words += [f"{name} {crc32_of(one):08x}" for name, one in self._own.items() if not one.is_meta]
         digest = hashlib.sha256(json.dumps([*words, self._config]).encode())
         for shard in self._shards:
             digest.update(shard.head)

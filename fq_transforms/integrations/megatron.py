@@ -251,7 +251,7 @@ def save(path: str | Path, fq: fqt.Transform, model: Module, state: State) -> No
 
     Raises:
         KeyError, ValueError: As `fq_transforms.checkpoint.megatron.sharded_state_dict`; nothing is written then.
-        Whatever Megatron raises.
+        Exception: Whatever Megatron raises.
     """
     from megatron.core import dist_checkpointing
 

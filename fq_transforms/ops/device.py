@@ -168,7 +168,10 @@ def mx_exponent(block_amax, ROUNDING: tl.constexpr, MAX_BITS: tl.constexpr, MANT
     """Exponent of a block's scale, from the bits of its amax, within what E8M0 holds."""
     bits = bits_of(block_amax)
     if ROUNDING == "up":
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) > (MAX_BITS & 0x7FFFFF)).to(tl.int32)
+        above = MAX_BITS & 0x7FFFFF
+        if MAX_BITS >> 23 == 127:  # as in the reference; a larger max has the smallest exponent for all subnormals
+            above = tl.where(bits < 0x800000, (MAX_BITS & 0x7FFFFF | 0x800000) >> 1, MAX_BITS & 0x7FFFFF)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) > above).to(tl.int32)
     elif ROUNDING == "floor":
         exponent = bits >> 23
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.checks import check_device, check_state, is_concrete, local_group, weights_of
+from fq_transforms.checks import check_device, check_state, is_concrete, local_group, refuse_compiled, weights_of
 from fq_transforms.dtensor import is_sharded, layout_of
 from fq_transforms.formats import Format
 from fq_transforms.ops.launch import has_kernel
@@ -194,6 +194,7 @@ def report(
         raise ValueError("spec: found no group, wanted at least one; select(params, rules) makes a spec")
     if is_functorch_active():
         raise ValueError("report: found a call under torch.func, wanted plain tensors, whose values it reads")
+    refuse_compiled("report", "it reads values")
     check_state(state, spec, values=is_concrete)
     if tokens is None:
         entries = {group.key: state.get(f"{group.key}.input", {}) for group in spec.groups}

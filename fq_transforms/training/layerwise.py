@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, ParameterDict, ParameterList
 from torch.utils import _pytree as pytree
 
-from fq_transforms.checks import check_state, is_read
+from fq_transforms.checks import check_state, is_read, refuse_compiled
 from fq_transforms.dtensor import is_sharded
 from fq_transforms.fakequant import quantize_group
 from fq_transforms.in_use import InUse, Within
@@ -73,6 +73,7 @@ def layerwise(
         >>> with layerwise(fq, model, fq.calibrate(params)):
         ...     model(torch.ones(2, 32)).sum().backward()
     """
+    refuse_compiled("layerwise", "train with fq.fakequant(masters, state, out=model) before the step")
     return _Layerwise(model, state, _Options(fq, recompute, inspect))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fq_transforms.activations.quantize import quantized_inputs
-from fq_transforms.checks import check_is_tensor
+from fq_transforms.checks import check_is_tensor, refuse_compiled, refuse_transforms
 from fq_transforms.in_use import InUse
 from fq_transforms.rounding import Stochastic
 from fq_transforms.state import State
@@ -74,6 +74,8 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
         *,
         rounding: Stochastic | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        refuse_transforms("value_and_grad", "take torch.func.grad of a loss with fq.apply")
+        refuse_compiled("value_and_grad", "compile what loss_fn calls")
         check_plain("model", model.modules())  # again: it may have been compiled or wrapped since
         for name, param in params.items():
             check_is_tensor(f"parameter {name!r}", param)

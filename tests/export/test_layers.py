@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,29 @@ def test_an_error_leaves_nothing_or_what_can_be_gone_on_with(tmp_path):
     assert_same(state, fq.calibrate_sequentially(model, GIVEN)[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", *before]
     assert all(param.is_meta for param in meta.parameters())
+
+
+class Words(UserDict):
+    """A mapping that is no dict, as transformers' BatchEncoding."""
+
+
+@WARNS
+@pytest.mark.parametrize("other", ["weights", "batches", "option"])
+def test_another_run_is_not_gone_on_with(other, tmp_path):
+    """Bug: layers were kept of other weights in memory, of batches in a mapping that is no dict, of plain options."""
+    model, fq = own_model()
+    options = {"store": LayerFiles(out=tmp_path / "out", config=OWN, resume=True), "gptq": {}}
+    given = [Words(x=GIVEN[0])]
+    with pytest.raises(RuntimeError, match="of its own"):  # after layer 1
+        fq.calibrate_sequentially(model, [Words(x=GIVEN[0], fail=True)], **options)
+    if other == "weights":
+        given = [Words(x=GIVEN[0], fail=True)]
+        with torch.no_grad():
+            model.layers[0].experts[0].weight[0, 0] += 1
+    elif other == "batches":
+        given = [Words(x=GIVEN[1], fail=True)]
+    with pytest.raises(ValueError, match="resume: found .* of other weights, batches or options"):
+        fq.calibrate_sequentially(model, given, **options)
 
 
 @WARNS

@@ -37,8 +37,14 @@ def gptq_block_triton(
         first: Where the block begins.
         format: Likewise.
     """
-    inputs, width = matrices_of([weight]), target.shape[-1]
-    out_features, in_features = inputs.matrix
+    inputs = matrices_of([weight])
+    plan = gptq_plan(format, inputs.matrix, first, target.shape[-1])
+    launch(plan, (inputs,), (target, errors, factor, amax, global_amax, columns))
+
+
+def gptq_plan(format: Format, matrix: tuple[int, int], first: int, width: int) -> Plan:
+    """Of `gptq_block_kernel`."""
+    out_features, in_features = matrix
     rows, columns_of = format.granules(out_features, in_features)
     constants = {name: value for name, value in constants_of(format).items() if name != "DYNAMIC"} | {
         "ROWS": format.block[0] or 0,
@@ -47,5 +53,4 @@ def gptq_block_triton(
         "WIDTH": 1 << (width - 1).bit_length(),
     }
     numbers = (out_features, in_features, rows, columns_of, first, width)
-    plan = Plan(gptq_block_kernel, -(-out_features // TILE), numbers, constants, WARPS)
-    launch(plan, (inputs,), (target, errors, factor, amax, global_amax, columns))
+    return Plan(gptq_block_kernel, -(-out_features // TILE), numbers, constants, WARPS)

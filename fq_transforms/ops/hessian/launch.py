@@ -45,6 +45,6 @@ def add_products_triton(
     x, in_features = x.contiguous(), x.shape[-1]
     tiles = -(-in_features // side)
     grid = (tiles * tiles, len(sums))
-    numbers: Any = {"SIDE": side, "TOKENS": tokens, "num_warps": WARPS}
+    numbers: Any = {"SIDE": side, "TOKENS": tokens, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         add_products_kernel[grid](x, order, starts, sums, in_features, tiles, **numbers)

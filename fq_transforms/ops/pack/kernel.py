@@ -182,7 +182,9 @@ def _block_amax(a):
 @triton.jit
 def _magnitude_codes(a, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """Codes of the nearest values to magnitudes a, ties to even, in the low bits of MAGIC_BITS."""
-    if MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
+    if MIN_EXPONENT == 1:  # values are evenly spaced; the OFFSET below may be odd, which would move ties
+        return bits_of(tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC))
+    elif MIN_EXPONENT == 0 and BITS == MANTISSA + 3:  # see NOTE three binades
         t = tl.fma(a, 2.0**MANTISSA, MAGIC)
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 1), MAGIC + 2.0**MANTISSA))
         t = tl.minimum(t, tl.fma(a, 2.0 ** (MANTISSA - 2), MAGIC + 2.0 ** (MANTISSA + 1)))
@@ -207,6 +209,8 @@ def _byte_codes(y, QMAX: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA: tl.
         return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif MANTISSA == 2 and QMAX == 57344.0 and not INTERPRETED:
         return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    elif MIN_EXPONENT == 1 and MANTISSA == 7:  # E0M7, in two's complement
+        return bits_of(tl.fma(tl.minimum(tl.maximum(y, -QMAX), QMAX), 64.0, MAGIC)).to(tl.uint8)
     else:  # the interpreter rounds subnormals wrongly
         codes = _magnitude_codes(tl.minimum(tl.abs(y), QMAX), 8, MIN_EXPONENT, MANTISSA) | _sign_bit(y, 8)
         return tl.where(tl.abs(y) >= 0, codes, 127).to(tl.uint8)

@@ -15,8 +15,11 @@ What is stored, E experts, canonical [out, in] order whatever the weight's layou
     MXFP8     float8 [E, out, in]                           uint8 [E, out, in/32], exponent + 127    codes * 2**e
     MXFP4     uint8 [E, out, in/2], two a byte              likewise                                 likewise
     MXFP6     uint8 [E, out, in*3/4], four in three bytes   likewise                                 likewise
+    MXINT8    int8 [E, out, in], 64 times the value         likewise                                 codes / 64 * 2**e
 
-Of two codes in a byte the even weight's is the low one; four in three bytes are little-endian.
+Of two codes in a byte the even weight's is the low one; four in three bytes are little-endian. An element of a width
+between is stored as the next wider: INT3 as INT4, INT5 to INT7 as INT8; a float of 2 or 3 bits in 4, of 5 in 6, of 7 in
+8, with its sign in the highest bit. Codes of 8 bits that PyTorch has no dtype for are uint8.
 
 NOTE zeros: an integer has no sign of zero, so where a small negative weight gives -0.0 the unpacked one is 0.0. A scale
 of 0 marks a zero granule, NaN (255 in E8M0) one of NaN. A NaN weight under a static scale has no code.
@@ -26,7 +29,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from fq_transforms.formats import FloatElement, Format, IntElement, code_bits
+from fq_transforms.formats import FloatElement, Format, IntElement, code_bits, element_bits
 from fq_transforms.ops.quantize.reference import (
     dequantize_int,
     effective_scale,
@@ -45,7 +48,7 @@ from fq_transforms.ops.quantize.reference import (
 __all__ = ["code_bits", "code_dtype", "pack_reference", "pack_scales", "unpack_reference"]
 
 # Elements that PyTorch has a dtype for, one byte each.
-CODE_DTYPES = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
+CODE_DTYPES = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2, (0, 7): torch.int8}
 INT4_OFFSET = 8
 
 
@@ -171,10 +174,10 @@ def codes_of(x: Float32[Tensor, "..."], element: FloatElement) -> Tensor:
     Within a binade a code is linear in the magnitude, and from one to the next it grows more slowly. So it is the
     smallest of the lines, each rounded.
     """
-    x = x.clamp(-element.max, element.max)
+    x, bits = x.clamp(-element.max, element.max), element_bits(element)
     if (dtype := CODE_DTYPES.get((element.exponent_bits, element.mantissa_bits))) is not None:
-        return x.to(dtype)
-    bits, step = 1 + element.exponent_bits + element.mantissa_bits, 2**element.mantissa_bits
+        return (x.mul_(64).round_() if dtype == torch.int8 else x).to(dtype)
+    step = 2**element.mantissa_bits
     sign = (x.view(torch.int32) >> (32 - bits)).bitwise_and_(1 << (bits - 1))
     x = x.abs_().mul_(2.0 ** (element.mantissa_bits - element.min_exponent))  # in units of the smallest spacing
     magnitude, line = x.round(), torch.empty_like(x)
@@ -210,13 +213,16 @@ def _decode(codes: Tensor, format: Format) -> Float32[Tensor, "..."]:
         return codes.float() - (INT4_OFFSET if bits == 4 else 0)
     if codes.is_floating_point():
         return codes.float()
+    if codes.dtype == torch.int8:
+        return codes.float() / 64
     return _values(element, codes.device)[codes.long()]
 
 
 def _values(element: FloatElement, device: torch.device) -> Float32[Tensor, "..."]:
     """The value of every code of a small float, in the order of the codes."""
-    codes = torch.arange(2 ** (1 + element.exponent_bits + element.mantissa_bits), device=device, dtype=torch.int32)
-    sign, magnitude = codes >> (element.exponent_bits + element.mantissa_bits), codes & (len(codes) // 2 - 1)
+    bits = element_bits(element)
+    codes = torch.arange(2**bits, device=device, dtype=torch.int32)
+    sign, magnitude = codes >> (bits - 1), codes & (len(codes) // 2 - 1)
     field = magnitude >> element.mantissa_bits
     exponent = field.clamp(min=1) - 1 + element.min_exponent
     significand = (magnitude & (2**element.mantissa_bits - 1)) + (field > 0).int() * 2**element.mantissa_bits

@@ -479,7 +479,9 @@ def mx_exponent(amax: Float32[Tensor, "..."], format: Format) -> Int32[Tensor, "
     bits = amax.view(torch.int32)
     largest_exponent, largest_mantissa = format.element.max_bits >> 23, format.element.max_bits & 0x7FFFFF
     if format.exponent_rounding == "up":
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) > largest_mantissa).int()
+        # A subnormal has no leading one: it is above max * 2**-127 beyond half of max's significand.
+        above = torch.where(bits < 1 << 23, (largest_mantissa | 1 << 23) >> 1, largest_mantissa)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) > above).int()
     elif format.exponent_rounding == "floor":
         exponent = bits >> 23
     else:

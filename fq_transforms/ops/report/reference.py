@@ -156,7 +156,7 @@ def half_step_beyond(format: Format) -> tuple[float, float]:
     element = format.element
     if isinstance(element, IntElement):
         return element.low - 0.5, element.high + 0.5
-    exponent = frexp(element.max)[1] - 1
+    exponent = max(frexp(element.max)[1] - 1, element.min_exponent)
     end = element.max + 2.0 ** (exponent - element.mantissa_bits - 1)
     return -end, end
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fq_transforms.ops.hessian import kernel
 from fq_transforms.ops.hessian.launch import SIDE, TOKENS, add_products, add_products_triton
 from tests.cases import DTYPES, name_of
 from tests.conftest import HAS_GPU
@@ -95,3 +96,20 @@ def test_equals_float64_at_size(shape, dtype):
     middle = sums.clone()
     add_products(sums, x, 2)
     assert_sums(sums, middle, x, torch.full_like(experts, 2))
+
+
+class Recorded:
+    """In place of a kernel: what it was launched with."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        self.options = options
+
+
+def test_fusion_is_not_left_to_triton(monkeypatch):
+    """Bug: Triton 3.9 warns on a GPU of a launch that does not say whether products and sums are fused."""
+    monkeypatch.setattr(kernel, "add_products_kernel", recorded := Recorded())
+    by_kernel(torch.zeros(1, 8, 8), torch.ones(3, 8), torch.zeros(3, dtype=torch.int64))
+    assert recorded.options["enable_fp_fusion"] is False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.formats import E2M1, E3M2
+from fq_transforms.formats import E2M1, E3M2, FloatElement
 from fq_transforms.ops.pack.launch import pack_scales_triton, pack_triton
 from fq_transforms.ops.pack.reference import code_bits, pack_reference, pack_scales
 from tests.cases import DTYPES, experts, name_of
@@ -85,8 +85,14 @@ def test_the_kernel_equals_the_reference(format, transposed, device):
             assert_kernel_equals_reference(stacked, *amax_of(stacked, format, 0.6), format, transposed)
 
 
+ODD = [
+    replace(fqt.FP8, name=f"FP{1 + e + m}_E{e}M{m}", element=FloatElement(e, m, largest))
+    for e, m, largest in [(1, 0, 2.0), (1, 1, 3.0), (2, 0, 4.0), (2, 2, 7.0), (3, 1, 24.0), (3, 3, 30.0), (3, 4, 31.0)]
+]
+
+
 @on_each_device
-@pytest.mark.parametrize("format", [*PACKABLE, FP4, FP6], ids=name_of)
+@pytest.mark.parametrize("format", [*PACKABLE, FP4, FP6, *ODD], ids=name_of)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as there
 def test_the_kernel_on_any_magnitudes(format, device):
     """Weights from the smallest fp32 to the largest side by side, and those at and next to every tie."""

@@ -21,7 +21,7 @@ def assert_law(weight, amax, global_amax, format):
     found = unpack_reference(*packed, format=format, out_dtype=weight.dtype)
     assert torch.equal(found.nan_to_num(7e4), wanted.nan_to_num(7e4))
     assert torch.equal(found.isnan(), wanted.isnan())
-    if not isinstance(format.element, IntElement):
+    if packed[0].dtype != torch.int8 and not isinstance(format.element, IntElement):  # integers have one zero
         assert torch.equal(found.signbit(), wanted.signbit())
     return packed
 
