@@ -28,7 +28,7 @@ from fq_transforms.activations.fill_unseen import fill_unseen
 from fq_transforms.activations.observe import Forward, each_batch, run_batch
 from fq_transforms.activations.stepped import SteppedForward
 from fq_transforms.calibrate import progress
-from fq_transforms.checks import weights_of
+from fq_transforms.checks import refuse_compiled, refuse_transforms, weights_of
 from fq_transforms.gptq import check_formats
 from fq_transforms.gptq import gptq as moved_by_gptq
 from fq_transforms.in_use import InUse
@@ -89,6 +89,8 @@ def calibrate_sequentially(
     store: LayerStore | None,
 ) -> tuple[Mapping[str, Tensor], State]:
     """`Transform.calibrate_sequentially`, of this Transform."""
+    refuse_transforms(CALLER, "calibrate outside")
+    refuse_compiled(CALLER, "calibrate before you compile")
     found: Any = gptq
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"gptq: found {type(found).__name__}, wanted None, or options of gptq as a dict")

@@ -131,7 +131,7 @@ def test_not_a_checkpoint(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="nothing"):
         checkpoint.load_file(tmp_path / "nothing", fq)
-    with pytest.raises(IsADirectoryError, match="empty"):
+    with pytest.raises(ValueError, match="found a directory"):
         checkpoint.load_file(tmp_path / "empty", fq)
 
 
