@@ -159,7 +159,9 @@ def test_every_class(name):
         fq = fqt.transform(fqt.select(params, [fqt.Rule("*experts*", fqt.FP8, fqt.FP8)]))
         fq.calibrate(params, given, model=model)
     except ValueError as error:
-        pytest.skip(f"refused by calibrate: {error}")
+        if name in OTHERS:
+            raise
+        pytest.skip(f"refused by calibrate: {error}")  # of all classes, those whose experts or batches it must be told
     path = None
     if model.config.is_encoder_decoder:
         with pytest.raises(ValueError, match="layers: found 2, .* wanted one"):
