@@ -34,7 +34,7 @@ __all__ = ["Hessians", "check_formats", "gptq"]
 Hessians = Mapping[str, Mapping[str, Tensor]]
 
 # Columns that are rounded one by one before what follows is made up for by a matrix product.
-BLOCK = 128
+BLOCK = 64
 # Bytes of experts in work at a time.
 HELD_BYTES = {"cpu": 2**30, "cuda": 2**33}
 # Copies of a Hessian and of a weight that an expert in work takes, in fp32.
@@ -251,9 +251,9 @@ def _move_some(role: _Role, part: slice, hessian: Tensor, factor: Tensor, column
     errors = _errors(weight, factor, amax, global_amax, columns, format)
     (nearest,) = fake_quantize([weight], amax, global_amax, format=format)
     nearest = weight - nearest
-    loss, least = _loss(errors, hessian), _loss(nearest, hessian)
-    is_better = loss < least  # False for NaN
-    is_kept = (loss >= least) & (errors != nearest).flatten(1).any(1)
+    change = _change(errors, nearest, hessian)
+    is_better = change < 0  # False for NaN
+    is_kept = (change >= 0) & (errors != nearest).flatten(1).any(1)
     role.kept += [part.start + e for e in is_kept.nonzero().flatten().tolist()]
     # A weight less its error is a value of the format, but for the rounding of the difference.
     found = weight - errors
@@ -316,10 +316,14 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return products.sum((-2, -1)) - products.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _loss(errors: Tensor, hessian: Tensor) -> Tensor:
-    """tr(errors H errors^T) of each expert, in float64."""
-    errors = errors.double()
-    return (errors @ hessian.double()).mul_(errors).sum((1, 2))
+def _change(errors: Tensor, nearest: Tensor, hessian: Tensor) -> Tensor:
+    """tr(a H a^T) - tr(b H b^T) of each expert, a the errors and b those by rounding to the nearest, in float64.
+
+    It is tr((a - b) H (a + b)^T), as H is symmetric: one product in place of two.
+    """
+    symmetric = hessian.double().add_(hessian.mT)  # and twice as large
+    product = (errors.double() - nearest) @ symmetric
+    return product.mul_(errors.double() + nearest).sum((1, 2)) / 2
 
 
 def _errors(
@@ -366,18 +370,17 @@ def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor
 
     A Hessian of fewer tokens than inputs is singular; if fp32 has no factor of it, it is damped further.
     """
-    means = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    lower = torch.empty_like(hessian)
-    left = torch.arange(len(hessian), device=hessian.device)
-    singular: list[int] = []
-    while True:
-        damped = hessian[left].flip(1, 2)
-        damped.diagonal(dim1=1, dim2=2).add_((damping * means[left])[:, None])
-        lower[left], failed = torch.linalg.cholesky_ex(damped)
-        left = left[failed != 0]
-        if not len(left):
-            break
-        singular = singular or (first + left).tolist()
+    flipped = hessian.flip(1, 2)
+    means = hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+
+    def factored(experts: Tensor | slice) -> tuple[Tensor, Tensor]:
+        damped = flipped[experts].clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping * means[experts])
+        return torch.linalg.cholesky_ex(damped)
+
+    lower, failed = factored(slice(None))
+    singular = left = failed.nonzero().flatten()
+    while len(left):
         damping = max(10 * damping, LEAST_DAMPING)
         if damping > MOST_DAMPING:
             e = first + int(left[0])
@@ -385,10 +388,12 @@ def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor
                 f"hessians {group.key!r}: found one that is not positive definite for expert {e}, "
                 f"{group.expert_name(e)!r}, wanted means of x x^T"
             )
-    if singular:
+        lower[left], failed = factored(left)
+        left = left[failed != 0]
+    if len(singular):
         warnings.warn(
-            f"gptq: {group.key!r}: found singular Hessians of expert {ranges(singular)}, damped by up to {damping:g} "
-            "of their mean diagonal",
+            f"gptq: {group.key!r}: found singular Hessians of expert {ranges((first + singular).tolist())}, damped by "
+            f"up to {damping:g} of their mean diagonal",
             stacklevel=5,
         )
     upper = lower.flip(1, 2)
