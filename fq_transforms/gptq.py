@@ -396,5 +396,5 @@ def _factor(hessian: Tensor, damping: float, group: Group, first: int) -> Tensor
             f"up to {damping:g} of their mean diagonal",
             stacklevel=5,
         )
-    upper = lower.flip(1, 2)
-    return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
+    upper = lower.flip(1, 2)  # whose strides are the library's
+    return torch.div(upper, upper.diagonal(dim1=1, dim2=2)[:, None, :], out=flipped)

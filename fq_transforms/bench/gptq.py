@@ -21,6 +21,7 @@ import fq_transforms as fqt
 from fq_transforms.formats import Format
 from fq_transforms.methods import Mse
 from fq_transforms.ops.hessian.launch import add_products
+from fq_transforms.ops.quantize.autograd import fake_quantize
 
 __all__ = ["page", "rows"]
 
@@ -63,8 +64,11 @@ def rows(progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, 
             "work_ms": 1e3 * sum(work_s().values()),
             **{f"work_{name}_ms": 1e3 * value for name, value in work_s().items()},
         }
-        if peers and (peer_ms := layer.modelopt_ms(format, state)) is not None:
-            row |= {"modelopt_ms": peer_ms, "over_modelopt": peer_ms / (hessian_ms + gptq_ms)}
+        for name, is_fused in {"modelopt": False, "fused": True}.items():
+            if peers and (not is_fused or format.scale == "e4m3"):
+                peer_ms = layer.modelopt_ms(format, state, is_fused=is_fused)
+                if peer_ms is not None:
+                    row |= {f"{name}_ms": peer_ms, f"over_{name}": peer_ms / (hessian_ms + gptq_ms)}
         yield row
 
 
@@ -143,30 +147,31 @@ class _Layer:
             found["updates"] += _ms(updates)
         return found
 
-    def modelopt_ms(self, format: Format, state: fqt.state.State) -> float | None:
-        """ModelOpt's loop over experts: Hessian, inverse, columns; NVFP4 by its fused kernel. None if not installed."""
+    def modelopt_ms(self, format: Format, state: fqt.state.State, *, is_fused: bool) -> float | None:
+        """ModelOpt's loop over experts: Hessian, inverse, columns, as by default or by its kernel of NVFP4's columns.
+
+        None if it is not installed.
+        """
         try:
             from modelopt.torch.quantization.utils import calib_utils  # pyright: ignore[reportMissingImports]
         except ImportError:
             return None
         peer: Any = calib_utils
-        is_fused = format.scale == "e4m3"
 
         def one(key: str, name: str, e: int, x: Tensor) -> None:
             weight = self.params[name].float()
             hessian = torch.zeros((x.shape[1], x.shape[1]), device=DEVICE)
             hessian, _ = peer.update_hessian(x, hessian, 0)
             inverse = peer.compute_hessian_inverse(hessian, weight, 0.01)
-            amax = state[key]["amax"][e]
+            own = {name: leaf[e] for name, leaf in state[key].items()}
             if is_fused:
-                scale = state[key]["global_amax"][e].item() / (6 * 448)
-                peer.gptq_blockwise_update_fused_scalar(weight, amax, scale, inverse, BLOCK, 16)
+                scale = own["global_amax"].item() / (6 * 448)
+                peer.gptq_blockwise_update_fused_scalar(weight, own["amax"], scale, inverse, BLOCK, 16)
             else:
-                spec = fqt.select({"w": weight}, {"w": format})
-                fq = fqt.transform(spec)
+                leaves = {name: leaf[None] for name, leaf in own.items()}
 
                 def quantized(weight: Tensor) -> Tensor:
-                    return fq.fakequant({"w": weight}, {"w": {"amax": amax[None]}})["w"]
+                    return fake_quantize([weight], leaves["amax"], leaves.get("global_amax"), format=format)[0]
 
                 peer.gptq_blockwise_update(weight, inverse, BLOCK, quantized)
 
@@ -221,11 +226,14 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     names = ["x_x", "cholesky", "inverse", "updates"]
     header = ["format", "Hessians ms", "gptq ms", *(f"{name} ms" for name in names), "over the products", "work ms"]
-    lines = [[*header, "ModelOpt ms", "times ours"], ["---"] * (len(header) + 2)]
+    of_peers = ["ModelOpt ms", "times ours", "its kernel ms", "times ours"]
+    lines = [[*header, *of_peers], ["---"] * (len(header) + len(of_peers))]
     for row in rows:
         products = [f"{row[f'{name}_ms']:.1f}" for name in names]
         above = " (above the limit)" * (row["ratio"] > LIMITS["products"])
-        peer = [f"{row['modelopt_ms']:.0f}", f"{row['over_modelopt']:.1f}"] if "modelopt_ms" in row else ["-", "-"]
+        peer: list[str] = []
+        for name in ("modelopt", "fused"):
+            peer += [f"{row[f'{name}_ms']:.0f}", f"{row[f'over_{name}']:.1f}"] if f"{name}_ms" in row else ["-", "-"]
         ours = [f"{row['hessian_ms']:.1f}", f"{row['gptq_ms']:.1f}"]
         lines.append([row["format"], *ours, *products, f"{row['ratio']:.2f}{above}", f"{row['work_ms']:.1f}", *peer])
     work = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in work_s().items())
@@ -241,7 +249,8 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
             "Products: x^T x, one batched Cholesky, one triangular inverse, the updates behind each block of "
             f"{BLOCK} columns, by PyTorch in fp32; the limit is {LIMITS['products']} times their sum. Work: the "
             f"operations of ours at the data sheet's peaks: {work}. ModelOpt's loop was timed on {PEER_EXPERTS} "
-            f"experts and counted for {EXPERTS}, Hessians included.",
+            f"experts and counted for {EXPERTS}, Hessians included, as it is by default and with its kernel for NVFP4's "
+            "columns.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
