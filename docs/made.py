@@ -277,13 +277,30 @@ def sweep() -> str:
     return where + table(["format", "shape", "scales tried", "time over floor"], rows)
 
 
+def gptq() -> str:
+    """GPTQ of a layer's experts beside its products and ModelOpt's loop."""
+    where, found = newest("-gptq")
+    rows = [
+        [
+            f"`{r['format']}`",
+            f"{r['hessian_ms'] + r['gptq_ms']:.0f}",
+            f"{r['ratio']:.2f}",
+            f"{r['modelopt_ms']:.0f}",
+            f"{r['fused_ms']:.0f}" if "fused_ms" in r else "",
+        ]
+        for r in found["rows"]
+    ]
+    header = ["format", "Hessians and GPTQ, ms", "over its products", "ModelOpt's loop, ms", "with its kernel, ms"]
+    return where + table(header, rows)
+
+
 def made() -> dict[str, str]:
     """Paths under docs/ to what they hold."""
     kernel_table, kernel_picture = kernels()
     step_table, step_picture, ways = steps()
     tables = {"at-a-glance": at_a_glance(), "conventions": conventions()}
     tables |= {"kernels": kernel_table, "steps": step_table, "ways": ways}
-    tables |= {"full-size": full_size(), "sweep": sweep()}
+    tables |= {"full-size": full_size(), "sweep": sweep(), "gptq": gptq()}
     pictures = {f"pictures/{picture_name(format)}.svg": grid(format) for format in reversed(core())}
     pictures |= {"pictures/forward.svg": kernel_picture, "pictures/step.svg": step_picture}
 

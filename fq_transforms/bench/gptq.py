@@ -249,8 +249,8 @@ def page(environment: dict[str, str], rows: Sequence[Row]) -> str:
             "Products: x^T x, one batched Cholesky, one triangular inverse, the updates behind each block of "
             f"{BLOCK} columns, by PyTorch in fp32; the limit is {LIMITS['products']} times their sum. Work: the "
             f"operations of ours at the data sheet's peaks: {work}. ModelOpt's loop was timed on {PEER_EXPERTS} "
-            f"experts and counted for {EXPERTS}, Hessians included, as it is by default and with its kernel for NVFP4's "
-            "columns.",
+            f"experts and counted for {EXPERTS}, Hessians included, as it is by default and with its kernel for "
+            "NVFP4's columns.",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fq_transforms.formats import Format
+from fq_transforms.formats import FP8, Format
 from fq_transforms.ops.amax.kernel import expert_amax_kernel
 from fq_transforms.ops.launch import Plan, Tile, experts_of, format_of, launch, matrices_of, shape_of, visit_plan
 
@@ -49,8 +49,8 @@ def _maxima(shape: tuple[int, ...], device: torch.device, is_shared: bool) -> Te
 def amax_plan(format: Format, matrix: tuple[int, int], transposed: bool, tile: Tile | None = None) -> Plan:
     """Of `expert_amax_kernel`."""
     out_features, in_features = shape_of(matrix, transposed)
-    if format.dynamic:  # what is calibrated is the whole expert
-        format = replace(format, scale="fp32", dynamic=False, dequantize="multiply", block=(None, None))
+    if format.dynamic:  # what is calibrated is the whole expert, whatever the element
+        format = FP8
     rows, columns = format.block
     if format.block == (None, None):
         sweep = "expert"
