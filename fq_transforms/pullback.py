@@ -33,7 +33,7 @@ from fq_transforms.dtensor import (
     spread_of,
 )
 from fq_transforms.masters import Tensors, cast_all, missing_in_words, tensors_of
-from fq_transforms.ops.launch import Bounded, results_for, unstacked
+from fq_transforms.ops.launch import Bounded, has_kernel, results_for, unstacked
 from fq_transforms.ops.private import Guards, add_all, is_transformed, may_be_view
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
 from fq_transforms.spec import Group, Spec
@@ -291,20 +291,30 @@ def _cast(
     are_sharded: bool,
     separate: bool,
 ) -> None:
-    """Cast gradients of one dtype to their masters', in the list, in one call, but for those that were pulled."""
+    """Cast gradients of one dtype to their masters', in the list, but for those that were pulled.
+
+    In one launch per group on a GPU, elsewhere in one call.
+    """
     parts: list[Tensor] = []
     outs: list[Tensor] = []
     for of_group, are_matrices in same_dtypes:
         places = [i for i in of_group if i not in pulled] if pulled else of_group
         like = [masters[i] for i in places]
+        some = [grads[i] for i in places]
         if are_matrices and len(like) > 1 and not separate:  # one allocation, as for a group's results
-            made: Sequence[Tensor] = unstacked(results_for(like, like[0].dtype), like)
+            out = results_for(like, like[0].dtype)
+            made: Sequence[Tensor] = unstacked(out, like)
         else:
-            made = list(map(torch.empty_like, like))
-        parts += [grads[i] for i in places]
-        outs += made
-        for i, out in zip(places, made, strict=True):
-            grads[i] = out
+            out, made = None, list(map(torch.empty_like, like))
+        if out is not None and out.dtype == torch.float32 and has_kernel(some):
+            from fq_transforms.ops.cast.launch import cast_triton
+
+            cast_triton(out, some)
+        else:
+            parts += some
+            outs += made
+        for i, one in zip(places, made, strict=True):
+            grads[i] = one
     if parts:
         cast_all(parts, outs, are_sharded=are_sharded)
 

@@ -20,6 +20,7 @@ import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
 from fq_transforms.methods import Mse
 from fq_transforms.ops.amax.launch import amax_plan
+from fq_transforms.ops.cast.launch import cast_plan
 from fq_transforms.ops.gptq.launch import gptq_plan
 from fq_transforms.ops.hessian.kernel import add_products_kernel
 from fq_transforms.ops.hessian.launch import SIDE, TOKENS, WARPS
@@ -225,6 +226,13 @@ def compile_products():
     return 3
 
 
+def compile_casts():
+    """The casts, of gradients of each dtype; how many."""
+    for dtype in ("bf16", "fp16"):
+        compile_ahead(cast_plan(SHAPE[0] * SHAPE[1]), {"grad_base": dtype, "out_base": "fp32"})
+    return 2
+
+
 def compile_format(format):
     """Every kernel that a format can have; how many."""
     compiled = compile_gptq(format)
@@ -285,7 +293,7 @@ def main():
     formats = [FORMATS[name] for name in fqt.__all__ if name in FORMATS]
     formats.sort(key=lambda format: format.scale != "e4m3")  # which take longest
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        compiled = sum(pool.map(compile_format, formats)) + compile_digits() + compile_products()
+        compiled = sum(pool.map(compile_format, formats)) + compile_digits() + compile_products() + compile_casts()
     for kind in ("global", "int", "float"):
         constants = {"KIND": kind, "DIVIDES": False, "QMAX": 6.0, "TILE": SCALE_TILE}
         plan = Plan(pack_scale_kernel, 1, (1,), constants, 4)

@@ -187,4 +187,4 @@ def test_every_kernel_compiles_for_an_h200():
         command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)}, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "276 kernels compiled for sm_90" in done.stdout
+    assert "278 kernels compiled for sm_90" in done.stdout

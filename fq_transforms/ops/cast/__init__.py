@@ -1,0 +1,1 @@
+"""Matrices of a group, each where it lies, in fp32."""
