@@ -171,7 +171,7 @@ def folder(
         ahead = stack.enter_context(Ahead((number, job.spans(piece)) for number, piece in mine.items()))
         if not dry_run and not resume:  # then it begins once what is there is known
             ahead.start()
-        ranks.together(lambda: job.device)
+        ranks.together(job.start)
         warn_of_notes(job.plan, job.target, stacklevel=3)
         _warn_of_other_formats(job)
         if dry_run:
@@ -344,6 +344,7 @@ class Job:
     Attributes:
         plan: What becomes of each weight.
         pieces: In which it is done.
+        device: Where to compute, once it has been started.
         exact: Of NVFP4 out of MXFP4: blocks that stand for the same weights, and all.
     """
 
@@ -358,7 +359,8 @@ class Job:
         limit: int,
     ) -> None:
         self.source, self.target, self.given, self.method = source, target, given, method
-        self._device, self._limit = device, limit
+        self._wanted, self._limit = device, limit
+        self.device = torch.device("meta")  # until `start`
         self.params = source.params()
         self.plan = planned(target, engine, given.spec, self.params, source.config)
         known = [one if one.name in given.state else one._replace(group=None) for one in self.plan.sources]
@@ -369,11 +371,10 @@ class Job:
         self.exact = [0, 0]
         self._lock = ThreadLock()
 
-    @cached_property
-    def device(self) -> torch.device:
-        """Where to compute, which starts a GPU. Raises ValueError for none."""
+    def start(self) -> None:
+        """Start the device, which takes a GPU seconds. Raises ValueError for none, or one that is not here."""
         with _named(self.source):
-            return _device(self._device)
+            self.device = _device(self._wanted)
 
     @cached_property
     def _types(self) -> dict[str, dict[str, tuple[TensorType, int]]]:
