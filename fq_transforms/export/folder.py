@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Condition
 from threading import Lock as ThreadLock
@@ -37,6 +38,7 @@ from fq_transforms.checkpoint.storage import (
     stages_beside,
     stages_within,
 )
+from fq_transforms.export.ahead import Ahead, Span
 from fq_transforms.export.conversion import Conversion
 from fq_transforms.export.encoded import check_finite
 from fq_transforms.export.files import (
@@ -63,7 +65,7 @@ from fq_transforms.export.plan import (
 from fq_transforms.export.ranks import LostRankError, Ranks
 from fq_transforms.export.readers import engine_of
 from fq_transforms.export.save import LAYOUTS
-from fq_transforms.export.shards import ShardWriter, TensorType, index_of, is_whole, lay_out
+from fq_transforms.export.shards import Shard, ShardWriter, TensorType, index_of, is_whole, lay_out
 from fq_transforms.export.sources import MODELOPT, Folder
 from fq_transforms.export.states import in_files
 from fq_transforms.export.ties import check_ties, fused_sources
@@ -165,12 +167,17 @@ def folder(
             return decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, limit)
 
         job = ranks.together(decide)
+        mine = _mine(job, ranks)
+        ahead = stack.enter_context(Ahead((number, job.spans(piece)) for number, piece in mine.items()))
+        if not dry_run and not resume:  # then it begins once what is there is known
+            ahead.start()
+        ranks.together(job.start)
         warn_of_notes(job.plan, job.target, stacklevel=3)
         _warn_of_other_formats(job)
         if dry_run:
             check_free(path)
         else:
-            _run(job, path, ranks, count, resume)
+            _run(job, path, ranks, count, resume, mine, ahead)
         return job.conversion(path)
 
 
@@ -220,14 +227,13 @@ def decided(
     """The conversion that `folder` makes of these arguments, checked, before the first byte."""
     with _named(source):
         target = LAYOUTS[check_layout(layout)]
-        where = _device(device)
         if not rules and state is None and (experts or transposed or method != MAX):
             raise ValueError(
                 f"rules: found none, and experts={experts!r}, transposed={transposed!r}, method={method!r}, which say "
                 "how to quantize, wanted rules beside them"
             )
         given = _given(source, rules, layout, method, state, inputs, experts, transposed)
-        return Job(source, target, given, method, engine, where, limit)
+        return Job(source, target, given, method, engine, device, limit)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -338,8 +344,7 @@ class Job:
     Attributes:
         plan: What becomes of each weight.
         pieces: In which it is done.
-        written: Bytes that each source becomes.
-        shards: What is written.
+        device: Where to compute, once it has been started.
         exact: Of NVFP4 out of MXFP4: blocks that stand for the same weights, and all.
     """
 
@@ -350,22 +355,42 @@ class Job:
         given: _Given,
         method: Method,
         engine: Any,
-        device: torch.device,
+        device: torch.device | str | None,
         limit: int,
     ) -> None:
-        self.source, self.target, self.given, self.method, self.device = source, target, given, method, device
+        self.source, self.target, self.given, self.method = source, target, given, method
+        self._wanted, self._limit = device, limit
+        self.device = torch.device("meta")  # until `start`
         self.params = source.params()
         self.plan = planned(target, engine, given.spec, self.params, source.config)
         known = [one if one.name in given.state else one._replace(group=None) for one in self.plan.sources]
         if target.schemes is not None:
             check_ties(known, given.state)
         check_values(self.plan._replace(state=given.state, sources=known), target)
-        types = {one.name: self._types_of(one) for one in self.plan.sources}
-        self.written = {name: sum(size for _, size in of_source.values()) for name, of_source in types.items()}
-        self.shards = lay_out({name: one for of_source in types.values() for name, one in of_source.items()}, limit)
         self.pieces = list(self._pieces())
         self.exact = [0, 0]
         self._lock = ThreadLock()
+
+    def start(self) -> None:
+        """Start the device, which takes a GPU seconds. Raises ValueError for none, or one that is not here."""
+        with _named(self.source):
+            self.device = _device(self._wanted)
+
+    @cached_property
+    def _types(self) -> dict[str, dict[str, tuple[TensorType, int]]]:
+        # Not while the job is made: what PyTorch imports to compute without numbers takes seconds.
+        with _named(self.source):
+            return {one.name: self._types_of(one) for one in self.plan.sources}
+
+    @cached_property
+    def written(self) -> dict[str, int]:
+        """Bytes that each source becomes."""
+        return {name: sum(size for _, size in types.values()) for name, types in self._types.items()}
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """What is written."""
+        return lay_out({name: one for types in self._types.values() for name, one in types.items()}, self._limit)
 
     def _types_of(self, source: Any) -> dict[str, tuple[TensorType, int]]:
         """All tensors that a source becomes."""
@@ -424,6 +449,15 @@ class Job:
             return
         for part in self._steps(piece):
             self._quantize(piece.sources, part, writer)
+
+    def spans(self, piece: Piece) -> Iterator[Span]:
+        """The bytes that `convert` reads."""
+        part = None if piece.experts is None else slice(piece.first, piece.first + piece.experts)
+        for one in piece.sources:
+            is_list = one.group is not None and not one.group.stacked
+            names = one.group.names if one.group else (one.name,)
+            for name in names[part] if is_list and part else names:
+                yield from self.source.spans(name, None if is_list else part)
 
     def _steps(self, piece: Piece) -> list[slice | None]:
         """The experts that are in memory at a time."""
@@ -580,13 +614,13 @@ def _tie(state: State, keys: Sequence[str]) -> None:
                     state[key] = state[key] | {name: largest}
 
 
-def _run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool) -> None:
+def _run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool, mine: dict[int, Piece], ahead: Ahead) -> None:
     """Write the folder, with the other ranks."""
     stage = ranks.together(lambda: stage_of(path, _fingerprint(job)))
     ranks.check_same(str(stage), "src, dst and options")
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(_Stage(job, path, stage, resume)))
-        ranks.together(lambda: _fill(job, path, stage, ranks, jobs))
+        ranks.together(lambda: _fill(job, path, stage, ranks, jobs, mine, ahead))
         job.exact = [sum(counts) for counts in zip(*ranks.gather(job.exact), strict=True)]
         ranks.on_first(lambda: _finish(job, path, stage))
 
@@ -704,21 +738,27 @@ def _fingerprint(job: Job) -> str:
     return digest.hexdigest()[:32]
 
 
-def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
-    """Convert this rank's pieces that are not on the disk yet."""
-    done = (stage / DONE).read_bytes()
-    total = sum(piece.size for piece in job.pieces)
-    mine: list[tuple[int, Piece]] = []
-    at = 0
+def _mine(job: Job, ranks: Ranks) -> dict[int, Piece]:
+    """This rank's share of the pieces, by number."""
+    total, at = max(1, sum(piece.size for piece in job.pieces)), 0
+    mine: dict[int, Piece] = {}
     for number, piece in enumerate(job.pieces):
         middle, at = at + piece.size // 2, at + piece.size
-        if min(middle * ranks.size // max(1, total), ranks.size - 1) == ranks.rank and not done[number]:
-            mine.append((number, piece))
+        if min(middle * ranks.size // total, ranks.size - 1) == ranks.rank:
+            mine[number] = piece
+    return mine
+
+
+def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int, mine: Mapping[int, Piece], ahead: Ahead) -> None:
+    """Convert this rank's pieces that are not on the disk yet."""
+    done = (stage / DONE).read_bytes()
+    left = [(number, piece) for number, piece in mine.items() if not done[number]]
+    ahead.start(number for number in mine if done[number])
     with naming(path), ExitStack() as stack:
         writer = ShardWriter(stage, job.shards, is_new=False)
         marks = stack.enter_context(_Marks(stage / DONE, writer))
         what = job.source.path.name + (f", rank {ranks.rank}" if ranks.size > 1 else "")
-        bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in mine), what, ranks.rank))
+        bar = stack.enter_context(bytes_bar(sum(piece.size for _, piece in left), what, ranks.rank))
 
         memory, failed, threads = _Memory(), stage / FAILED, torch.get_num_threads()
 
@@ -727,6 +767,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
                 return
             with _named(job.source), memory.of(job.held(piece)):
                 job.convert(piece, writer)
+            ahead.used(number)
             marks.add(number, piece.size)
             bar.update(piece.size)
 
@@ -734,7 +775,7 @@ def _fill(job: Job, path: Path, stage: Path, ranks: Ranks, jobs: int) -> None:
         cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         count = min(jobs, cores) if job.device.type == "cpu" else jobs
         with ThreadPoolExecutor(count, initializer=_alone, initargs=(job.device,)) as pool:
-            futures = [pool.submit(one, *entry) for entry in mine]
+            futures = [pool.submit(one, *entry) for entry in left]
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()

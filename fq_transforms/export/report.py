@@ -64,6 +64,7 @@ def report(
         job = decided(source, rules, layout, engine, method, state, inputs, experts, transposed, device, 2**62)
         if not job.given.spec.groups:
             raise ValueError("rules: found none, or none that quantizes weights, wanted some; or a state")
+        job.start()
         pieces = [piece for piece in job.pieces if piece.sources[0].group]
         parts: dict[str, list[GroupReport]] = {}
         with bytes_bar(sum(piece.size for piece in pieces), source.path.name) as bar:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
 from fq_transforms.export.accounted import text_configs
+from fq_transforms.export.ahead import Span
 from fq_transforms.export.encoded import Found, check_finite
 from fq_transforms.export.files import CONFIG, INDEX, read_document
 from fq_transforms.export.shards import DTYPES, Files, Place
@@ -140,6 +141,15 @@ class Folder:
         """Where the tensors of a plain weight are."""
         weight = self.encoded.get(name)
         return [self.files.places[part] for part in (weight.parts.values() if weight else (name,))]
+
+    def spans(self, name: str, part: slice | None = None) -> Iterator[Span]:
+        """The bytes that `read` reads."""
+        weight = self.encoded.get(name)
+        for file, (_, shape), start, size in self.places(name):
+            skipped, rows, row = 0, 1, size
+            if part is not None and (weight is None or shape[:1] == weight.shape[:1]):  # else experts share it
+                skipped, rows, row = part.start, len(range(shape[0])[part]), size // shape[0]
+            yield Span(self.files.folder / file, start + skipped * row, rows * row)
 
     def size(self, name: str) -> int:
         """Bytes that a plain weight takes in the files."""
