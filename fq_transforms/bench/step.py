@@ -17,7 +17,7 @@ from torch import Tensor
 import fq_transforms as fqt
 from fq_transforms.bench.cases import ALL, Shape, check_same, fits
 from fq_transforms.bench.peers import modelopt_model
-from fq_transforms.bench.timing import Queue, Turn, device_us, in_turns, median_and_error, turn_us
+from fq_transforms.bench.timing import Queue, Turn, against_itself, device_us, in_turns, median_and_error, turn_us
 from fq_transforms.bench.ways import GroupedMLP, Training, Way
 from fq_transforms.formats import Format
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
@@ -40,7 +40,7 @@ LIMIT = 0.005  # of the lens above bf16 against itself
 
 AGAIN = "bf16 again"
 WAYS = {
-    AGAIN: "bf16 timed as the others are: the noise",
+    AGAIN: "bf16 over the mean of its own times before and after: the noise",
     "lens": "`fq.take_grads`, AdamW, `fq.fakequant(masters, state, out=params)`",
     "value_and_grad": "of the masters: fake weights are put into the model, once a step",
     "layerwise": "fake weights of the bf16 parameters, a layer at a time, for each forward and each backward",
@@ -110,7 +110,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
     base = _turn(training, bf16)
     _peak(base)  # makes the optimizer's state
     floor = _peak(base)
-    often, seldom, mib, reasons = {AGAIN: base}, dict[str, Turn](), {AGAIN: 0.0}, dict[str, str]()
+    often, seldom, mib, reasons = dict[str, Turn](), dict[str, Turn](), {AGAIN: 0.0}, dict[str, str]()
     for format in progress(FORMATS, desc="checks"):
         fq, state = _transform(training, format)
         of_masters, of_params = (_reference(fq, w, state) for w in (training.masters, _rounded(training)))
@@ -136,9 +136,10 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
     for number, rounds in progress(ROUNDS.items(), desc="steps"):
         training.xs, training.in_a_row = every[:number], IN_A_ROW.get(number, 1)
         ratios, times = in_turns(base, often, rounds)
-        ratios |= in_turns(base, seldom, OTHER_ROUNDS)[0]
+        ratios |= {AGAIN: against_itself(times, rounds)} | in_turns(base, seldom, OTHER_ROUNDS)[0]
         training.in_a_row = 1
-        queued, device_times = in_turns(base, often, QUEUED_ROUNDS.get(number, 0), partial(_queued_us, training))
+        in_queue = QUEUED_ROUNDS.get(number, 0)
+        queued, device_times = in_turns(base, often, in_queue, partial(_queued_us, training))
         found = {key: _summary(values) | {"mib": mib[key]} for key, values in ratios.items()}
         for name in (format.name for format in FORMATS):
             taken = {AGAIN: found[AGAIN]} | {way: found[key] for way in WAYS if (key := f"{way}, {name}") in found}
@@ -151,7 +152,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
             )
             row |= Row(above=_above(taken["lens"], taken[AGAIN]), reason=reasons.get(name))
             if device_times:
-                lens, again = (_summary(queued[key]) for key in (f"lens, {name}", AGAIN))
+                lens, again = _summary(queued[f"lens, {name}"]), _summary(against_itself(device_times, in_queue))
                 row |= Row(device_ms=median(device_times) / 1e3, device=lens, device_again=again)
                 row |= Row(device_above=_above(lens, again))
             yield row

@@ -214,6 +214,18 @@ def in_turns(
     return ratios, times
 
 
+def against_itself(times: list[float], rounds: int) -> list[float]:
+    """The times of `base` that `in_turns` gives, each over the mean of the ones before and after it in its round.
+
+    Example:
+        >>> against_itself([1.0, 2.0, 1.0, 8.0, 8.0, 8.0], 2)
+        [2.0, 1.0]
+    """
+    size = len(times) // rounds
+    each = [times[at : at + size] for at in range(0, len(times), size)]
+    return [2 * b / (a + c) for of_round in each for a, b, c in zip(of_round, of_round[1:], of_round[2:], strict=False)]
+
+
 def median_and_error(values: list[float]) -> tuple[float, float]:
     """The median and its standard error, whatever the distribution; the error of a single value is NaN.
 
