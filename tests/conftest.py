@@ -18,6 +18,7 @@ torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each
 
 collect_ignore = ["engines"]  # run by `.ci/engines`, in the environments of the engines
 
+NEEDS = {None: 0, "gpu": 1, "gpu2": 2}  # GPUs, by marker
 PACKAGE = Path(__file__).parent.parent / "fq_transforms"
 # Of operations not the kernels and launchers: Triton reads the source of its functions, PyTorch their signatures.
 CHECKED = ["calibrate", "checks", "fakequant", "pack", "rounding", "select", "spec", "state", "sync", "transform"]
@@ -53,9 +54,18 @@ def _seed():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Without GPUs, each test that needs them is skipped once, not in every case: they are a fifth of all."""
     gpus = torch.cuda.device_count()
+    kept, left_out, skipped = [], [], set()
     for item in items:
-        for marker, wanted in (("gpu", 1), ("gpu2", 2)):
-            if item.get_closest_marker(marker) and gpus < wanted:
-                item.add_marker(pytest.mark.skip(reason=f"needs {wanted} CUDA GPU(s), found {gpus}"))
+        wanted = max(number for marker, number in NEEDS.items() if marker is None or item.get_closest_marker(marker))
+        if wanted <= gpus:
+            kept.append(item)
+            continue
+        item.add_marker(pytest.mark.skip(reason=f"needs {wanted} CUDA GPU(s), found {gpus}"))
+        test = item.nodeid.partition("[")[0]
+        (left_out if test in skipped else kept).append(item)
+        skipped.add(test)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
