@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fq_transforms as fqt
+from tests.full import FULL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -92,14 +93,18 @@ def test_qat_step_gives_equal_gradients_and_learns():
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [False, pytest.param(True, marks=pytest.mark.gpu2)], ids=["cpu", "gpus"])
 def test_megatron_moe_is_restored_and_goes_on(gpus, tmp_path):
-    """TP=2 and EP=2, then its checkpoints on one rank. The script compares states and logits, format by format."""
-    formats = ("FP8", "NVFP4", "INT8_PER_CHANNEL", "INT4_BLOCK32")
-    lines = said("03_megatron_moe.py", "--folder", tmp_path, ranks=2, gpus=gpus)
+    """TP=2 and EP=2, then its checkpoints on one rank. The script compares states and logits, format by format.
+
+    All four with FULL=1; by default the two of `--small`: tests/checkpoint/test_megatron.py has the others' leaves.
+    """
+    formats = ("FP8", "NVFP4", "INT8_PER_CHANNEL", "INT4_BLOCK32")[: 4 if FULL else 2]
+    options = ["--folder", tmp_path, *(() if FULL else ["--small"])]
+    lines = said("03_megatron_moe.py", *options, ranks=2, gpus=gpus)
     wanted = [f"{f}: restored at TP=2, EP=2 into a model on meta, the same state and logits" for f in formats]
     assert [line for line in lines if "restored at" in line] == wanted
     assert "restored half way" in lines[-1]
     wanted = [f"{f}: 16 experts at EP=1, the amax of each is 0.9 of its own weights'" for f in formats]
-    assert said("03_megatron_moe.py", "--folder", tmp_path, "--load", ranks=1, gpus=gpus) == wanted
+    assert said("03_megatron_moe.py", *options, "--load", ranks=1, gpus=gpus) == wanted
 
 
 @pytest.mark.dist

@@ -262,7 +262,8 @@ def test_interrupts_leave_the_model_as_it_was():
         finally:
             assert not [thread for thread in threading.enumerate() if "calibrate_sequentially" in thread.name]
 
-    assert check_interrupts(call, model, lambda lines: range(0, lines, 61)) > 20
+    step = 61 if FULL else 199
+    assert check_interrupts(call, model, lambda lines: range(0, lines, step)) > 6
 
 
 def shared():

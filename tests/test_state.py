@@ -18,7 +18,18 @@ from fq_transforms.rules import Rule
 from fq_transforms.select import select
 from fq_transforms.state import check, flatten, merge, tie, unflatten
 from fq_transforms.transform import transform
-from tests.cases import ALL_FORMATS, DTYPES, assert_names, experts, message_of, name_of, same_bits, shapes_of
+from tests.cases import (
+    ALL_FORMATS,
+    CORE_FORMATS,
+    DTYPES,
+    assert_names,
+    experts,
+    message_of,
+    name_of,
+    same_bits,
+    shapes_of,
+)
+from tests.full import FULL
 
 STATEFUL = [format for format in ALL_FORMATS if format.scale != "e8m0"]
 every_format = pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
@@ -526,7 +537,7 @@ def test_a_format_without_state_needs_no_calibration():
         assert all(same_bits(a[name], b[name]) for name in params)
 
 
-@every_stateful_format
+@pytest.mark.parametrize("format", STATEFUL if FULL else [f for f in CORE_FORMATS if f in STATEFUL], ids=name_of)
 @every_layout
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
 def test_an_invalid_amax_is_refused_on_the_cpu(format, layout, value):
@@ -555,7 +566,7 @@ def test_an_amax_of_zero_is_valid(format):
     assert all(weight.isfinite().all() for weight in quantized.values())
 
 
-@every_format
+@pytest.mark.parametrize("format", ALL_FORMATS if FULL else CORE_FORMATS, ids=name_of)  # nothing depends on numbers
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_weights_that_are_not_finite_are_not_calibrated(format, layout, dtype):

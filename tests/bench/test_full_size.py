@@ -1,5 +1,7 @@
 """The packed stage of the full-size benchmark, at a size for two cores: the same functions, smaller weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
@@ -22,8 +24,13 @@ def tiny():
 
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_packed_round_trip():
-    """Saved by four processes, loaded by two: equal bytes, each stage timed, and a page with them."""
+def test_packed_round_trip(monkeypatch):
+    """Saved by four processes, loaded by two: equal bytes, each stage timed, and a page with them.
+
+    These are forked from the server of `tests.ranks`; the test below starts one as the benchmark does.
+    """
+    processes = partial(full_size.start_processes, start_method="forkserver")
+    monkeypatch.setattr(full_size, "start_processes", processes)
     fq, params, state = tiny()
     row, stages = {"format": "NVFP4"}, []
 

@@ -281,8 +281,8 @@ def same(a, b):
 
 
 # Eight ranks: EP 4 and TP 2 at once, to and from others.
-LAYOUTS_OF_EIGHT = [Layout(ep=4, etp=2, tp=2), Layout(ep=2, etp=1, tp=2), Layout()]
-PAIRS_OF_EIGHT = {(0, 1), (1, 0), (0, 2), (2, 0)}
+LAYOUTS_OF_EIGHT = [Layout(ep=4, etp=2, tp=2), Layout(ep=2, etp=1, tp=2), *([Layout()] if FULL else [])]
+PAIRS_OF_EIGHT = {(0, 1), (1, 0), *({(0, 2), (2, 0)} if FULL else ())}
 
 
 def _any_to_any(rank, size, folder, layouts, pairs):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import UserDict
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,25 @@ def killed(place, at):
     return calls
 
 
+def killed_in_forks(place, count):
+    """In a process of its own, a fork for each kill, in folders by number: what there is to import is imported once."""
+    context = get_context("fork")
+    calls = context.SimpleQueue()
+
+    def fork(name, at=None):
+        folder = Path(place, name)
+        folder.mkdir()
+        process = context.Process(target=lambda: calls.put(killed(folder, at)))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert fork("all") == 0
+    total = calls.get()
+    for number, at in enumerate(sorted(random.Random(4).sample(range(total // 4, total), count))):
+        assert fork(str(number), at) == -signal.SIGKILL
+
+
 def in_process(code, **env):
     """What Python prints, in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", f"import tests.conftest\n{code}"]
@@ -145,14 +165,11 @@ def test_killed_and_resumed(tmp_path):
     """Law: killed at any write, and gone on with, gives the same bytes; finished layers are not calibrated again."""
     wanted, wanted_state = run(tmp_path)
     wanted, files = dict(wanted), bytes_of(tmp_path / "out")
-    code = "from tests.export.test_layers import killed\nprint(killed({!r}, {}))"
-    (tmp_path / "all").mkdir()
-    total = int(in_process(code.format(str(tmp_path / "all"), None)).stdout.split()[-1])
-    draws, counts = random.Random(4), []
-    for number, at in enumerate(sorted(draws.sample(range(total // 4, total), 3))):
+    done = in_process(f"from tests.export.test_layers import killed_in_forks\nkilled_in_forks({str(tmp_path)!r}, 3)")
+    assert done.returncode == 0, done.stderr
+    counts = []
+    for number in range(3):
         place = tmp_path / str(number)
-        place.mkdir()
-        assert in_process(code.format(str(place), at)).returncode == -signal.SIGKILL
         assert not (place / "out").exists()
         stage = next((one for one in place.iterdir() if ".out.saving-" in one.name and one.is_dir()), None)
         marks = len(list(stage.glob(".part-*.json"))) if stage else 0
@@ -254,8 +271,8 @@ def test_a_model_in_memory_is_gone_on_with(tmp_path):
     assert all(torch.equal(found[key], one) for key, one in wanted.items())
 
 
-def peak_of(place, count):
-    """In a process of its own: the most anonymous memory that calibration takes, in layers."""
+def peaks_of(place, *counts):
+    """In a process of its own: the most anonymous memory that calibration takes, in layers, for numbers of layers."""
     sides, rules = (512, 1024), [fqt.Rule("layers.*", fqt.FP8, fqt.FP8)]
 
     class Wide(nn.Module):
@@ -292,22 +309,24 @@ def peak_of(place, count):
         given = [torch.randn(4, sides[0]) for _ in range(3)]
         return lambda: fq.calibrate_sequentially(model, given, store=LayerFiles(folder, f"{folder}.out"))
 
+    def peak(call):
+        most, start, is_over = 0, anonymous(), False
+
+        def sample():
+            nonlocal most
+            while not is_over:
+                most = max(most, anonymous())
+                time.sleep(0.0005)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        call()
+        is_over = True
+        sampler.join()
+        return (most - start) / (2 * 4 * sides[0] * sides[1])
+
     calibrated(2)()  # which imports what there is to import
-    call = calibrated(count)
-    most, start, is_over = 0, anonymous(), False
-
-    def sample():
-        nonlocal most
-        while not is_over:
-            most = max(most, anonymous())
-            time.sleep(0.0005)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    call()
-    is_over = True
-    sampler.join()
-    return (most - start) / (2 * 4 * sides[0] * sides[1])
+    return [peak(calibrated(count)) for count in counts]
 
 
 def anonymous():
@@ -319,16 +338,11 @@ def anonymous():
 @pytest.mark.slow
 def test_memory_is_that_of_two_layers(tmp_path):
     """Law: the peak of 24 layers is that of 4: a layer as it was, and as it is quantized, beside the hidden states."""
-    code = "from tests.export.test_layers import peak_of\nprint(peak_of({!r}, {}))"
-    found = []
-    for count in (4, 24):
-        place = tmp_path / str(count)
-        place.mkdir()
-        env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
-        done = in_process(code.format(str(place), count), **env)
-        assert done.returncode == 0, done.stderr
-        found.append(float(done.stdout.split()[-1]))
-    few, many = found
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
+    code = f"from tests.export.test_layers import peaks_of\nprint(*peaks_of({str(tmp_path)!r}, 4, 24))"
+    done = in_process(code, **env)
+    assert done.returncode == 0, done.stderr
+    found = few, many = [float(peak) for peak in done.stdout.split()[-2:]]
     assert 1 < many < 3, found
     assert many < few + 0.5, found
 

@@ -10,9 +10,10 @@ from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
 from tests.cases import assert_names, message_of, name_of
+from tests.full import FULL
 from tests.models import ListMoE, language_model, tokens
 
-MICROBATCHES, STEPS = 4, 20
+MICROBATCHES, STEPS = 4, 20 if FULL else 6
 STATIC = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32]
 RULES = [
     *((format, rule) for format in (fqt.NVFP4, *STATIC, fqt.MXFP4) for rule in ("pass_through", "clip")),
