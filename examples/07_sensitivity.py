@@ -27,12 +27,12 @@ options = tiny_moe.options(__doc__)
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the matrices are small, and threads that wait for each other are slower than one
 SMALL = options.small
-STEPS = 2 if SMALL else 400
+STEPS = 200 if SMALL else 400
 SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, context=64)
 if SMALL:
-    SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=2, top_k=1, context=16)
+    SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=4, context=32)
 LAYERS, EXPERTS = SIZES.layers, SIZES.experts
-SAMPLE, HELDOUT = (4, 8) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
+SAMPLE, HELDOUT = (32, 128) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
 
 # %% [markdown]
 # ## Text and model
@@ -140,7 +140,7 @@ smallest, largest = (sum(u.options[i].bytes for u in by_expert["jvp"].units) for
 budget = smallest + (largest - smallest) // 4
 mixed = {f"by expert, {way}": found.at(budget) for way, found in by_expert.items()}
 mixed |= {"by role, jvp": searched("jvp", "group").at(budget), "by layer, jvp": searched("jvp", "engine").at(budget)}
-print(f"\n{mixed['by role, jvp']}")
+tiny_moe.show(mixed["by role, jvp"])
 
 
 # %% [markdown]
@@ -184,8 +184,11 @@ curves = {way: [known[found.spec] for found in path] for way, path in paths.item
 average = {way: sum(curve) / len(curve) for way, curve in curves.items()}
 
 if plt := tiny_moe.pyplot():
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3, "frameon": False}
+    figure, panels = plt.subplot_mosaic(
+        [["experts", "experts"], ["ways", "budgets"]], figsize=(10.5, 7.5), height_ratios=(1, 2.4), layout="constrained"
+    )
+    left, middle, right = panels.values()
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
     grid = 1000 * measured.view(LAYERS, EXPERTS)
     image = left.imshow(grid, aspect="auto", cmap="viridis")
     for layer in range(LAYERS):
@@ -216,8 +219,7 @@ if plt := tiny_moe.pyplot():
     right.set_ylabel("increase of the held-out loss, 1e-3 nats per byte")
     right.set_title("From four bits to eight, by expert")
     right.legend(**below)
-    figure.savefig(options.out / "sensitivity.png", dpi=110)
-    print(f"\nfigure: {options.out / 'sensitivity.png'}")
+    tiny_moe.save(figure, options.out / "sensitivity.png")
 
 # %% [markdown]
 # ## What it found

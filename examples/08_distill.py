@@ -238,7 +238,7 @@ for format, ways in found.items():
 
 # %%
 if plt := tiny_moe.pyplot():
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
     shown = {"PTQ after the steps": "0.8", "QAT": "tab:orange", "PTQ": "0.5"}
     shown |= dict(zip(list(WAYS)[1:], ("tab:blue", "tab:cyan"), strict=True))
     for panel, values, factor in zip(panels, (increases, divergences), (1000, 1), strict=True):
@@ -250,11 +250,10 @@ if plt := tiny_moe.pyplot():
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(range(len(FORMATS)), [format.name for format in FORMATS])
         panel.set_ylabel("1e-3 nats per byte, ± standard error")
-    panels[0].set_title("Increase of the held-out loss over bf16 with as many steps")
+    panels[0].set_title("Increase of the loss over bf16 with as many steps")
     panels[1].set_title("Divergence from the teacher")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(options.out / "distill.png", dpi=110)
-    print(f"\nfigure: {options.out / 'distill.png'}")
+    tiny_moe.save(figure, options.out / "distill.png")
 
 # %% [markdown]
 # ## What it found

@@ -47,6 +47,16 @@ def is_script():
     return hasattr(sys.modules["__main__"], "__file__")
 
 
+def show(value):
+    """Print a table; a notebook shows it as HTML."""
+    if is_script():
+        print(value)
+    else:
+        from IPython.display import display
+
+        display(value)
+
+
 def pyplot():
     """Matplotlib's, with or without a display; None if it is not installed."""
     try:
@@ -56,9 +66,25 @@ def pyplot():
         return None
     if is_script():
         matplotlib.use("Agg")
+    else:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def save(figure, path):
+    """Write a figure, and say where; a notebook shows it."""
+    from matplotlib.pyplot import close
+
+    figure.savefig(path, dpi=110)
+    if is_script():
+        print(f"figure: {path}")
+    else:
+        show(figure)
+    close(figure)
 
 
 class Sizes(NamedTuple):

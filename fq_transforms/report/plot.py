@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import ceil, isfinite, log2, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +57,6 @@ class Row(NamedTuple):
 
 def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     """A figure: for each role its layers by experts, above the histogram of its worst expert."""
-    from matplotlib.figure import Figure  # only where a figure is wanted
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -64,7 +64,7 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     down = -(-len(roles) // across)
     tallest = max(len(rows) for rows, _ in roles.values())
     height = min(7.0, 1.2 + 0.28 * tallest)
-    figure = Figure(figsize=(1 + 4.8 * across, down * (height + 3)), layout="constrained")
+    figure = _figure(figsize=(1 + 4.8 * across, down * (height + 3)), layout="constrained")
     axes: Any = figure.subplots(2 * down, across, squeeze=False, height_ratios=[height, 3] * down)
     values = torch.cat([row.sqnr for rows, _ in roles.values() for row in rows])
     finite = values[values.isfinite()].tolist() or [0.0]
@@ -90,6 +90,19 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
         legend.append(Patch(color=GREY, label="SQNR infinite (nothing is lost) or NaN"))
     figure.legend(handles=legend, loc="outside lower center", ncols=2 if across < 3 else 4, frameon=False)
     return figure
+
+
+def _figure(**options: Any) -> "Figure":
+    """A figure that a notebook shows, too, if nothing there has loaded pyplot."""
+    import matplotlib.figure  # only where a figure is wanted
+
+    class Figure(matplotlib.figure.Figure):
+        def _repr_png_(self) -> bytes:
+            png = BytesIO()
+            self.savefig(png, format="png", dpi=100)
+            return png.getvalue()
+
+    return Figure(**options)
 
 
 def _heat_map(axes: Any, role: str, rows: Sequence[Row], limits: tuple[float, float]) -> Any:
