@@ -5,12 +5,14 @@ It is executed again only after a change of the example, of the package or of a 
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "build" / "notebooks"
@@ -19,7 +21,9 @@ SECONDS = 300  # for all of an example, on a busy machine
 # Examples of several ranks: how many torchrun starts, and if one cell after the other can be one of them.
 RANKS = {"03_megatron_moe": (2, False), "04_checkpoint_reshard": (4, True)}
 EXECUTED = "*This page was executed by the site's build, with `--small`, on a CPU.*"
-SHOWN = "*Its ranks are processes that `torchrun` starts, so the cells are not executed here. What it prints is at the end.*"
+SHOWN = (
+    "*Ranks are processes that `torchrun` starts, so its cells are not executed here; what it prints is at the end.*"
+)
 
 
 def path_of(name: str) -> Path:
@@ -58,6 +62,7 @@ def make(name: str) -> None:
     from nbclient import NotebookClient
     from nbformat.v4 import new_markdown_cell
 
+    os.environ.pop("TRITON_INTERPRET", None)  # of tests: it is for kernels, and examples run without
     made_of = _made_of(name)
     ranks, in_cells = RANKS.get(name, (1, True))
     book = jupytext.read(EXAMPLES / f"{name}.py")
@@ -74,7 +79,7 @@ def make(name: str) -> None:
                 book, kernel_name="python3", timeout=SECONDS, resources={"metadata": {"path": EXAMPLES}}
             ).execute()
         if ranks > 1:
-            book.cells.append(new_markdown_cell(_of_ranks(name, ranks, folder)))
+            book.cells += _of_ranks(name, ranks, folder)
         book.cells.insert(1, new_markdown_cell(EXECUTED if in_cells else SHOWN))
         _tidy(book)
         strange = [path for path in (folder, str(ROOT), str(Path.home()), sys.prefix) if path in nbformat.writes(book)]
@@ -87,28 +92,35 @@ def make(name: str) -> None:
     beside.replace(path_of(name))
 
 
-def _of_ranks(name: str, ranks: int, folder: str) -> str:
-    """A section with what an example prints under torchrun."""
+def _of_ranks(name: str, ranks: int, folder: str) -> list[Any]:
+    """Cells with what an example prints under torchrun."""
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     command += [str(EXAMPLES / f"{name}.py"), "--small", "--out", folder]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=True)
-    said = f"`torchrun --nproc-per-node={ranks} examples/{name}.py --small` prints:"
-    return f"## With {ranks} ranks\n{said}\n\n```text\n{done.stdout.strip()}\n```"
+    said = new_output("stream", name="stdout", text=done.stdout)
+    called = f"!torchrun --nproc-per-node={ranks} examples/{name}.py --small"
+    return [new_markdown_cell(f"## With {ranks} ranks"), new_code_cell(called, outputs=[said])]
 
 
-def _tidy(book) -> None:
+def _tidy(book: Any) -> None:
     """Leave what cells print and show: no standard error, no time of execution, no number."""
     for cell in book.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            kept = []
+            for output in cell.outputs:
+                if output.get("name") == "stdout" and kept and kept[-1].get("name") == "stdout":
+                    kept[-1].text += output.text  # printed in pieces
+                elif output.get("name") != "stderr":
+                    kept.append(output)
+            cell.outputs = kept
 
 
 def lines(name: str) -> list[str]:
     """What an example prints and shows as text, after `make`."""
-    import json
-
     found = []
     for cell in json.loads(path_of(name).read_text())["cells"]:
         for output in cell.get("outputs", []):

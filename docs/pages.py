@@ -8,11 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import notebooks
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
-
-import notebooks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

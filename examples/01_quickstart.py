@@ -63,7 +63,8 @@ spec = fqt.select(params, {"*.experts.*": fqt.NVFP4})
 fq = fqt.transform(spec)
 state = fq.calibrate(params)
 tiny_moe.show(spec)
-print("amax of the experts' w1:", state["layers.0.moe.experts.*.w1.weight"]["amax"].tolist())
+amax = state["layers.0.moe.experts.*.w1.weight"]["amax"]
+print("amax of each expert's w1:", ", ".join(f"{value:.3f}" for value in amax))
 
 # %% [markdown]
 # What this does to each expert: the signal to quantization noise ratio (SQNR), and how many weights are clipped or
@@ -156,17 +157,18 @@ def increase(losses, base):
 
 
 def cell(losses, base):
-    return "     -" if losses is None else "{:.4f} {:+.4f} ±{:.4f}".format(losses.mean(), *increase(losses, base))
+    return "-" if losses is None else "{:.4f} {:+.4f} ±{:.4f}".format(losses.mean(), *increase(losses, base))
 
 
-print(f"\nHeld-out loss in nats per byte ({targets.numel():,} bytes), and its increase over the unquantized model's")
-print("with as many steps, ± the standard error of that\n")
 columns = ("PTQ, amax per expert", "PTQ, one for all", f"{QAT_STEPS} more steps, PTQ", f"{QAT_STEPS} steps of QAT")
-rows = [("unquantized", f"{base.mean():.4f}", "", f"{base_more.mean():.4f}")]
-rows += [(format.name, cell(each[format], base), cell(tied.get(format), base)) for format in each]
-rows[-1] += cell(later, base_more), cell(qat, base_more)
-for row in (("", *columns), *rows):
-    print("".join(f"{entry:24}" for entry in row).rstrip())
+rows = [("format", *columns), ("unquantized", f"{base.mean():.4f}", "-", f"{base_more.mean():.4f}", "-")]
+rows += [(format.name, cell(each[format], base), cell(tied.get(format), base), "-", "-") for format in FORMATS]
+rows += [("INT2", cell(each[INT2], base), cell(tied[INT2], base), cell(later, base_more), cell(qat, base_more))]
+about = (
+    f"The held-out loss in nats per byte ({targets.numel():,} bytes), and its increase over the unquantized model's",
+    "with as many steps, ± the standard error of that.",
+)
+tiny_moe.show(tiny_moe.Table(rows, *about, left=range(5)))
 
 # %% [markdown]
 # ## Save and load

@@ -32,7 +32,7 @@ SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, context=64)
 if SMALL:
     SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=4, context=32)
 LAYERS, EXPERTS = SIZES.layers, SIZES.experts
-SAMPLE, HELDOUT = (32, 128) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
+SAMPLE, HELDOUT = (96, 512) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
 
 # %% [markdown]
 # ## Text and model
@@ -164,18 +164,20 @@ rows = {
 }
 increase = {name: heldout_losses(found.spec) - base for name, found in rows.items()}
 count = sum(weights[name].numel() for group in fq.spec.groups for name in group.names)
-print(f"\n{'':22}{'bytes':>10}{'bits':>7}   increase of the held-out loss (nats per byte, {HELDOUT} sequences)")
+table = [("choice", "bytes", "bits", "increase")]
 for name, found in rows.items():
     each = increase[name]
     error = each.std() / len(each) ** 0.5
-    print(f"{name:22}{found.bytes:>10,}{8 * found.bytes / count:>7.2f}   {each.mean():+.5f} ±{error:.5f}")
+    table.append((name, f"{found.bytes:,}", f"{8 * found.bytes / count:.2f}", f"{each.mean():+.5f} ±{error:.5f}"))
+about = f"Increase of the loss of {HELDOUT} held-out sequences in nats per byte, ± its standard error."
+tiny_moe.show(tiny_moe.Table(table, about))
 
 # %% [markdown]
 # ## From four bits to eight
 # One search measures, and its `at` chooses again under every budget.
 
 # %%
-budgets = torch.linspace(smallest, largest, 3 if SMALL else 9).int().tolist()
+budgets = torch.linspace(smallest, largest, 5 if SMALL else 9).int().tolist()
 paths = {way: [found.at(limit) for limit in budgets] for way, found in by_expert.items()}
 known = {found.spec: None for path in paths.values() for found in path}
 for spec in tqdm(known, desc="held-out loss"):
@@ -212,8 +214,9 @@ if plt := tiny_moe.pyplot():
     middle.set_title("Sensitivity of an expert, and rank correlation")
     middle.legend(**below)
 
-    for way, curve in curves.items():
-        right.plot([found.bytes / 1000 for found in paths[way]], [1000 * cost for cost in curve], ".-", label=way)
+    for width, (way, curve) in zip((7, 5, 3, 1), curves.items(), strict=True):  # choices alike lie over each other
+        kilobytes, cost = [found.bytes / 1000 for found in paths[way]], [1000 * value for value in curve]
+        right.plot(kilobytes, cost, ".-", linewidth=width, markersize=6 + width, label=way)
     right.axhline(0, color="0.6", linewidth=0.8, label="bf16")
     right.set_xlabel("kB of packed experts")
     right.set_ylabel("increase of the held-out loss, 1e-3 nats per byte")

@@ -18,6 +18,8 @@ from torch import nn
 from torch.func import functional_call
 from tqdm.auto import trange
 
+from fq_transforms import tables
+
 OUT = Path(__file__).parent / "out"
 BATCH = 16
 
@@ -45,6 +47,19 @@ def options(doc, **more):
 def is_script():
     """False in a notebook, which has no file."""
     return hasattr(sys.modules["__main__"], "__file__")
+
+
+class Table:
+    """Rows of text, the first of which is the header, and lines below; HTML in a notebook."""
+
+    def __init__(self, rows, *below, left=(0,)):
+        self.rows, self.below, self.left = rows, below, left
+
+    def __repr__(self):
+        return "\n".join([tables.table(self.rows, left=self.left), *self.below])
+
+    def _repr_html_(self):
+        return tables.html(self.rows, left=self.left, below=self.below)
 
 
 def show(value):
