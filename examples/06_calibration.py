@@ -28,7 +28,7 @@ STEPS = 200 if SMALL else 480
 SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
 if SMALL:
     SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64, experts=4, context=16)
-CALIBRATION = 2 if SMALL else 32  # batches of training text that the inputs are observed on
+CALIBRATION = 16 if SMALL else 32  # batches of training text that the inputs are observed on
 
 # %% [markdown]
 # ## Text, model and training
