@@ -55,4 +55,4 @@ def executed(name):
     if not notebooks.is_current(name):
         done = subprocess.run([sys.executable, notebooks.__file__, name], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PluginError(f"examples/{name}.py: {done.stderr[-4000:]}")
+            raise PluginError(f"examples/{name}.py: {done.stderr.strip()[-4000:]}")
