@@ -206,6 +206,7 @@ if plt := tiny_moe.pyplot():
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(range(len(order)), [format.name for format in order])
     left.set_xlabel("increase of the loss, nats per byte, ± standard error")
+    left.locator_params(axis="x", nbins=5)
     left.set_title("PTQ in the formats of hardware")
     left.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2, frameon=False)
 
