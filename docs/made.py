@@ -160,6 +160,14 @@ def picture_name(format: Format) -> str:
     return f"e{element.exponent_bits}m{element.mantissa_bits}"
 
 
+def element_name(format: Format) -> str:
+    """What stands on the picture."""
+    element = format.element
+    if isinstance(element, IntElement) or element.exponent_bits:
+        return picture_name(format).upper()
+    return f"INT{element.mantissa_bits + 1} / {2 ** (element.mantissa_bits - 1)}"
+
+
 def grid(format: Format) -> str:
     """Every value of an element on a line, the largest at the ends."""
     values = element_values(format)
@@ -167,18 +175,19 @@ def grid(format: Format) -> str:
     few = len(values) <= 16
 
     def place(value: float) -> float:
-        return round(width / 2 + value / largest * (width / 2 - 18), 2)
+        return round(width / 2 + value / largest * (width / 2 - 24), 2)
 
-    ticks = "".join(f"M{place(v):g} 14V38" for v in values)
+    ticks = "".join(f"M{place(v):g} 22V46" for v in values)
     parts = [
-        f'<path d="M8 38H{width - 8}" stroke="{LINE}"/>',
+        text(8, 12, element_name(format), "start"),
+        f'<path d="M8 46H{width - 8}" stroke="{LINE}"/>',
         f'<path d="{ticks}" stroke="{MARK}" stroke-width="{2 if few else 0.8}"/>',
-        *(text(place(v), 56, f"{v:g}") for v in (values if few else [values[0], 0.0, values[-1]])),
+        *(text(place(v), 64, f"{v:.4g}") for v in (values if few else [values[0], 0.0, values[-1]])),
     ]
-    return svg(width, 64, parts, f"{len(values)} values, {values[0]:g} to {values[-1]:g}")
+    return svg(width, 72, parts, f"{len(values)} values, {values[0]:g} to {values[-1]:g}")
 
 
-def bars(rows: list[tuple[str, float, float]], low: float, high: float, what: str) -> str:
+def bars(rows: list[tuple[str, float, float]], low: float, high: float, axis: str, what: str) -> str:
     """Ranges, one per row, beside a line at 1."""
     left, right, step = 150, 450, 24
     bottom = step * len(rows) + 16
@@ -198,7 +207,8 @@ def bars(rows: list[tuple[str, float, float]], low: float, high: float, what: st
             f'<rect x="{place(least):g}" y="{y - 6}" width="{across:g}" height="12" rx="3" fill="{MARK}"/>',
             text(right + 16, y + 4, found, "start"),
         ]
-    return svg(560, bottom + 28, parts, what)
+    parts.append(text(place(1.0), bottom + 38, axis))
+    return svg(560, bottom + 48, parts, what)
 
 
 # Figures.
@@ -232,7 +242,8 @@ def kernels() -> tuple[str, str]:
         [f"`{name}`", *("{:.2f} to {:.2f}".format(*of_kind[k][name]) if name in of_kind[k] else "" for k in kinds)]
         for name in forward
     ]
-    picture = bars([(name, *forward[name]) for name in forward], 0.9, 1.05, "Speed of fakequant over copy_, by format")
+    what = "Speed of fakequant over copy_, by format"
+    picture = bars([(name, *forward[name]) for name in forward], 0.9, 1.05, "speed over copy_: larger is faster", what)
     return where + table(["format", *kinds], rows), picture
 
 
@@ -251,7 +262,8 @@ def steps() -> tuple[str, str, str]:
     taken = {way: span(r["ways"][way]["ratio"] for r in rows) for way, rows in measured.items()}
     called = {"ModelOpt": "ModelOpt 0.47, a quantizer per expert, at each forward"}
     ways = [[called.get(way, f"`{way}`"), "{:.2f} to {:.2f}".format(*taken[way])] for way in taken]
-    picture = bars(device, 0.9, 1.05, "Time of an optimizer step over bf16's, one microbatch, by format")
+    what = "Time of an optimizer step over bf16's, one microbatch, by format"
+    picture = bars(device, 0.9, 1.05, "GPU time of a step over bf16's: smaller is faster", what)
     return where + table(head, rows), picture, table(["way, one microbatch", "whole steps over bf16's"], ways)
 
 

@@ -62,8 +62,19 @@ def heldout_loss(weights):
 spec = fqt.select(params, {"*.experts.*": fqt.NVFP4})
 fq = fqt.transform(spec)
 state = fq.calibrate(params)
-print(spec)
-print(state["layers.0.moe.experts.*.w1.weight"])
+tiny_moe.show(spec)
+amax = state["layers.0.moe.experts.*.w1.weight"]["amax"]
+print("amax of each expert's w1:", ", ".join(f"{value:.3f}" for value in amax))
+
+# %% [markdown]
+# What this does to each expert: the signal to quantization noise ratio (SQNR), and how many weights are clipped or
+# become zero.
+
+# %%
+found = fq.report(params, state)
+tiny_moe.show(found)
+if tiny_moe.pyplot():
+    tiny_moe.save(found.plot(), options.out / "report.png")
 
 # %% [markdown]
 # ## PTQ in every format, and in one of our own
@@ -146,17 +157,18 @@ def increase(losses, base):
 
 
 def cell(losses, base):
-    return "     -" if losses is None else "{:.4f} {:+.4f} ±{:.4f}".format(losses.mean(), *increase(losses, base))
+    return "-" if losses is None else "{:.4f} {:+.4f} ±{:.4f}".format(losses.mean(), *increase(losses, base))
 
 
-print(f"\nHeld-out loss in nats per byte ({targets.numel():,} bytes), and its increase over the unquantized model's")
-print("with as many steps, ± the standard error of that\n")
 columns = ("PTQ, amax per expert", "PTQ, one for all", f"{QAT_STEPS} more steps, PTQ", f"{QAT_STEPS} steps of QAT")
-rows = [("unquantized", f"{base.mean():.4f}", "", f"{base_more.mean():.4f}")]
-rows += [(format.name, cell(each[format], base), cell(tied.get(format), base)) for format in each]
-rows[-1] += cell(later, base_more), cell(qat, base_more)
-for row in (("", *columns), *rows):
-    print("".join(f"{entry:24}" for entry in row).rstrip())
+rows = [("format", *columns), ("unquantized", f"{base.mean():.4f}", "-", f"{base_more.mean():.4f}", "-")]
+rows += [(format.name, cell(each[format], base), cell(tied.get(format), base), "-", "-") for format in FORMATS]
+rows += [("INT2", cell(each[INT2], base), cell(tied[INT2], base), cell(later, base_more), cell(qat, base_more))]
+about = (
+    f"The held-out loss in nats per byte ({targets.numel():,} bytes), and its increase over the unquantized model's",
+    "with as many steps, ± the standard error of that.",
+)
+tiny_moe.show(tiny_moe.Table(rows, *about, left=range(5)))
 
 # %% [markdown]
 # ## Save and load
@@ -179,9 +191,10 @@ print(f"{path.name}: {len(leaves)} leaves, {path.stat().st_size:,} bytes, the sa
 
 # %%
 if plt := tiny_moe.pyplot():
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(16, 6), width_ratios=(1.3, 0.8, 1), layout="constrained"
+    figure, panels = plt.subplot_mosaic(
+        [["formats", "two bits"], ["formats", "amax"]], figsize=(10.5, 8.5), width_ratios=(1.2, 1), layout="constrained"
     )
+    left, middle, right = panels.values()
     order = sorted(FORMATS, key=lambda format: each[format].mean())
     for losses, shift, color, label in (
         (each, 0.2, "tab:blue", "one amax per expert"),
@@ -193,8 +206,9 @@ if plt := tiny_moe.pyplot():
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(range(len(order)), [format.name for format in order])
     left.set_xlabel("increase of the loss, nats per byte, ± standard error")
+    left.locator_params(axis="x", nbins=5)
     left.set_title("PTQ in the formats of hardware")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+    left.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2, frameon=False)
 
     bars = {"PTQ": (each[INT2], base), "PTQ after\nmore steps": (later, base_more), "QAT": (qat, base_more)}
     cost, error = zip(*(increase(*pair) for pair in bars.values()), strict=True)
@@ -203,10 +217,10 @@ if plt := tiny_moe.pyplot():
     worst = order[-1]  # the topmost on the left
     middle.axhline(increase(each[worst], base)[0], color="tab:blue", linestyle="--", label=f"PTQ in {worst.name}")
     middle.axhline(0, color="black", linewidth=0.8)
-    middle.margins(y=0.12)
-    middle.set_ylabel("increase of the loss, nats per byte, ± standard error")
+    middle.margins(y=0.2)
+    middle.set_ylabel("increase of the loss, nats per byte")
     middle.set_title("Two bits (INT2)")
-    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    middle.legend(loc="upper right", frameon=False)
 
     amax = torch.stack([group["amax"] for group in state.values()])
     image = right.imshow(amax, aspect="auto", cmap="viridis", vmin=0)
@@ -218,8 +232,7 @@ if plt := tiny_moe.pyplot():
     right.set_xticks(range(SIZES.experts))
     right.set_xlabel("expert")
     right.set_title("amax of each expert in NVFP4")
-    figure.savefig(options.out / "quickstart.png", dpi=110)
-    print(f"figure: {options.out / 'quickstart.png'}")
+    tiny_moe.save(figure, options.out / "quickstart.png")
 
 # %% [markdown]
 # ## What it found

@@ -91,7 +91,7 @@ params = dict(model.named_parameters())
 masters = fqt.masters(model)
 fq = fqt.transform(fqt.select(masters, {"*.experts.*": fqt.NVFP4}))
 state = fq.calibrate(masters)
-print(fq.spec)
+tiny_moe.show(fq.spec)
 
 # %% [markdown]
 # ## Four ways to the same gradients

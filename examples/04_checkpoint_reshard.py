@@ -27,7 +27,7 @@ import tiny_moe
 options = tiny_moe.options(__doc__)  # it is small as it is
 EXPERTS, HIDDEN, INNER, TOKENS, CLASSES = 8, 64, 128, 32, 10
 
-for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29541"}.items():
+for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
     os.environ.setdefault(name, value)
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
@@ -100,7 +100,7 @@ params = at_expert_parallelism(size)
 rules = {"experts.gate_up_proj": fqt.NVFP4, "experts.down_proj": fqt.INT8_PER_CHANNEL}
 fq = fqt.transform(fqt.select(params, rules))
 if rank == 0:
-    print(fq.spec)
+    tiny_moe.show(fq.spec)
 
 state = optree.tree_map(lambda amax: 0.9 * amax, fq.calibrate(params))
 logits = functional_call(model, fq.fakequant(params, state), (tokens,))

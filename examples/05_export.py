@@ -58,7 +58,7 @@ tokens = torch.randint(VOCABULARY, (2, 32))
 rules = {"*.experts.*": fqt.NVFP4, "*self_attn*": fqt.NVFP4}
 spec = fqt.select(params, rules)
 fq = fqt.transform(spec, layout="compressed-tensors")
-print(fq.spec)
+tiny_moe.show(fq.spec)
 state = fq.calibrate(params)
 try:
     fqt.export.save(folder / "untied", fq, params, state, config=model.config)

@@ -24,11 +24,11 @@ from fq_transforms.methods import FourOverSix, Max, Mse, Percentile
 options = tiny_moe.options(__doc__)
 torch.manual_seed(0)
 SMALL = options.small
-STEPS = 2 if SMALL else 480
+STEPS = 200 if SMALL else 480
 SIZES = tiny_moe.Sizes(layers=4, hidden=128, inner=256)
 if SMALL:
     SIZES = tiny_moe.Sizes(layers=1, hidden=64, inner=64, experts=4, context=16)
-CALIBRATION = 2 if SMALL else 32  # batches of training text that the inputs are observed on
+CALIBRATION = 16 if SMALL else 32  # batches of training text that the inputs are observed on
 
 # %% [markdown]
 # ## Text, model and training
@@ -232,17 +232,20 @@ def mean_and_error(each):
     return each.mean().item(), each.std().item() / len(each) ** 0.5
 
 
-print(f"\n{'':38}{'error / that of max':>30}{'held-out loss, nats per byte':>36}{'divergence':>14}")
-print(f"{'format':16}{'method':22}{'weights':>10}{'weighted':>10}{'outputs':>10}", end="")
-print(f"{'':13}{'increase':>19}{'1e-3 nats per byte':>22}")
-print(f"{'bf16':68}{base.mean():>10.4f}")
+rows = [("format", "method", "weights", "weighted", "outputs", "loss", "increase", "divergence")]
+rows += [("bf16", *"----", f"{base.mean():.4f}", "-", "-")]
 for format, name in pairs:
     found = plain, weighted, outputs
     ratios = [(each[format, name].sum() / each[format, "max"].sum()).item() for each in found]
     cost = "{:+.4f} ±{:.4f}".format(*mean_and_error(losses[format, name] - base))
     moved = "{:.3f} ±{:.3f}".format(*mean_and_error(1000 * divergences[format, name]))
-    print(f"{format.name:16}{name:22}" + "".join(f"{ratio:>10.3f}" for ratio in ratios), end="")
-    print(f"{losses[format, name].mean():>10.4f}{cost:>20}{moved:>20}")
+    shares = [f"{ratio:.3f}" for ratio in ratios]
+    rows.append((format.name, name, *shares, f"{losses[format, name].mean():.4f}", cost, moved))
+about = (
+    "Errors of the weights, of the same weighted by the inputs, and of the outputs, over those of max;",
+    "the held-out loss and its increase in nats per byte, the divergence from bf16 in 1e-3 nats per byte.",
+)
+tiny_moe.show(tiny_moe.Table(rows, *about, left=(0, 1)))
 
 # %% [markdown]
 # ## Figures
@@ -252,9 +255,12 @@ for format, name in pairs:
 if plt := tiny_moe.pyplot():
     roles = [group.key.rpartition("experts.*.")[2].removesuffix(".weight") for group in spec.groups][:3]
     choosing = [format for format in FORMATS if format != fqt.NVFP4]
-    figure, panels = plt.subplots(1, len(choosing), figsize=(17, 6), layout="constrained", sharey=True)
-    for panel, format in zip(panels, choosing, strict=True):
-        names = [name for of, name in pairs if of == format and name != "max"]
+    tried = {format: [name for of, name in pairs if of == format and name != "max"] for format in choosing}
+    widths = [1 + len(names) for names in tried.values()]
+    figure, panels = plt.subplots(
+        1, len(choosing), figsize=(10.5, 5.5), width_ratios=widths, layout="constrained", sharey=True
+    )
+    for panel, (format, names) in zip(panels, tried.items(), strict=True):
         for column, name in enumerate(names):
             ratio = outputs[format, name] / outputs[format, "max"]  # [layers, roles, experts]
             for role, color in enumerate(("tab:blue", "tab:orange", "tab:green")):
@@ -266,29 +272,31 @@ if plt := tiny_moe.pyplot():
         panel.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("")
-        panel.set_xticks(range(len(names)), names, rotation=90)
-        panel.set_title(format.name)
+        panel.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+        panel.set_title(format.name, fontsize="medium")
     panels[0].set_ylabel("held-out error of a matrix's outputs / that of max")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, markerscale=3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=3, frameon=False
+    )
     figure.suptitle("Each point is a matrix of an expert; below 1 is better than max")
-    figure.savefig(options.out / "calibration_errors.png", dpi=110)
+    tiny_moe.save(figure, options.out / "calibration_errors.png")
 
-    shown = [[(of, name) for of, name in reversed(pairs) if of == format] for format in choosing]
-    longest = max(map(len, shown))
-    figure, panels = plt.subplots(2, len(choosing), figsize=(20, 8.5), layout="constrained", sharey="col")
-    for column, format, rows in zip(panels.T, choosing, shown, strict=True):
-        colors = ["0.5" if name == "max" else "tab:blue" for _, name in rows]
-        for panel, each in zip(column, ({key: losses[key] - base for key in rows}, divergences), strict=True):
-            cost, error = zip(*(mean_and_error(1000 * each[key]) for key in rows), strict=True)
-            panel.barh([name for _, name in rows], cost, 0.7, xerr=error, color=colors, ecolor="0.3", capsize=2)
+    rows = list(METHODS)[::-1]  # the first on top
+    figure, panels = plt.subplots(2, len(choosing), figsize=(10.5, 7.5), layout="constrained", sharey=True)
+    for column, format in zip(panels.T, choosing, strict=True):
+        keys = [(format, name) for name in ("max", *tried[format])]
+        at = [rows.index(name) for _, name in keys]
+        colors = ["0.5" if name == "max" else "tab:blue" for _, name in keys]
+        for panel, each in zip(column, ({key: losses[key] - base for key in keys}, divergences), strict=True):
+            cost, error = zip(*(mean_and_error(1000 * each[key]) for key in keys), strict=True)
+            panel.barh(at, cost, 0.7, xerr=error, color=colors, ecolor="0.3", capsize=2)
             panel.axvline(0, color="black", linewidth=0.8)
-            panel.set_ylim(len(rows) - longest - 0.6, len(rows) - 0.4)  # bars of one height in all panels
-            panel.locator_params(axis="x", nbins=4)
-        column[0].set_title(format.name)
+            panel.set_yticks(range(len(rows)), rows)
+            panel.locator_params(axis="x", nbins=3)
+        column[0].set_title(format.name, fontsize="medium")
     panels[0, 2].set_xlabel("increase of the held-out loss, 1e-3 nats per byte, ± standard error")
     panels[1, 2].set_xlabel("divergence from bf16's predictions, 1e-3 nats per byte, ± standard error")
-    figure.savefig(options.out / "calibration_loss.png", dpi=100)
-    print(f"\nfigures: {options.out / 'calibration_errors.png'}, {options.out / 'calibration_loss.png'}")
+    tiny_moe.save(figure, options.out / "calibration_loss.png")
 
 # %% [markdown]
 # ## What it found

@@ -27,12 +27,12 @@ options = tiny_moe.options(__doc__)
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the matrices are small, and threads that wait for each other are slower than one
 SMALL = options.small
-STEPS = 2 if SMALL else 400
+STEPS = 200 if SMALL else 400
 SIZES = tiny_moe.Sizes(layers=2, hidden=64, inner=128, context=64)
 if SMALL:
-    SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=2, top_k=1, context=16)
+    SIZES = tiny_moe.Sizes(layers=2, hidden=32, inner=64, experts=4, context=32)
 LAYERS, EXPERTS = SIZES.layers, SIZES.experts
-SAMPLE, HELDOUT = (4, 8) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
+SAMPLE, HELDOUT = (96, 512) if SMALL else (96, 768)  # sequences that sensitivity is measured on, and held out
 
 # %% [markdown]
 # ## Text and model
@@ -140,7 +140,7 @@ smallest, largest = (sum(u.options[i].bytes for u in by_expert["jvp"].units) for
 budget = smallest + (largest - smallest) // 4
 mixed = {f"by expert, {way}": found.at(budget) for way, found in by_expert.items()}
 mixed |= {"by role, jvp": searched("jvp", "group").at(budget), "by layer, jvp": searched("jvp", "engine").at(budget)}
-print(f"\n{mixed['by role, jvp']}")
+tiny_moe.show(mixed["by role, jvp"])
 
 
 # %% [markdown]
@@ -164,18 +164,20 @@ rows = {
 }
 increase = {name: heldout_losses(found.spec) - base for name, found in rows.items()}
 count = sum(weights[name].numel() for group in fq.spec.groups for name in group.names)
-print(f"\n{'':22}{'bytes':>10}{'bits':>7}   increase of the held-out loss (nats per byte, {HELDOUT} sequences)")
+table = [("choice", "bytes", "bits", "increase")]
 for name, found in rows.items():
     each = increase[name]
     error = each.std() / len(each) ** 0.5
-    print(f"{name:22}{found.bytes:>10,}{8 * found.bytes / count:>7.2f}   {each.mean():+.5f} ±{error:.5f}")
+    table.append((name, f"{found.bytes:,}", f"{8 * found.bytes / count:.2f}", f"{each.mean():+.5f} ±{error:.5f}"))
+about = f"Increase of the loss of {HELDOUT} held-out sequences in nats per byte, ± its standard error."
+tiny_moe.show(tiny_moe.Table(table, about))
 
 # %% [markdown]
 # ## From four bits to eight
 # One search measures, and its `at` chooses again under every budget.
 
 # %%
-budgets = torch.linspace(smallest, largest, 3 if SMALL else 9).int().tolist()
+budgets = torch.linspace(smallest, largest, 5 if SMALL else 9).int().tolist()
 paths = {way: [found.at(limit) for limit in budgets] for way, found in by_expert.items()}
 known = {found.spec: None for path in paths.values() for found in path}
 for spec in tqdm(known, desc="held-out loss"):
@@ -184,8 +186,11 @@ curves = {way: [known[found.spec] for found in path] for way, path in paths.item
 average = {way: sum(curve) / len(curve) for way, curve in curves.items()}
 
 if plt := tiny_moe.pyplot():
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3, "frameon": False}
+    figure, panels = plt.subplot_mosaic(
+        [["experts", "experts"], ["ways", "budgets"]], figsize=(10.5, 7.5), height_ratios=(1, 2.4), layout="constrained"
+    )
+    left, middle, right = panels.values()
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
     grid = 1000 * measured.view(LAYERS, EXPERTS)
     image = left.imshow(grid, aspect="auto", cmap="viridis")
     for layer in range(LAYERS):
@@ -209,15 +214,15 @@ if plt := tiny_moe.pyplot():
     middle.set_title("Sensitivity of an expert, and rank correlation")
     middle.legend(**below)
 
-    for way, curve in curves.items():
-        right.plot([found.bytes / 1000 for found in paths[way]], [1000 * cost for cost in curve], ".-", label=way)
+    for width, (way, curve) in zip((7, 5, 3, 1), curves.items(), strict=True):  # choices alike lie over each other
+        kilobytes, cost = [found.bytes / 1000 for found in paths[way]], [1000 * value for value in curve]
+        right.plot(kilobytes, cost, ".-", linewidth=width, markersize=6 + width, label=way)
     right.axhline(0, color="0.6", linewidth=0.8, label="bf16")
     right.set_xlabel("kB of packed experts")
     right.set_ylabel("increase of the held-out loss, 1e-3 nats per byte")
     right.set_title("From four bits to eight, by expert")
     right.legend(**below)
-    figure.savefig(options.out / "sensitivity.png", dpi=110)
-    print(f"\nfigure: {options.out / 'sensitivity.png'}")
+    tiny_moe.save(figure, options.out / "sensitivity.png")
 
 # %% [markdown]
 # ## What it found

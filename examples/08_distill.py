@@ -217,28 +217,33 @@ for format, ways in found.items():
         increases[format, way] = mean_and_error(heldout_loss(predicted) - like)
         divergences[format, way] = mean_and_error(1000 * divergence(predicted, wanted).mean(1))
 
-print(f"\nHeld-out loss in nats per byte ({targets.numel():,} bytes), and its increase over bf16 (for QAT and the PTQ")
-print(f"above it, after the same {STEPS} steps); divergence from the teacher in 1e-3 nats per byte\n")
-print(f"{'':34}{'loss':>8}{'increase':>20}{'recovered':>12}{'divergence':>18}{'recovered':>12}")
-print(f"{'bf16, the teacher':34}{base.mean():8.4f}")
 moved = 1000 * divergence(wanted_more, wanted).mean()
-print(f"{f'bf16 after {STEPS} steps':34}{base_more.mean():8.4f}{'':32}{moved:11.3f}")
+rows = [
+    ("format", "way", "loss", "increase", "recovered", "divergence", "recovered"),
+    ("bf16", "the teacher", f"{base.mean():.4f}", *"----"),
+    ("bf16", f"after {STEPS} steps", f"{base_more.mean():.4f}", "-", "-", f"{moved:.3f}", "-"),
+]
 for format, ways in found.items():
     for way in ("PTQ after the steps", "QAT", "PTQ", *list(WAYS)[1:]):
         cost, moved = increases[format, way], divergences[format, way]
-        line = f"{format.name:14}{way:20}{heldout_loss(ways[way]).mean():8.4f}{cost[0]:+11.4f} ±{cost[1]:.4f} "
-        parts = "", ""
+        parts = "-", "-"
         if way in WAYS:
             before = "PTQ after the steps" if way == "QAT" else "PTQ"
             parts = recovered(cost, increases[format, before]), recovered(moved, divergences[format, "PTQ"])
-        print(f"{line}{parts[0]:>12}{moved[0]:11.3f} ±{moved[1]:.3f}{parts[1]:>12}".rstrip())
+        loss, change = f"{heldout_loss(ways[way]).mean():.4f}", "{:+.4f} ±{:.4f}".format(*cost)
+        rows.append((format.name, way, loss, change, parts[0], "{:.3f} ±{:.3f}".format(*moved), parts[1]))
+about = (
+    f"The held-out loss in nats per byte ({targets.numel():,} bytes), and its increase over bf16 (for QAT and the PTQ",
+    f"above it, after the same {STEPS} steps); the divergence from the teacher in 1e-3 nats per byte.",
+)
+tiny_moe.show(tiny_moe.Table(rows, *about, left=(0, 1)))
 
 # %% [markdown]
 # ## Figure
 
 # %%
 if plt := tiny_moe.pyplot():
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
     shown = {"PTQ after the steps": "0.8", "QAT": "tab:orange", "PTQ": "0.5"}
     shown |= dict(zip(list(WAYS)[1:], ("tab:blue", "tab:cyan"), strict=True))
     for panel, values, factor in zip(panels, (increases, divergences), (1000, 1), strict=True):
@@ -250,11 +255,10 @@ if plt := tiny_moe.pyplot():
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(range(len(FORMATS)), [format.name for format in FORMATS])
         panel.set_ylabel("1e-3 nats per byte, ± standard error")
-    panels[0].set_title("Increase of the held-out loss over bf16 with as many steps")
+    panels[0].set_title("Increase of the loss over bf16 with as many steps")
     panels[1].set_title("Divergence from the teacher")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(options.out / "distill.png", dpi=110)
-    print(f"\nfigure: {options.out / 'distill.png'}")
+    tiny_moe.save(figure, options.out / "distill.png")
 
 # %% [markdown]
 # ## What it found

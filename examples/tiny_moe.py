@@ -18,6 +18,8 @@ from torch import nn
 from torch.func import functional_call
 from tqdm.auto import trange
 
+from fq_transforms import tables
+
 OUT = Path(__file__).parent / "out"
 BATCH = 16
 
@@ -47,6 +49,29 @@ def is_script():
     return hasattr(sys.modules["__main__"], "__file__")
 
 
+class Table:
+    """Rows of text, the first of which is the header, and lines below; HTML in a notebook."""
+
+    def __init__(self, rows, *below, left=(0,)):
+        self.rows, self.below, self.left = rows, below, left
+
+    def __repr__(self):
+        return "\n".join([tables.table(self.rows, left=self.left), *self.below])
+
+    def _repr_html_(self):
+        return tables.html(self.rows, left=self.left, below=self.below)
+
+
+def show(value):
+    """Print a table; a notebook shows it as HTML."""
+    if is_script():
+        print(value)
+    else:
+        from IPython.display import display
+
+        display(value)
+
+
 def pyplot():
     """Matplotlib's, with or without a display; None if it is not installed."""
     try:
@@ -56,9 +81,25 @@ def pyplot():
         return None
     if is_script():
         matplotlib.use("Agg")
+    else:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def save(figure, path):
+    """Write a figure, and say where; a notebook shows it."""
+    from matplotlib.pyplot import close
+
+    figure.savefig(path, dpi=110)
+    if is_script():
+        print(f"figure: {path}")
+    else:
+        show(figure)
+    close(figure)
 
 
 class Sizes(NamedTuple):

@@ -1,6 +1,7 @@
-"""Examples run as their first lines say."""
+"""Examples run as their first lines say, and as the notebooks that the site shows."""
 
 import ast
+import importlib.util
 import os
 import re
 import runpy
@@ -13,7 +14,8 @@ import pytest
 import fq_transforms as fqt
 from tests.full import FULL
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def said(script, *options, ranks=None, gpus=False):
@@ -24,6 +26,27 @@ def said(script, *options, ranks=None, gpus=False):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
+
+
+def columns(line):
+    """The entries of a line of a table."""
+    return re.split("  +", line.strip())
+
+
+def shown(name):
+    """The lines that an example prints and shows as a notebook, at its small size.
+
+    The site's build, which makes notebooks that are not current, finds those that tests have made.
+    """
+    for peer in ("jupytext", "nbclient", "ipykernel"):
+        pytest.importorskip(peer)
+    script = ROOT / "docs" / "notebooks.py"
+    done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = importlib.util.spec_from_file_location("notebooks", script)
+    notebooks = importlib.util.module_from_spec(found)
+    found.loader.exec_module(notebooks)
+    return notebooks.lines(name)
 
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("0*.py"))
@@ -53,7 +76,7 @@ def test_no_cell_of_a_notebook_ends_in_a_stray_value(script):
         last = (ast.parse(cell.partition("\n")[2]).body or [None])[-1]
         if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
             name = ast.unparse(last.value.func).rpartition(".")[2]
-            assert name in {"print", "save", "rmtree", "set_num_threads", "destroy_process_group"}, cell
+            assert name in {"print", "show", "save", "rmtree", "set_num_threads", "destroy_process_group"}, cell
         else:
             assert not isinstance(last, ast.Expr) or isinstance(last.value, ast.Constant), cell
 
@@ -66,7 +89,7 @@ def test_quickstart_has_every_format_and_the_same_logits_after_loading(tmp_path)
     lines = said("01_quickstart.py", "--small", "--out", tmp_path)
     stored = next(line for line in lines if line.startswith("nvfp4_state.safetensors"))
     assert stored.endswith("the same logits after loading")
-    assert {path.name for path in tmp_path.iterdir()} == {"nvfp4_state.safetensors", "quickstart.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"nvfp4_state.safetensors", "report.png", "quickstart.png"}
     formats = {name for name in fqt.__all__ if isinstance(getattr(fqt, name), fqt.Format)} | {"INT2"}
     rows = {line.split()[0]: line for line in lines if line and line.split()[0] in formats}
     assert rows.keys() == formats
@@ -83,7 +106,7 @@ def test_quickstart_has_every_format_and_the_same_logits_after_loading(tmp_path)
 
 def test_qat_step_gives_equal_gradients_and_learns():
     """The script itself compares the gradients of its four ways, and asserts that the loss went down."""
-    lines = said("02_qat_step.py", "--small")
+    lines = shown("02_qat_step")
     ways = [line.split()[0] for line in lines if "gradients equal: True" in line]
     assert ways == ["plain", "once", "layerwise", "lens"]
     assert "loss" in lines[-1]
@@ -108,38 +131,33 @@ def test_megatron_moe_is_restored_and_goes_on(gpus, tmp_path):
 
 
 @pytest.mark.dist
-def test_checkpoint_reshard_gives_the_same_logits_at_every_expert_parallelism(tmp_path):
+def test_checkpoint_reshard_gives_the_same_logits_at_every_expert_parallelism():
     """The script itself compares them; it is run with four processes, and has to say so for 4, 2 and 1."""
-    found = [
-        line
-        for line in said("04_checkpoint_reshard.py", "--out", tmp_path, ranks=4)
-        if line.startswith("saved at EP=4")
-    ]
+    found = [line for line in shown("04_checkpoint_reshard") if line.startswith("saved at EP=4")]
     wanted = [f"saved at EP=4, loaded at EP={ep}: {8 // ep} of 8 amax on rank 0, the same logits" for ep in (4, 2, 1)]
     assert found == wanted
 
 
-def test_export_is_read_back_by_the_real_libraries(tmp_path):
+def test_export_is_read_back_by_the_real_libraries():
     """The script itself compares logits and weights, and asserts that they are equal."""
-    lines = said("05_export.py", "--out", tmp_path)
+    lines = shown("05_export")
     assert any(line.startswith("refused: state 'model.layers.0.self_attn.q_proj.weight'") for line in lines)
     assert lines[-5].endswith("the same logits")
     assert lines[-4].endswith("the same weights")
 
 
-def test_calibration_compares_every_method_in_every_format(tmp_path):
+def test_calibration_compares_every_method_in_every_format():
     """The script itself asserts that no expert is worse off under mse; the table says so again of all together.
 
     GPTQ leaves less than half of the outputs' error on held-out text, and as little as ModelOpt's on the same Hessians.
     """
-    lines = said("06_calibration.py", "--small", "--out", tmp_path)
-    table = lines[lines.index(next(line for line in lines if line.startswith("bf16"))) + 1 :]
+    lines = shown("06_calibration")
     plain, weighted, outputs = {}, {}, {}
-    for line in table:
-        if line[:16].strip() in fqt.formats.FORMATS:
-            row = line[:16].strip(), line[16:38].strip()
-            plain[row], weighted[row], outputs[row] = map(float, line[38:].split()[:3])
-            assert "nan" not in line
+    for format, *entries in map(columns, lines):
+        if format in fqt.formats.FORMATS:
+            row = format, entries[0]
+            plain[row], weighted[row], outputs[row] = map(float, entries[1:4])
+            assert not any("nan" in entry for entry in entries)
     gptq = {"GPTQ", "GPTQ, activation", "GPTQ of ModelOpt"}
     methods = {"max", "percentile 99.99", "percentile 99.9", "percentile 99", "mse", "mse, weighted"}
     assert plain.keys() == (
@@ -152,39 +170,39 @@ def test_calibration_compares_every_method_in_every_format(tmp_path):
         assert plain[format, "mse"] < 0.9
         assert weighted[format, "mse, weighted"] < weighted[format, "mse"]
     for format in ("INT4_BLOCK32", "NVFP4_STATIC", "MXFP4"):
-        assert outputs[format, "GPTQ"] < min(0.5, 1.02 * outputs[format, "GPTQ of ModelOpt"])
+        # On other text than the Hessians' the two differ by 1.4 % to either side (six formats, when this was written).
+        assert outputs[format, "GPTQ"] < min(0.5, 1.05 * outputs[format, "GPTQ of ModelOpt"])
     assert any(line.startswith("mse: an error no larger than max's for all 12 experts' matrices") for line in lines)
 
 
-def test_sensitivity_chooses_a_spec_under_its_budget(tmp_path):
+def test_sensitivity_chooses_a_spec_under_its_budget():
     """Every choice keeps the budget, a quarter of the way from four bits to eight; the last lines say what it found."""
-    lines = said("07_sensitivity.py", "--small", "--out", tmp_path)
-    assert lines[0].startswith("Four bits for one expert of 4: the loss on 8 held-out sequences changes by")
-    rows = lines[lines.index(next(line for line in lines if "held-out loss" in line)) + 1 :]
-    size = {row[:22].strip(): int(row[22:32].replace(",", "")) for row in rows[: rows.index("")]}
+    lines = shown("07_sensitivity")
+    assert lines[0].startswith("Four bits for one expert of 8: the loss on 512 held-out sequences changes by")
+    rows = [columns(line) for line in lines]
+    rows = rows[rows.index(["choice", "bytes", "bits", "increase"]) + 1 :]
+    size = {row[0]: int(row[1].replace(",", "")) for row in rows if len(row) == 4}
     ends = [size.pop(f"{bits} bits for all") for bits in (4, 8)]
     ways = [f"by expert, {way}" for way in ("loss", "jvp", "hessian", "report")]
     assert list(size) == [*ways, "by role, jvp", "by layer, jvp"]
     assert all(ends[0] <= each <= ends[0] + (ends[1] - ends[0]) // 4 for each in size.values())
     assert size["by expert, report"] > ends[0]  # the error of weights only falls
-    assert any(line.startswith("unit ") and line.endswith("in INT8") for line in lines)
+    assert any(line.startswith("Mixture(6 units, ") for line in lines)
     assert lines[-2].startswith("Of the four, ")
     assert lines[-1].startswith("At 5.0")
 
 
-def test_distillation_brings_the_student_back_to_its_teacher(tmp_path):
+def test_distillation_brings_the_student_back_to_its_teacher():
     """The script itself asserts that the teacher's logits are the same bits while the student's weights are in place.
 
     A teacher in either form takes back most of the divergence from it (0.7 when this was written) and lowers the loss
     that quantization has raised; labels alone move the student further away.
     """
-    lines = said("08_distill.py", "--small", "--out", tmp_path, "--formats", "MXFP4")
+    lines = shown("08_distill")
     increase, divergence = {}, {}
-    for line in lines:
-        if line.startswith("MXFP4 "):
-            way, figures = line[14:34].strip(), line[34:].replace("±", "").split()
-            increase[way] = float(figures[1])
-            divergence[way] = float(figures[-3 if "%" in line else -2])
+    for row in map(columns, lines):
+        if row[0] == "MXFP4":
+            increase[row[1]], divergence[row[1]] = (float(row[column].partition(" ")[0]) for column in (3, 5))
     assert list(increase) == ["PTQ after the steps", "QAT", "PTQ", "QAD", "QAD, 16 logits"]
     for way in ("QAD", "QAD, 16 logits"):
         assert divergence[way] < 0.7 * divergence["PTQ"] < divergence["QAT"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import ceil, isfinite, log2, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Histogram", "Row", "element_values", "plot"]
 
 # Roles beside each other, and the most cells of a heat map in which numbers can be read.
-ACROSS, READABLE = 4, (16, 16)
+ACROSS, READABLE = 3, (16, 16)
 # The least that colours span, in dB: one bit. Over less, noise would look like a pattern.
 LEAST_SPAN = 6.0
 # The most labels along an axis, and the most values of an element that are told apart as ticks.
@@ -56,15 +57,14 @@ class Row(NamedTuple):
 
 def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     """A figure: for each role its layers by experts, above the histogram of its worst expert."""
-    from matplotlib.figure import Figure  # only where a figure is wanted
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    across = min(ACROSS, len(roles))
+    across = 2 if len(roles) == 4 else min(ACROSS, len(roles))
     down = -(-len(roles) // across)
     tallest = max(len(rows) for rows, _ in roles.values())
     height = min(7.0, 1.2 + 0.28 * tallest)
-    figure = Figure(figsize=(1 + 4.8 * across, down * (height + 3)), layout="constrained")
+    figure = _figure(figsize=(5.6 if across == 1 else 3.8 * across, 0.6 + down * (height + 3)), layout="constrained")
     axes: Any = figure.subplots(2 * down, across, squeeze=False, height_ratios=[height, 3] * down)
     values = torch.cat([row.sqnr for rows, _ in roles.values() for row in rows])
     finite = values[values.isfinite()].tolist() or [0.0]
@@ -77,7 +77,7 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
     for i in range(len(roles), across * down):
         axes[2 * (i // across)][i % across].set_axis_off()
         axes[2 * (i // across) + 1][i % across].set_axis_off()
-    figure.colorbar(image, ax=axes[0, :].tolist(), label="SQNR, dB")
+    figure.colorbar(image, ax=axes[0, :].tolist(), label="SQNR, dB", location="top", shrink=0.5, aspect=40, pad=0.2)
     legend: list[Any] = [
         Patch(color=BLUE, label="weights of the worst expert"),
         Patch(color=RED, alpha=0.4, label="clipped: over half a step beyond the largest value"),
@@ -88,8 +88,21 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
         legend.append(tick)
     if len(finite) < len(values):
         legend.append(Patch(color=GREY, label="SQNR infinite (nothing is lost) or NaN"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=2 if across < 3 else 4, frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=1 if across == 1 else 2, frameon=False)
     return figure
+
+
+def _figure(**options: Any) -> "Figure":
+    """A figure that a notebook shows, too, if nothing there has loaded pyplot."""
+    import matplotlib.figure  # only where a figure is wanted
+
+    class Figure(matplotlib.figure.Figure):
+        def _repr_png_(self) -> bytes:
+            png = BytesIO()
+            self.savefig(png, format="png", dpi=100)
+            return png.getvalue()
+
+    return Figure(**options)
 
 
 def _heat_map(axes: Any, role: str, rows: Sequence[Row], limits: tuple[float, float]) -> Any:
@@ -114,7 +127,7 @@ def _heat_map(axes: Any, role: str, rows: Sequence[Row], limits: tuple[float, fl
         axis(range(0, len(labels), step), labels[::step])
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    axes.set_title(role, fontsize=9)
+    axes.set_title(role.replace(", ", "\n"), fontsize=9)
     return image
 
 
@@ -137,7 +150,7 @@ def _histogram(axes: Any, found: Histogram) -> None:
         axes.text(0.5, 0.97, about, transform=axes.transAxes, ha="center", va="top", fontsize=8)
     axes.set_xlabel(f"weight / scale in {found.format.name}")
     axes.set_ylabel("weights")
-    axes.set_title(f"worst: {found.key}, expert {found.expert}, {found.sqnr:.1f} dB", fontsize=9)
+    axes.set_title(f"worst: expert {found.expert}, {found.sqnr:.1f} dB\n{found.key}", fontsize=9)
 
 
 def element_values(format: Format) -> list[float]:

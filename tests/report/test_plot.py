@@ -20,14 +20,15 @@ def test_the_figure_has_a_heat_map_and_a_histogram_per_role(tmp_path):
     found = fq.report(params, fq.calibrate(params))
     figure = found.plot()
     maps = {axes.get_title(): axes for axes in figure.axes if axes.get_images()}
-    assert list(maps) == ["layers.*.experts.*.w0, NVFP4", "layers.*.experts.*.w1, INT8"]
-    shown = torch.from_numpy(maps["layers.*.experts.*.w1, INT8"].get_images()[0].get_array().filled(math.nan))
+    assert list(maps) == ["layers.*.experts.*.w0\nNVFP4", "layers.*.experts.*.w1\nINT8"]
+    shown = torch.from_numpy(maps["layers.*.experts.*.w1\nINT8"].get_images()[0].get_array().filled(math.nan))
     wanted = torch.stack([found.groups[f"layers.{layer}.experts.*.w1"].sqnr for layer in range(3)])
     wanted[wanted == math.inf] = math.nan
     assert torch.equal(shown, wanted) or torch.allclose(shown, wanted, rtol=0, atol=0, equal_nan=True)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title().startswith("worst")]
     assert len(titles) == 2
-    assert titles[1].startswith("worst: layers.1.experts.*.w1, expert 2")
+    assert titles[1].startswith("worst: expert 2, ")
+    assert titles[1].endswith(" dB\nlayers.1.experts.*.w1")
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
@@ -61,7 +62,14 @@ def test_a_figure_of_one_dense_weight():
     params = {"w": experts(1, (32, 64))[0]}
     fq = fqt.transform(fqt.select(params, {"*": fqt.MXFP8}))
     figure = fq.report(params, fq.calibrate(params)).plot()
-    assert figure.axes[0].get_title() == "w, MXFP8"
+    assert figure.axes[0].get_title() == "w\nMXFP8"
+
+
+def test_a_notebook_shows_the_figure_even_if_nothing_has_loaded_pyplot():
+    """A figure of plain Matplotlib is but its `repr` there; its own PNG is asked for first."""
+    pytest.importorskip("matplotlib")
+    params, fq, state = model([fqt.INT8])
+    assert fq.report(params, state).plot()._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
