@@ -170,8 +170,7 @@ def test_calibration_compares_every_method_in_every_format():
         assert plain[format, "mse"] < 0.9
         assert weighted[format, "mse, weighted"] < weighted[format, "mse"]
     for format in ("INT4_BLOCK32", "NVFP4_STATIC", "MXFP4"):
-        # On other text than the Hessians' the two differ by 1.4 % to either side (six formats, when this was written).
-        assert outputs[format, "GPTQ"] < min(0.5, 1.05 * outputs[format, "GPTQ of ModelOpt"])
+        assert outputs[format, "GPTQ"] < min(0.5, 1.02 * outputs[format, "GPTQ of ModelOpt"])
     assert any(line.startswith("mse: an error no larger than max's for all 12 experts' matrices") for line in lines)
 
 
