@@ -20,11 +20,11 @@ NAME = PACKAGE.name
 # Packages and top-level modules, lowest first. One imports from its own line or from lines above it.
 LAYERS = [
     "parse tables formats methods rounding rules spec presets",  # numbers, statics, rules: nothing computes
-    "ops knapsack",  # on plain tensors
+    "ops",  # on plain tensors
     "distributed partition dtensor checks in_use masters select state",  # shards, ranks, what the public door checks
     "fakequant pullback pack activations calibrate gptq sequential sync report",  # one verb each
     "transform",
-    "training checkpoint export search sensitivity",
+    "training checkpoint export search",
     "__init__",
     "integrations",
     "bench cli",

@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
-from fq_transforms.knapsack import least
 from fq_transforms.methods import Mse
+from fq_transforms.search.knapsack import least
 from fq_transforms.state import flatten
 from tests.cases import ALL_FORMATS, assert_names, experts, message_of, name_of
 from tests.export.models import build, in_lists, read

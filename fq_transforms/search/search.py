@@ -15,13 +15,13 @@ from fq_transforms.dtensor import is_sharded
 from fq_transforms.export.files import bytes_of
 from fq_transforms.export.ties import FUSED_BY_ENGINES
 from fq_transforms.formats import Format
-from fq_transforms.knapsack import least
 from fq_transforms.methods import check_format
 from fq_transforms.pack import check_packable, packed_leaves
 from fq_transforms.parse import shown
 from fq_transforms.rules import Rule
+from fq_transforms.search.knapsack import least
+from fq_transforms.search.sensitivity import Hessians, Loss, Sensitivities, Sensitivity
 from fq_transforms.select import check_fits
-from fq_transforms.sensitivity import Hessians, Loss, Sensitivities, Sensitivity
 from fq_transforms.spec import Group, Skipped, Spec, refuse_inputs
 from fq_transforms.tables import html, table
 from fq_transforms.transform import Transform

@@ -27,7 +27,7 @@ _Moments: TypeAlias = tuple[Tensor, list[float]]
 
 
 class Sensitivities:
-    """What each format costs some groups: see `fq_transforms.search.search`.
+    """What each format costs some groups: see `search`.
 
     Raises:
         KeyError: The Hessian of a group is missing.

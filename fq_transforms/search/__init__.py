@@ -1,0 +1,5 @@
+"""A format for each part of a model under a budget of bytes: the search, what it weighs, and its knapsack."""
+
+from fq_transforms.search.search import Mixture, Option, Unit, search
+
+__all__ = ["Mixture", "Option", "Unit", "search"]
