@@ -134,6 +134,8 @@ def check_formats(spec: Spec) -> None:
 
 def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hessians) -> None:
     """Raise unless there is a usable Hessian of each group, on the device of its weights. Each is read once."""
+    if not isinstance(hessians, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"hessians: found {type(hessians).__name__}, wanted a dict by group, as of input_hessians")
     keys = {group.key for group in fq.spec.groups}
     if missing := sorted(keys - hessians.keys()):
         raise KeyError(f"hessians: found none of group {missing[0]!r}, {len(missing)} of {len(keys)} missing")

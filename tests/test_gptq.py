@@ -630,6 +630,7 @@ def test_bad_arguments_are_named():
     ]:
         assert_names(message_of(ValueError, fqt.gptq, *call, **options), *fragments)
     assert_names(message_of(KeyError, fqt.gptq, fq, params, state, {}), KEY, "hessians")
+    assert_names(message_of(ValueError, fqt.gptq, fq, params, state, None), "hessians", "NoneType", "input_hessians")
     message = message_of(ValueError, fqt.gptq, fq, params, state, {KEY: leaves, "other": leaves})
     assert_names(message, "'other'", KEY)
     assert_names(message_of(KeyError, fqt.gptq, fq, {}, state, {KEY: leaves}), "experts.0.weight")
