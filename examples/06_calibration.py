@@ -85,7 +85,7 @@ def hessians_on(batches):
 spec = spec_of(fqt.INT8)
 generator = torch.Generator().manual_seed(1)
 windows = [tiny_moe.random_windows(training, tiny_moe.BATCH, SIZES.context, generator) for _ in range(CALIBRATION)]
-hessians, seen = hessians_on([window[:, :-1] for window in windows]), hessians_on(inputs.split(64))
+hessians, seen = hessians_on([window[:, :-1] for window in windows]), hessians_on(list(inputs.split(64)))
 moments = {key: found["hessian"].diagonal(dim1=1, dim2=2) for key, found in hessians.items()}
 spread = torch.cat([(means.amax(1) / means.median(1).values) for means in moments.values()])
 fewest = min(found["tokens"].min().item() for found in hessians.values())

@@ -173,7 +173,11 @@ def run_batch(call: Callable[..., Any], one: Any, forward: Forward | None) -> No
     elif isinstance(one, Tensor):
         call(one)
     elif isinstance(one, tuple):
-        call(*one)
+        try:
+            call(*one)
+        except TypeError as error:  # torch's `split` and `chunk` give tuples
+            error.add_note(f"a tuple of {len(one)} is the arguments of one batch; give many batches as a list")
+            raise
     elif isinstance(one, Mapping):
         call(**cast("Mapping[str, Any]", one))
     else:

@@ -260,6 +260,9 @@ def test_nothing_changes_and_nothing_stays():
     with pytest.raises(IndexError) as caught:
         fq.calibrate(params, [BATCHES[0], torch.tensor([[models.VOCABULARY]])], model=model)
     assert caught.value.__notes__ == ["calibrate: in batch 1"]
+    with pytest.raises(TypeError) as caught:
+        fq.calibrate(params, torch.cat([BATCHES[0]] * 2).split(1), model=model)
+    assert "give many batches as a list" in caught.value.__notes__[0]
     for name, param in model.named_parameters():
         was, version, value = before[name]
         assert param is was and param._version == version and torch.equal(param, value)  # noqa: PT018
