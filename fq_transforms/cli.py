@@ -140,8 +140,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--preset",
         metavar="NAME",
         type=_preset,
-        help="rules of fq_transforms.presets, by ModelOpt's names, "
-        "such as NVFP4_EXPERTS_ONLY; its weights alone unless --inputs is given",
+        help="rules of fq_transforms.presets, by ModelOpt's names, of their weights alone unless --inputs is given: "
+        + ", ".join(sorted(PRESETS)),
     )
     what.add_argument("--rules", metavar="FILE", help="rules in YAML or JSON")
     what.add_argument("--state", metavar="PATH", help="a checkpoint of fq_transforms.checkpoint, whose amax is taken")
@@ -182,7 +182,7 @@ def _preset(name: str) -> tuple[Rule, ...]:
     if (short := name.removesuffix("_CFG")) in PRESETS:
         return PRESETS[short]
     meant = " or ".join(nearest(short, PRESETS, 2))
-    raise argparse.ArgumentTypeError(f"found {name!r}, wanted a preset such as {meant}")
+    raise argparse.ArgumentTypeError(f"found {name!r}, wanted a preset such as {meant}")  # --help lists them all
 
 
 def _what(options: Any) -> dict[str, Any]:

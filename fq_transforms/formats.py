@@ -133,6 +133,8 @@ class Format:
     _json: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.block, tuple) and len(self.block) == 2):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"format {shown(self.name)}: found block {self.block!r}, wanted (rows, columns)")
         rows, columns = self.block
         choices = {
             f"scale {shown(self.scale)}, wanted fp32, e4m3 or e8m0": self.scale in ("fp32", "e4m3", "e8m0"),

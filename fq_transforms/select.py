@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fq_transforms.checks import check_dtype, check_is_tensor, check_readable
-from fq_transforms.formats import FORMATS, Format
+from fq_transforms.formats import FORMATS, Format, code_bits
 from fq_transforms.parse import check_name, nearest, shown
 from fq_transforms.rules import Rule, Rules, as_rules, name_matches, unwrapped
 from fq_transforms.spec import Group, Inputs, Skipped, Spec, experts_regex, group_key, numbered, ranges
@@ -319,27 +319,32 @@ def check_fits(name: str, shape: tuple[int, int], format: Format) -> None:
     """Raise ValueError, naming the parameter, unless blocks of a format divide the rows of an expert's (out, in).
 
     Example:
-        >>> check_fits("head", (8, 48), FORMATS["INT4_BLOCK32"])
+        >>> check_fits("head", (8, 40), FORMATS["INT4_BLOCK32"])
         Traceback (most recent call last):
         ...
-        ValueError: parameter 'head': found shape (out, in) = (8, 48), wanted `in` to be a multiple of 32, the block of
-        INT4_BLOCK32; choose a format of another element or exclude it with a rule to None
+        ValueError: parameter 'head': found shape (out, in) = (8, 40), wanted `in` to be a multiple of 32, the block of
+        INT4_BLOCK32; choose a format of another element or exclude it with the rule 'head': None
     """
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
         raise ValueError(
             f"parameter {name!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
-            f"block of {format.name}; choose {_fitting(format, shape[1])} or exclude it with a rule to None"
+            f"block of {format.name}; choose {_fitting(format, shape[1])} or exclude it with the rule "
+            f"{_glob(name)!r}: None"
         )
 
 
 def _fitting(format: Format, width: int) -> str:
-    """Formats of the same element that take rows of `width`, those of the largest blocks first, for a message."""
-    alike = [each for each in FORMATS.values() if each.element == format.element and each is not format]
-    fitting = [each for each in alike if not (each.has_blocks_along_in and width % (each.block[1] or 1))]
-    fitting.sort(key=lambda each: (each.has_blocks_along_in, each.block[1] or 0), reverse=True)
-    names = [each.name for each in fitting]
-    return f"one of the same element that fits, {', '.join(names[:6])}," if names else "a format of another element"
+    """Formats that take rows of `width`, for a message: of the same element, or else of as many bits.
+
+    Those of the largest blocks first.
+    """
+    fitting = [one for one in FORMATS.values() if not (one.has_blocks_along_in and width % (one.block[1] or 1))]
+    fitting.sort(key=lambda one: (one.has_blocks_along_in, one.block[1] or 0), reverse=True)
+    if alike := [one.name for one in fitting if one.element == format.element]:
+        return f"one of the same element that fits, {', '.join(alike[:6])},"
+    of_bits = [one.name for one in fitting if code_bits(one) == code_bits(format)]
+    return f"one of as many bits that fits, {', '.join(of_bits[:6])}," if of_bits else "a format of another element"
 
 
 class _Layouts:

@@ -361,10 +361,16 @@ def experts_regex(before: str, after: str) -> str:
 _LAYERS = re.compile(r"(?:layer|block|stage|level|head|resnet|attention)s?$|^h$", re.IGNORECASE)
 _OF_EXPERTS = re.compile(r"expert|moe|ffn", re.IGNORECASE)
 MOST_HINTS = 3
+# Stacks that `select` does not take without having been told, or shown, which way round they are.
+_TOLD = re.compile(r"(?:gate_up|gate|up|down)_proj$")
 
 
 def _hints(groups: Sequence[Group]) -> list[str]:
-    """Of dense groups that differ in a number within a layer, or in one beside an expert's name: how to group them."""
+    """What a table of groups may be wrong about.
+
+    Dense groups that differ in a number within a layer, or in one beside an expert's name, may be experts; stacks may
+    be stored the other way round, but for those whose way is told or shown.
+    """
     dense: dict[tuple[tuple[int, int], Format], list[str]] = {}
     for group in groups:
         if group.names == (group.key,) and not group.stacked:
@@ -382,7 +388,13 @@ def _hints(groups: Sequence[Group]) -> list[str]:
                     f"hint: {before}[{ranges(numbers)}]{after} are {len(numbers)} groups; if they are experts of one "
                     f"layer, pass experts=r'{regex}'",
                 )
-    return [*found.values()][:MOST_HINTS]
+    as_named = [group.key for group in groups if group.stacked and not (group.transposed or _TOLD.search(group.key))]
+    of_layout = (
+        f"hint: the stack {as_named[0]}{f' and {len(as_named) - 1} more' if as_named[1:] else ''} was read as "
+        f"[experts, out, in]; if it is stored [experts, in, out], pass transposed={{{as_named[0]!r}: True}}"
+        for _ in as_named[:1]
+    )
+    return [*[*found.values()][:MOST_HINTS], *of_layout]
 
 
 _GROUP_FIELDS = {

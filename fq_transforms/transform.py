@@ -327,7 +327,7 @@ class Transform:
             model: The module whose parameters are `params`.
             params: Names to tensors; may hold more than the spec names.
             state: From `calibrate` or `fill_unseen`, or loaded.
-            *args: The model's.
+            *args: The model's, as it takes them: of a batch that is a dict, give **batch.
             **kwargs: The model's.
 
         Returns:

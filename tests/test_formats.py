@@ -37,6 +37,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 MX = {"element": E4M3, "block": (1, 32), "scale": "e8m0", "dynamic": True}
 
 REFUSED = {
+    "a number of columns alone": {"element": E4M3, "block": 128},
     "columns without rows": {"element": E4M3, "block": (None, 128)},
     "rows without columns": {"element": E4M3, "block": (64, None)},
     "no power of two": {"element": E4M3, "block": (1, 24)},

@@ -564,6 +564,19 @@ def test_the_table_hints_at_experts_that_were_not_grouped(pattern, count, is_hin
     assert ("hint: " in str(spec)) == is_hinted
 
 
+def test_the_table_hints_at_stacks_that_nothing_showed_the_way_round():
+    """Kills blocks along the wrong side, in silence. Roles that are known to be stored either way are asked for."""
+    stacks = {f"blk.{i}.bank.gu": meta(4, 32, 64) for i in range(2)}
+    given = {"experts": r"blk\.\d+\.bank\.gu"}
+    text = str(select(stacks, {"*": FP8}, **given))
+    assert "the stack blk.0.bank.gu and 1 more was read as [experts, out, in]" in text
+    told = text.rpartition("pass ")[2]
+    assert told == "transposed={'blk.0.bank.gu': True}"
+    assert "hint" not in str(select(stacks, {"*": FP8}, **given, transposed={"*": True}))
+    layer = {"experts.gate_up_proj": meta(4, 64, 16), "experts.down_proj": meta(4, 16, 32)}
+    assert "hint" not in str(select(layer, {"*": FP8}))
+
+
 def test_a_regex_without_the_group_still_tells_single_matrices():
     """Kills a refusal of what `experts=` is for: stacks, a matrix among experts, what a weight is computed from."""
     for name in ("layers.{}.moe_kernel", "layers.{}.experts.w1", "layers.{}.parametrizations.weight.original"):
@@ -664,7 +677,13 @@ REFUSALS = {
         {"experts.w13": meta(4, 64, 40)},
         {"*": MXFP4},
         {},
-        ["'experts.w13'", (64, 40), "multiple of 32", "MXFP4"],
+        ["'experts.w13'", (64, 40), "multiple of 32", "MXFP4", "'experts.w13': None"],
+    ),
+    "a block that does not divide in, of integers": (
+        {"layer.weight": meta(64, 48)},
+        {"*": INT4_BLOCK32},
+        {},
+        ["'layer.weight'", (64, 48), "multiple of 32", "as many bits that fits, NVFP4"],
     ),
     "int8": (
         experts_with(_2=meta(32, 64, dtype=torch.int8)),

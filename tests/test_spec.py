@@ -494,7 +494,9 @@ CHANGES = {
     "per_expert": first("inputs", per_expert=True),
     "no inputs": lambda spec: replace(spec, inputs=()),
     "nothing skipped": lambda spec: replace(spec, skipped=()),
-    "one skipped": lambda spec: replace(spec, skipped=tuple({*spec.skipped, Skipped("b", (), "0-D")})),
+    "one skipped": lambda spec: replace(
+        spec, skipped=(*(one for one in spec.skipped if one.name != "b"), Skipped("b", (), "0-D"))
+    ),
     "reason": first("skipped", reason="1-D"),
     "rules": lambda spec: replace(spec, rules=()),
 }
