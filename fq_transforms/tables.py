@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from html import escape
 
-__all__ = ["html", "table"]
+__all__ = ["html", "preformatted", "table"]
 
 # Notebooks, nbconvert and the site have different styles for tables; those on the element itself win over all.
 _TABLE = "border-collapse:collapse;width:auto;font:0.85em/1.5 monospace;margin:0 0 0.5em"
@@ -55,3 +55,13 @@ def html(
         f"<div style='overflow-x:auto'><table style='{_TABLE}'><tbody>{inside}</tbody></table>"
         f"<p style='font:0.85em/1.5 monospace;margin:0'>{text}</p></div>"
     )
+
+
+def preformatted(text: str) -> str:
+    """Text of several tables as HTML, for notebooks, whose own style of it may not be monospaced.
+
+    Example:
+        >>> preformatted("a < b").count("&lt;")
+        1
+    """
+    return f"<pre style='font:0.85em/1.5 monospace;overflow-x:auto'>{escape(text)}</pre>"

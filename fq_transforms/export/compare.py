@@ -18,7 +18,7 @@ from fq_transforms.export.sources import Folder
 from fq_transforms.export.tables import layers_of
 from fq_transforms.report.report import role_of
 from fq_transforms.spec import group_key
-from fq_transforms.tables import table
+from fq_transforms.tables import preformatted, table
 
 __all__ = ["Comparison", "RoleDifference", "compare"]
 
@@ -84,6 +84,9 @@ class Comparison:
     def __repr__(self) -> str:
         differ = sum(role.differ for role in self.roles.values())
         return f"Comparison({str(self.a)!r}, {str(self.b)!r}: {differ:,} numbers differ)"
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
     def __str__(self) -> str:
         rows = [("role", "layers", "weights", "differ", "largest", "SQNR dB", "lowest in")]

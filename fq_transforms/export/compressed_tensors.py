@@ -146,7 +146,7 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
         if part in OF_CACHE:
             left[name] = "a scale of the cache of keys and values"
         elif module in parts_of and part in INPUTS:
-            left[name] = "a scale of inputs, of the codes that were there"
+            left[name] = "a scale of inputs, for the codes as they were stored"
         elif module in parts_of and part != "bias":
             parts_of[module][part] = name
     weights: dict[str, EncodedWeight] = {}

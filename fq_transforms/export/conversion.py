@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fq_transforms.export.tables import size
 from fq_transforms.spec import Spec
-from fq_transforms.tables import table
+from fq_transforms.tables import preformatted, table
 
 __all__ = ["Conversion"]
 
@@ -47,6 +47,9 @@ class Conversion:
 
     def __repr__(self) -> str:
         return f"Conversion({str(self.destination)!r}: {size(self.before)} to {size(self.after)})"
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
     def __str__(self) -> str:
         weights = sum(count for count, _, _ in self.rows.values())

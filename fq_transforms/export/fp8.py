@@ -70,7 +70,7 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     left: dict[str, str] = {}
     for scale in files.places:
         if scale.endswith(_OF_INPUTS):
-            left[scale] = "a scale of inputs, of the codes that were there"
+            left[scale] = "a scale of inputs, for the codes as they were stored"
         elif scale.endswith(("_scale_inv", ".weight_scale")):
             name = scale.removesuffix("_scale_inv").removesuffix("_scale")
             if name not in files.places:

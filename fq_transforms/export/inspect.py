@@ -11,7 +11,7 @@ from fq_transforms.export.sources import Folder
 from fq_transforms.export.tables import layers_of, size
 from fq_transforms.report.report import role_of
 from fq_transforms.spec import group_key
-from fq_transforms.tables import table
+from fq_transforms.tables import preformatted, table
 
 __all__ = ["Contents", "Role", "inspect", "is_stack"]
 
@@ -87,6 +87,9 @@ class Contents:
 
     def __repr__(self) -> str:
         return f"Contents({str(self.path)!r}: {self.model_type}, {size(sum(role.size for role in self.roles))})"
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
     def __str__(self) -> str:
         method = "not quantized" if self.method is None else f"quantized: {self.method}"

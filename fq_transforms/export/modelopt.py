@@ -130,7 +130,7 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
         if name.endswith(_OF_CACHE):
             left[name] = "a scale of the cache of keys and values"
         elif name.endswith(".input_scale"):
-            left[name] = "a scale of inputs, of the codes that were there"
+            left[name] = "a scale of inputs, for the codes as they were stored"
         elif name.endswith(".weight_scale"):
             module = name.removesuffix(".weight_scale")
             named = {part: f"{module}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")}

@@ -93,7 +93,10 @@ class Sensitivities:
         try:
             second = jvp(slope, (torch.zeros(()),), (torch.ones(()),))[1]
         except (NotImplementedError, RuntimeError) as error:
-            error.add_note("sensitivity 'jvp': wanted a loss with two forward derivatives; 'loss' needs none")
+            error.add_note(
+                "sensitivity 'jvp': wanted a loss of operations with two forward derivatives, which PyTorch's fused "
+                "attention, grouped products and silu lack; 'hessian' and 'loss' need none"
+            )
             raise
         return second.item() / 2
 

@@ -1,5 +1,6 @@
 """What is in a folder, from its headers."""
 
+import html
 import json
 
 import pytest
@@ -89,3 +90,13 @@ def test_no_folder_of_a_model(tmp_path):
     """It says what is wanted."""
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         inspect(tmp_path)
+
+
+def test_what_folder_inspect_and_compare_give_is_shown_in_notebooks_as_it_is_printed(tmp_path):
+    """Kills one line of repr in place of the tables."""
+    write(tmp_path / "a", {"model.layers.0.w.weight": torch.ones(32, 32)})
+    made = folder(tmp_path / "a", tmp_path / "b", {"*": fqt.FP8_BLOCK}, layout="plain")
+    for found in (made, inspect(tmp_path / "a"), fqt.export.compare(tmp_path / "a", tmp_path / "b")):
+        page = found._repr_html_()
+        assert html.unescape(page.partition(">")[2].rpartition("<")[0]) == str(found)
+        assert "monospace" in page
