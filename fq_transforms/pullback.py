@@ -33,7 +33,7 @@ from fq_transforms.dtensor import (
     spread_of,
 )
 from fq_transforms.masters import Tensors, cast_all, missing_in_words, tensors_of
-from fq_transforms.ops.launch import Bounded, has_kernel, results_for, unstacked
+from fq_transforms.ops.launch import Bounded, has_kernel, is_traced, results_for, unstacked
 from fq_transforms.ops.private import Guards, add_all, is_transformed, may_be_view
 from fq_transforms.ops.quantize.autograd import Backward, pull_back
 from fq_transforms.spec import Group, Spec
@@ -293,7 +293,7 @@ def _cast(
 ) -> None:
     """Cast gradients of one dtype to their masters', in the list, but for those that were pulled.
 
-    In one launch per group on a GPU, elsewhere in one call.
+    On a GPU one launch per group of matrices to fp32; all others in one call.
     """
     parts: list[Tensor] = []
     outs: list[Tensor] = []
@@ -306,7 +306,7 @@ def _cast(
             made: Sequence[Tensor] = unstacked(out, like)
         else:
             out, made = None, list(map(torch.empty_like, like))
-        if out is not None and out.dtype == torch.float32 and has_kernel(some):
+        if out is not None and out.dtype == torch.float32 and has_kernel(some) and not is_traced(some):
             from fq_transforms.ops.cast.launch import cast_triton
 
             cast_triton(out, some)

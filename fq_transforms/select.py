@@ -100,7 +100,7 @@ def select(
         raise ValueError(
             f"the rules select no weight among {len(params)} parameters; patterns: {[r.pattern for r in rules]}"
         )
-    return Spec(tuple(groups), tuple(skipped), tuple(inputs), rules)
+    return Spec(tuple(groups), tuple(skipped), tuple(inputs), rules, tuple(layouts.assumed))
 
 
 def _check_entry(name: Any, param: Any) -> None:
@@ -350,7 +350,8 @@ def _fitting(format: Format, width: int) -> str:
 class _Layouts:
     """Which part of a parameter is which expert's, and which side of a matrix is `in`: told, or shown by what is there.
 
-    NOTE nothing is guessed: [E, a, b] alone may be [E, out, in] or [E, in, out]. What shows which: a bias [E, out]; a
+    NOTE layouts: [E, a, b] alone may be [E, out, in] or [E, in, out]. Roles that models store either way are asked for;
+    others are [E, out, in], which the spec's table says. What shows which: a bias [E, out]; a
     `gate_up_proj` that is twice as wide as its `down_proj` only one way round; a router [E, hidden], whose `in` is
     that of gate and up and the `out` of down.
     """
@@ -359,6 +360,7 @@ class _Layouts:
         self.params, self.patterns, self.told = params, patterns, told
         self.widths: dict[str, set[int]] = {}  # of the routers that lie in a block
         self.stacks: dict[str, list[str]] = {}  # by the module that holds them
+        self.assumed: dict[str, None] = {}  # globs of those that are taken for [E, out, in] without evidence
         for name, param in params.items():
             if param.dim() == 2 and (match := _ROUTER.fullmatch(name)):
                 self.widths.setdefault(match["block"], set()).add(param.shape[1])
@@ -414,6 +416,8 @@ class _Layouts:
                 f"are [out, in] or [in, out], wanted to be told: pass transposed={{{_glob(key)!r}: False}} for "
                 "[out, in], as nn.Linear has them, or True for [in, out]"
             )
+        if first.dim() == 3 and shown[0] is None:
+            self.assumed[_glob(key)] = None
         if first.dim() == 2 and True in shown:
             name = names[shown.index(True)]
             raise ValueError(

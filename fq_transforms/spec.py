@@ -158,6 +158,7 @@ class Spec:
         inputs: What weights are multiplied with, where that is quantized.
         rules: What `select` was given, for the record. Two specs are equal if they quantize the same, whatever rules
             led there: a state, a checkpoint and a compiled function depend on the groups alone.
+        assumed: Globs of stacks that `select` took for [E, out, in] without being told or shown.
 
     Example:
         >>> import torch
@@ -179,6 +180,7 @@ class Spec:
     skipped: tuple[Skipped, ...] = ()
     inputs: tuple[Inputs, ...] = ()
     rules: tuple[Rule, ...] = field(default=(), compare=False, repr=False)
+    assumed: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for what, names in (
@@ -215,6 +217,8 @@ class Spec:
             data["inputs"] = [_group_to_dict(inputs) for inputs in self.inputs]
         if self.rules:
             data["rules"] = [rule_to_dict(rule, names=False) for rule in self.rules]
+        if self.assumed:
+            data["assumed"] = list(self.assumed)
         return json.dumps(data)
 
     @staticmethod
@@ -225,7 +229,7 @@ class Spec:
                 parse_json(text),
                 "spec",
                 {"groups": "a list", "skipped": "a list"},
-                {"inputs": "a list", "rules": "a list"},
+                {"inputs": "a list", "rules": "a list", "assumed": "a list of text"},
             )
             spec = Spec(
                 tuple(_group_from_dict(Group, f"groups[{i}]", group) for i, group in enumerate(data["groups"])),
@@ -234,6 +238,7 @@ class Spec:
                     _group_from_dict(Inputs, f"inputs[{i}]", group) for i, group in enumerate(data.get("inputs", ()))
                 ),
                 rules_from_list(data.get("rules", [])),
+                tuple(data.get("assumed", ())),
             )
         except ValueError as error:
             raise ValueError(f"not a stored Spec: {error}, in {str(text)[:80]!r}") from error
@@ -272,7 +277,7 @@ class Spec:
         return f"Spec({self.summary})"
 
     def __str__(self) -> str:
-        return "\n".join([table(self._rows(), left=_LEFT), self.summary, *_hints(self.groups)])
+        return "\n".join([table(self._rows(), left=_LEFT), self.summary, *self._hints()])
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -281,7 +286,13 @@ class Spec:
         """The table as HTML, with lines of text below it."""
         rows = self._rows()
         heads = [i for i, row in enumerate(rows) if row in _HEADS]
-        return html(rows, left=_LEFT, heads=heads, below=[self.summary, *_hints(self.groups), *below])
+        return html(rows, left=_LEFT, heads=heads, below=[self.summary, *self._hints(), *below])
+
+    def _hints(self) -> list[str]:
+        """What to look at: matrices that may be experts, and stacks that may be stored the other way round."""
+        told = f"transposed={{{', '.join(f'{glob!r}: True' for glob in self.assumed)}}}"
+        of_layout = f"hint: nothing shows that these stacks are [experts, out, in]; for [experts, in, out] pass {told}"
+        return [*_hints(self.groups), *[of_layout][: len(self.assumed)]]
 
     def _rows(self) -> list[tuple[str, ...]]:
         quantized = [
@@ -361,16 +372,10 @@ def experts_regex(before: str, after: str) -> str:
 _LAYERS = re.compile(r"(?:layer|block|stage|level|head|resnet|attention)s?$|^h$", re.IGNORECASE)
 _OF_EXPERTS = re.compile(r"expert|moe|ffn", re.IGNORECASE)
 MOST_HINTS = 3
-# Stacks that `select` does not take without having been told, or shown, which way round they are.
-_TOLD = re.compile(r"(?:gate_up|gate|up|down)_proj$")
 
 
 def _hints(groups: Sequence[Group]) -> list[str]:
-    """What a table of groups may be wrong about.
-
-    Dense groups that differ in a number within a layer, or in one beside an expert's name, may be experts; stacks may
-    be stored the other way round, but for those whose way is told or shown.
-    """
+    """Of dense groups that differ in a number within a layer, or in one beside an expert's name: how to group them."""
     dense: dict[tuple[tuple[int, int], Format], list[str]] = {}
     for group in groups:
         if group.names == (group.key,) and not group.stacked:
@@ -388,13 +393,7 @@ def _hints(groups: Sequence[Group]) -> list[str]:
                     f"hint: {before}[{ranges(numbers)}]{after} are {len(numbers)} groups; if they are experts of one "
                     f"layer, pass experts=r'{regex}'",
                 )
-    as_named = [group.key for group in groups if group.stacked and not (group.transposed or _TOLD.search(group.key))]
-    of_layout = (
-        f"hint: the stack {as_named[0]}{f' and {len(as_named) - 1} more' if as_named[1:] else ''} was read as "
-        f"[experts, out, in]; if it is stored [experts, in, out], pass transposed={{{as_named[0]!r}: True}}"
-        for _ in as_named[:1]
-    )
-    return [*[*found.values()][:MOST_HINTS], *of_layout]
+    return [*found.values()][:MOST_HINTS]
 
 
 _GROUP_FIELDS = {

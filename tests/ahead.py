@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 import fq_transforms as fqt
 from fq_transforms.formats import FORMATS
+from fq_transforms.gptq import BLOCK
 from fq_transforms.methods import Mse
 from fq_transforms.ops.amax.launch import amax_plan
 from fq_transforms.ops.cast.launch import cast_plan
@@ -212,7 +213,7 @@ def compile_gptq(format):
         return 0
     operands = dict.fromkeys(("weight_base", "target_ptr", "errors_ptr", "factor_ptr", "amax_ptr"), "fp32")
     operands |= {"global_amax_ptr": "fp32" if format.has_global_amax else None, "columns_ptr": "i64"}
-    for first, width in ((128, 128), (2560, 32)):
+    for first, width in ((BLOCK, BLOCK), (2560, 32)):
         compile_ahead(gptq_plan(format, SHAPE, first, width), operands)
     return 2
 

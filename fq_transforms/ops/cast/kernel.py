@@ -25,5 +25,5 @@ def cast_kernel(
     """A tile of one matrix of `size` numbers, to fp32."""
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     exists = at < size
-    x = tl.load(address(grad_base, grad_table, grad_stride, ALIGNED) + at, mask=exists)
+    x = tl.load(address(grad_base, grad_table, grad_stride, ALIGNED) + at, mask=exists, other=0.0)
     tl.store(address(out_base, out_table, out_stride, ALIGNED) + at, x.to(tl.float32), mask=exists)

@@ -1,4 +1,4 @@
-"""The launcher of casts to fp32: one launch per group."""
+"""The launcher of casts to fp32: one launch for all matrices of a group."""
 
 from collections.abc import Sequence
 from functools import cache
