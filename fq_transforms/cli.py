@@ -182,7 +182,7 @@ def _preset(name: str) -> tuple[Rule, ...]:
     if (short := name.removesuffix("_CFG")) in PRESETS:
         return PRESETS[short]
     meant = " or ".join(nearest(short, PRESETS, 2))
-    raise argparse.ArgumentTypeError(f"found {name!r}, wanted a preset such as {meant}")  # --help lists them all
+    raise argparse.ArgumentTypeError(f"found {name!r}, wanted a preset such as {meant}")
 
 
 def _what(options: Any) -> dict[str, Any]:

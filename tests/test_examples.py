@@ -1,4 +1,4 @@
-"""Examples run as their first lines say, and as the notebooks that the site shows."""
+"""Examples run as the notebooks that the site shows; the quickstart, Megatron's and, under FULL, all as scripts."""
 
 import ast
 import importlib.util
@@ -53,6 +53,15 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("0*.py"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that they import
+@pytest.mark.skipif(not FULL, reason="notebooks show it; all with FULL=1")
+@pytest.mark.parametrize("script", [one for one in SCRIPTS if one[:2] in {"02", "04", "05", "06", "07", "08"}])
+def test_an_example_is_a_script_too(script, tmp_path):
+    """What a notebook shows as HTML and pictures is printed, and written into `--out`."""
+    lines = said(script, "--small", "--out", tmp_path)
+    assert lines[-1]
+    assert not any("<table" in line or "<Figure" in line for line in lines)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_it_does_and_runs_nothing(script, tmp_path, monkeypatch, capsys):
     """Options that all have, and no folder, no progress bar, no table. In this process, which has PyTorch already."""

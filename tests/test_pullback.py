@@ -3,6 +3,7 @@
 import optree
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.func import grad, jvp, vjp, vmap
 
@@ -285,3 +286,14 @@ def test_a_compiled_step_writes_and_pulls_back(format, device):
     with pytest.raises(Exception, match="inplace"):  # the compiler wraps errors in its own
         torch.compile(lambda m, s: fq.fakequant(m, s, out=m), backend=backend, fullgraph=True)(masters, state)
     assert_untouched(before)
+
+
+def test_gradients_without_addresses_are_cast_by_torch():
+    """Kills a kernel that is given what torch.compile and export trace with, on a GPU or as if there were one."""
+    names = [f"experts.{e}.w" for e in range(4)]
+    fq = fqt.transform(fqt.select({name: torch.empty(32, 64) for name in names}, {"*": fqt.FP8}))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"):
+        masters = {name: torch.empty(32, 64) for name in names}
+        grads = {name: torch.empty(32, 64, dtype=torch.bfloat16) for name in names}
+        pulled, _ = fq.pullback(masters, {"experts.*.w": {"amax": torch.empty(4)}}, grads)
+    assert all(grad.dtype == torch.float32 and grad.shape == (32, 64) for grad in pulled.values())

@@ -175,8 +175,9 @@ def run_batch(call: Callable[..., Any], one: Any, forward: Forward | None) -> No
     elif isinstance(one, tuple):
         try:
             call(*one)
-        except TypeError as error:  # torch's `split` and `chunk` give tuples
-            error.add_note(f"a tuple of {len(one)} is the arguments of one batch; give many batches as a list")
+        except TypeError as error:
+            if len({(x.dtype, x.shape[1:]) if isinstance(x, Tensor) else None for x in one}) == 1:  # as of `split`
+                error.add_note(f"a tuple of {len(one)} is the arguments of one batch; give many batches as a list")
             raise
     elif isinstance(one, Mapping):
         call(**cast("Mapping[str, Any]", one))

@@ -215,7 +215,7 @@ def in_turns(
 
 
 def against_itself(times: list[float], rounds: int) -> list[float]:
-    """The times of `base` that `in_turns` gives, each over the mean of the ones before and after it in its round.
+    """Of each round of `in_turns` the median of the times of `base`, each over the mean of those before and after it.
 
     Example:
         >>> against_itself([1.0, 2.0, 1.0, 8.0, 8.0, 8.0], 2)
@@ -223,7 +223,7 @@ def against_itself(times: list[float], rounds: int) -> list[float]:
     """
     size = len(times) // rounds
     each = [times[at : at + size] for at in range(0, len(times), size)]
-    return [2 * b / (a + c) for of_round in each for a, b, c in zip(of_round, of_round[1:], of_round[2:], strict=False)]
+    return [median(2 * b / (a + c) for a, b, c in zip(one[:-2], one[1:-1], one[2:], strict=True)) for one in each]
 
 
 def median_and_error(values: list[float]) -> tuple[float, float]:

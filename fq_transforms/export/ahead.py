@@ -1,10 +1,9 @@
-"""What will be read, asked of the disk before: it is busy while a GPU starts, kernels compile and writes wait."""
+"""Reading ahead: the system is asked for the bytes that a conversion will need, and the disk is busy from the start."""
 
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
-from itertools import groupby
 from pathlib import Path
 from threading import Condition, Thread
 from typing import NamedTuple
@@ -13,8 +12,8 @@ __all__ = ["Ahead", "Span"]
 
 # Bytes that may lie in the page cache before they are used, and at most 1 in so many of those available.
 MOST_BYTES, SHARE = 12 * 2**30, 4
-# Bytes that are asked for at a time, and before the first must be there: reads of others, such as those of libraries,
-# queue behind them. One disk gave as much with 64 MiB as to eight threads that read.
+# Bytes that are asked for at a time, and how many of them may wait for the disk: other reads, such as those of
+# libraries, queue behind them.
 STEP_BYTES, QUEUED_BYTES = 2**23, 2**26
 
 
@@ -26,6 +25,14 @@ class Span(NamedTuple):
     size: int
 
 
+class _Step(NamedTuple):
+    """Bytes that were asked for: an open file, the last of them, how many."""
+
+    file: int
+    last: int
+    size: int
+
+
 class Ahead(AbstractContextManager["Ahead"]):
     """A thread that lets the system read pieces into the page cache, in their order, before they are used.
 
@@ -33,7 +40,7 @@ class Ahead(AbstractContextManager["Ahead"]):
 
     Args:
         pieces: The number of each, and its bytes; taken as they are needed.
-        window: Bytes that are asked for and not used, at most. None: of what memory has.
+        window: Bytes that are asked for and not used, at most; None for a share of the memory that is free.
     """
 
     def __init__(self, pieces: Iterable[tuple[int, Iterable[Span]]], window: int | None = None) -> None:
@@ -66,16 +73,22 @@ class Ahead(AbstractContextManager["Ahead"]):
             self._thread.join()
 
     def _ask(self) -> None:
-        with suppress(OSError):
-            for path, steps in groupby(self._steps(), lambda step: step[1].file):
-                with path.open("rb", buffering=0) as stream:
-                    waits: deque[tuple[int, int]] = deque()  # last byte of each step, and its size
-                    for number, (_, start, size) in steps:
-                        if self._may_ask(number, size):
-                            os.posix_fadvise(stream.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-                            waits.append((start + size - 1, size))
-                        while sum(size for _, size in waits) > QUEUED_BYTES:
-                            os.pread(stream.fileno(), 1, waits.popleft()[0])  # which returns once it is there
+        queued: deque[_Step] = deque()
+        try:
+            for number, (path, start, size) in self._steps():
+                if not self._may_ask(number, size):
+                    continue
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                queued.append(_Step(file, start + size - 1, size))
+                os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+                while sum(step.size for step in queued) > QUEUED_BYTES:
+                    os.pread(queued[0].file, 1, queued[0].last)  # which returns once it is there
+                    os.close(queued.popleft().file)
+        except OSError:
+            pass  # is met again by who reads
+        finally:
+            for step in queued:
+                os.close(step.file)
 
     def _steps(self) -> Iterator[tuple[int, Span]]:
         """The pieces, each in the order of its files, cut; without what several share and another one has had."""
@@ -102,9 +115,12 @@ class Ahead(AbstractContextManager["Ahead"]):
 
 
 def _window() -> int:
-    """Bytes that the page cache can hold for one of the processes here, as the system and its control group say."""
-    words = Path("/proc/meminfo").read_text().split()
-    free = [1024 * int(words[words.index("MemAvailable:") + 1])]
-    with suppress(OSError, ValueError):  # there is no group, or no limit, which is "max"
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(MOST_BYTES, min(free) // SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Bytes that the page cache has for one of the processes here, as the system and a container say; 0 if neither."""
+    try:
+        words = Path("/proc/meminfo").read_text().split()
+        free = 1024 * int(words[words.index("MemAvailable:") + 1])
+    except (OSError, ValueError):
+        return 0
+    with suppress(OSError, ValueError):  # there is no limit, or it is called "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(MOST_BYTES, free // SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

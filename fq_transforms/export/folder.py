@@ -170,6 +170,7 @@ def folder(
         mine = _mine(job, ranks)
         ahead = stack.enter_context(Ahead((number, job.spans(piece)) for number, piece in mine.items()))
         if not dry_run and not resume:  # then it begins once what is there is known
+            ranks.together(lambda: check_free(path))
             ahead.start()
         ranks.together(job.start)
         warn_of_notes(job.plan, job.target, stacklevel=3)

@@ -93,7 +93,7 @@ def plot(roles: Mapping[str, tuple[Sequence[Row], Histogram]]) -> "Figure":
 
 
 def _figure(**options: Any) -> "Figure":
-    """A figure that a notebook shows, too, if nothing there has loaded pyplot."""
+    """A figure that a notebook shows even if nothing there has loaded pyplot; it is pickled as an ordinary one."""
     import matplotlib.figure  # only where a figure is wanted
 
     class Figure(matplotlib.figure.Figure):
@@ -101,6 +101,9 @@ def _figure(**options: Any) -> "Figure":
             png = BytesIO()
             self.savefig(png, format="png", dpi=100)
             return png.getvalue()
+
+        def __reduce__(self) -> Any:
+            return matplotlib.figure.Figure, (), self.__getstate__()
 
     return Figure(**options)
 

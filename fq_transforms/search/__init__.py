@@ -1,4 +1,4 @@
-"""A format for each part of a model under a budget of bytes: the search, what it weighs, and its knapsack."""
+"""A format for each part of a model under a budget of bytes: the search, sensitivities, and the knapsack solver."""
 
 from fq_transforms.search.search import Mixture, Option, Unit, search
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,9 @@ def test_no_more_is_ahead_than_the_window(asked, tmp_path):
             left = [start for _, start, _ in asked if start // 2500 not in used]
             assert sum(min(1000, 2500 - start % 2500) for start in left) <= 6000
             # Of two that were asked for whole the later first: threads do not end in order.
-            used.append(max({start // 2500 for start in left if start % 2500 == 2000} - {*used}))
-            one.used(used[-1])
+            if whole := {start // 2500 for start in left if start % 2500 == 2000}:
+                used.append(max(whole))
+                one.used(used[-1])
     assert bytes_of(asked) == {("file", at) for at in range(50_000)}
 
 
@@ -210,3 +212,90 @@ def test_a_system_that_cannot_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise")
     folder(lists(tmp_path / "src"), tmp_path / "dst", {"*.experts.*": fqt.NVFP4})
     assert (tmp_path / "dst" / "config.json").exists()
+
+
+def test_few_bytes_wait_for_the_disk(asked, tmp_path, monkeypatch):
+    """Where pieces lie in two files by turns, too: beyond those allowed a byte of the oldest step is read first."""
+    monkeypatch.setattr(ahead, "QUEUED_BYTES", 3000)
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_bytes(bytes(10_000))
+    order, fadvise = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: [order.append(1), fadvise(*args)])
+    monkeypatch.setattr(os, "pread", lambda file, size, start: [order.append(-1)])
+    pieces = [(number, [Span(files[number % 2], number // 2 * 1000, 1000)]) for number in range(20)]
+    with Ahead(pieces, 10**6) as one:
+        one.start()
+        wait()
+    assert [sum(order[:at]) for at in range(1, 7)] == [1, 2, 3, 4, 3, 4]
+    assert order.count(1) == 20
+    assert max(sum(order[:at]) for at in range(len(order))) == 4
+
+
+def test_what_is_on_the_disk_is_not_asked_for_again(asked, tmp_path, monkeypatch):
+    """Of a conversion that is gone on with only what is left is read ahead, once the marks are known."""
+    src, convert, done = lists(tmp_path / "src"), module.Job.convert, []
+
+    def fail(self, piece, writer):
+        if len(done) == 2:
+            raise OSError("stopped")
+        convert(self, piece, writer)
+        done.append(set(self.spans(piece)))
+
+    monkeypatch.setattr(module.Job, "convert", fail)
+    with pytest.raises(OSError, match="stopped"):
+        folder(src, tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, resume=True, jobs=1)
+    monkeypatch.setattr(module.Job, "convert", convert)
+    asked.clear()
+    folder(src, tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, resume=True, jobs=1)
+    there = [(span.file.name, span.start, span.start + span.size) for spans in done for span in spans]
+    assert there
+    assert bytes_of(asked)
+    assert not bytes_of(asked) & bytes_of(there)
+
+
+def test_a_model_larger_than_the_window_is_read_ahead_to_its_end(asked, tmp_path, monkeypatch):
+    """What has been used makes room. Each piece waits here until it has been asked for."""
+    monkeypatch.setattr(ahead, "MOST_BYTES", 40_000)
+    convert, late = module.Job.convert, []
+
+    def patient(self, piece, writer):
+        own = bytes_of([(span.file.name, span.start, span.start + span.size) for span in self.spans(piece)])
+        deadline = time.monotonic() + 20
+        while own - bytes_of(list(asked)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if own - bytes_of(list(asked)):
+            late.append(piece)
+            raise OSError("it was not asked for")
+        convert(self, piece, writer)
+
+    monkeypatch.setattr(module.Job, "convert", patient)
+    folder(lists(tmp_path / "src"), tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, jobs=1)
+    assert not late
+    assert len(bytes_of(asked)) > 40_000
+
+
+def test_the_window_is_a_share_of_what_is_free(monkeypatch):
+    """Of the system's memory or the container's, whichever is less, for each process; none where nothing is known."""
+    texts = {}
+
+    def read_text(self):
+        if str(self) not in texts:
+            raise FileNotFoundError(self)
+        return texts[str(self)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert ahead._window() == 0
+    texts["/proc/meminfo"] = "MemTotal: 9 kB"
+    assert ahead._window() == 0
+    texts["/proc/meminfo"] = "MemTotal: 99 kB\nMemAvailable: 4000 kB\n"
+    assert ahead._window() == 1_024_000
+    texts["/sys/fs/cgroup/memory.max"] = "max"
+    assert ahead._window() == 1_024_000
+    texts["/sys/fs/cgroup/memory.max"] = "400000"
+    assert ahead._window() == 100_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert ahead._window() == 25_000
+    texts |= {"/proc/meminfo": "MemAvailable: 999999999 kB", "/sys/fs/cgroup/memory.max": "max"}
+    assert ahead._window() == ahead.MOST_BYTES // 4

@@ -17,8 +17,10 @@ import triton.language as tl
 from fq_transforms.ops import device
 from fq_transforms.ops.pack import kernel as pack_kernel
 from tests.conftest import HAS_GPU
+from tests.full import FULL
 
 SIGNIFICANDS = 2**23 if HAS_GPU else 2**9
+STEP = 1 if HAS_GPU or FULL else 4  # between the integers that are tried
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
@@ -86,9 +88,9 @@ def count_differences(kernel, *inputs, **constants):
 
 
 def test_integer_quotients_are_correctly_rounded():
-    """Q / s for every integer 1..128 and every significand of s, as INT dequantization computes it: none differs."""
+    """Q / s for integers 1..128, on a GPU each, and every significand of s, as INT dequantization computes it."""
     s = significands()
-    for q in range(1, 129, 1 if HAS_GPU else 3):
+    for q in range(1, 129, STEP):
         assert count_differences(quotients_kernel, torch.full_like(s, q), s) == 0, q
 
 
@@ -145,9 +147,9 @@ def far_kernel(weight: tl.constexpr, divisors, fast, n, BLOCK: tl.constexpr):
 
 
 def test_quotients_fall_on_the_right_side_of_every_half_step():
-    """As above for integers 0..128, both signs, and for what lies far beyond them, at both ends of a scale's range."""
+    """As above for integers from 0, both signs, and for what lies far beyond them, at both ends of a scale's range."""
     s = significands()
-    for tie in [k + 0.5 for k in range(0, 129, 1 if HAS_GPU else 4)]:
+    for tie in [k + 0.5 for k in range(0, 129, STEP)]:
         middle = (s * tie).view(torch.int32)
         for ulps in range(-5, 6):
             dividend = (middle + ulps).view(torch.float32) * (1 if ulps % 2 else -1)

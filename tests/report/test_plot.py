@@ -1,6 +1,7 @@
 """The figure of a report: what it draws, and the values that an element can take."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -69,7 +70,9 @@ def test_a_notebook_shows_the_figure_even_if_nothing_has_loaded_pyplot():
     """A figure of plain Matplotlib is but its `repr` there; its own PNG is asked for first."""
     pytest.importorskip("matplotlib")
     params, fq, state = model([fqt.INT8])
-    assert fq.report(params, state).plot()._repr_png_().startswith(b"\x89PNG")
+    figure = fq.report(params, state).plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert len(pickle.loads(pickle.dumps(figure)).axes) == len(figure.axes)
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS, ids=name_of)
