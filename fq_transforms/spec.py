@@ -292,7 +292,7 @@ class Spec:
         """What to look at: matrices that may be experts, and stacks that may be stored the other way round."""
         told = f"transposed={{{', '.join(f'{glob!r}: True' for glob in self.assumed)}}}"
         of_layout = f"hint: nothing shows that these stacks are [experts, out, in]; for [experts, in, out] pass {told}"
-        return [*_hints(self.groups), *[of_layout][: len(self.assumed)]]
+        return [*_ungrouped(self.groups), *[of_layout][: len(self.assumed)]]
 
     def _rows(self) -> list[tuple[str, ...]]:
         quantized = [
@@ -374,7 +374,7 @@ _OF_EXPERTS = re.compile(r"expert|moe|ffn", re.IGNORECASE)
 MOST_HINTS = 3
 
 
-def _hints(groups: Sequence[Group]) -> list[str]:
+def _ungrouped(groups: Sequence[Group]) -> list[str]:
     """Of dense groups that differ in a number within a layer, or in one beside an expert's name: how to group them."""
     dense: dict[tuple[tuple[int, int], Format], list[str]] = {}
     for group in groups:

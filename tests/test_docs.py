@@ -1,4 +1,4 @@
-"""Every Python block of every page runs, in order, in one namespace for each page; or the page says where it is tested.
+"""Every block of every page runs, in order, in one namespace for each page; or it is said where it is tested.
 
 A page may have a comment `<!-- before` ... `-->` with Python that its readers do not see: names that it takes as given.
 Recipes have none, since a reader has nothing but the page. A block that cannot run in one process on a CPU has the
@@ -8,12 +8,14 @@ comment `<!-- tested by tests/file.py::name -->` above it, and the test must exi
 import importlib.util
 import os
 import re
+import shlex
 import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+from fq_transforms.cli import DIFFERENT, main
 from tests.export.models import write
 
 ROOT = Path(__file__).parents[1]
@@ -25,10 +27,30 @@ BLOCK = re.compile(
 )
 CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
 MODEL = {
-    f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight": torch.randn(32, 32).bfloat16()
+    f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight": torch.randn(128, 128).bfloat16()
     for expert in range(2)
     for role in ("gate", "up", "down")
-} | {"lm_head.weight": torch.randn(32, 32).bfloat16()}
+} | {"lm_head.weight": torch.randn(128, 128).bfloat16()}
+
+WITH_COMMANDS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# How other commands than `fqt` begin: the file that runs them, and what is in it.
+RUN_BY = {
+    "python -m vllm": (".ci/engines", "fqt quantize Qwen3/,/^```$/p' README.md"),
+    "curl": (".ci/engines", "fqt quantize Qwen3/,/^```$/p' README.md"),
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[examples]'": (
+        "tests/test_examples.py",
+        "01_quickstart.py",
+    ),
+    "python3 -m venv": (".ci/run", "/<!-- the test command -->/"),
+    ".venv/bin/python -m pytest": (".ci/run", "/<!-- the test command -->/"),
+    ".venv/bin/pip install -q -e '.[test,docs]'": (".ci/run", "mkdocs build"),
+    ".venv/bin/pip install": (".ci/wheel", 'pip" install'),
+    ".venv/bin/python -c": (".ci/wheel", "smoke.py"),
+    "pip install build": (".ci/wheel", "-m build"),
+    ".venv/bin/torchrun --nproc-per-node=2 examples/03": ("tests/test_examples.py", '"03_megatron_moe.py"'),
+    ".venv/bin/torchrun --nproc-per-node=4 examples/04": ("tests/test_examples.py", '"04_checkpoint_reshard"'),
+}
 
 
 def blocks_of(page):
@@ -45,6 +67,10 @@ def blocks_of(page):
         code.append("\n" * lines + re.sub(f"^{indent}", "", match[part], flags=re.MULTILINE))
     assert len(code) + len(tests) - text.count("<!-- before") == len(re.findall(r"^ *```python", text, re.MULTILINE))
     return code, tests
+
+
+def path_of(page):
+    return page.relative_to(ROOT).as_posix()
 
 
 def page_name(page):
@@ -74,6 +100,27 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch, one_rank):
     names = {"__name__": page.stem}
     for code in blocks_of(page)[0]:
         exec(compile(code, os.fspath(page.relative_to(ROOT)), "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore:inputs readers of this layout quantize")
+@pytest.mark.parametrize("page", [p for p in WITH_COMMANDS if COMMANDS.search(p.read_text())], ids=path_of)
+def test_every_command_of_a_page_runs(page, tmp_path, monkeypatch, capfd):
+    """`fqt` here, in order, on a small folder of the name that the page gives; others where `RUN_BY` says."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("Qwen3-30B-A3B", "DeepSeek-R1"):
+        write(tmp_path / name, MODEL, {"config.json": CONFIG})
+    for line in "".join(COMMANDS.findall(page.read_text())).splitlines():
+        command = line.partition(" #")[0].strip()
+        program, _, arguments = command.partition(" -m fq_transforms ")  # of several ranks one
+        if not arguments:
+            program, _, arguments = command.partition("fqt ")
+        if program in ("", ".venv/bin/") or program.startswith("torchrun"):
+            code = main(shlex.split(arguments))
+            assert code == (DIFFERENT if arguments.startswith("compare") else 0), (command, capfd.readouterr().err)
+            continue
+        path, content = next((RUN_BY[begin] for begin in RUN_BY if command.startswith(begin)), (None, None))
+        assert path is not None, command
+        assert content in (ROOT / path).read_text(), command
 
 
 def test_what_does_not_run_is_tested_where_the_page_says():
