@@ -185,6 +185,8 @@ def _without_weights(group: Group, layout: Layout | None, scales: GroupState, de
         name: torch.empty(shape if layout is None else layout.leaves[name].local_shape, dtype=dtype, device=device)
         for name, (shape, dtype) in packed_leaves(group).items()
     }
+    if device.type == "meta":  # there PyTorch imports its compiler for some formulas, which takes seconds
+        return list(leaves.values())
     scale, global_scale = pack_scales(scales.get("amax"), scales.get("global_amax"), format=group.format)
     known = {"scale": scale, "global_scale": global_scale}
     return list((leaves | {name: leaf for name, leaf in known.items() if leaf is not None}).values())

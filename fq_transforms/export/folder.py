@@ -379,7 +379,7 @@ class Job:
 
     @cached_property
     def _types(self) -> dict[str, dict[str, tuple[TensorType, int]]]:
-        # Not while the job is made: what PyTorch imports to compute without numbers takes seconds.
+        # Not while the job is made: in formats other than the layout's own PyTorch imports its compiler for it.
         with _named(self.source):
             return {one.name: self._types_of(one) for one in self.plan.sources}
 

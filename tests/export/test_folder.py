@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import types
@@ -1037,3 +1038,32 @@ def test_config_names_the_dtype(rules, tmp_path):
     (src / "config.json").write_text(json.dumps(config))
     folder(src, tmp_path / "dst", rules, layout="plain")
     assert json.loads((tmp_path / "dst" / "config.json").read_text()) == CONFIG
+
+
+WITHOUT_A_COMPILER = """
+import sys, warnings
+import fq_transforms as fqt
+from fq_transforms.formats import FORMATS
+
+warnings.simplefilter("ignore")
+done = 0
+for layout in ("compressed-tensors", "modelopt", "plain"):
+    for name, format in FORMATS.items():
+        try:
+            fqt.export.folder(sys.argv[1], f"{sys.argv[2]}/{layout}-{name}", {"*.experts.*": format}, layout=layout)
+        except ValueError:  # the layout does not have it
+            continue
+        done += 1
+        assert "torch._dynamo" not in sys.modules, (layout, name)
+assert done > 20, done
+"""
+
+
+def test_no_compiler_is_imported(tmp_path):
+    """PyTorch imports its compiler for most formulas on the meta device: 5 s in which little is read ahead."""
+    src = write_folder(tmp_path / "src", [in_lists(["gate_proj", "up_proj", "down_proj"], 2, (128, 128))], CONFIG)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER, src, tmp_path], check=False, capture_output=True, text=True, env=env
+    )
+    assert not found.returncode, found.stderr[-2000:]
