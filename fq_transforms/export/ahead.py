@@ -1,20 +1,18 @@
-"""Reading ahead: the system is asked for the bytes that a conversion will need, and the disk is busy from the start."""
+"""Reading ahead: bytes that a conversion will need are brought into the page cache, and the disk is never idle."""
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import NamedTuple
 
 __all__ = ["Ahead", "Span"]
 
 # Bytes that may lie in the page cache before they are used, and at most 1 in so many of those available.
 MOST_BYTES, SHARE = 12 * 2**30, 4
-# Bytes that are asked for at a time, and how many of them may wait for the disk: other reads, such as those of
-# libraries, queue behind them.
-STEP_BYTES, QUEUED_BYTES = 2**23, 2**26
+# Threads, and bytes that each asks for at a time: fewer stand still where another thread keeps Python to itself.
+THREADS, STEP_BYTES = 2, 2**25
 
 
 class Span(NamedTuple):
@@ -25,75 +23,61 @@ class Span(NamedTuple):
     size: int
 
 
-class _Step(NamedTuple):
-    """Bytes that were asked for: an open file, the last of them, how many."""
-
-    file: int
-    last: int
-    size: int
-
-
 class Ahead(AbstractContextManager["Ahead"]):
-    """A thread that lets the system read pieces into the page cache, in their order, before they are used.
+    """Threads that read pieces, in their order, before they are used.
 
-    No byte is asked for twice, and none of a piece that has been used. Errors are left to who reads.
+    No byte is read twice, and none of a piece that has been used. Errors are left to who reads what is wanted.
 
     Args:
         pieces: The number of each, and its bytes; taken as they are needed.
-        window: Bytes that are asked for and not used, at most; None for a share of the memory that is free.
+        window: Bytes that are read and not used, at most; None for a share of the memory that is free.
     """
 
     def __init__(self, pieces: Iterable[tuple[int, Iterable[Span]]], window: int | None = None) -> None:
-        self._pieces, self._window, self._most = pieces, window, 0
-        self._asked: dict[int, int] = {}  # of pieces that are not used yet: bytes
+        self._steps, self._drawing = self._cut(pieces), Lock()
+        self._window, self._most = window, 0
+        self._read: dict[int, int] = {}  # of pieces that are not used yet: bytes
         self._used: set[int] = set()
         self._is_over, self._changed = False, Condition()
-        self._thread: Thread | None = None
+        self._threads: list[Thread] = []
 
     def start(self, used: Iterable[int] = ()) -> None:
-        """Begin, unless it has begun, without the pieces that have been used; where the system can read ahead."""
-        if self._thread is None and hasattr(os, "posix_fadvise"):
+        """Begin, unless it has begun, without the pieces that have been used."""
+        if not self._threads:
             self._used.update(used)
             self._most = _window() if self._window is None else self._window
-            self._thread = Thread(target=self._ask, name="ahead", daemon=True)
-            self._thread.start()
+            self._threads = [Thread(target=self._run, name="ahead", daemon=True) for _ in range(THREADS)]
+            for thread in self._threads:
+                thread.start()
 
     def used(self, number: int) -> None:
         """A piece is not needed any more."""
         with self._changed:
             self._used.add(number)
-            self._asked.pop(number, None)
+            self._read.pop(number, None)
             self._changed.notify_all()
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _ask(self) -> None:
-        queued: deque[_Step] = deque()
-        try:
-            for number, (path, start, size) in self._steps():
-                if not self._may_ask(number, size):
-                    continue
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                queued.append(_Step(file, start + size - 1, size))
-                os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
-                while sum(step.size for step in queued) > QUEUED_BYTES:
-                    os.pread(queued[0].file, 1, queued[0].last)  # which returns once it is there
-                    os.close(queued.popleft().file)
-        except OSError:
-            pass  # is met again by who reads
-        finally:
-            for step in queued:
-                os.close(step.file)
+    def _run(self) -> None:
+        with suppress(OSError), open(os.devnull, "wb", buffering=0) as nowhere:
+            while (span := self._next()) is not None:
+                _read(span, nowhere.fileno())
 
-    def _steps(self) -> Iterator[tuple[int, Span]]:
+    def _next(self) -> Span | None:
+        """What is read next, once there is room for it; None at the end. One thread at a time, so that order holds."""
+        with self._drawing:
+            return next((span for number, span in self._steps if self._may_read(number, span.size)), None)
+
+    def _cut(self, pieces: Iterable[tuple[int, Iterable[Span]]]) -> Iterator[tuple[int, Span]]:
         """The pieces, each in the order of its files, cut; without what several share and another one has had."""
         had: set[Span] = set()
-        for number, spans in self._pieces:
+        for number, spans in pieces:
             if self._is_over:
                 return
             own = sorted({*spans} - had)
@@ -102,16 +86,28 @@ class Ahead(AbstractContextManager["Ahead"]):
                 for at in range(start, start + size, STEP_BYTES):
                     yield number, Span(file, at, min(STEP_BYTES, start + size - at))
 
-    def _may_ask(self, number: int, size: int) -> bool:
+    def _may_read(self, number: int, size: int) -> bool:
         """True once there is room for bytes of a piece; False if nobody needs them."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_over or number in self._used or sum(self._asked.values()) + size <= self._most
+                lambda: self._is_over or number in self._used or sum(self._read.values()) + size <= self._most
             )
             if self._is_over or number in self._used:
                 return False
-            self._asked[number] = self._asked.get(number, 0) + size
+            self._read[number] = self._read.get(number, 0) + size
             return True
+
+
+def _read(span: Span, nowhere: int) -> None:
+    """Bring bytes into the page cache, where they stay: none is copied.
+
+    To advise the system by `posix_fadvise` is not enough: it takes no more than `read_ahead_kb` of what it is told,
+    which is 128 KiB on many.
+    """
+    with span.file.open("rb", buffering=0) as stream:
+        at, end = span.start, span.start + span.size
+        while at < end and (count := os.sendfile(nowhere, stream.fileno(), at, end - at)):
+            at += count
 
 
 def _window() -> int:

@@ -89,7 +89,7 @@ def stored(
         if not is_own(format, layout):
             global_scale = inverse(global_scale, of_zero=torch.inf)
         if dequantize_of(format, layout) == "divide":  # all codes are zero there
-            global_scale = global_scale.nan_to_num(torch.nan, posinf=1.0)
+            global_scale = torch.where(global_scale == torch.inf, 1.0, global_scale)
         return scale, global_scale
     if isinstance(format.element, IntElement) and not is_own(format, layout):
         return multipliers(scale, format.element, dtype), None
