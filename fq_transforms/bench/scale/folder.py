@@ -10,16 +10,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 import fq_transforms as fqt
-from fq_transforms.bench.scale.steps import largest
+from fq_transforms.bench.scale.steps import FORMAT, largest
 
 __all__ = ["check_same_files", "convert", "hashes"]
 
-FORMAT = fqt.NVFP4
+MOST_JOBS = 16
 
 
 def convert(options: Namespace) -> float:
     """Quantize the folder `options.src` to `options.dst` with all ranks; the seconds of the slowest."""
-    jobs = max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
+    jobs = min(MOST_JOBS, max(1, len(os.sched_getaffinity(0)) // dist.get_world_size()))
     device = options.device if options.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     largest(0.0, options.device)  # all begin at once, with CUDA started
     start = time.perf_counter()

@@ -19,13 +19,21 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
-from fq_transforms.bench.scale.steps import FORMAT, Row, check_equal, in_turns_on_ranks, on_one_gpu
+from fq_transforms.bench.scale.steps import (
+    FORMAT,
+    VOCABULARY,
+    Row,
+    check_equal,
+    in_turns_on_ranks,
+    on_one_gpu,
+    random_ids,
+)
 from fq_transforms.bench.timing import Turn
 
 __all__ = ["load", "train"]
 
 RULES = {"*.experts.up_proj": FORMAT, "*.experts.down_proj": FORMAT}
-VOCABULARY, LENGTH, RATE = 4096, 1024, 1e-4
+RATE = 1e-4
 
 
 class _Experts(nn.Module):
@@ -99,6 +107,10 @@ def _sizes() -> tuple[int, int]:
     return sharded, dist.get_world_size() // sharded
 
 
+def _layout() -> str:
+    return "FSDP2={} x EP={}".format(*_sizes())
+
+
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     assert isinstance(tensor, DTensor)
@@ -132,7 +144,6 @@ def train(options: Namespace) -> Row:
     Raises:
         SystemExit: Fake weights or state are not those of one GPU.
     """
-    device: str = options.device
     model = _model(options)
     _fill(model, options)
     params = dict(model.named_parameters())
@@ -141,8 +152,7 @@ def train(options: Namespace) -> Row:
     state = fq.calibrate(masters)
     groups = [{"params": [m for n, m in masters.items() if (".experts." in n) == of_experts]} for of_experts in (0, 1)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)  # a group's masters are on one mesh
-    ids = torch.randint(VOCABULARY, (options.tokens // (length := min(LENGTH, options.tokens)), length + 1))
-    ids = ids.to(device)
+    ids = random_ids(options)
 
     def backward() -> None:
         logits = model(ids[:, :-1])
@@ -174,9 +184,12 @@ def train(options: Namespace) -> Row:
         fq.take_grads(model, masters, state)
         optimizer.step()
         optimizer.zero_grad()
+        write()
+
+    def write() -> None:
         fq.fakequant(masters, state, out=model)
 
-    row = in_turns_on_ranks(Turn(bf16, cast), Turn(lens, lambda: fq.fakequant(masters, state, out=model)), options)
+    row = in_turns_on_ranks(Turn(bf16, cast), Turn(lens, write), write, options)
 
     lens()
     whole = {key: {name: _whole(leaf) for name, leaf in leaves.items()} for key, leaves in state.items()}
@@ -190,22 +203,21 @@ def train(options: Namespace) -> Row:
     fqt.checkpoint.save(Path(options.saved) / "state", fq, state)
     if dist.get_rank() == 0:
         torch.save(whole, Path(options.saved) / "whole.pt")
-    sharded, experts = _sizes()
-    return row | Row(part="fsdp", layout=f"FSDP2={sharded} x EP={experts}", law="fp32 masters")
+    return row | Row(part="fsdp", layout=_layout(), law="fp32 masters")
 
 
-def load(options: Namespace) -> int:
-    """Load the state of a checkpoint on these ranks, whose model is on meta; their expert parallelism.
+def load(options: Namespace) -> str:
+    """Load the state of every checkpoint on these ranks, whose model is on meta; how these share it.
 
     Raises:
         SystemExit: It is not what was saved.
     """
-    model = _model(options)
-    params = dict(model.named_parameters())
+    params = dict(_model(options).named_parameters())
     fq = fqt.transform(fqt.select(params, RULES, transposed={"*": False}))
-    state = fqt.checkpoint.load(Path(options.saved) / "state", fq, like=fq.init(params), device=options.device)
-    wanted = torch.load(Path(options.saved) / "whole.pt", map_location=options.device, weights_only=True)
-    for key, leaves in state.items():
-        for name, leaf in leaves.items():
-            check_equal(_whole(leaf), wanted[key][name], f"{name} of {key}, loaded")
-    return _sizes()[1]
+    for folder in map(Path, options.saved):
+        state = fqt.checkpoint.load(folder / "state", fq, like=fq.init(params), device=options.device)
+        wanted = torch.load(folder / "whole.pt", map_location=options.device, weights_only=True)
+        for key, leaves in state.items():
+            for name, leaf in leaves.items():
+                check_equal(_whole(leaf), wanted[key][name], f"{name} of {key}, loaded from {folder.name}")
+    return _layout()

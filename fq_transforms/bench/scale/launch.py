@@ -35,7 +35,8 @@ __all__ = ["main"]
 
 Row = dict[str, Any]
 
-PARTS = ["megatron", "fsdp", "folder"]
+LAYOUTS = {"megatron": (1, 2), "fsdp": (1,)}  # tensor parallelism; the rest of the ranks is expert parallelism
+PARTS = [*LAYOUTS, "folder"]
 PACKAGES = ["torch", "triton", "megatron-core", "transformer-engine"]
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str], commit: str) -> None:
     parser.add_argument("--top", type=int, default=6, help="experts per token")
     parser.add_argument("--hidden", type=int, default=2688)
     parser.add_argument("--ffn", type=int, default=1856, help="of an expert")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a rank in a step")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a data-parallel rank in a step")
     parser.add_argument("--steps", type=int, default=50, help="of the lens; bf16 has four times as many")
     parser.add_argument("--gb", type=float, default=60.0, help="size of the folder")
     parser.add_argument("--where", type=Path, default=None, help="directory for folders, by default the system's")
@@ -77,15 +78,20 @@ def main(arguments: list[str], commit: str) -> None:
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"{environment['date']}-scale"
+
+    def write() -> None:
+        stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+        stem.with_suffix(".md").write_text(page(environment, rows))
+
     with tempfile.TemporaryDirectory(prefix="scale-", dir=options.where) as where:
         for part in options.parts:
             folder = Path(where) / part
             folder.mkdir()
             for row in _folder(options, folder) if part == "folder" else _training(part, options, folder):
                 rows.append(row)
-                stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
-                stem.with_suffix(".md").write_text(page(environment, rows))
+                write()
             shutil.rmtree(folder)
+            write()
     print(page(environment, rows))
 
 
@@ -113,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _torchrun(job: str, ranks: int, options: argparse.Namespace, **more: str | int) -> Any:
+def _torchrun(job: str, ranks: int, options: argparse.Namespace, **more: Any) -> Any:
     """What rank 0 of some processes gives for a job of `rank`."""
     names = ("device", "layers", "experts", "top", "hidden", "ffn", "tokens", "steps")
     given = {name: getattr(options, name) for name in names} | more
@@ -132,14 +138,19 @@ def _torchrun(job: str, ranks: int, options: argparse.Namespace, **more: str | i
 
 
 def _training(part: str, options: argparse.Namespace, where: Path) -> Generator[Row]:
-    """A row per layout, whose state is then loaded on fewer ranks."""
-    ranks: int = options.ranks
-    for tensor in (1, 2) if part == "megatron" else (1,):
-        saved = where / str(tensor)
-        saved.mkdir()
-        row: Row = _torchrun(part, ranks, options, saved=str(saved), tensor=tensor)
-        fewer = [ranks >> shift for shift in range(1, ranks.bit_length())]
-        yield row | {"loaded": [_torchrun(f"{part}-load", n, options, saved=str(saved), tensor=1) for n in fewer]}
+    """A row per layout; then the states of all are loaded on fewer ranks, and their rows say so."""
+    rows: list[Row] = []
+    saved: list[str] = []
+    for tensor in LAYOUTS[part]:
+        folder = where / f"TP={tensor}"
+        folder.mkdir()
+        saved.append(str(folder))
+        rows.append(_torchrun(part, options.ranks, options, saved=saved[-1], tensor=tensor) | Row(loaded=[]))
+        yield rows[-1]
+    for shift in range(1, options.ranks.bit_length()):
+        found = _torchrun(f"{part}-load", options.ranks >> shift, options, saved=saved, tensor=1)
+        for row in rows:
+            row["loaded"].append(found)
 
 
 def _folder(options: argparse.Namespace, where: Path) -> Generator[Row]:

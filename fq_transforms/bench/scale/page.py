@@ -21,23 +21,22 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
 
 
 def _training(rows: list[Row]) -> list[str]:
-    header = ["part", "layout", "bf16 ms", "lens ms", AGAIN, "lens", f"lens above {AGAIN}", "bf16 GiB", "lens GiB"]
-    table = [[*header, "fake weights are of", "state loaded at EP"]]
+    header = ["part", "layout", "bf16 ms", "lens ms", "write ms", AGAIN, "lens", f"lens above {AGAIN}"]
+    table = [[*header, "bf16 GiB", "lens GiB", "fake weights are of", "state loaded at"]]
     for row in rows:
-        times = ["{:.1f} ± {:.1f}".format(*row[name]) for name in ("bf16_ms", "lens_ms")]
+        times = ["{:.2f} ± {:.2f}".format(*row[name]) for name in ("bf16_ms", "lens_ms", "write_ms")]
         ratios = [cell(row[name]) for name in ("again", "lens", "above")]
         memory = ["" if gib is None else f"{gib:.2f}" for gib in row["gib"].values()]
-        loaded = ", ".join(map(str, row["loaded"]))
-        table.append([row["part"], row["layout"], *times, *ratios, *memory, row["law"], loaded])
+        table.append([row["part"], row["layout"], *times, *ratios, *memory, row["law"], ", ".join(row["loaded"])])
     return [
         f"A step is forward, backward, gradients to the masters, the optimizer, and the write of the next weights, on "
         f"all ranks at once: the time of the slowest. Ratios are over the mean of the steps of bf16 just before and "
         f"after, of bf16 itself and of the lens, {len(rows[0]['lens']['ratios'])} of each; medians and their standard "
         "errors. Plain bf16 casts masters to bf16, and gradients to fp32; under Megatron's DistributedOptimizer, which "
-        "casts and gathers by itself, the lens is one more pass over the bf16 weights. GiB: the most of a rank within "
-        "a step. Experts are NVFP4, tokens are spread evenly over them. Fake weights after the last step, and amax "
-        "calibrated on the masters then, equal one GPU's of the gathered masters bit for bit, and so does the saved "
-        "state, loaded by other processes.",
+        "casts and gathers by itself, the lens is one more pass over the bf16 weights. Write: of the fake weights "
+        "alone. GiB: the most of a rank within a step. Experts are NVFP4, tokens are spread evenly over them. Fake "
+        "weights after the last step, and amax calibrated on the masters then, equal one GPU's of the gathered masters "
+        "bit for bit, and so does the saved state, loaded by other processes.",
         "",
         *lines(table),
         "",

@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from fq_transforms.bench.step import AGAIN, above, summary
 from fq_transforms.bench.timing import Turn, in_turns, median_and_error
 from fq_transforms.state import GroupState
 
-__all__ = ["check_equal", "in_turns_on_ranks", "largest", "on_one_gpu"]
+__all__ = ["check_equal", "in_turns_on_ranks", "largest", "on_one_gpu", "random_ids"]
 
 Row = dict[str, Any]
 
 FORMAT = fqt.NVFP4
-WARM_UPS = 3
+VOCABULARY, LENGTH = 4096, 1024  # of the models, and of their sequences
+WARM_UPS, WRITES = 3, 11
 
 
 def largest(value: float, device: str) -> float:
@@ -30,40 +31,50 @@ def largest(value: float, device: str) -> float:
     return found.item()
 
 
-def in_turns_on_ranks(bf16: Turn, lens: Turn, options: Namespace) -> Row:
-    """Steps of both ways by turns, `options.steps` of the lens; the most memory of a rank in a step of each.
+def random_ids(options: Namespace) -> Tensor:
+    """Sequences of `options.tokens` tokens in all, and of each the one that follows."""
+    length: int = min(LENGTH, options.tokens)
+    return torch.randint(VOCABULARY, (options.tokens // length, length + 1), device=options.device)
+
+
+def in_turns_on_ranks(bf16: Turn, lens: Turn, write: Callable[[], object], options: Namespace) -> Row:
+    """Steps of both ways by turns, `options.steps` of the lens; the most memory of a rank in a step; the write alone.
 
     A step takes as long as on the slowest rank, so that all ranks have the same times. The ratio of bf16 to itself is
     taken as that of the lens is: one step over the mean of those of bf16 just before and after it.
     """
     device: str = options.device
-    times: dict[bool, list[float]] = {False: [], True: []}  # in milliseconds, by whether it is of the lens
-    bar = tqdm(total=5 * options.steps, desc="steps", disable=dist.get_rank() > 0)
-
-    def timed(turn: Turn) -> float:
-        turn.before()
-        largest(0.0, device)
-        start = time.perf_counter()
-        turn.call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took = largest(time.perf_counter() - start, device)
-        times[turn is lens].append(took * 1e3)
-        bar.update()
-        return took * 1e6
-
     gib = {name: _peak_gib(turn, device) for name, turn in {"bf16": bf16, "lens": lens}.items()}
-    ratios, _ = in_turns(bf16, {AGAIN: bf16, "lens": lens}, options.steps, timed, on_quiet_core=False)
-    bar.close()
+    times: dict[bool, list[float]] = {False: [], True: []}  # in milliseconds, by whether it is of the lens
+    with tqdm(total=5 * options.steps, desc="steps", disable=dist.get_rank() > 0) as bar:
+
+        def timed(turn: Turn) -> float:
+            turn.before()
+            times[turn is lens].append(_ms(turn.call, device))
+            bar.update()
+            return times[turn is lens][-1] * 1e3
+
+        ratios, _ = in_turns(bf16, {AGAIN: bf16, "lens": lens}, options.steps, timed, on_quiet_core=False)
     found = {name: summary(values) for name, values in ratios.items()}
     return Row(
         bf16_ms=median_and_error(times[False]),
         lens_ms=median_and_error(times[True]),
+        write_ms=median_and_error([_ms(write, device) for _ in range(WRITES)]),
         again=found[AGAIN],
         lens=found["lens"],
         above=above(found["lens"], found[AGAIN]),
         gib=gib,
     )
+
+
+def _ms(call: Callable[[], object], device: str) -> float:
+    """The time of a call on the slowest rank; all begin at once."""
+    largest(0.0, device)
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return largest(time.perf_counter() - start, device) * 1e3
 
 
 def _peak_gib(turn: Turn, device: str) -> float | None:
@@ -95,4 +106,4 @@ def check_equal(found: Tensor, wanted: Tensor, what: str) -> None:
         raise SystemExit(f"{what}: found {found.dtype} {list(found.shape)}, wanted {wanted.dtype} {list(wanted.shape)}")
     other = int((found.contiguous().view(integers) != wanted.contiguous().view(integers)).sum())
     if other:
-        raise SystemExit(f"{what}: found {other} of {found.numel()} bits apart from one GPU's, wanted none")
+        raise SystemExit(f"{what}: found {other} of {found.numel()} numbers other than one GPU's, wanted none")
