@@ -96,6 +96,8 @@ def _model(options: Namespace) -> nn.Module:
         fully_shard(block.experts, mesh=mesh["fsdp"], mp_policy=policy)
         assert isinstance(block.experts, FSDPModule)
         block.experts.set_gradient_divide_factor(size)  # each has the tokens of all ranks of "ep" already
+        if options.device == "cpu":
+            block.experts.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
         fully_shard(block, mesh=everyone, mp_policy=policy)
     fully_shard(model, mesh=everyone, mp_policy=policy)
     return model
@@ -139,7 +141,7 @@ def _fill(model: nn.Module, options: Namespace) -> None:
 
 
 def train(options: Namespace) -> Row:
-    """Steps by turns, then one more of the lens with a new state, and everything that is to be equal.
+    """Steps by turns, then one more of the lens, and everything that is to be equal; its state is saved.
 
     Raises:
         SystemExit: Fake weights or state are not those of one GPU.

@@ -30,6 +30,7 @@ import torch
 from fq_transforms.bench.folder import SHARD, drop, make_source, rates
 from fq_transforms.bench.scale.folder import check_same_files, hashes
 from fq_transforms.bench.scale.page import page
+from fq_transforms.bench.scale.steps import LENGTH
 
 __all__ = ["main"]
 
@@ -109,13 +110,13 @@ def _check(options: argparse.Namespace) -> None:
     if options.device == "cuda" and torch.cuda.device_count() < ranks:
         raise SystemExit(f"--ranks: found {torch.cuda.device_count()} GPUs, wanted {ranks}; or --device cpu")
     if options.device == "cpu" and "megatron" in options.parts:
-        raise SystemExit("--parts: found megatron with --device cpu, wanted GPUs for it; tests run it without")
+        raise SystemExit("--parts: found megatron with --device cpu, wanted GPUs for it, or the other parts")
     if options.experts % ranks:
         raise SystemExit(f"--experts: found {options.experts}, wanted a multiple of {ranks}, one share for each rank")
-    if options.tokens * options.top % options.experts:
+    if options.tokens % min(LENGTH, options.tokens) or options.tokens * options.top % options.experts:
         raise SystemExit(
-            f"--tokens: found {options.tokens} to {options.top} experts each, wanted as many for each of the "
-            f"{options.experts} experts"
+            f"--tokens: found {options.tokens}, to {options.top} experts each, wanted whole sequences of {LENGTH}, and "
+            f"as many for each of the {options.experts} experts"
         )
 
 

@@ -1,5 +1,6 @@
 """Whole steps of bf16 and of the lens in turns, on all ranks at once; and what both trainings check afterwards."""
 
+import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -34,7 +35,9 @@ def largest(value: float, device: str) -> float:
 def random_ids(options: Namespace) -> Tensor:
     """Sequences of `options.tokens` tokens in all, and of each the one that follows."""
     length: int = min(LENGTH, options.tokens)
-    return torch.randint(VOCABULARY, (options.tokens // length, length + 1), device=options.device)
+    generator = torch.Generator(options.device).manual_seed(0)  # ranks of tensor parallelism want the same ones
+    size = (options.tokens // length, length + 1)
+    return torch.randint(VOCABULARY, size, generator=generator, device=options.device)
 
 
 def in_turns_on_ranks(bf16: Turn, lens: Turn, write: Callable[[], object], options: Namespace) -> Row:
@@ -50,6 +53,7 @@ def in_turns_on_ranks(bf16: Turn, lens: Turn, write: Callable[[], object], optio
 
         def timed(turn: Turn) -> float:
             turn.before()
+            gc.collect(0)  # which `in_turns` turns off: a step's cycles may hold its activations
             times[turn is lens].append(_ms(turn.call, device))
             bar.update()
             return times[turn is lens][-1] * 1e3
