@@ -147,6 +147,7 @@ def test_bits_are_compared():
         (["--ranks=3"], "--ranks: found 3, wanted a power of 2"),
         (["--ranks=2", "--parts", "megatron"], "--parts: found megatron with --device cpu"),
         (["--ranks=8", "--experts=12"], "--experts: found 12, wanted a multiple of 8"),
+        (["--ranks=2", "--hidden=96"], "--hidden: found 96, wanted a multiple of 64"),
         (["--ranks=2", "--tokens=3"], "--tokens: found 3, to 6 experts each"),
         (["--ranks=2", "--tokens=1536"], "whole sequences of 1024"),
     ],

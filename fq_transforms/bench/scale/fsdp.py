@@ -68,7 +68,7 @@ class _Block(nn.Module):
     def __init__(self, options: Namespace, mesh: DeviceMesh) -> None:
         super().__init__()
         hidden: int = options.hidden
-        self.heads = max(1, hidden // 128)
+        self.heads = hidden // 64
         self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(2))
         self.qkv, self.proj = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         self.router = nn.Linear(hidden, options.experts, bias=False)

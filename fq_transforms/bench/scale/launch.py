@@ -111,8 +111,10 @@ def _check(options: argparse.Namespace) -> None:
         raise SystemExit(f"--ranks: found {torch.cuda.device_count()} GPUs, wanted {ranks}; or --device cpu")
     if options.device == "cpu" and "megatron" in options.parts:
         raise SystemExit("--parts: found megatron with --device cpu, wanted GPUs for it, or the other parts")
-    if options.experts % ranks:
-        raise SystemExit(f"--experts: found {options.experts}, wanted a multiple of {ranks}, one share for each rank")
+    # A share of the experts for each rank; heads of 64; blocks of 16 in half of an expert's columns.
+    for name, divisor in (("experts", ranks), ("hidden", 64), ("ffn", 32)):
+        if (size := getattr(options, name)) % divisor:
+            raise SystemExit(f"--{name}: found {size}, wanted a multiple of {divisor}")
     if options.tokens % min(LENGTH, options.tokens) or options.tokens * options.top % options.experts:
         raise SystemExit(
             f"--tokens: found {options.tokens}, to {options.top} experts each, wanted whole sequences of {LENGTH}, and "
