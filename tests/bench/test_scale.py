@@ -121,8 +121,8 @@ def test_the_script_writes_a_page(tmp_path):
 @pytest.mark.dist
 def test_a_job_that_fails_ends_the_script(tmp_path, capfd):
     """Whatever the ranks raise."""
-    with pytest.raises(SystemExit, match="fsdp-load on 1 ranks: found an error"):
-        launch._torchrun("fsdp-load", 1, argparse.Namespace(**SMALL), saved=[str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"fsdp\.load on 1 ranks: found an error"):
+        launch._torchrun("fsdp.load", 1, argparse.Namespace(**SMALL), saved=[str(tmp_path / "nothing")])
     assert "FileNotFoundError" in capfd.readouterr().err
 
 

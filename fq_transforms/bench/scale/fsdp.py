@@ -19,20 +19,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own name for it)
 
 import fq_transforms as fqt
-from fq_transforms.bench.scale.steps import (
-    FORMAT,
-    VOCABULARY,
-    Row,
-    check_equal,
-    in_turns_on_ranks,
-    on_one_gpu,
-    random_ids,
-)
+from fq_transforms.bench.scale import steps
 from fq_transforms.bench.timing import Turn
 
 __all__ = ["load", "train"]
 
-RULES = {"*.experts.up_proj": FORMAT, "*.experts.down_proj": FORMAT}
+RULES = {"*.experts.up_proj": steps.FORMAT, "*.experts.down_proj": steps.FORMAT}
 RATE = 1e-4
 
 
@@ -89,7 +81,7 @@ def _model(options: Namespace) -> nn.Module:
     everyone = init_device_mesh(options.device, (size,))
     with torch.device("meta"):
         blocks = [_Block(options, mesh) for _ in range(options.layers)]
-        ends = nn.Embedding(VOCABULARY, options.hidden), nn.Linear(options.hidden, VOCABULARY, bias=False)
+        ends = nn.Embedding(steps.VOCABULARY, options.hidden), nn.Linear(options.hidden, steps.VOCABULARY, bias=False)
         model = nn.Sequential(ends[0], *blocks, ends[1]).bfloat16()
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in blocks:
@@ -140,7 +132,7 @@ def _fill(model: nn.Module, options: Namespace) -> None:
             here.mul_((1 + numbers / (size * len(here)))[:, None, None])
 
 
-def train(options: Namespace) -> Row:
+def train(options: Namespace) -> steps.Row:
     """Steps by turns, then one more of the lens, and everything that is to be equal; its state is saved.
 
     Raises:
@@ -154,7 +146,7 @@ def train(options: Namespace) -> Row:
     state = fq.calibrate(masters)
     groups = [{"params": [m for n, m in masters.items() if (".experts." in n) == of_experts]} for of_experts in (0, 1)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)  # a group's masters are on one mesh
-    ids = random_ids(options)
+    ids = steps.random_ids(options)
 
     def backward() -> None:
         logits = model(ids[:, :-1])
@@ -191,21 +183,21 @@ def train(options: Namespace) -> Row:
     def write() -> None:
         fq.fakequant(masters, state, out=model)
 
-    row = in_turns_on_ranks(Turn(bf16, cast), Turn(lens, write), write, options)
+    row = steps.in_turns_on_ranks(Turn(bf16, cast), Turn(lens, write), write, options)
 
     lens()
     whole = {key: {name: _whole(leaf) for name, leaf in leaves.items()} for key, leaves in state.items()}
     new = fq.calibrate(masters)
     for group in fq.spec.groups:
         (name,) = group.names
-        fakes, leaves = on_one_gpu(_whole(masters[name]).unbind(), whole[group.key])
-        check_equal(_whole(params[name]), torch.stack(fakes), f"fake weights of {name}")
+        fakes, leaves = steps.on_one_gpu(_whole(masters[name]).unbind(), whole[group.key])
+        steps.check_equal(_whole(params[name]), torch.stack(fakes), f"fake weights of {name}")
         for leaf, wanted in leaves.items():
-            check_equal(_whole(new[group.key][leaf]), wanted, f"{leaf} of {name}")
+            steps.check_equal(_whole(new[group.key][leaf]), wanted, f"{leaf} of {name}")
     fqt.checkpoint.save(Path(options.saved) / "state", fq, state)
     if dist.get_rank() == 0:
         torch.save(whole, Path(options.saved) / "whole.pt")
-    return row | Row(part="fsdp", layout=_layout(), law="fp32 masters")
+    return row | steps.Row(part="fsdp", layout=_layout(), law="fp32 masters")
 
 
 def load(options: Namespace) -> str:
@@ -221,5 +213,5 @@ def load(options: Namespace) -> str:
         wanted = torch.load(folder / "whole.pt", map_location=options.device, weights_only=True)
         for key, leaves in state.items():
             for name, leaf in leaves.items():
-                check_equal(_whole(leaf), wanted[key][name], f"{name} of {key}, loaded from {folder.name}")
+                steps.check_equal(_whole(leaf), wanted[key][name], f"{name} of {key}, loaded from {folder.name}")
     return _layout()

@@ -123,7 +123,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _torchrun(job: str, ranks: int, options: argparse.Namespace, **more: Any) -> Any:
-    """What rank 0 of some processes gives for a job of `rank`."""
+    """What rank 0 of some processes gives for a job: a module here, and a function of it."""
     names = ("device", "layers", "experts", "top", "hidden", "ffn", "tokens", "steps")
     given = {name: getattr(options, name) for name in names} | more
     with tempfile.TemporaryDirectory() as folder:
@@ -148,10 +148,10 @@ def _training(part: str, options: argparse.Namespace, where: Path) -> Generator[
         folder = where / f"TP={tensor}"
         folder.mkdir()
         saved.append(str(folder))
-        rows.append(_torchrun(part, options.ranks, options, saved=saved[-1], tensor=tensor) | Row(loaded=[]))
+        rows.append(_torchrun(f"{part}.train", options.ranks, options, saved=saved[-1], tensor=tensor) | Row(loaded=[]))
         yield rows[-1]
     for shift in range(1, options.ranks.bit_length()):
-        found = _torchrun(f"{part}-load", options.ranks >> shift, options, saved=saved, tensor=1)
+        found = _torchrun(f"{part}.load", options.ranks >> shift, options, saved=saved, tensor=1)
         for row in rows:
             row["loaded"].append(found)
 
@@ -165,7 +165,7 @@ def _folder(options: argparse.Namespace, where: Path) -> Generator[Row]:
     for ranks in (1 << shift for shift in range(options.ranks.bit_length())):
         drop(where / "source")
         given: dict[str, Any] = {"src": str(where / "source"), "dst": str(where / "made"), "shard": shard}
-        seconds: float = _torchrun("folder", ranks, options, **given)
+        seconds: float = _torchrun("folder.convert", ranks, options, **given)
         found = hashes(where / "made")
         written = sum(file.stat().st_size for file in (where / "made").rglob("*") if file.is_file())
         shutil.rmtree(where / "made")

@@ -15,16 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fq_transforms as fqt
-from fq_transforms.bench.scale.steps import (
-    FORMAT,
-    LENGTH,
-    VOCABULARY,
-    Row,
-    check_equal,
-    in_turns_on_ranks,
-    on_one_gpu,
-    random_ids,
-)
+from fq_transforms.bench.scale import steps
 from fq_transforms.bench.timing import Turn
 from fq_transforms.checkpoint import megatron as leaves_of
 from fq_transforms.integrations import megatron
@@ -33,7 +24,7 @@ from fq_transforms.state import State
 
 __all__ = ["load", "train"]
 
-RULES = {"*.mlp.experts.*": FORMAT}
+RULES = {"*.mlp.experts.*": steps.FORMAT}
 RATE = 1e-4
 
 
@@ -84,7 +75,7 @@ def _model(options: Namespace, *, on_meta: bool = False) -> nn.Module:
     else:
         layers = gpt_layer_specs.get_gpt_layer_local_spec(options.experts, moe_grouped_gemm=False)
     with torch.device("meta" if on_meta else options.device):
-        model = GPTModel(config, layers, vocab_size=VOCABULARY, max_sequence_length=LENGTH).bfloat16()
+        model = GPTModel(config, layers, vocab_size=steps.VOCABULARY, max_sequence_length=steps.LENGTH).bfloat16()
     # Megatron trains MoE under tensor parallelism with sequence parallelism only, whose norms need a GPU.
     return model if on_gpu else model.eval()
 
@@ -156,14 +147,14 @@ def _check(fq: fqt.Transform, model: nn.Module, attached: megatron.Attached) -> 
     attached.cast()
     whole, new = _whole_state(attached.quantizer_state, cuts), _whole_state(megatron.calibrate(fq, model), cuts)
     for key, masters in stacked().items():
-        wanted, leaves = on_one_gpu(_whole(masters, cuts.get(key)).unbind(), whole[key])
-        check_equal(_whole(fakes.pop(key), cuts.get(key)), torch.stack(wanted), f"fake weights of {key}")
+        wanted, leaves = steps.on_one_gpu(_whole(masters, cuts.get(key)).unbind(), whole[key])
+        steps.check_equal(_whole(fakes.pop(key), cuts.get(key)), torch.stack(wanted), f"fake weights of {key}")
         for name, leaf in leaves.items():
-            check_equal(new[key][name], leaf, f"{name} of {key}")
+            steps.check_equal(new[key][name], leaf, f"{name} of {key}")
     return whole
 
 
-def train(options: Namespace) -> Row:
+def train(options: Namespace) -> steps.Row:
     """Steps by turns, then one more of the lens, and everything that is to be equal; its state is saved.
 
     Raises:
@@ -189,7 +180,7 @@ def train(options: Namespace) -> Row:
             attached.detach()
         attached = None
 
-    ids, length = random_ids(options), min(LENGTH, options.tokens)
+    ids, length = steps.random_ids(options), min(steps.LENGTH, options.tokens)
     positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
     mask = None if options.device == "cuda" else torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
@@ -201,7 +192,7 @@ def train(options: Namespace) -> Row:
 
     params = dict(model.named_parameters())
     alone = partial(fq.fakequant, params, state, out=params, inplace=True)
-    row = in_turns_on_ranks(Turn(step, detach), Turn(step, attach), alone, options)
+    row = steps.in_turns_on_ranks(Turn(step, detach), Turn(step, attach), alone, options)
 
     attach()
     step()
@@ -212,7 +203,7 @@ def train(options: Namespace) -> Row:
     dist_checkpointing.save(leaves_of.sharded_state_dict(fq, state, _entries(model)), str(path))
     if dist.get_rank() == 0:
         torch.save(whole, Path(options.saved) / "whole.pt")
-    return row | Row(part="megatron", layout=_layout(options), law="bf16 parameters")
+    return row | steps.Row(part="megatron", layout=_layout(options), law="bf16 parameters")
 
 
 def _layout(options: Namespace) -> str:
@@ -240,5 +231,5 @@ def load(options: Namespace) -> str:
         wanted = torch.load(folder / "whole.pt", map_location=options.device, weights_only=True)
         for key, leaves in _whole_state(here, _cuts(fq, _entries(model))).items():
             for name, leaf in leaves.items():
-                check_equal(leaf, wanted[key][name], f"{name} of {key}, loaded from {folder.name}")
+                steps.check_equal(leaf, wanted[key][name], f"{name} of {key}, loaded from {folder.name}")
     return _layout(options)

@@ -13,26 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["JOBS", "main"]
-
-# By name: a module here, and its function, which takes options and gives what the page says of it.
-JOBS = {
-    "megatron": ("megatron", "train"),
-    "megatron-load": ("megatron", "load"),
-    "fsdp": ("fsdp", "train"),
-    "fsdp-load": ("fsdp", "load"),
-    "folder": ("folder", "convert"),
-}
+__all__ = ["main"]
 
 
 def main(job: str, options: str, file: str) -> None:
-    """Run a job as this rank of torchrun; rank 0 writes what it gives to a file, as JSON."""
+    """Run a job, a function of a module beside this, as a rank of torchrun; rank 0 writes what it gives to a file."""
     warnings.simplefilter("ignore")  # Megatron names packages that are not installed
     given = Namespace(**json.loads(options))
     if given.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if given.device == "cuda" else "gloo")
-    module, name = JOBS[job]
+    module, _, name = job.partition(".")
     function: Callable[[Namespace], Any] = getattr(import_module(f"fq_transforms.bench.scale.{module}"), name)
     found = function(given)
     if dist.get_rank() == 0:
