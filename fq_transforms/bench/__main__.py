@@ -2,6 +2,7 @@
 
 python -m fq_transforms.bench --out results
 python -m fq_transforms.bench folder --help
+python -m fq_transforms.bench scale --help
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fq_transforms.bench import folder, full_size, gptq, host, mse, packing, peers, report, step, sweep
 from fq_transforms.bench.cases import ALL, PEER_SHAPES, SHAPES, Shape, check_same, expert_weights, fits, user
+from fq_transforms.bench.scale import launch as scale
 from fq_transforms.bench.timing import device_us, eager_in_turn_us, eager_us, floor_us, host_us
 from fq_transforms.formats import Format
 from fq_transforms.ops.amax.autograd import expert_amax
@@ -46,6 +48,9 @@ def main() -> None:
     """Run the benchmark from the command line."""
     if sys.argv[1:2] == ["folder"]:  # which needs no GPU
         folder.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["scale"]:
+        scale.main(sys.argv[2:], _commit())
         return
     parser = argparse.ArgumentParser(prog="python -m fq_transforms.bench", description=__doc__)
     parser.add_argument("what", nargs="?", choices=PARTS, default="kernels", help=WHAT)

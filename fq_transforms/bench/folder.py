@@ -29,7 +29,7 @@ import torch
 from fq_transforms.bench.timing import median_and_error
 from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
 
-__all__ = ["main", "make_source", "page", "rates", "run", "ways"]
+__all__ = ["drop", "main", "make_source", "page", "rates", "run", "ways"]
 
 Row = dict[str, Any]
 
@@ -197,7 +197,7 @@ def rates(folder: Path, where: Path, device: str) -> dict[str, float]:
     "both": of a cold read while a third as many bytes are written, as a disk does the two by turns.
     """
     files = sorted(folder.glob("*.safetensors"))
-    _drop(folder)
+    drop(folder)
     found = {"read": sum(file.stat().st_size for file in files) / _seconds(lambda: _read(folder))}
     content = files[0].read_bytes()
     paths = [where / f"written-{n}" for n in range(4)]
@@ -212,7 +212,7 @@ def rates(folder: Path, where: Path, device: str) -> dict[str, float]:
             list(pool.map(write, paths))
 
     found["write"] = len(paths) * len(content) / _seconds(write_all)
-    _drop(folder)
+    drop(folder)
     size, rounds = sum(file.stat().st_size for file in files), max(1, len(files) // 3 // len(paths))
 
     def both() -> None:
@@ -256,7 +256,7 @@ def _read(folder: Path) -> None:
         list(pool.map(read, folder.glob("*.safetensors")))
 
 
-def _drop(folder: Path) -> None:
+def drop(folder: Path) -> None:
     """Let the page cache forget a folder, all of which is on the disk."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as stream:
@@ -272,7 +272,7 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[
         rows: dict[str, Row] = {}
         for _ in range(options.rounds):
             for way, (code, arguments, python) in ways(options).items():
-                (_read if options.cache == "warm" else _drop)(where / "source")
+                (_read if options.cache == "warm" else drop)(where / "source")
                 arguments |= {"src": str(where / "source"), "dst": str(where / "made")}
                 found = run(code, arguments, python=python)
                 shutil.rmtree(where / "made")

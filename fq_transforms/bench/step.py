@@ -23,7 +23,7 @@ from fq_transforms.formats import Format
 from fq_transforms.ops.quantize.reference import fake_quantize_reference
 from fq_transforms.state import State
 
-__all__ = ["page", "rows", "step_rows", "write_rows"]
+__all__ = ["above", "cell", "lines", "page", "rows", "step_rows", "summary", "write_rows"]
 
 Row = dict[str, Any]
 
@@ -78,15 +78,15 @@ def write_rows(training: Training) -> Generator[Row, None, None]:
     floor = Turn(lambda: target.copy_(source))
     device, copies = in_turns(floor, turns, DEVICE_ROUNDS, lambda turn: device_us(turn.call))
     for name in turns:
-        row = Row(kind="fakequant(out=)", format=name, plain_us=median(plain), wall=_summary(wall[name]))
+        row = Row(kind="fakequant(out=)", format=name, plain_us=median(plain), wall=summary(wall[name]))
         share = 1 + scales[name] / (source.nbytes + target.nbytes)  # copy_ moves no scales
-        yield row | Row(copy_us=median(copies), device=_summary([share / ratio for ratio in device[name]]))
+        yield row | Row(copy_us=median(copies), device=summary([share / ratio for ratio in device[name]]))
 
     fq, state = _transform(training, fqt.NVFP4)  # what follows an optimizer that writes bf16 parameters itself
     training.bf16().write()
     again = Turn(lambda: fq.fakequant(training.params, state, out=training.params, inplace=True))
     wall, plain = in_turns(Turn(training.bf16().write), {"ours": again}, WRITE_ROUNDS)
-    yield Row(kind="fakequant(inplace=True)", format="NVFP4", plain_us=median(plain), wall=_summary(wall["ours"]))
+    yield Row(kind="fakequant(inplace=True)", format="NVFP4", plain_us=median(plain), wall=summary(wall["ours"]))
 
     weights = list(training.params.values())
     grads = [torch.randn_like(weight) for weight in weights]
@@ -100,7 +100,7 @@ def write_rows(training: Training) -> Generator[Row, None, None]:
     ours = Turn(lambda: fq.take_grads(training.params, training.masters, state), give)
     wall, plain = in_turns(Turn(lambda: training.take(weights), give), {"ours": ours}, WRITE_ROUNDS)
     training.optimizer.zero_grad()
-    yield Row(kind="take_grads", format="pass-through", plain_us=median(plain), wall=_summary(wall["ours"]))
+    yield Row(kind="take_grads", format="pass-through", plain_us=median(plain), wall=summary(wall["ours"]))
 
 
 def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool = True) -> Generator[Row, None, None]:
@@ -140,7 +140,7 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
         training.in_a_row = 1
         in_queue = QUEUED_ROUNDS.get(number, 0)
         queued, device_times = in_turns(base, often, in_queue, partial(_queued_us, training))
-        found = {key: _summary(values) | {"mib": mib[key]} for key, values in ratios.items()}
+        found = {key: summary(values) | {"mib": mib[key]} for key, values in ratios.items()}
         for name in (format.name for format in FORMATS):
             taken = {AGAIN: found[AGAIN]} | {way: found[key] for way in WAYS if (key := f"{way}, {name}") in found}
             row = Row(
@@ -150,11 +150,11 @@ def step_rows(training: Training, progress: Callable[..., Any], *, peers: bool =
                 bf16_ms=median(times) / IN_A_ROW.get(number, 1) / 1e3,
                 ways=taken,
             )
-            row |= Row(above=_above(taken["lens"], taken[AGAIN]), reason=reasons.get(name))
+            row |= Row(above=above(taken["lens"], taken[AGAIN]), reason=reasons.get(name))
             if device_times:
-                lens, again = _summary(queued[f"lens, {name}"]), _summary(against_itself(device_times, in_queue))
+                lens, again = summary(queued[f"lens, {name}"]), summary(against_itself(device_times, in_queue))
                 row |= Row(device_ms=median(device_times) / 1e3, device=lens, device_again=again)
-                row |= Row(device_above=_above(lens, again))
+                row |= Row(device_above=above(lens, again))
             yield row
     training.xs = every
 
@@ -212,11 +212,13 @@ def _peak(turn: Turn) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def _above(lens: Mapping[str, float], again: Mapping[str, float]) -> dict[str, float]:
+def above(lens: Mapping[str, float], again: Mapping[str, float]) -> dict[str, float]:
+    """How far one ratio is above another, with the error of the difference."""
     return {"ratio": lens["ratio"] - again["ratio"], "error": hypot(lens["error"], again["error"])}
 
 
-def _summary(ratios: list[float]) -> dict[str, Any]:
+def summary(ratios: list[float]) -> dict[str, Any]:
+    """Ratios, their median, and its standard error."""
     value, error = median_and_error(ratios)
     return {"ratio": value, "error": error, "ratios": ratios}
 
@@ -229,16 +231,16 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
     queued = [["microbatches", "format", "bf16 ms", AGAIN, "lens", f"lens above {AGAIN}"]]
     for row in steps:
         ways = [row["ways"].get(way) for way in WAYS]
-        line = [str(row["microbatches"]), row["format"], f"{row['bf16_ms']:.2f}", *map(_cell, ways)]
-        table.append([*line, _cell(row["above"]), *("" if way is None else f"{way['mib']:.0f}" for way in ways)])
+        line = [str(row["microbatches"]), row["format"], f"{row['bf16_ms']:.2f}", *map(cell, ways)]
+        table.append([*line, cell(row["above"]), *("" if way is None else f"{way['mib']:.0f}" for way in ways)])
         if "device" in row:
             line = [*line[:2], f"{row['device_ms']:.2f}"]
-            queued.append([*line, *(_cell(row[key]) for key in ("device_again", "device", "device_above"))])
+            queued.append([*line, *(cell(row[key]) for key in ("device_again", "device", "device_above"))])
     writes = [["call", "format", "plain us", "ours over it, whole calls", "copy_ us", "copy_ over ours, device"]]
     for row in (row for row in rows if row["kind"] != "step"):
         copied = f"{row['copy_us']:.0f}" if "copy_us" in row else ""
-        line = [row["kind"], row["format"], f"{row['plain_us']:.0f}", _cell(row["wall"])]
-        writes.append([*line, copied, _cell(row.get("device"))])
+        line = [row["kind"], row["format"], f"{row['plain_us']:.0f}", cell(row["wall"])]
+        writes.append([*line, copied, cell(row.get("device"))])
     reasons = sorted({f"{row['format']}: {row['reason']}" for row in steps if row["reason"]})
     return "\n".join(
         [
@@ -256,13 +258,13 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "",
             *(f"- {name}: {what}." for name, what in WAYS.items()),
             "",
-            *_lines(table),
+            *lines(table),
             "",
             *_verdict(steps, "above"),
             "The device's time of a step, a microbatch at a time, of which all launches were there when it began, as "
             "where the host is ahead.",
             "",
-            *_lines(queued),
+            *lines(queued),
             "",
             *_verdict(steps, "device_above"),
             "The write and the gradients' way alone. Whole calls are waited for, in turns with "
@@ -270,7 +272,7 @@ def page(environment: dict[str, str], rows: list[Row]) -> str:
             "as many weights from fp32 to bf16, at whose speed the scales are counted too. What was written equalled "
             "the reference bit for bit before.",
             "",
-            *_lines(writes),
+            *lines(writes),
             "",
             *reasons,
         ]
@@ -282,13 +284,15 @@ def _verdict(steps: list[Row], what: str) -> list[str]:
     if worst is None:
         return []
     where = f"{worst['format']}, microbatches: {worst['microbatches']}"
-    return [f"The lens is at most {_cell(worst[what])} above {AGAIN} ({where}); the limit is {LIMIT}.", ""]
+    return [f"The lens is at most {cell(worst[what])} above {AGAIN} ({where}); the limit is {LIMIT}.", ""]
 
 
-def _lines(table: list[list[str]]) -> list[str]:
-    header, *lines = table
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+def lines(table: list[list[str]]) -> list[str]:
+    """A table in Markdown, of which the first row is the header."""
+    header, *body = table
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
+def cell(value: Mapping[str, float] | None) -> str:
+    """A ratio and its error, or nothing."""
     return "" if value is None else f"{value['ratio']:.4f} ± {value['error']:.4f}"

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from math import floor, nan
 from statistics import median
 from typing import NamedTuple
@@ -188,12 +188,18 @@ class Queue:
 
 
 def in_turns(
-    base: Turn, turns: Mapping[str, Turn], rounds: int, timed: Callable[[Turn], float] = turn_us
+    base: Turn,
+    turns: Mapping[str, Turn],
+    rounds: int,
+    timed: Callable[[Turn], float] = turn_us,
+    *,
+    on_quiet_core: bool = True,
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Each one's time over the mean of `base` just before and after it, once a round; and all times of `base`.
 
     Hosts and GPUs change their speed within seconds, which meets both alike. Each round begins with another, as the
-    first follows a pause, in which a core is chosen.
+    first follows a pause, in which a core is chosen; not `on_quiet_core`, where other ranks of the host would choose
+    the same one.
     """
     ratios: dict[str, list[float]] = {name: [] for name in turns}
     order = deque(turns.items())
@@ -202,7 +208,7 @@ def in_turns(
     gc.disable()
     try:
         for _ in range(rounds):
-            with quiet_core(whole=True):
+            with quiet_core(whole=True) if on_quiet_core else nullcontext():
                 times.append(timed(base))
                 for name, turn in order:
                     took, before = timed(turn), times[-1]
