@@ -36,7 +36,7 @@ class Ahead(AbstractContextManager["Ahead"]):
     def __init__(self, pieces: Iterable[tuple[int, Iterable[Span]]], window: int | None = None) -> None:
         self._steps, self._drawing = self._cut(pieces), Lock()
         self._window, self._most = window, 0
-        self._read: dict[int, int] = {}  # of pieces that are not used yet: bytes
+        self._unused: dict[int, int] = {}  # bytes that were read, by piece
         self._used: set[int] = set()
         self._is_over, self._changed = False, Condition()
         self._threads: list[Thread] = []
@@ -54,7 +54,7 @@ class Ahead(AbstractContextManager["Ahead"]):
         """A piece is not needed any more."""
         with self._changed:
             self._used.add(number)
-            self._read.pop(number, None)
+            self._unused.pop(number, None)
             self._changed.notify_all()
 
     def __exit__(self, *error: object) -> None:
@@ -90,11 +90,11 @@ class Ahead(AbstractContextManager["Ahead"]):
         """True once there is room for bytes of a piece; False if nobody needs them."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_over or number in self._used or sum(self._read.values()) + size <= self._most
+                lambda: self._is_over or number in self._used or sum(self._unused.values()) + size <= self._most
             )
             if self._is_over or number in self._used:
                 return False
-            self._read[number] = self._read.get(number, 0) + size
+            self._unused[number] = self._unused.get(number, 0) + size
             return True
 
 
