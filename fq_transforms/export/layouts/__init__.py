@@ -9,6 +9,7 @@
     stored                  scales as files hold them, and the weights that a reader then gets
     encoded                 weights found in codes, and what decodes them
 
-A new one is a file here, a line of LAYOUTS in `fq_transforms.export.save` if it is written, and one of READS in
-`fq_transforms.export.streaming.sources` if it is read. Who loads it: `fq_transforms.export.readers`.
+A new one is a file here. If it is written: its name in Layout and LAYOUTS of `fq_transforms.formats`, its line in
+LAYOUTS of `fq_transforms.export.save`. If it is read: its line in READS of `fq_transforms.export.streaming.sources`.
+Who loads it: `fq_transforms.export.readers`.
 """
