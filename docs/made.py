@@ -15,7 +15,7 @@ import optree
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export.plan import format_key
+from fq_transforms.export.layouts.plan import format_key
 from fq_transforms.export.readers import READERS
 from fq_transforms.formats import FORMATS, Format, IntElement
 from fq_transforms.report.plot import element_values

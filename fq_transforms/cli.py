@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from fq_transforms import export, presets
 from fq_transforms.checkpoint.storage import read_all
-from fq_transforms.export.ranks import LostRankError, RankError
+from fq_transforms.export.streaming.ranks import LostRankError, RankError
 from fq_transforms.formats import LAYOUTS, static_format
 from fq_transforms.methods import MAX, FourOverSix, Method, Mse
 from fq_transforms.parse import MOST_TEXT, nearest

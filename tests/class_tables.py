@@ -18,7 +18,7 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
-from fq_transforms.export import families
+from fq_transforms.export.names import families
 from fq_transforms.presets import experts_only, whole_model
 from fq_transforms.spec import Inputs
 from tests.cases import assert_names

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fq_transforms.export import families
+from fq_transforms.export.names import families
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -23,7 +23,7 @@ import torch
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import megatron, pickles, storage
-from fq_transforms.export.shards import Files
+from fq_transforms.export.files.shards import Files
 from fq_transforms.rules import from_json, from_yaml
 from fq_transforms.spec import Spec
 from tests.checkpoint.samples import assert_same, of

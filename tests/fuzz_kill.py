@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 import fq_transforms as fqt
+from fq_transforms.export.streaming import job, stage
 from tests.checkpoint.samples import assert_same, load_as, of, save_as
 from tests.checkpoint.test_storage import forked, in_fresh_process
-from tests.export.test_folder import SMALL, files_of, module, small
+from tests.export.test_folder import SMALL, files_of, small
 from tests.full import FULL
 
 ROUNDS = 300 if FULL else 10
@@ -120,7 +121,7 @@ def _killed_conversions(place, start):
     """
     os.makedirs(place)
     src = small(Path(place) / "src")
-    module.PIECE_BYTES, module.SYNC_BYTES = 5000, 1
+    job.PIECE_BYTES, stage.SYNC_BYTES = 5000, 1
     whole, path = Path(place) / "whole", Path(place) / "to" / "model"
 
     def convert(dst, **options):

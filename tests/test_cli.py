@@ -18,6 +18,7 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms import cli, export, presets
+from fq_transforms.export.streaming import job as jobs
 from fq_transforms.methods import MAX, FourOverSix, Mse
 from tests.export.models import EXPERTS, build, read
 
@@ -298,8 +299,8 @@ def test_warnings_are_lines(monkeypatch, capsys):
 @pytest.mark.parametrize("number", [0, 2, 5])
 def test_interrupted_it_says_how_to_go_on(number, source, tmp_path, monkeypatch, capsys):
     """Ctrl-C between two pieces: exit code 130, no DST, and --resume makes the bytes of one run."""
-    job = sys.modules["fq_transforms.export.folder"].Job
-    monkeypatch.setattr(sys.modules["fq_transforms.export.folder"], "PIECE_BYTES", 1)
+    job = jobs.Job
+    monkeypatch.setattr(jobs, "PIECE_BYTES", 1)
     options = ["--preset", "NVFP4_EXPERTS_ONLY", "--jobs", "1"]
     convert, count = job.convert, iter(range(1000))
 

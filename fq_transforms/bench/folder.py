@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fq_transforms.bench.timing import median_and_error
-from fq_transforms.export.shards import ShardWriter, TensorType, index_of, lay_out
+from fq_transforms.export.files.shards import ShardWriter, TensorType, index_of, lay_out
 
 __all__ = ["drop", "main", "make_source", "page", "rates", "run", "ways"]
 

@@ -8,6 +8,9 @@
 
 Names are those of the model's files on the hub, whatever the names in memory are: see `fq_transforms.export.names`.
 Who reads what: `fq_transforms.export.readers`, and the table in docs/export.
+
+Behind these doors are rooms, lowest first: `files`, bytes and directories; `names`, from memory to files; `layouts`,
+how files hold weights; `streaming`, a folder to another in pieces.
 """
 
 from fq_transforms.export.compare import compare

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fq_transforms.export.files import bytes_bar
+from fq_transforms.export.files.directory import bytes_bar
+from fq_transforms.export.files.shards import DTYPES
+from fq_transforms.export.files.tables import layers_of
 from fq_transforms.export.inspect import is_stack
-from fq_transforms.export.shards import DTYPES
-from fq_transforms.export.sources import Folder
-from fq_transforms.export.tables import layers_of
+from fq_transforms.export.streaming.sources import Folder
 from fq_transforms.report.report import role_of
 from fq_transforms.spec import group_key
 from fq_transforms.tables import preformatted, table

@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fq_transforms.export.sources import Folder
-from fq_transforms.export.tables import layers_of, size
+from fq_transforms.export.files.tables import layers_of, size
+from fq_transforms.export.streaming.sources import Folder
 from fq_transforms.report.report import role_of
 from fq_transforms.spec import group_key
 from fq_transforms.tables import preformatted, table

@@ -30,7 +30,7 @@ from fq_transforms.checkpoint.storage import (
     stages_beside,
     stages_within,
 )
-from fq_transforms.export.files import (
+from fq_transforms.export.files.directory import (
     CONFIG,
     INDEX,
     bytes_of,
@@ -40,9 +40,7 @@ from fq_transforms.export.files import (
     remove_staged,
     write_json,
 )
-from fq_transforms.export.names import file_tensors
-from fq_transforms.export.plan import config_of
-from fq_transforms.export.shards import (
+from fq_transforms.export.files.shards import (
     DTYPES,
     Files,
     ShardWriter,
@@ -52,7 +50,9 @@ from fq_transforms.export.shards import (
     lay_out,
     type_of,
 )
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.layouts.plan import config_of
+from fq_transforms.export.names.from_memory import file_tensors
+from fq_transforms.export.streaming.sources import Folder
 from fq_transforms.parse import shown
 from fq_transforms.sequential import LayerStore
 from fq_transforms.state import State

@@ -5,8 +5,8 @@ itself and compared with `fakequant`: `.ci/engines` for vLLM, tests/export for t
 refused.
 """
 
-from fq_transforms.export.plan import Engine, FormatKeys
-from fq_transforms.export.schemes import FORMAT_KEYS, Scheme, packed_int8, with_inputs
+from fq_transforms.export.layouts.plan import Engine, FormatKeys
+from fq_transforms.export.layouts.schemes import FORMAT_KEYS, Scheme, packed_int8, with_inputs
 from fq_transforms.formats import check_layout
 from fq_transforms.parse import nearest
 

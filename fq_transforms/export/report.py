@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from fq_transforms.export.files import bytes_bar
-from fq_transforms.export.folder import Job, Piece, decided
+from fq_transforms.export.files.directory import bytes_bar
+from fq_transforms.export.folder import decided
 from fq_transforms.export.readers import engine_of
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.streaming.job import Job, Piece
+from fq_transforms.export.streaming.sources import Folder
 from fq_transforms.formats import Layout
 from fq_transforms.methods import MAX, Method
 from fq_transforms.report.plot import Histogram

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fq_transforms.export import compressed_tensors, fp8, modelopt
-from fq_transforms.export.plan import ExportPlan, Target, export
+from fq_transforms.export.layouts import compressed_tensors, fp8, modelopt
+from fq_transforms.export.layouts.plan import ExportPlan, Target, export
 from fq_transforms.export.readers import engine_of
 from fq_transforms.formats import Layout, check_layout
 from fq_transforms.state import State

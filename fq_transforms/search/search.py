@@ -12,8 +12,8 @@ from fq_transforms.calibrate import progress
 from fq_transforms.checkpoint.modelopt_names import is_grouped
 from fq_transforms.checks import weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.export.files import bytes_of
-from fq_transforms.export.ties import FUSED_BY_ENGINES
+from fq_transforms.export.files.directory import bytes_of
+from fq_transforms.export.names.ties import FUSED_BY_ENGINES
 from fq_transforms.formats import Format
 from fq_transforms.methods import check_format
 from fq_transforms.pack import check_packable, packed_leaves

@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from itertools import count
 from threading import Lock
 from time import sleep
@@ -14,10 +13,9 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.bench import folder
-from fq_transforms.export.shards import ShardWriter
+from fq_transforms.export.files.shards import ShardWriter
+from fq_transforms.export.streaming import run
 from tests.cases import assert_names
-
-export = import_module("fq_transforms.export.folder")  # the module: the function has its name
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +86,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
 
 def test_threads_wait_for_memory(monkeypatch):
     """Whatever pieces are given, those that are held together fit; one that never fits is held by itself."""
-    monkeypatch.setattr(export, "HELD_BYTES", 100)
-    memory, lock, held, most = export._Memory(), Lock(), [0], [0]
+    monkeypatch.setattr(run, "HELD_BYTES", 100)
+    memory, lock, held, most = run._Memory(), Lock(), [0], [0]
 
     def hold(size):
         with memory.of(size):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.checkpoint import dcp_files, storage
-from fq_transforms.export import files, shards
+from fq_transforms.export.files import directory, shards
 from fq_transforms.state import flatten
 from tests.cases import assert_names, message_of
 from tests.checkpoint.samples import KINDS, assert_same, load_as, save_as, sharded, small, whole_params
@@ -304,7 +304,7 @@ def left_by_a_cut(path, fq, params, state, monkeypatch, cut):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", moves)
         patch.setattr(shards, "remove_staged", lambda folder: None)
-        patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(directory.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(Killed):
             fqt.export.save(path, fq, params, state, config=CONFIG, max_shard_size=100)
 
@@ -324,8 +324,8 @@ def test_what_a_cut_export_has_left_is_told_from_what_others_put_there(cut, tmp_
     left_by_a_cut(tmp_path / "c", *given, monkeypatch, cut)
     (stage,) = (tmp_path / "c").glob(".saving-*")
     for content in ('["../b/config.json", "..", 7]', "{}"):
-        (stage / files.MOVING).write_text(content)
-        assert not files._moved(tmp_path / "c")
+        (stage / directory.MOVING).write_text(content)
+        assert not directory._moved(tmp_path / "c")
     fqt.export.save(tmp_path / "a", *given, config=CONFIG)
     assert sorted(os.listdir(tmp_path / "a")) == ["config.json", "model.safetensors"]
 

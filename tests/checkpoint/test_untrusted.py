@@ -560,7 +560,7 @@ def test_scales_do_not_make_a_weight_larger(case, folder, tmp_path):
 
 def test_patterns_have_seconds(monkeypatch):
     """A pattern that backtracks for hours is given up, whichever of many modules it meets."""
-    from fq_transforms.export import compressed_tensors
+    from fq_transforms.export.layouts import compressed_tensors
 
     monkeypatch.setattr(compressed_tensors, "MOST_SECONDS", 0.5)
 

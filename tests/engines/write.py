@@ -16,7 +16,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import fq_transforms as fqt
-from fq_transforms.export.plan import FormatKeys, format_key
+from fq_transforms.export.layouts.plan import FormatKeys, format_key
 from fq_transforms.export.readers import PLACES, READERS
 from fq_transforms.formats import FORMATS, Format
 from tests.export.models import TOKENS, build

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import shards
-from fq_transforms.export.names import file_tensors
+from fq_transforms.export.files import shards
+from fq_transforms.export.names.from_memory import file_tensors
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

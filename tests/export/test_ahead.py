@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,14 +11,18 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import ahead, folder
-from fq_transforms.export.ahead import Ahead, Span
-from fq_transforms.export.shards import ShardWriter
+from fq_transforms.export import folder
+from fq_transforms.export.files.shards import ShardWriter
+from fq_transforms.export.folder import decided
+from fq_transforms.export.streaming import ahead
+from fq_transforms.export.streaming import job as jobs
+from fq_transforms.export.streaming.ahead import Ahead, Span
+from fq_transforms.export.streaming.ranks import Ranks
+from fq_transforms.export.streaming.run import share_of
+from fq_transforms.export.streaming.sources import Folder
 from tests.export.test_folder import CONFIG, in_lists, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize besides
-
-module = sys.modules["fq_transforms.export.folder"]
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(ahead, "_read", read)
     monkeypatch.setattr(ahead, "STEP_BYTES", 1000)
-    monkeypatch.setattr(module, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(jobs, "PIECE_BYTES", 10_000)
     return found
 
 
@@ -94,7 +97,7 @@ def test_each_byte_that_is_read_is_asked_for_once(make, rules, layout, asked, tm
     src = make(tmp_path / "src")
     asked.clear()
     read = []
-    take, copy, convert = fqt.export.shards.Files.read, ShardWriter.copy, module.Job.convert
+    take, copy, convert = fqt.export.files.shards.Files.read, ShardWriter.copy, jobs.Job.convert
 
     def reading(self, name, part=None):
         file, (_, shape), start, size = self.places[name]
@@ -112,9 +115,9 @@ def test_each_byte_that_is_read_is_asked_for_once(make, rules, layout, asked, tm
         wait()
         convert(self, piece, writer)
 
-    monkeypatch.setattr(fqt.export.shards.Files, "read", reading)
+    monkeypatch.setattr(fqt.export.files.shards.Files, "read", reading)
     monkeypatch.setattr(ShardWriter, "copy", copying)
-    monkeypatch.setattr(module.Job, "convert", converting)
+    monkeypatch.setattr(jobs.Job, "convert", converting)
     folder(src, tmp_path / "dst", rules, layout=layout)
     assert len(asked) > 10
     assert len(bytes_of(asked)) == sum(end - start for _, start, end in asked)
@@ -128,12 +131,12 @@ def bytes_of(spans):
 def test_ranks_ask_for_what_they_convert(asked, tmp_path):
     """Of three ranks no two ask for the same bytes, and together they ask for all."""
     src, shares = stacks(tmp_path / "src"), []
-    with module.Folder(src) as source:
-        job = module.decided(source, None, "plain", None, fqt.methods.MAX, None, None, (), (), "cpu", 10**9)
-        ranks = module.Ranks()
+    with Folder(src) as source:
+        job = decided(source, None, "plain", None, fqt.methods.MAX, None, None, (), (), "cpu", 10**9)
+        ranks = Ranks()
         for ranks.rank in range(3):
             ranks.size = 3
-            mine = module._mine(job, ranks)
+            mine = share_of(job, ranks)
             with Ahead((number, job.spans(piece)) for number, piece in mine.items()) as one:
                 one.start()
                 wait()
@@ -186,7 +189,7 @@ def test_no_thread_stays_after_an_error(error, asked, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module.Job, "convert", fail)
+    monkeypatch.setattr(jobs.Job, "convert", fail)
     with pytest.raises(error):
         folder(lists(tmp_path / "src"), tmp_path / "dst", {"*.experts.*": fqt.NVFP4})
     assert is_over()
@@ -254,7 +257,7 @@ def test_nothing_is_asked_for_where_nothing_is_written(asked, tmp_path):
 
 def test_what_is_on_the_disk_is_not_asked_for_again(asked, tmp_path, monkeypatch):
     """Of a conversion that is gone on with only what is left is read ahead, once the marks are known."""
-    src, convert, done = lists(tmp_path / "src"), module.Job.convert, []
+    src, convert, done = lists(tmp_path / "src"), jobs.Job.convert, []
 
     def fail(self, piece, writer):
         if len(done) == 2:
@@ -262,10 +265,10 @@ def test_what_is_on_the_disk_is_not_asked_for_again(asked, tmp_path, monkeypatch
         convert(self, piece, writer)
         done.append(set(self.spans(piece)))
 
-    monkeypatch.setattr(module.Job, "convert", fail)
+    monkeypatch.setattr(jobs.Job, "convert", fail)
     with pytest.raises(OSError, match="stopped"):
         folder(src, tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, resume=True, jobs=1)
-    monkeypatch.setattr(module.Job, "convert", convert)
+    monkeypatch.setattr(jobs.Job, "convert", convert)
     asked.clear()
     folder(src, tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, resume=True, jobs=1)
     there = [(span.file.name, span.start, span.start + span.size) for spans in done for span in spans]
@@ -277,7 +280,7 @@ def test_what_is_on_the_disk_is_not_asked_for_again(asked, tmp_path, monkeypatch
 def test_a_model_larger_than_the_window_is_read_ahead_to_its_end(asked, tmp_path, monkeypatch):
     """What has been used makes room. Each piece waits here until it has been asked for."""
     monkeypatch.setattr(ahead, "MOST_BYTES", 40_000)
-    convert, late = module.Job.convert, []
+    convert, late = jobs.Job.convert, []
 
     def patient(self, piece, writer):
         own = bytes_of([(span.file.name, span.start, span.start + span.size) for span in self.spans(piece)])
@@ -289,7 +292,7 @@ def test_a_model_larger_than_the_window_is_read_ahead_to_its_end(asked, tmp_path
             raise OSError("it was not asked for")
         convert(self, piece, writer)
 
-    monkeypatch.setattr(module.Job, "convert", patient)
+    monkeypatch.setattr(jobs.Job, "convert", patient)
     folder(lists(tmp_path / "src"), tmp_path / "dst", {"*.experts.*": fqt.NVFP4}, jobs=1)
     assert not late
     assert len(bytes_of(asked)) > 40_000

@@ -1,7 +1,6 @@
 """Folders that are damaged, or contradict themselves: an error that says what and where, before the first byte."""
 
 import errno
-import importlib
 import json
 import os
 import shutil
@@ -11,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fq_transforms as fqt
-from fq_transforms.export import plan, shards
-from fq_transforms.export.accounted import check_config
+from fq_transforms.export.files import shards
+from fq_transforms.export.layouts import plan
+from fq_transforms.export.names.accounted import check_config
+from fq_transforms.export.streaming import run
 from tests.cases import assert_names
 from tests.classes import classes
 from tests.export import models
@@ -24,7 +25,6 @@ from tests.full import FULL
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about what they would like to have
 
 RULES = {"*.experts.*": fqt.NVFP4}
-folders = importlib.import_module("fq_transforms.export.folder")  # `export.folder` is the function
 INDEX, FIRST, SECOND = "model.safetensors.index.json", *(f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 DOWN = f"{BLOCK}.experts.2.down_proj.weight"
 
@@ -408,7 +408,7 @@ def test_a_hostile_config_is_refused(name, tmp_path):
 
 def test_patterns_that_never_end_are_stopped(tmp_path, monkeypatch):
     """A regular expression that comes with the files has so many seconds, and no more."""
-    from fq_transforms.export import compressed_tensors
+    from fq_transforms.export.layouts import compressed_tensors
 
     monkeypatch.setattr(compressed_tensors, "MOST_SECONDS", 1)
     tensors, _, about = in_codes("FP8", {"a" * 40 + "b": (16, 16)})
@@ -457,7 +457,7 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
     """Bytes that are free, and that are wanted."""
     source = write(tmp_path / "a", model())
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     refused(tmp_path, source, "1,000 free bytes", "wanted", "nothing was written", error=OSError)
 
 
@@ -476,7 +476,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing(place, tmp_path, monkeyp
     owner, name = {
         "weights": (shards, "_write"),
         "copies": (shards, "_copy"),
-        "documents": (folders, "write_json"),
+        "documents": (run, "write_json"),
     }[place]
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, full)
@@ -489,11 +489,11 @@ def test_a_plain_weight_beside_its_codes_is_refused(tmp_path):
     params = {f"layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(16, 32).bfloat16() for e in range(2)}
     config = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
     models.write(tmp_path / "plain", params, {"config.json": config})
-    folders.folder(tmp_path / "plain", tmp_path / "codes", {"*": fqt.NVFP4})
+    fqt.export.folder(tmp_path / "plain", tmp_path / "codes", {"*": fqt.NVFP4})
     documents = {"config.json": json.loads((tmp_path / "codes" / "config.json").read_text())}
     models.write(tmp_path / "both", read(tmp_path / "codes") | dict(list(params.items())[:1]), documents)
     with pytest.raises(ValueError, match=r"experts.0.up_proj'.*found 'weight'"):
-        folders.folder(tmp_path / "both", tmp_path / "dst", layout="plain")
+        fqt.export.folder(tmp_path / "both", tmp_path / "dst", layout="plain")
     assert not (tmp_path / "dst").exists()
 
 
@@ -506,7 +506,7 @@ def test_what_hf_quant_config_says_is_an_object(about, tmp_path):
         {"config.json": config, "hf_quant_config.json": {"quantization": about}},
     )
     with pytest.raises(ValueError, match="hf_quant_config.json"):
-        folders.folder(tmp_path / "src", tmp_path / "dst", layout="plain")
+        fqt.export.folder(tmp_path / "src", tmp_path / "dst", layout="plain")
 
 
 def test_an_index_that_names_nothing_is_refused(tmp_path):
@@ -517,4 +517,4 @@ def test_an_index_that_names_nothing_is_refused(tmp_path):
         {"config.json": config, "model.safetensors.index.json": {"weight_map": {}}},
     )
     with pytest.raises(ValueError, match="empty weight_map"):
-        folders.folder(tmp_path / "src", tmp_path / "dst", layout="plain")
+        fqt.export.folder(tmp_path / "src", tmp_path / "dst", layout="plain")

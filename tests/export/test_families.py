@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import accounted, families, plan
-from fq_transforms.export.accounted import check_accounted
+from fq_transforms.export.layouts import plan
+from fq_transforms.export.names import accounted, families
+from fq_transforms.export.names.accounted import check_accounted
 from tests.cases import assert_names
 from tests.classes import OWN, classes, smaller
 from tests.export.models import assert_same_bytes, read, transformers

@@ -70,7 +70,7 @@ def test_a_killed_process_leaves_no_config(tmp_path):
     """SIGKILL while tensors are written: the path does not exist, so no index or config points at missing files."""
     script = (
         "import os, signal, sys, torch, pathlib\n"
-        "from fq_transforms.export.shards import type_of, write\n"
+        "from fq_transforms.export.files.shards import type_of, write\n"
         "types = {name: (type_of(torch.ones(100)), 400) for name in 'ab'}\n"
         "def tensors():\n"
         "    yield 'a', torch.ones(100)\n"

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 import fq_transforms as fqt
 from fq_transforms import methods
 from fq_transforms.export import folder
-from fq_transforms.export.ties import FUSED_BY_ENGINES
+from fq_transforms.export.files.shards import ShardWriter
+from fq_transforms.export.names.ties import FUSED_BY_ENGINES
+from fq_transforms.export.streaming import job, run, stage
 from fq_transforms.formats import IntElement
 from fq_transforms.presets import weights_only
 from tests.cases import assert_names
@@ -36,7 +38,6 @@ from tests.full import FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize besides, and of the libraries
 
-module = sys.modules["fq_transforms.export.folder"]
 EXPERTS_ONLY = "*.experts.*"
 # Names of stacks that are not called experts, so that it must be said: what `folder` is given besides.
 _GRANITE = "*.block_sparse_moe.*put_linear.weight", r".*\.block_sparse_moe\.\w+put_linear\.weight"
@@ -71,7 +72,7 @@ FORMATS = [fqt.NVFP4, fqt.FP8_PER_CHANNEL, fqt.MXFP4]
 @pytest.fixture(autouse=True)
 def _few_pieces(monkeypatch):
     """Pieces of some experts, so that groups are cut."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 10**4)
+    monkeypatch.setattr(job, "PIECE_BYTES", 3 * 10**4)
 
 
 def saved(name, path):
@@ -265,11 +266,11 @@ def test_the_bytes_do_not_depend_on_pieces_and_threads(layout, source, tmp_path,
     """Cut by every number of experts; 1, 2 and 8 threads."""
     files, cuts = [], set()
     for size in range(1, 450_000, 20_000) if FULL else SIZES:
-        monkeypatch.setattr(module, "PIECE_BYTES", size)
+        monkeypatch.setattr(job, "PIECE_BYTES", size)
         for jobs in (1, 2, 8) if FULL or size == SIZES[1] else (2,):
             dst = tmp_path / f"{size}-{jobs}"
             with monkeypatch.context() as patch:
-                patch.setattr(module, "_fill", lambda job, *args: (cuts.add(len(job.pieces)), _fill(job, *args)))
+                patch.setattr(run, "_fill", lambda job, *args: (cuts.add(len(job.pieces)), _fill(job, *args)))
                 folder(source, dst, RULES, layout=layout, jobs=jobs, max_shard_size="100KB")
             files.append(files_of(dst))
             shutil.rmtree(dst)
@@ -277,7 +278,7 @@ def test_the_bytes_do_not_depend_on_pieces_and_threads(layout, source, tmp_path,
     assert len(cuts) > 2, cuts
 
 
-_fill = module._fill
+_fill = run._fill
 
 
 @pytest.mark.parametrize("limit", [1, 1000, "20KB", "64 KiB", "1GB", "1TB"] if FULL else [1, "20KB", "1TB"])
@@ -287,7 +288,7 @@ def test_shards_of_any_size(limit, source, tmp_path):
     folder(source, tmp_path / "one", RULES)
     found = read(tmp_path / "dst")
     assert_same_bytes(found, read(tmp_path / "one"))
-    most = fqt.export.files.bytes_of(limit)
+    most = fqt.export.files.directory.bytes_of(limit)
     shards = sorted((tmp_path / "dst").glob("*.safetensors"))
     for shard in shards:
         with safe_open(shard, "pt") as opened:
@@ -556,18 +557,18 @@ def counted(limit=None):
         call = getattr(os, name)
         setattr(os, name, lambda *args, call=call: (step(), call(*args))[1])
     sys.addaudithook(lambda event, _: step() if event in STEPS else None)
-    convert = module.Job.convert
+    convert = job.Job.convert
 
     def counting(self, piece, writer):
         convert(self, piece, writer)
         pieces[0] += 1
 
-    module.Job.convert = counting
+    job.Job.convert = counting
     return steps, pieces
 
 
 def _converted(src, dst, limit, report, options):
-    module.PIECE_BYTES, module.SYNC_BYTES = 5000, 1
+    job.PIECE_BYTES, stage.SYNC_BYTES = 5000, 1
     steps, pieces = counted(limit)
     folder(src, dst, SMALL, **OPTIONS | options)
     with open(report, "w") as stream:
@@ -668,7 +669,7 @@ OTHERS = {
 def test_to_go_on_with_another_conversion_is_refused(part, monkeypatch):
     """Other options, other rules, a changed source: nothing is lost, and without `resume` it begins anew."""
     src, dst, stage = part
-    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(job, "PIECE_BYTES", 5000)
     before = files_of(stage)
     times = {file: file.stat().st_mtime_ns for file in src.rglob("*")}
     for name, other in OTHERS.items():
@@ -714,7 +715,7 @@ def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
 def _fails_once(monkeypatch, error=errno.EIO, after=3):
     """Let a write of tensors fail, once."""
     left = [after]
-    write = module.ShardWriter.write
+    write = ShardWriter.write
 
     def fails(self, *args):
         left[0] -= 1
@@ -722,7 +723,7 @@ def _fails_once(monkeypatch, error=errno.EIO, after=3):
             raise OSError(error, os.strerror(error))
         write(self, *args)
 
-    monkeypatch.setattr(module.ShardWriter, "write", fails)
+    monkeypatch.setattr(ShardWriter, "write", fails)
 
 
 def broken(path, value=torch.nan):
@@ -814,9 +815,9 @@ def test_a_disk_that_fills_in_the_middle(is_there, call, tmp_path, monkeypatch):
 def test_what_a_failed_sync_loses_is_not_taken_for_done(tmp_path, monkeypatch):
     """A system tells once: later syncs that succeed say nothing of what was lost before."""
     src, calls = small(tmp_path / "src"), [0]
-    monkeypatch.setattr(module, "SYNC_BYTES", 1)
-    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
-    sync = module.ShardWriter.sync
+    monkeypatch.setattr(stage, "SYNC_BYTES", 1)
+    monkeypatch.setattr(job, "PIECE_BYTES", 5000)
+    sync = ShardWriter.sync
 
     def fails(self):
         calls[0] += 1
@@ -824,7 +825,7 @@ def test_what_a_failed_sync_loses_is_not_taken_for_done(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(self)
 
-    monkeypatch.setattr(module.ShardWriter, "sync", fails)
+    monkeypatch.setattr(ShardWriter, "sync", fails)
     with pytest.raises(OSError, match="Input/output"):
         folder(src, tmp_path / "to" / "dst", SMALL, jobs=1, resume=True)
     (done,) = (tmp_path / "to").glob(".dst.saving-*/.done")
@@ -882,13 +883,13 @@ def test_two_conversions_to_one_place(source, tmp_path, monkeypatch):
 
     def fill(job, *args):
         for resume in (False, True):
-            monkeypatch.setattr(module, "_fill", _fill)
+            monkeypatch.setattr(run, "_fill", _fill)
             with pytest.raises(OSError, match="another save to it is going on") as caught:
                 folder(source, tmp_path / "dst", RULES, resume=resume)
             refused.append(caught.value.errno)
         _fill(job, *args)
 
-    monkeypatch.setattr(module, "_fill", fill)
+    monkeypatch.setattr(run, "_fill", fill)
     folder(source, tmp_path / "dst", RULES)
     folder(source, tmp_path / "one", RULES)
     assert refused == [errno.EBUSY] * 2
@@ -897,13 +898,13 @@ def test_two_conversions_to_one_place(source, tmp_path, monkeypatch):
 
 
 def cut(monkeypatch, name, src, dst, **options):
-    """A conversion that is interrupted where a function of the module is called."""
+    """A conversion that is interrupted where a function of `run` is called."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupted)
+        patch.setattr(run, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             folder(src, dst, SMALL, **options)
 
@@ -986,7 +987,7 @@ def test_what_is_cut_twice_is_gone_on_with(is_there, tmp_path, monkeypatch):
     while is_cut:
         (path if is_there else path.parent).mkdir(parents=True)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(Cut))
+            patch.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(Cut))
             with pytest.raises(Cut):
                 convert()
         is_cut = _cut_in(monkeypatch, number, convert)
@@ -1004,7 +1005,7 @@ def test_what_lacks_its_name_only_is_not_converted_again(tmp_path, monkeypatch):
     """Killed between the last piece and the commit."""
     src = two_shards(tmp_path / "src", 0)
     cut(monkeypatch, "commit", src, tmp_path / "dst")
-    monkeypatch.setattr(module.Job, "convert", None)
+    monkeypatch.setattr(job.Job, "convert", None)
     folder(src, tmp_path / "dst", SMALL, resume=True)
     assert not [name for name in os.listdir(tmp_path / "dst") if name.startswith(".")]
 

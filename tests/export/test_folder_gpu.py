@@ -1,16 +1,15 @@
 """`folder` on a GPU: the bytes that a CPU writes, whatever the pieces and threads; and what it cannot quantize."""
 
-import sys
-
 import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import folder, shards
+from fq_transforms.export import folder
+from fq_transforms.export.files import shards
+from fq_transforms.export.streaming import job
 
 pytestmark = pytest.mark.gpu
 
-module = sys.modules["fq_transforms.export.folder"]
 CONFIG = {
     **{"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"},
     "tie_word_embeddings": False,
@@ -51,7 +50,7 @@ def bytes_of(path):
 def test_the_bytes_are_those_of_a_cpu(rules, layout, piece, tmp_path, monkeypatch):
     """Files whole: codes, scales, what is copied, headers, config."""
     src = write(tmp_path / "src", weights())
-    monkeypatch.setattr(module, "PIECE_BYTES", piece)
+    monkeypatch.setattr(job, "PIECE_BYTES", piece)
     for device, jobs in (("cpu", 1), ("cuda", 4)):
         folder(src, tmp_path / device, rules, layout=layout, device=device, jobs=jobs, max_shard_size="100KB")
     assert bytes_of(tmp_path / "cuda") == bytes_of(tmp_path / "cpu")

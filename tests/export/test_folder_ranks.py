@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 import warnings
 
@@ -14,14 +13,14 @@ import torch
 
 import fq_transforms as fqt
 from fq_transforms.export import folder
+from fq_transforms.export.streaming import job, run, stage
 from tests.cases import assert_names
 from tests.export.test_folder import CONFIG, EXPERTS_ONLY, SMALL, files_of, in_lists, small, write_folder
 from tests.full import FULL
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore")]
 
-module = sys.modules["fq_transforms.export.folder"]
-_fill = module._fill
+_fill = run._fill
 OPTIONS = {"layout": "compressed-tensors", "max_shard_size": "4KB", "jobs": 2}
 # Within which all ranks end when one has. Gloo tells at once; imports take a few seconds.
 SECONDS = 60
@@ -29,7 +28,7 @@ SECONDS = 60
 
 def _small_pieces():
     warnings.simplefilter("ignore")
-    module.PIECE_BYTES, module.SYNC_BYTES = 5000, 1
+    job.PIECE_BYTES, stage.SYNC_BYTES = 5000, 1
 
 
 def in_a_job(rank, size, src, dst, rules, options):
@@ -47,7 +46,7 @@ def _of_torchrun(rank, size, port, src, dst, how, report):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "1"}
     torch.set_num_threads(1)
     _small_pieces()
-    convert, count = module.Job.convert, [0]
+    convert, count = job.Job.convert, [0]
 
     def patched(self, piece, writer):
         count[0] += 1
@@ -57,7 +56,7 @@ def _of_torchrun(rank, size, port, src, dst, how, report):
             raise OSError(5, "Input/output error")
         convert(self, piece, writer)
 
-    module.Job.convert = patched
+    job.Job.convert = patched
     try:
         folder(src, dst, SMALL, **OPTIONS | how.get("options", {}))
         said = "done"
@@ -139,15 +138,15 @@ def one_fails(rank, size, src, dst, failing, what):
         rules = {EXPERTS_ONLY: fqt.FP8_PER_CHANNEL}
     if rank == failing and what == "a rule":
         rules = {"*.nothing.*": fqt.FP8}
-    convert = module.Job.convert
+    convert = job.Job.convert
     if rank == failing and what == "a piece":
-        module.Job.convert = lambda *_: 1 / 0
+        job.Job.convert = lambda *_: 1 / 0
     try:
         folder(place, dst, rules, **OPTIONS)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        module.Job.convert = convert
+        job.Job.convert = convert
         torch.distributed.barrier()
 
 
@@ -184,7 +183,7 @@ def test_a_value_that_is_not_finite(ranks, tmp_path):
 def test_a_killed_rank(size, killed, resume, tmp_path, monkeypatch):
     """The others end with an error; another number of ranks goes on, and does not do again what was done."""
     src = small(tmp_path / "src")
-    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(job, "PIECE_BYTES", 5000)
     pieces = 0
 
     def fill(job, *args):
@@ -193,7 +192,7 @@ def test_a_killed_rank(size, killed, resume, tmp_path, monkeypatch):
         return _fill(job, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_fill", fill)
+        patch.setattr(run, "_fill", fill)
         folder(src, tmp_path / "one", SMALL, **OPTIONS)
     dst = tmp_path / "to" / "dst"
     at = 1 if size == 4 else 2  # of the few pieces that a rank has

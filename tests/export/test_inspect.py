@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import fq_transforms as fqt
 from fq_transforms.export import folder, inspect
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.streaming.sources import Folder
 from tests.export.models import EXPERTS, build
 
 BF16 = {"BF16"}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fq_transforms as fqt
-from fq_transforms.export import shards
+from fq_transforms.export.files import shards
 from fq_transforms.export.layers import STATE, LayerFiles
 from tests.classes import tiny
 from tests.export.models import read, transformers, write

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import accounted
-from fq_transforms.export.names import file_tensors
+from fq_transforms.export.names import accounted
+from fq_transforms.export.names.from_memory import file_tensors
 from tests.cases import assert_names, name_of
 from tests.export.models import (
     assert_equal,

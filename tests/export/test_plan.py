@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export import plan
+from fq_transforms.export.layouts import plan
 from fq_transforms.formats import IntElement
 from tests.cases import assert_names
 from tests.export.models import (

@@ -10,10 +10,10 @@ import torch
 from torch.func import functional_call
 
 import fq_transforms as fqt
-from fq_transforms.export.plan import format_key
+from fq_transforms.export.layouts.plan import format_key
+from fq_transforms.export.layouts.schemes import FORMAT_KEYS, SCHEMES
 from fq_transforms.export.readers import PLACES, READERS
 from fq_transforms.export.save import LAYOUTS
-from fq_transforms.export.schemes import FORMAT_KEYS, SCHEMES
 from fq_transforms.formats import FORMATS, Format
 from tests.cases import assert_names, message_of, name_of
 from tests.export.models import TOKENS, assert_equal, build, in_files, in_lists, read, to_modelopt, transformers, write

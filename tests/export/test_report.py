@@ -1,7 +1,6 @@
 """The report of a folder is that of its weights in memory, whatever it is read in."""
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import fields
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 import fq_transforms as fqt
 from fq_transforms.export import compare, folder, report
+from fq_transforms.export.streaming import job
 from fq_transforms.methods import MAX, FourOverSix
 from tests.export.models import EXPERTS, GATE_UP, build, read
 
@@ -57,7 +57,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("format", [fqt.NVFP4, fqt.FP8, fqt.INT4_BLOCK32, fqt.MXFP4], ids=lambda format: format.name)
 def test_it_is_the_report_of_tied_state_in_memory(format, layout, size, source, monkeypatch):
     """Bit for bit, read expert by expert or layer by layer."""
-    monkeypatch.setattr(sys.modules["fq_transforms.export.folder"], "PIECE_BYTES", size)
+    monkeypatch.setattr(job, "PIECE_BYTES", size)
     params = read(source)
     assert_same(report(source, {RULES: format}, layout=layout), in_memory(params, {RULES: format}, layout))
 
@@ -73,7 +73,7 @@ def test_a_method_reaches_it(source):
 
 def test_stacks_are_read_in_parts(tmp_path, monkeypatch):
     """Of a stack that is stored [in, out], and of a matrix that is no expert."""
-    monkeypatch.setattr(sys.modules["fq_transforms.export.folder"], "PIECE_BYTES", 1)
+    monkeypatch.setattr(job, "PIECE_BYTES", 1)
     scale = 2.0 ** torch.arange(EXPERTS)[:, None, None]
     params = {"l.0.mlp.experts.down_proj": torch.randn(EXPERTS, 32, 64) * scale, "l.0.q.weight": torch.randn(64, 32)}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "toy", "architectures": ["Toy"]}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export.sources import Folder
+from fq_transforms.export.streaming.sources import Folder
 from tests.cases import assert_names
 from tests.export.models import assert_equal, assert_same_bytes, read
 from tests.export.sources import BLOCK, CONFIG, EXPERTS, HIDDEN, INNER, MODULES, STACKS, plain, weights, write

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import pytest
 import torch
@@ -10,13 +9,13 @@ import torch
 import fq_transforms as fqt
 from fq_transforms import checkpoint
 from fq_transforms.export import folder
+from fq_transforms.export.streaming import job
 from tests.cases import assert_names
 from tests.export.models import assert_same_bytes, build, in_lists, megatron_of, of_each_expert, read, weights_only
 from tests.full import FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what engines quantize besides
 
-module = sys.modules["fq_transforms.export.folder"]
 # What weights are called: in files, in memory of transformers, and of Megatron.
 NAMES = {
     "files": lambda model, params: in_lists(params),
@@ -48,7 +47,7 @@ CASES = ALL if FULL else [ALL[i] for i in random.Random(0).sample(range(len(ALL)
 @pytest.fixture(autouse=True)
 def _few_pieces(monkeypatch):
     """Pieces of one expert or two."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 10**5)
+    monkeypatch.setattr(job, "PIECE_BYTES", 3 * 10**5)
 
 
 @pytest.fixture(scope="module")

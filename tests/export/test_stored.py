@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fq_transforms as fqt
-from fq_transforms.export.stored import difference, multipliers
+from fq_transforms.export.layouts.stored import difference, multipliers
 from fq_transforms.formats import FORMATS, LAYOUTS, IntElement, is_own, own_format
 from tests.cases import message_of, name_of
 from tests.export.models import COMPRESSED, MODELOPT, read

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fq_transforms as fqt
-from fq_transforms.export import families
+from fq_transforms.export.names import families
 from tests.cases import assert_names, message_of
 from tests.export.test_families import OWN, classes, smaller, transformers
 from tests.full import FULL

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.storage import local_path
-from fq_transforms.export import compressed_tensors, fp8, modelopt, mxfp4
-from fq_transforms.export.accounted import text_configs
-from fq_transforms.export.ahead import Span
-from fq_transforms.export.encoded import Found, check_finite
-from fq_transforms.export.files import CONFIG, INDEX, read_document
-from fq_transforms.export.shards import DTYPES, Files, Place
+from fq_transforms.export.files.directory import CONFIG, INDEX, read_document
+from fq_transforms.export.files.shards import DTYPES, Files, Place
+from fq_transforms.export.layouts import compressed_tensors, fp8, modelopt, mxfp4
+from fq_transforms.export.layouts.encoded import Found, check_finite
+from fq_transforms.export.names.accounted import text_configs
+from fq_transforms.export.streaming.ahead import Span
 from fq_transforms.parse import shown
 
 __all__ = ["MODELOPT", "READS", "Folder"]

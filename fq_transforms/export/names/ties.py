@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.modelopt_names import FUSED
-from fq_transforms.export.names import Source
+from fq_transforms.export.names.from_memory import Source
 from fq_transforms.spec import Group
 from fq_transforms.state import State
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.export.encoded import EncodedWeight, Found
-from fq_transforms.export.families import decode_mxfp4
-from fq_transforms.export.shards import Files, TensorType
+from fq_transforms.export.files.shards import Files, TensorType
+from fq_transforms.export.layouts.encoded import EncodedWeight, Found
+from fq_transforms.export.names.families import decode_mxfp4
 
 __all__ = ["find"]
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.export.encoded import EncodedWeight, Found, take
-from fq_transforms.export.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
-from fq_transforms.export.schemes import SCHEMES, Scheme
-from fq_transforms.export.shards import Files
+from fq_transforms.export.files.shards import Files
+from fq_transforms.export.layouts.encoded import EncodedWeight, Found, take
+from fq_transforms.export.layouts.plan import CodedWeight, ExportPlan, Target, check_inputs, largest
+from fq_transforms.export.layouts.schemes import SCHEMES, Scheme
 from fq_transforms.ops.quantize.reference import expert_scale
 from fq_transforms.parse import check_name, shown
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fq_transforms.export.names import Source, module_of
+from fq_transforms.export.names.from_memory import Source, module_of
 
 __all__ = ["DEEPSEEKS", "check_accounted", "check_config", "is_router", "text_configs"]
 
@@ -39,7 +39,7 @@ def check_accounted(sources: Sequence[Source]) -> None:
     """Raise ValueError unless all of each source goes to the files once, and each name in the files has one source.
 
     Example:
-        >>> from fq_transforms.export.names import FileTensor
+        >>> from fq_transforms.export.names.from_memory import FileTensor
         >>> half = FileTensor("router.weight", slice(0, 2))
         >>> check_accounted([Source("router.weight", None, None, (4, 4), 4, [half])])
         Traceback (most recent call last):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.export.families import FileLayout, FileTensor, files_of, folded, model_of, rows_of
+from fq_transforms.export.names.families import FileLayout, FileTensor, files_of, folded, model_of, rows_of
 from fq_transforms.spec import Group, Inputs
 
 __all__ = ["FileTensor", "Source", "check_codes", "file_tensors", "module_of", "of_group"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fq_transforms.checkpoint import read_spec
 from fq_transforms.checkpoint.storage import local_path
-from fq_transforms.export.names import FileTensor, file_tensors, of_group
+from fq_transforms.export.names.from_memory import FileTensor, file_tensors, of_group
 from fq_transforms.spec import Group, Inputs, Spec
 from fq_transforms.state import State
 from fq_transforms.transform import transform

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fq_transforms.export.encoded import EncodedWeight, Found, of_blocks, take
-from fq_transforms.export.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, largest
-from fq_transforms.export.schemes import FORMAT_KEYS
-from fq_transforms.export.shards import Files, TensorType
+from fq_transforms.export.files.shards import Files, TensorType
+from fq_transforms.export.layouts.encoded import EncodedWeight, Found, of_blocks, take
+from fq_transforms.export.layouts.plan import CodedWeight, ExportPlan, FormatKeys, Target, check_inputs, largest
+from fq_transforms.export.layouts.schemes import FORMAT_KEYS
 from fq_transforms.formats import MXFP4, MXFP8, NVFP4, Format
 from fq_transforms.ops.pack.reference import unpack_reference
 from fq_transforms.parse import shown

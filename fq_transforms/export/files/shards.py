@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from fq_transforms.checkpoint.storage import Lock, naming, open_regular, stage_of
-from fq_transforms.export.files import INDEX, SINGLE, check_free, commit, read_document, remove_staged, write_json
+from fq_transforms.export.files.directory import (
+    INDEX,
+    SINGLE,
+    check_free,
+    commit,
+    read_document,
+    remove_staged,
+    write_json,
+)
 from fq_transforms.parse import MOST_NAME, check_name, parse_json, shown
 
 __all__ = [

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fq_transforms.export.tables import size
+from fq_transforms.export.files.tables import size
 from fq_transforms.spec import Spec
 from fq_transforms.tables import preformatted, table
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fq_transforms.export.encoded import EncodedWeight, Found, of_blocks
-from fq_transforms.export.plan import CodedWeight, ExportPlan, Target
-from fq_transforms.export.schemes import FORMAT_KEYS
-from fq_transforms.export.shards import Files
+from fq_transforms.export.files.shards import Files
+from fq_transforms.export.layouts.encoded import EncodedWeight, Found, of_blocks
+from fq_transforms.export.layouts.plan import CodedWeight, ExportPlan, Target
+from fq_transforms.export.layouts.schemes import FORMAT_KEYS
 from fq_transforms.formats import MXFP4
 from fq_transforms.ops.pack.reference import unpack_reference
 from fq_transforms.parse import shown

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fq_transforms.export.plan import FormatKey, FormatKeys, format_key
+from fq_transforms.export.layouts.plan import FormatKey, FormatKeys, format_key
 from fq_transforms.formats import FORMATS
 
 __all__ = ["FORMAT_KEYS", "SCHEMES", "Scheme", "packed_int8", "with_inputs"]

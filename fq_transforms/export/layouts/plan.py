@@ -14,13 +14,13 @@ from torch import Tensor
 from fq_transforms.checkpoint.storage import local_path
 from fq_transforms.checks import check_state, weights_of
 from fq_transforms.dtensor import is_sharded
-from fq_transforms.export.accounted import DEEPSEEKS, check_accounted, check_config, is_router
-from fq_transforms.export.families import is_tied
-from fq_transforms.export.files import bytes_of, check_free, progress
-from fq_transforms.export.names import FileTensor, Source, check_codes, file_tensors, module_of, of_group
-from fq_transforms.export.shards import TensorType, type_of, write
-from fq_transforms.export.stored import Difference, difference, stored
-from fq_transforms.export.ties import check_ties, is_fused
+from fq_transforms.export.files.directory import bytes_of, check_free, progress
+from fq_transforms.export.files.shards import TensorType, type_of, write
+from fq_transforms.export.layouts.stored import Difference, difference, stored
+from fq_transforms.export.names.accounted import DEEPSEEKS, check_accounted, check_config, is_router
+from fq_transforms.export.names.families import is_tied
+from fq_transforms.export.names.from_memory import FileTensor, Source, check_codes, file_tensors, module_of, of_group
+from fq_transforms.export.names.ties import check_ties, is_fused
 from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import E4M3, FORMATS, FP8, Format, IntElement, code_bits, is_own
 from fq_transforms.ops.amax.autograd import expert_amax
@@ -66,7 +66,7 @@ class CodedWeight(NamedTuple):
         format: Its format.
         scheme: The target's word for it.
         codes: [out, packed in].
-        scale: One number per granule, as files have it: see `export.stored`.
+        scale: One number per granule, as files have it: see `export.layouts.stored`.
         global_scale: [], of two-level formats, likewise.
         inputs: Format of the inputs, where they are quantized.
         input_amax: [], where it is state.
