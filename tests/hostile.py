@@ -30,7 +30,7 @@ def _audit(event, args):
         _watching[-1].append(f"{event}{args!r}"[:200])
     elif event == "open" and isinstance(args[0], str | bytes):
         path = os.path.realpath(os.fsdecode(args[0]))
-        if not path.startswith((*_ROOTS, "/proc/", "/sys/", *_allowed)):
+        if path != os.devnull and not path.startswith((*_ROOTS, "/proc/", "/sys/", *_allowed)):
             _watching[-1].append(f"open({path!r})"[:200])
 
 
