@@ -548,6 +548,8 @@ def counted(limit=None):
     steps, pieces, lock = [0], [0], threading.Lock()
 
     def step():
+        if threading.current_thread().name == "ahead":  # which only reads, at any time
+            return
         with lock:
             steps[0] += 1
             if steps[0] == limit:
