@@ -556,11 +556,12 @@ def _stored_scales(
     group: Group, layout: str, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scales and global scale of each expert, as files have them: at once, unless numbers have to be searched for."""
-    if not scale.is_meta and is_own(group.format, layout):
-        scale, global_scale = stored(group.format, layout, scale, global_scale, dtype)
+    is_done = scale.is_meta  # there are no numbers, and types stay
+    if not is_done and is_own(group.format, layout):
+        (scale, global_scale), is_done = stored(group.format, layout, scale, global_scale, dtype), True
     for expert in range(group.experts):
         own = scale[expert], None if global_scale is None else global_scale[expert]
-        yield own if scale.is_meta or is_own(group.format, layout) else stored(group.format, layout, *own, dtype)
+        yield own if is_done else stored(group.format, layout, *own, dtype)
 
 
 def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Job:
 
     @cached_property
     def _types(self) -> dict[str, dict[str, tuple[TensorType, int]]]:
-        # Not while the job is made: in formats other than the layout's own PyTorch imports its compiler for it.
+        # Not while the job is made: reading ahead begins before.
         with named(self.source):
             return {one.name: self._types_of(one) for one in self.plan.sources}
 
