@@ -197,27 +197,27 @@ def rates(folder: Path, where: Path, device: str) -> dict[str, float]:
     "both": of a cold read while a third as many bytes are written, as a disk does the two by turns.
     """
     files = sorted(folder.glob("*.safetensors"))
-    drop(folder)
-    found = {"read": sum(file.stat().st_size for file in files) / _seconds(lambda: _read(folder))}
-    content = files[0].read_bytes()
+    size, content = sum(file.stat().st_size for file in files), memoryview(files[0].read_bytes())
     paths = [where / f"written-{n}" for n in range(4)]
+    drop(folder)
+    found = {"read": size / _seconds(lambda: _read(folder))}
 
-    def write(path: Path) -> None:
+    def write(path: Path, size: int) -> None:
         with path.open("wb", buffering=0) as stream:
-            stream.write(content)
+            for start in range(0, size, len(content)):
+                stream.write(content[: size - start])
             os.fsync(stream.fileno())
 
-    def write_all() -> None:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(write, paths))
+    def write_all(size: int) -> None:
+        with ThreadPoolExecutor(len(paths)) as pool:
+            list(pool.map(write, paths, [size // len(paths)] * len(paths)))
 
-    found["write"] = len(paths) * len(content) / _seconds(write_all)
+    found["write"] = len(paths) * len(content) / _seconds(lambda: write_all(len(paths) * len(content)))
     drop(folder)
-    size, rounds = sum(file.stat().st_size for file in files), max(1, len(files) // 3 // len(paths))
 
     def both() -> None:
         with ThreadPoolExecutor(1) as pool:
-            written = pool.submit(lambda: [write_all() for _ in range(rounds)])
+            written = pool.submit(write_all, size // 3)
             _read(folder)
             written.result()
 

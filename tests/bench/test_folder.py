@@ -53,6 +53,27 @@ def test_ways_are_measured(source, tmp_path):
     assert 5e7 < ours["peak"] < 2e9
 
 
+def test_both_is_a_read_while_a_third_as_many_bytes_are_written(source, tmp_path, monkeypatch):
+    """Whatever the number and the sizes of the source's files."""
+    clock, timed = folder._seconds, []
+
+    def seconds(call):
+        spent = clock(call)
+        timed.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+        return spent
+
+    monkeypatch.setattr(folder, "_seconds", seconds)
+    rates = folder.rates(source, tmp_path, "cpu")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    read, written, both = timed
+    assert read == 0
+    assert written > 0
+    assert 0 <= size // 3 - both < 4
+    assert set(rates) == {"read", "write", "both"}
+    assert all(rate > 0 for rate in rates.values())
+    assert not list(tmp_path.iterdir())
+
+
 def most_alive(source, made, monkeypatch):
     """The most bytes of tensors that are alive while a folder is quantized, looked at whenever a 20th is written."""
     found, write, numbers = [], ShardWriter.write, count()
