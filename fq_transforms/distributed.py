@@ -1,8 +1,8 @@
-"""Maxima and sums over the ranks of a process group: one all-reduce for many tensors."""
+"""What the ranks of a process group have to say; maxima and sums over them, one all-reduce for many tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +11,46 @@ from torch.autograd import Function
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["largest_over", "sum_over"]
+__all__ = ["check_group", "largest_over", "said_by_all", "sum_over", "tell_failure"]
+
+T = TypeVar("T")
 
 # Bits of the one NaN that stands for all, above those of infinity; and a mask.
 NAN_BITS = 0x7FC00000
 ALL_BUT_SIGN = 0x7FFFFFFF
+
+
+def check_group(group: Any) -> None:
+    """Raise ValueError unless `group` is None or a process group that this rank is in."""
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
+
+
+def said_by_all(group: "ProcessGroup | None", what: T, caller: str) -> list[T]:
+    """What each rank of a group says, in their order; None is this rank alone. One that fails calls `tell_failure`.
+
+    Raises:
+        ValueError: Another one has failed.
+    """
+    if group is None:
+        return [what]
+    said = _exchanged(group, (None, what))
+    for rank, (error, _) in enumerate(said):
+        if error is not None:
+            raise ValueError(f"{caller}: found that rank {rank} of the group failed, wanted all of them: {error}")
+    return [one for _, one in said]
+
+
+def tell_failure(group: "ProcessGroup | None", error: Exception) -> None:
+    """Let the ranks that are in `said_by_all`, or will be, not wait for this one."""
+    if group is not None:
+        _exchanged(group, (f"{type(error).__name__}: {error}", None))
+
+
+def _exchanged(group: "ProcessGroup", own: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
+    said: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(said, own, group)
+    return said
 
 
 def largest_over(group: "ProcessGroup", tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

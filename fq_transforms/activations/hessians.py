@@ -10,7 +10,8 @@ from torch.nn import Module
 
 from fq_transforms.activations.observe import Forward, observe
 from fq_transforms.activations.products import Use
-from fq_transforms.activations.second_moments import POLICIES, Unseen, check_unseen
+from fq_transforms.activations.second_moments import Unseen, check_policy, check_unseen, inputs_of
+from fq_transforms.distributed import check_group, said_by_all, tell_failure
 from fq_transforms.ops.hessian.launch import add_products
 from fq_transforms.spec import Inputs, Spec
 
@@ -34,24 +35,22 @@ def input_hessians(
     group: "ProcessGroup | None",
 ) -> dict[str, dict[str, Tensor]]:
     """`Transform.input_hessians`, with the spec of the Transform."""
-    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
-    wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
+    check_group(group)
+    wanted = inputs_of(spec)
     sums: dict[str, _Sums] = {}
-    failed: Exception | None = None
     try:
-        if unseen not in POLICIES:
-            raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
+        check_policy(unseen)
         if wanted:
             kind = partial(_Products, _Empty())
             found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_hessians")
             sums = {key: one.sums() for key, one in found.items()}
     except Exception as error:
-        if group is None:
-            raise
-        failed = error
-    if group is not None:  # which all ranks reach, so that none waits for one that has failed
-        sums = _over(group, wanted, sums, failed)
+        tell_failure(group, error)
+        raise
+    ids = [id(sums[inputs.key]) for inputs in wanted]
+    shared = said_by_all(group, [ids.index(one) for one in ids], "input_hessians")
+    if group is not None:
+        sums = _over(group, wanted, sums, shared)
     done: dict[int, dict[str, Tensor]] = {}
     for inputs in wanted:
         own = sums[inputs.key]
@@ -204,21 +203,13 @@ class _Products:
 
 
 def _over(
-    group: "ProcessGroup", wanted: Sequence[Inputs], sums: Mapping[str, _Sums], failed: Exception | None
+    group: "ProcessGroup", wanted: Sequence[Inputs], sums: Mapping[str, _Sums], shared: Sequence[Sequence[int]]
 ) -> dict[str, _Sums]:
     """The sums of all ranks. Groups share them that do on each rank: one may have seen no token of an expert."""
-    ids = [id(sums[inputs.key]) if failed is None else 0 for inputs in wanted]
-    own = None if failed is not None else [ids.index(one) for one in ids]
-    everyone: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(everyone, own, group)
-    if failed is not None:
-        raise failed
-    if None in everyone:
-        raise ValueError("input_hessians: found that another rank of the group failed, wanted sums from all of them")
     device = torch.device("cpu" if "cpu:" in torch.distributed.get_backend_config(group) else "cuda")
     found: dict[tuple[int, ...], _Sums] = {}
     result: dict[str, _Sums] = {}
-    for inputs, labels in zip(wanted, zip(*everyone, strict=True), strict=True):
+    for inputs, labels in zip(wanted, zip(*shared, strict=True), strict=True):
         if labels not in found:
             of_rank = sums[inputs.key]
             leaves = [leaf.to(device, copy=True) for leaf in (of_rank.hessian, of_rank.tokens)]

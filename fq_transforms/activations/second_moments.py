@@ -14,13 +14,13 @@ from torch.nn import Module
 
 from fq_transforms.activations.observe import Forward, observe
 from fq_transforms.activations.products import Use
-from fq_transforms.distributed import sum_over
+from fq_transforms.distributed import check_group, said_by_all, sum_over, tell_failure
 from fq_transforms.spec import Inputs, Spec, ranges
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["POLICIES", "Unseen", "check_unseen", "input_second_moments"]
+__all__ = ["POLICIES", "Unseen", "check_policy", "check_unseen", "input_second_moments", "inputs_of"]
 
 Unseen = Literal["raise", "mean-of-peers", "ones"]
 POLICIES: tuple[Unseen, ...] = get_args(Unseen)
@@ -41,33 +41,27 @@ def input_second_moments(
     blocks: bool = False,
 ) -> dict[str, Tensor]:
     """`Transform.input_second_moments`, with the spec of the Transform."""
-    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"group: found {group!r}, wanted None or a process group that this rank is in")
-    wanted = [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
+    check_group(group)
     given: Any = blocks
-    try:  # all that may differ between ranks, so that those without the error do not wait for ever
-        if unseen not in POLICIES:
-            raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
+    found: dict[str, _Squares] = {}
+    try:
+        check_policy(unseen)
         if not isinstance(given, bool):
             raise ValueError(f"blocks: found {given!r}, wanted True or False")
-        if not wanted:
-            return {}
-        kind = partial(_seen, blocks=blocks)
-        found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_second_moments")
-    except Exception:
-        if group is not None:
-            _add_up([_Squares(inputs, torch.device("cpu"), torch.nan) for inputs in wanted], group, False)
+        if wanted := inputs_of(spec):
+            kind = partial(_seen, blocks=blocks)
+            found = observe(params, batches, wanted, kind, model=model, forward=forward, caller="input_second_moments")
+    except Exception as error:
+        tell_failure(group, error)
         raise
+    with_blocks = said_by_all(group, blocks, "input_second_moments")
+    if len({*with_blocks}) > 1:
+        raise ValueError(
+            f"blocks: found True on {sum(with_blocks)} of {len(with_blocks)} ranks, wanted the same on all"
+        )
     if group is not None:
-        with_blocks = _add_up(list(found.values()), group, blocks)
-        if bool(found[wanted[0].key].rows.isnan().any()):
-            raise ValueError(
-                "input_second_moments: found that another rank of the group failed, wanted sums from all of them"
-            )
-        if with_blocks not in (0, group.size()):
-            raise ValueError(f"blocks: found True on {with_blocks} of {group.size()} ranks, wanted the same on all")
-        # Only now: a rank that failed does not take part, nor one with other blocks. One by one, as they are large.
-        for squares in found.values():
+        _add_over(group, [leaf for squares in found.values() for leaf in (squares.sums, squares.rows)])
+        for squares in found.values():  # one by one, as they are large
             if isinstance(squares, _Moments):
                 _add_over(group, [squares.products])
     return {key: squares.means(unseen) for key, squares in found.items()}
@@ -78,11 +72,11 @@ class _Squares:
 
     measure = "sum of squares"
 
-    def __init__(self, inputs: Inputs, device: torch.device, value: float = 0.0) -> None:
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
         self.inputs = inputs
         shape = (inputs.experts + 1, inputs.shape[1])
-        self.sums = torch.full(shape, value, dtype=torch.float64, device=device)
-        self.rows = torch.full(shape[:1], value, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(shape[:1], dtype=torch.float64, device=device)
 
     def add(self, use: Use, x: Tensor) -> None:
         parts = x.reshape(-1, x.shape[-1]).split(MOST_ROWS)
@@ -121,11 +115,11 @@ class _Squares:
 class _Moments(_Squares):
     """Sum of x x^T of each block of B inputs besides, fp64 [E, in / B, B, B]."""
 
-    def __init__(self, inputs: Inputs, device: torch.device, value: float = 0.0) -> None:
-        super().__init__(inputs, device, value)
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+        super().__init__(inputs, device)
         side = inputs.format.block[1] or 1
         shape = (inputs.experts, inputs.shape[1] // side, side, side)
-        self.products = torch.full(shape, value, dtype=torch.float64, device=device)
+        self.products = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, use: Use, x: Tensor) -> None:
         super().add(use, x)
@@ -158,10 +152,21 @@ class _Moments(_Squares):
         return self._filled(means, unseen, torch.eye(means.shape[-1])).float()
 
 
-def _seen(inputs: Inputs, device: torch.device, value: float = 0.0, *, blocks: bool) -> _Squares:
+def _seen(inputs: Inputs, device: torch.device, *, blocks: bool) -> _Squares:
     """What is kept of a group: second moments of blocks, if they are asked for and its format has some along `in`."""
     kind = _Moments if blocks and inputs.format.has_blocks_along_in else _Squares
-    return kind(inputs, device, value)
+    return kind(inputs, device)
+
+
+def inputs_of(spec: Spec) -> list[Inputs]:
+    """The inputs of all groups of weights."""
+    return [Inputs(g.key, g.names, g.format, g.experts, g.shape, g.stacked, g.transposed) for g in spec.groups]
+
+
+def check_policy(unseen: Any) -> None:
+    """Raise ValueError for an unknown policy."""
+    if unseen not in POLICIES:
+        raise ValueError(f"unseen: found {unseen!r}, wanted one of {POLICIES}")
 
 
 def check_unseen(inputs: Inputs, is_unseen: Tensor, unseen: Unseen, caller: str) -> list[int]:
@@ -176,13 +181,6 @@ def check_unseen(inputs: Inputs, is_unseen: Tensor, unseen: Unseen, caller: str)
             f"{wanted}; pass more batches, or choose by unseen={choices}"
         )
     return numbers
-
-
-def _add_up(found: Sequence[_Squares], group: "ProcessGroup", blocks: bool) -> int:
-    """Add up sums and counts over the ranks, in place; on how many of them `blocks` is true. One all-reduce."""
-    flag = torch.tensor([float(blocks)], dtype=torch.float64, device="cpu")
-    _add_over(group, [leaf for squares in found for leaf in (squares.sums, squares.rows)] + [flag] * bool(found))
-    return int(flag)
 
 
 def _add_over(group: "ProcessGroup", leaves: Sequence[Tensor]) -> None:

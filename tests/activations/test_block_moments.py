@@ -187,8 +187,8 @@ def test_batches_split_over_ranks_give_the_same_moments(ranks):
     outcomes = ranks(_over_ranks, size=4)
     for found, failed, unknown, mixed in outcomes[1:]:
         assert all(torch.equal(moments, outcomes[0][0][key]) for key, moments in found.items())
-        assert_names(failed, "another rank of the group failed")
-        assert_names(unknown, "another rank of the group failed")
+        assert_names(failed, "rank 0 of the group failed", outcomes[0][1])
+        assert_names(unknown, "rank 0 of the group failed", outcomes[0][2])
         assert_names(mixed, "blocks: found True on 3 of 4 ranks")
     assert_names(outcomes[0][1], "batches: found no batch in list")
     assert_names(outcomes[0][2], "blocks: found 1, wanted True or False")

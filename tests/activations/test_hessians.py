@@ -476,7 +476,7 @@ def test_batches_split_over_ranks_give_the_same_means(ranks):
     for key, leaves in one[0].items():
         assert all(torch.equal(leaf, other[0][key][name]) for name, leaf in leaves.items())
     assert_names(one[1], "batches: found no batch in list")
-    assert_names(other[1], "another rank of the group failed")
+    assert_names(other[1], "rank 0 of the group failed", one[1])
 
 
 @pytest.mark.gpu

@@ -320,7 +320,7 @@ def test_batches_split_over_ranks_give_the_same_means(ranks, size):
         assert all(torch.equal(means, outcomes[0][0][key]) for key, means in found.items())
     assert_names(outcomes[0][1], "batches: found no batch in list")
     for _, message in outcomes[1:]:
-        assert_names(message, "another rank of the group failed")
+        assert_names(message, "rank 0 of the group failed", outcomes[0][1])
 
 
 # What rank 1 alone is wrong in, and words of its error.
@@ -359,10 +359,10 @@ def _fails_on_rank_1(rank, size, fault):
 @pytest.mark.dist
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_is_wrong_on_one_rank_the_other_does_not_wait(ranks, fault):
-    """Also where an error comes before any batch runs: that rank's own goes by its all-reduce to the other."""
+    """Also where an error comes before any batch runs: that rank's own goes to the other."""
     other, own = ranks(_fails_on_rank_1, fault, size=2)
-    assert_names(other, "another rank of the group failed")
     assert_names(own, FAULTS[fault][1])
+    assert_names(other, "rank 1 of the group failed", FAULTS[fault][1])
 
 
 def _experts_and_dense_apart(rank, size):
