@@ -173,11 +173,11 @@ class _Products:
         empty.add(self)
 
     def add(self, use: Use, x: Tensor) -> None:
-        if not use.is_first:  # a further part of a weight, which sees the same tokens again
-            return
         seen = self.node.next
-        if seen is not None and self not in seen.by and seen.is_seen_again(use, x):
-            seen.by.append(self)
+        # By another group, or by this one with a further part of a weight.
+        if seen is not None and (self not in seen.by or not use.is_first) and seen.is_seen_again(use, x):
+            if self not in seen.by:
+                seen.by.append(self)
             return
         if seen is not None:
             self.node.settle()

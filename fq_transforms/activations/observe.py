@@ -96,7 +96,7 @@ def observe(
             if key not in found:
                 found[key] = kind(use.inputs, x.device)
             if x.numel():
-                found[key].add(use, x.detach())
+                found[key].add(_of_tokens(use, x), x.detach())
             return x
 
         with torch.no_grad(), in_use, in_use, products(model, values, wanted, see) as keys:
@@ -122,6 +122,16 @@ def observe(
         else kind(inputs, devices[inputs.key])
         for inputs in wanted
     }
+
+
+def _of_tokens(use: Use, x: Tensor) -> Use:
+    """The same, with rows of zeros as of no expert, where x has rows of several.
+
+    They are no tokens, but what fills up a buffer, or tokens times 0 where an expert is not theirs, as in Llama 4.
+    """
+    if isinstance(use.experts, int) or use.blocks > 1:
+        return use
+    return use._replace(experts=use.experts.masked_fill((x == 0).all(-1), use.inputs.experts))
 
 
 def check_input(inputs: Inputs, x: Tensor) -> None:

@@ -43,7 +43,7 @@ class Use(NamedTuple):
     Attributes:
         inputs: The group.
         experts: The expert of all rows; or of each row, integers [...], where `inputs.experts` is no expert's.
-        is_first: False for a further part of one expert's weight, which sees the same tokens again.
+        is_first: False for a further part of one expert's weight, which may see the same tokens again.
         blocks: How many rows are one token's: a matrix may be used as several, each with rows of its own.
     """
 

@@ -144,6 +144,66 @@ def test_fused_experts_by_a_loop(implementation):
                 assert_means_of(leaves, e, inputs.double(), inputs_error=1e-5)
 
 
+class TimesZero(nn.Module):
+    """Experts as in Llama 4: each gets all tokens, times 0 where they are not routed to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.w = nn.Parameter(torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x, expert):
+        is_own = nn.functional.one_hot(expert, 3).T[..., None].to(x)
+        return torch.bmm(x.expand(3, *x.shape) * is_own, self.experts.w.mT).sum(0)
+
+
+def test_tokens_times_zero_are_not_the_experts():
+    """Nor rows of zeros in buffers of a fixed size: neither counts, nor means, nor who has seen none, in any statistic.
+
+    A bug: all experts had all tokens, so that one without any had an amax of 0, and `unseen` was never asked.
+    """
+    model, x = TimesZero(), torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
+    params, transposed = dict(model.named_parameters()), {"experts.w": False}
+    batches = [(x[:6], torch.tensor([0, 0, 2, 0, 0, 2])), (x[6:], torch.full((4,), 2))]
+    own = [x[[0, 1, 3, 4]].double(), x[:0].double(), x[[2, 5, 6, 7, 8, 9]].double()]
+    fq = weighted(params, {"*": fqt.INT8}, transposed=transposed)
+    leaves = fq.input_hessians(params, batches, model=model, unseen="ones")["experts.w"]
+    assert leaves["tokens"].tolist() == [4, 0, 6]
+    for e in (0, 2):
+        assert_means_of(leaves, e, own[e])
+    squares = fq.input_second_moments(params, batches, model=model, unseen="ones")["experts.w"]
+    torch.testing.assert_close(squares[[0, 2]], torch.stack([own[e].square().mean(0) for e in (0, 2)]).float())
+    for statistics in (fq.input_hessians, fq.input_second_moments):
+        assert_names(message_of(ValueError, statistics, params, batches, model=model), "found no token for expert 1")
+    spec = fqt.select(params, [fqt.Rule("*", fqt.INT8, fqt.FP8, per_expert_inputs=True)], transposed=transposed)
+    inputs = fqt.transform(spec).calibrate(params, batches, model=model)["experts.w.input"]
+    assert inputs["tokens"].tolist() == [4, 0, 6]
+    assert inputs["amax"].tolist() == [own[0].abs().max(), -torch.inf, own[2].abs().max()]
+
+
+class Packed(nn.Module):
+    """One weight as two, each with an input of its own or both with the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.kv = nn.Linear(8, 6, bias=False)
+
+    def forward(self, k, v):
+        weight = self.kv.weight
+        return nn.functional.linear(k, weight[:3]).sum() + nn.functional.linear(v, weight[3:]).sum()
+
+
+def test_all_parts_of_a_weight_are_seen():
+    """On the same tokens they are seen once, on others each; a bug: the inputs of all but the first were dropped."""
+    model, x = Packed(), torch.randn(15, 8, generator=torch.Generator().manual_seed(1))
+    params = dict(model.named_parameters())
+    fq = weighted(params, {"*": fqt.INT8})
+    for batch, own in (((x[:6], x[6:]), x), ((x, x), x), ((x[:6], x[:6].clone()), x[:6])):
+        assert_means_of(fq.input_hessians(params, [batch], model=model)["kv.weight"], 0, own.double())
+        found = fq.input_second_moments(params, [batch], model=model)["kv.weight"]
+        torch.testing.assert_close(found[0], own.double().square().mean(0).float())
+
+
 def tensors_of(found, *keys):
     """How many Hessians, and counts of tokens, these groups have between them, by memory."""
     counts = [len({found[key][name].data_ptr() for key in keys}) for name in ("hessian", "tokens")]
