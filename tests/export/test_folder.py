@@ -108,8 +108,7 @@ def tied(state):
 def in_memory(plain, rules, layout, **options):
     """The Transform and the state of a folder's plain weights, as `folder` makes them."""
     fq = fqt.transform(fqt.select(plain, rules, **options), layout=layout)
-    state = fq.calibrate(plain)
-    return fq, state if layout == "plain" else tied(state)
+    return fq, tied(fq.calibrate(plain))
 
 
 def assert_law(src, tmp_path, rules, layout, **options):
@@ -222,11 +221,11 @@ def write_folder(path, shards, config):
 CONFIG = {"model_type": "mine", "architectures": ["MineForCausalLM"], "dtype": "bfloat16"}
 
 
-def in_lists(roles, experts, shape=(32, 64)):
+def in_lists(roles, experts, shape=(32, 64), dtype=torch.bfloat16):
     """Weights of experts, no two of one magnitude."""
     generator = torch.Generator().manual_seed(0)
     return {
-        f"layers.0.mlp.experts.{e}.{role}.weight": (torch.randn(shape, generator=generator) * 2.0 ** (e + i)).bfloat16()
+        f"layers.0.mlp.experts.{e}.{role}.weight": (torch.randn(shape, generator=generator) * 2.0 ** (e + i)).to(dtype)
         for i, role in enumerate(roles)
         for e in range(experts)
     }
@@ -255,7 +254,7 @@ def test_methods(name, source, tmp_path):
     folder(source, tmp_path / "dst", {EXPERTS_ONLY: format}, method=method, layout="plain")
     plain = read(source)
     fq = fqt.transform(fqt.select(plain, {EXPERTS_ONLY: format}), method=method)
-    assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, fq.calibrate(plain)))
+    assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, tied(fq.calibrate(plain))))
 
 
 SIZES = [1, 100_000, 200_000, 2**40]
@@ -329,6 +328,11 @@ ODD = {
     "empty.matrix": torch.empty(4, 0, dtype=torch.float64),
     "nan": torch.tensor([torch.nan, torch.inf]),
     "f4": torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "table": torch.arange(12, dtype=torch.uint8).view(3, 4),
+    "table.i8": torch.arange(12, dtype=torch.int8).view(3, 4),
+    "table.weight": torch.arange(12, dtype=torch.uint8).view(torch.float8_e4m3fn).view(3, 4),
+    "visual.attn.q_scale": torch.arange(3, dtype=torch.float32),
+    "visual.attn.k_scale": torch.arange(3, dtype=torch.bfloat16),
 }
 
 
@@ -369,6 +373,19 @@ def test_odd_dtypes_and_shapes_keep_their_bytes(layout, limit, tmp_path):
             assert at % WIDTHS.get(entry["dtype"], 1) == 0, (name, entry)
         with safe_open(file, "pt") as opened:
             assert all(opened.get_tensor(name) is not None for name in opened.keys() if name != "f4")  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("layout", "format"), [("compressed-tensors", fqt.NVFP4), ("modelopt", fqt.NVFP4)])
+def test_what_was_written_is_read(layout, format, tmp_path):
+    """Law: with all that was copied, whatever it looks like. A bug: matrices of bytes were taken for codes."""
+    src = write_folder(tmp_path / "src", [ODD, in_lists(["up_proj"], 2)], CONFIG)
+    folder(src, tmp_path / "dst", {EXPERTS_ONLY: format}, layout=layout)
+    assert fqt.export.inspect(tmp_path / "dst").left == {}
+    found = fqt.export.compare(src, tmp_path / "dst")
+    assert not found.only_a + found.only_b
+    folder(tmp_path / "dst", tmp_path / "back", layout="plain")
+    was, found = bytes_by_name(src), bytes_by_name(tmp_path / "back")
+    assert {name: found[name] for name in ODD} == {name: was[name] for name in ODD}
 
 
 def test_files_that_are_not_aligned_are_read(tmp_path):
@@ -855,11 +872,13 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("layout", "format"), [(layout, one) for layout, some in LAYOUTS.items() for one in some])
-def test_every_layout(layout, format, tmp_path):
-    """Its formats, of experts in lists."""
-    tensors = in_lists(["gate_proj", "up_proj", "down_proj"], 5, (128, 128))
-    src = write_folder(tmp_path / "src", [dict(list(tensors.items())[i::4]) for i in range(4)], CONFIG)
+def test_every_layout(layout, format, dtype, tmp_path):
+    """Its formats, of experts in lists; a bug: compressed-tensors' decompressor rounds NVFP4 to bf16."""
+    tensors = in_lists(["gate_proj", "up_proj", "down_proj"], 5, (128, 128), dtype)
+    config = CONFIG | {"dtype": str(dtype).removeprefix("torch.")}
+    src = write_folder(tmp_path / "src", [dict(list(tensors.items())[i::4]) for i in range(4)], config)
     assert_law(src, tmp_path, {EXPERTS_ONLY: format}, layout)
 
 

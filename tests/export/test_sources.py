@@ -114,6 +114,25 @@ def test_of_compressed_tensors(name, dtype, tmp_path):
     assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
 
 
+def test_a_name_goes_before_a_pattern(tmp_path):
+    """And one pattern before another by the alphabet, as in compressed-tensors' `match_targets`, not by their order."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.utils.match import match_targets
+
+    named, other, *rest = MODULES
+    # Each has what `match_targets` puts first, in groups that are in another order.
+    of = {"re:.*": [other], f"re:(?!{other}|{named}).*": rest, named: [named]}
+    kinds = ["INT4 in groups of 32", "INT4 in groups of 64", "INT4 per channel"]
+    tensors, wanted, groups = {}, {}, {}
+    for kind, (target, modules) in zip(kinds, of.items(), strict=True):
+        some, of_some, about = in_codes(kind, {module: MODULES[module] for module in modules})
+        tensors, wanted = tensors | some, wanted | of_some
+        groups[kind] = about["config_groups"]["group_0"] | {"targets": [target]}
+        assert all(match_targets(module, torch.nn.Linear(2, 2), of)[0] == target for module in modules)
+    source = write(tmp_path / "a", plain() | tensors, about | {"config_groups": groups})
+    assert_same_bytes(made_plain(source, tmp_path / "b"), plain() | wanted)
+
+
 def test_each_part_of_a_model_keeps_its_prefix(tmp_path):
     """Kimi-K2.5's: names under `language_model.model`, and what says how it is quantized within `text_config`."""
     of = {f"language_model.{module}": shape for module, shape in MODULES.items()}

@@ -141,9 +141,10 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     scheme_of = _schemes_of(modules, schemes)
     parts_of: dict[str, dict[str, str]] = {module: {} for module in modules}
     left: dict[str, str] = {}
+    has_cache = bool(about.get("kv_cache_scheme")) or any(scheme.weights is None for scheme in schemes)
     for name in files.places:
         module, _, part = name.rpartition(".")
-        if part in OF_CACHE:
+        if part in OF_CACHE and has_cache:
             left[name] = "a scale of the cache of keys and values"
         elif module in parts_of and part in INPUTS:
             left[name] = "a scale of inputs, for the codes as they were stored"
@@ -174,12 +175,24 @@ def _decode(
     compressor: Any,
 ) -> Tensor:
     try:
-        weight = compressor.decompress(dict(parts), scheme)["weight"]
+        weight = _decompressed(parts, scheme, compressor)
     except Exception as error:  # whatever it finds wrong with numbers, shapes and arguments
         raise ValueError(f"module {module!r}: {type(error).__name__}: {str(error)[:500]}") from error
     if weight.shape != shape:
         raise ValueError(f"module {module!r}: found a weight of {tuple(weight.shape)}, wanted {shape}")
     return weight.to(dtype)
+
+
+def _decompressed(parts: Mapping[str, Tensor], scheme: Any, compressor: Any) -> Tensor:
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    if "weight_global_scale" not in parts:
+        return compressor.decompress(dict(parts), scheme)["weight"]
+    # Its decompressor's own steps, which rounds NVFP4 to bf16, whatever the model's dtype is.
+    packed, scale = parts["weight_packed"], parts["weight_scale"].float()
+    codes = unpack_fp4_from_uint8(packed, len(packed), 2 * packed.shape[1], dtype=torch.float32)
+    return dequantize(codes, scale, args=scheme.weights, global_scale=parts["weight_global_scale"])
 
 
 def _shape_of(
@@ -251,7 +264,9 @@ def _check_about(about: Any) -> None:
 
 
 def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
-    """For each module the scheme whose targets match it, or else the one that is for all Linear modules.
+    """For each module the scheme that names it, or whose pattern matches it, or that is for all Linear modules.
+
+    Of several patterns it is the first in the alphabet, as in compressed-tensors' `match_targets`.
 
     Patterns come with the files: all of them together have `MOST_SECONDS`, since some never end.
     """
@@ -269,12 +284,12 @@ def _schemes_of(modules: Iterable[str], schemes: list[Any]) -> dict[str, Any]:
         left()
         return regex.compile(check_name(target, "config_groups").removeprefix("re:"))
 
-    exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
+    of = {target: scheme for scheme in schemes for target in scheme.targets}
     try:
-        patterns = [(compiled(t), s) for s in schemes for t in s.targets if t.startswith("re:")]
+        patterns = [(compiled(target), of[target]) for target in sorted(of) if target.startswith("re:")]
         for module in modules:
             matching = (scheme for pattern, scheme in patterns if pattern.match(module, timeout=left()))
-            scheme = next(matching, None) or exact.get(module) or exact.get("Linear")
+            scheme = of.get(module) or next(matching, None) or of.get("Linear")
             if scheme is None:
                 raise ValueError(f"module {module!r}: found no scheme among {shown([s.targets for s in schemes])}")
             found[module] = scheme

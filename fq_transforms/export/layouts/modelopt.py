@@ -112,8 +112,8 @@ TARGET = Target("ModelOpt's HF export", "modelopt", _documents, ALGORITHMS, chec
 
 # Scales of a cache of keys and values, and of inputs.
 _OF_CACHE = (
-    *(".k_scale", ".v_scale", ".k_proj.k_bias", ".v_proj.v_bias", ".k_proj.output_scale", ".v_proj.output_scale"),
-    *(".q_bmm_scale", ".k_bmm_scale", ".v_bmm_scale"),
+    *(".k_proj.k_scale", ".v_proj.v_scale", ".k_proj.k_bias", ".v_proj.v_bias"),
+    *(".k_proj.output_scale", ".v_proj.output_scale", ".q_bmm_scale", ".k_bmm_scale", ".v_bmm_scale"),
 )
 # What inputs are multiplied with, or added to, before they are quantized: weights alone do not say it.
 _OF_AWQ = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
@@ -123,11 +123,12 @@ def find(files: Files, about: Mapping[str, Any]) -> Found:
     """What is stored so. Raises ValueError for codes of another kind, such as AWQ's, and scales that do not fit."""
     weights: dict[str, EncodedWeight] = {}
     left: dict[str, str] = {}
+    has_cache = bool(about.get("kv_cache_quant_algo") or about.get("kv_cache_scheme"))
     algorithm = f"quant_algo {shown(about.get('quant_algo'))}"
     for name in files.places:
         if name.endswith(_OF_AWQ):
             raise ValueError(f"tensor {name!r}: found {algorithm}, whose inputs are changed, wanted another algorithm")
-        if name.endswith(_OF_CACHE):
+        if name.endswith((*_OF_CACHE, ".k_scale", ".v_scale") if has_cache else _OF_CACHE):
             left[name] = "a scale of the cache of keys and values"
         elif name.endswith(".input_scale"):
             left[name] = "a scale of inputs, for the codes as they were stored"

@@ -129,10 +129,9 @@ class Job:
     def _pieces(self) -> Iterator[Piece]:
         """Fused roles together, cut by experts; copies together."""
         fused = {one.name: [one] for one in self.plan.sources}
-        if self.target.schemes is not None:
-            for some in fused_sources(one for one in self.plan.sources if one.group and _has_number(one)):
-                whole = list({one.name: one for each in some for one in fused[each.name]}.values())
-                fused |= {one.name: whole for one in whole}
+        for some in fused_sources(one for one in self.plan.sources if one.group and _has_number(one)):
+            whole = list({one.name: one for each in some for one in fused[each.name]}.values())
+            fused |= {one.name: whole for one in whole}
         copied: list[Any] = []
         size = 0
         taken: set[str] = set()
@@ -247,8 +246,7 @@ class Job:
                 state[one.inputs.key] = {
                     name: (leaf if is_shared else leaf[part]).to(self.device) for name, leaf in leaves.items()
                 }
-        if self.target.schemes is not None:
-            _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
+        _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
         self._count_exact([one.group for one in cut if one.name in self.given.exact], params, state)
         return state
 

@@ -36,6 +36,8 @@ _OF_CODES = re.compile(
     r"[._](?:weight_(?:packed|scale|scale_inv|scale_2|global_scale|shape|zero_point|g_idx)|scale_inv|qweight|qzeros)$"
     r"|\.experts\.\w+_(?:blocks|scales)$|\.weight\.(?:absmax|quant_map|quant_state\..*)$"
 )
+# What configs call modules that are not quantized.
+_EXCLUDED = ("ignore", "exclude_modules", "modules_to_not_convert")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # Other forms of the weights, which are not copied.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -71,7 +73,7 @@ class Folder:
             self.dtype = _dtype_of(self.config)
             try:
                 found = Found({}, {}) if self.method is None else READS[self.method](self.files, about or {})
-                _check_accounted(self.files, found, self.method)
+                _check_accounted(self.files, found, about)
                 others = self._other_weights()
             except ValueError as error:
                 raise ValueError(f"folder {str(self.path)!r}: {error}") from error
@@ -231,11 +233,15 @@ class Folder:
         return about | {"quant_method": method}
 
 
-def _check_accounted(files: Files, found: Found, method: str | None) -> None:
+def _check_accounted(files: Files, found: Found, about: Mapping[str, Any] | None) -> None:
     """Raise ValueError for codes or scales that belong to no weight: they would be copied as if they were weights."""
+    method = None if about is None else about["quant_method"]
+    plain = {name for key in _EXCLUDED for name in (about or {}).get(key) or ()}
     taken = {part for weight in found.weights.values() for part in weight.parts.values()} | found.left.keys()
     for name, place in files.places.items():
-        is_code = place.type.dtype not in _NO_CODES and len(place.type.shape) > 1
+        module, _, part = name.rpartition(".")
+        is_weight = (part == "weight" or ".experts." in name) and module not in plain
+        is_code = is_weight and place.type.dtype not in _NO_CODES and len(place.type.shape) > 1
         if name not in taken and (_OF_CODES.search(name) or (is_code and method is not None)):
             alone = "config.json says nothing of quantization" if method is None else f"quant_method {method!r}"
             raise ValueError(
