@@ -11,8 +11,8 @@ Whatever drives a torch optimizer drives it, because its `param_groups` hold the
   number of the step, all of which it reshards. Save `opt.quantizer_state` beside it, and set it after loading.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias
@@ -113,16 +113,15 @@ class FakeQuantOptimizer(Optimizer):
             self._state = _mapped(_leaf, state)
             self.state_optimizer = state_optimizer([*flatten(self._state).values()])
             self._keep_positive()
-        self.write()
-
-        # Last, so that an error leaves the given optimizer as it was.
-        saved = optimizer.state_dict()
-        for group in optimizer.param_groups:  # in place: LBFGS holds on to its list
-            group["params"][:] = [self.masters[self._names[param]] for param in group["params"]]
-        if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
-            optimizer.state.clear()
-            optimizer.load_state_dict(saved)
-            self._has_state = True
+        # All at once, and last, so that an error leaves the model and the given optimizer as they were.
+        with _restored(optimizer):
+            saved = optimizer.state_dict()
+            for group in optimizer.param_groups:  # in place: LBFGS holds on to its list
+                group["params"][:] = [self.masters[self._names[param]] for param in group["params"]]
+            if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
+                optimizer.load_state_dict(saved)
+                self._has_state = True
+            self._write(self._part(fq.spec.groups, self.masters.keys()), self._step)
 
     def _part(self, groups: Sequence[Group], names: Set[str]) -> "_Part":
         only = Transform(Spec(tuple(groups)), out_dtype=self.fq.out_dtype)
@@ -462,6 +461,20 @@ def _leaf(leaf: Tensor) -> Tensor:
 
 def _moved(leaf: Tensor, like: Tensor) -> Tensor:
     return leaf.to(like.device)
+
+
+@contextmanager
+def _restored(*optimizers: Optimizer) -> Generator[None]:
+    """Within, an error leaves optimizers with the parameters, options and state that they had."""
+    before = [(vars(one).copy(), [[*group["params"]] for group in one.param_groups]) for one in optimizers]
+    try:
+        yield
+    except BaseException:
+        for one, (attributes, params) in zip(optimizers, before, strict=True):
+            vars(one).update(attributes)
+            for group, had in zip(one.param_groups, params, strict=True):
+                group["params"][:] = had
+        raise
 
 
 def _selected(groups: Iterable[Group]) -> set[str]:

@@ -936,6 +936,36 @@ def test_a_foreign_transform_is_refused():
     )
 
 
+class Stubborn(torch.optim.SGD):
+    """Has a state from the start, and loads none."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        for group in self.param_groups:
+            self.state |= {param: {"momentum_buffer": torch.ones_like(param)} for param in group["params"]}
+
+    def load_state_dict(self, state_dict):
+        raise RuntimeError("no other state")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adagrad, Stubborn], ids=lambda one: one.__name__)
+def test_nothing_is_changed_where_the_trained_part_or_the_optimizer_is_refused(optimizer):
+    """Bug: frozen weights were fake by then, and their unquantized values were gone."""
+    model = torch.nn.ParameterDict({"a": torch.randn(32, 32), "b": torch.randn(32, 32)})
+    model["a"].requires_grad_(False)
+    if optimizer is not Stubborn:
+        model["b"] = torch.nn.Parameter(torch.randn(32, 16).t())
+    fq = fqt.transform(fqt.select(dict(model.items()), {"*": fqt.INT4_BLOCK32}))
+    inner, before = optimizer([model["b"]]), {name: param.clone() for name, param in model.items()}
+    state, groups = dict(inner.state), inner.param_groups
+    error, message = (RuntimeError, "no other") if optimizer is Stubborn else (ValueError, "out 'b': found shape")
+    assert message in message_of(error, fqt.FakeQuantOptimizer, fq, inner, model, fq.calibrate(before))
+    same(dict(model.items()), before)
+    assert inner.param_groups is groups
+    assert groups[0]["params"][0] is model["b"]
+    assert inner.state == state
+
+
 def test_parameters_that_change_later_are_refused_at_the_step():
     """As accelerate's FSDP2 exchanges those of an optimizer, and as layers are unfrozen."""
     model, fq, state = setup()
