@@ -203,7 +203,7 @@ class FakeQuantOptimizer(Optimizer):
 
     @torch.no_grad()
     def _keep_positive(self) -> None:
-        for leaf in flatten(self._state).values():
+        for leaf in self._learned():
             leaf.clamp_(min=LEAST_AMAX)
 
     # A step.
@@ -226,7 +226,17 @@ class FakeQuantOptimizer(Optimizer):
 
         Raises:
             ValueError: The parameters are no longer those that this was made with, or no longer frozen.
+            Exception: Of `state_optimizer` or `recalibrate`, when the masters have stepped: the step counts, its
+                gradients are gone, and the model is written.
         """
+        try:
+            return self._step_masters(closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler deletes them only after a step that returns
+                vars(self).pop(name, None)
+            raise
+
+    def _step_masters(self, closure: Callable[[], float] | None) -> float | None:
         self._check_params()
         self._check_written()
         if self._has_taken and hasattr(self, "found_inf"):
@@ -246,17 +256,19 @@ class FakeQuantOptimizer(Optimizer):
             loss = self.optimizer.step(self._evaluation(closure))
         _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
         self._has_state, self._has_taken = True, False
-        if is_counted and self.state_optimizer is not None:
-            self.state_optimizer.step()
-            self._keep_positive()
-        for leaf in self._leaves():
-            leaf.grad = None
-        if is_counted:
-            self._advance()
+        try:
+            if is_counted and self.state_optimizer is not None:
+                self.state_optimizer.step()
+        finally:
+            for leaf in self._leaves():
+                leaf.grad = None
+            if is_counted:
+                self._advance()
         return loss
 
     def _advance(self) -> None:
         """All of a step that comes after masters and state; the model is written though a recalibration fails."""
+        self._keep_positive()
         for group in self.param_groups:
             group[STEP] += 1
         state = None
@@ -306,10 +318,12 @@ class FakeQuantOptimizer(Optimizer):
     def _step(self) -> int:
         return self.param_groups[0][STEP]
 
+    def _learned(self) -> Iterable[Tensor]:
+        return () if self.state_optimizer is None else flatten(self._state).values()
+
     def _leaves(self) -> list[Tensor]:
         """All that gradients are moved to."""
-        learned = () if self.state_optimizer is None else flatten(self._state).values()
-        return [*self.masters.values(), *learned]
+        return [*self.masters.values(), *self._learned()]
 
     def _check_params(self) -> None:
         found = [*chain(*(group["params"] for group in self.param_groups))]
@@ -383,7 +397,7 @@ class FakeQuantOptimizer(Optimizer):
 
         Raises:
             KeyError: A group is missing from the quantizer's state.
-            ValueError: A master is missing, or has another shape or sharding; nothing is loaded then. Or as of PyTorch.
+            ValueError: A master is missing, or has another shape or sharding. Or as of PyTorch. Nothing is loaded then.
         """
         groups, quantizer = state_dict["param_groups"], state_dict.get("quantizer", {})
         keys = [*chain(*(group["params"] for group in groups))]
@@ -394,18 +408,21 @@ class FakeQuantOptimizer(Optimizer):
             if master is not None or name not in self._untrained:  # DCP leaves out what is frozen
                 loaded[name] = master
         self._check_loaded(loaded, quantizer)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
+        learner = () if self.state_optimizer is None or not quantizer else (self.state_optimizer,)
+        with _restored(self, self.optimizer, *learner):
+            super().load_state_dict({"state": {}, "param_groups": groups})
+            self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
+            for one in learner:
+                one.load_state_dict(quantizer["optimizer"])
         for name, value in loaded.items():
             self.masters[name].copy_(value)
         if quantizer:
             self._set_state(_mapped(_moved, quantizer["state"], self._state))
-            if self.state_optimizer is not None:
-                self.state_optimizer.load_state_dict(quantizer["optimizer"])
         self._has_state = self._step > 0 or bool(self.optimizer.state)
         self.write()
 
     def _check_loaded(self, loaded: dict[str, Any], quantizer: dict[str, Any]) -> None:
+        self._model_params()
         for name, value in loaded.items():
             what = f"state_dict: master of {name!r}"
             if name not in self.masters:

@@ -1020,6 +1020,19 @@ def test_gradients_that_a_grad_scaler_has_not_seen_are_refused():
     assert_names(message_of(ValueError, scaler.step, opt), "take_grads: found a call before the step of a GradScaler")
 
 
+def test_a_step_after_one_that_a_grad_scaler_began_and_that_was_refused_is_a_plain_one():
+    """Bug: the scale was left on the optimizer, so that gradients that were never scaled were divided by it."""
+    (one, plain), (two, scaled) = ((m, make(m, fq, s, torch.optim.SGD, {"lr": 1.0})) for m, fq, s in (setup(), setup()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(two(batches_of(0)[0]), batches_of(0)[0])).backward()
+    scaled.take_grads()
+    message_of(ValueError, scaler.step, scaled)
+    scaled.zero_grad()
+    train(one, plain, 1)
+    train(two, scaled, 1)
+    same(scaled.masters, plain.masters)
+
+
 def test_the_model_is_written_though_a_recalibration_fails():
     """Bug: the masters had stepped, the model had not, and their gradients were added to those of the next step."""
 
@@ -1032,6 +1045,20 @@ def test_the_model_is_written_though_a_recalibration_fails():
         train(model, opt, 1)
     same(dict(model.named_parameters()), fake_weights(fq, opt.masters, state))
     assert all(master.grad is None for master in opt.masters.values())
+
+
+def test_the_model_is_written_though_the_state_optimizer_fails():
+    """Bug: the masters had stepped, the model had not, and the next step took the same gradients again."""
+    model, fq, state = setup(fqt.FP8, "lsq")
+    opt = make(model, fq, state, state_optimizer=torch.optim.SparseAdam)
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+        train(model, opt, 1)
+    same(dict(model.named_parameters()), fake_weights(fq, opt.masters, opt.quantizer_state))
+    assert all(tensor.grad is None for tensor in (*model.parameters(), *opt.masters.values()))
+    assert opt.param_groups[0]["fake_quant_step"] == 1
+    before = {name: master.detach().clone() for name, master in opt.masters.items()}
+    opt.step()
+    same(opt.masters, before)
 
 
 def test_inputs_are_refused():
@@ -1061,6 +1088,28 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_is_loaded():
     ):
         assert_names(message_of(ValueError, opt.load_state_dict, wrong), *fragments)
         assert versions == [tensor._version for tensor in (*model.parameters(), *opt.masters.values())]
+
+
+@pytest.mark.parametrize("fails", ["state_optimizer", "optimizer", "model"])
+def test_nothing_is_loaded_where_the_last_part_cannot_be(fails):
+    """Bug: masters and the number of the step were those of the file, and the model was not written."""
+    first, second = ((model, make(model, fq, state)) for model, fq, state in [setup(fqt.FP8, "lsq") for _ in range(2)])
+    train(*first, 1)
+    saved, (model, opt), error = first[1].state_dict(), second, ValueError
+    if fails == "state_optimizer":
+        saved["quantizer"]["optimizer"]["param_groups"] *= 2
+    elif fails == "optimizer":
+        opt.optimizer.load_state_dict = partial(Stubborn.load_state_dict, opt.optimizer)
+        error = RuntimeError
+    else:
+        model.load_state_dict(model.state_dict(), assign=True)
+    tensors = [*model.parameters(), *opt.masters.values(), *fqt.state.flatten(opt.quantizer_state).values()]
+    versions = [tensor._version for tensor in tensors]
+    message_of(error, opt.load_state_dict, saved)
+    assert versions == [tensor._version for tensor in tensors]
+    assert opt.param_groups[0]["fake_quant_step"] == 0
+    assert not opt.optimizer.state
+    assert not opt.state_optimizer.state
 
 
 def test_its_repr_says_what_is_inside():
