@@ -60,7 +60,7 @@ class FakeQuantOptimizer(Optimizer):
             before the write. It returns a new state, or None to keep the old one.
         seed: Round at random, anew in each step; a `Stochastic` where a rank has a `first_expert`.
         state_optimizer: With "lsq", what trains the state, as `functools.partial(torch.optim.Adam, lr=1e-4)`: given a
-            list of leaves, an optimizer of them. An amax is kept at 2**-23 or above.
+            list of leaves, an optimizer of them all. An amax is kept at 2**-23 or above.
 
     Raises:
         KeyError: A group is missing from the state.
@@ -111,7 +111,7 @@ class FakeQuantOptimizer(Optimizer):
         self._state, self.state_optimizer = state, None
         if state_optimizer is not None:
             self._state = _mapped(_leaf, state)
-            self.state_optimizer = state_optimizer([*flatten(self._state).values()])
+            self.state_optimizer = _made_by(state_optimizer, [*flatten(self._state).values()])
             self._keep_positive()
         # All at once, and last, so that an error leaves the model and the given optimizer as they were.
         with _restored(optimizer):
@@ -535,6 +535,19 @@ def _names_of(optimizer: Optimizer, params: Mapping[str, Tensor], spec: Spec) ->
                 "one, or frozen"
             )
     return found
+
+
+def _made_by(state_optimizer: StateOptimizer, leaves: list[Tensor]) -> Optimizer:
+    made: Any = state_optimizer([*leaves])
+    if not isinstance(made, Optimizer):
+        raise ValueError(f"state_optimizer: found {type(made).__name__} from it, wanted an Optimizer of the leaves")
+    found = {param for group in made.param_groups for param in group["params"]}
+    if found != set(leaves):
+        raise ValueError(
+            f"state_optimizer: found an optimizer of {len(found.intersection(leaves))} of the {len(leaves)} leaves and "
+            f"{len(found.difference(leaves))} other tensors, wanted one of the leaves that it is given, all of them"
+        )
+    return made
 
 
 def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: Any, state_optimizer: Any) -> None:

@@ -884,6 +884,13 @@ def test_arguments_of_other_kinds_are_refused():
     )
     lsq = fqt.transform(fq.spec, backward="lsq")
     refused(ValueError, "state_optimizer: found None with backward='lsq'", "functools.partial", fq=lsq)
+    # Bug: such a factory was taken, and no scale was ever trained.
+    refused(ValueError, "state_optimizer: found NoneType from it", fq=lsq, state_optimizer=lambda _: None)
+    for wrong, count in (
+        (lambda leaves: LEARN([leaf.detach() for leaf in leaves]), 0),
+        (lambda some: LEARN(some[1:]), 2),
+    ):
+        refused(ValueError, f"an optimizer of {count} of the 3 leaves", fq=lsq, state_optimizer=wrong)
     refused(ValueError, "recalibrate: found one", fq=lsq, recalibrate=of, state_optimizer=LEARN)
     refused(KeyError, "layers.0.mlp.experts.*.w1.weight", "calibrate with this spec", state={})
     refused(
