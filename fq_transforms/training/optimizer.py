@@ -122,6 +122,7 @@ class FakeQuantOptimizer(Optimizer):
                 optimizer.load_state_dict(saved)
                 self._has_state = True
             self._write(self._part(fq.spec.groups, self.masters.keys()), self._step)
+        self._copied = _options_of(optimizer)
 
     def _part(self, groups: Sequence[Group], names: Set[str]) -> "_Part":
         only = Transform(Spec(tuple(groups)), out_dtype=self.fq.out_dtype)
@@ -238,6 +239,11 @@ class FakeQuantOptimizer(Optimizer):
 
     def _step_masters(self, closure: Callable[[], float] | None) -> float | None:
         self._check_params()
+        if _options_of(self.optimizer) != self._copied:
+            raise ValueError(
+                "optimizer: found a learning rate scheduler on it, or other changes to its param groups since the last "
+                "step, wanted none; schedule the FakeQuantOptimizer, and change its param_groups"
+            )
         self._check_written()
         if self._has_taken and hasattr(self, "found_inf"):
             raise ValueError(
@@ -248,13 +254,16 @@ class FakeQuantOptimizer(Optimizer):
             return None
         is_counted = closure is not None or not self._is_asked_for_state()
         _copy_options(self.param_groups, self.optimizer.param_groups)
-        if closure is None:
-            self.take_grads()
-            self._unscale()
-            loss = self.optimizer.step()
-        else:
-            loss = self.optimizer.step(self._evaluation(closure))
-        _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
+        try:
+            if closure is None:
+                self.take_grads()
+                self._unscale()
+                loss = self.optimizer.step()
+            else:
+                loss = self.optimizer.step(self._evaluation(closure))
+        finally:
+            _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
+            self._copied = _options_of(self.optimizer)
         self._has_state, self._has_taken = True, False
         try:
             if is_counted and self.state_optimizer is not None:
@@ -414,6 +423,7 @@ class FakeQuantOptimizer(Optimizer):
             self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
             for one in learner:
                 one.load_state_dict(quantizer["optimizer"])
+        self._copied = _options_of(self.optimizer)
         for name, value in loaded.items():
             self.masters[name].copy_(value)
         if quantizer:
@@ -496,6 +506,10 @@ def _restored(*optimizers: Optimizer) -> Generator[None]:
 
 def _selected(groups: Iterable[Group]) -> set[str]:
     return {name for group in groups for name in group.names}
+
+
+def _options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:

@@ -235,6 +235,17 @@ def test_a_scheduler_of_the_param_groups_schedules_the_masters():
     assert opt.param_groups[0]["param_names"] == names[0]
 
 
+def test_a_scheduler_of_the_inner_optimizer_is_refused_at_the_next_step():
+    """Bug: each step copied the outer options over what it had set, so that the learning rate never changed."""
+    model, fq, state = setup()
+    opt = make(model, fq, state)
+    train(model, opt, 1)
+    torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, 0.1)
+    before = {name: master.detach().clone() for name, master in opt.masters.items()}
+    assert_names(message_of(ValueError, opt.step), "a learning rate scheduler", "schedule the FakeQuantOptimizer")
+    same(opt.masters, before)
+
+
 def norm_of(grads):
     return torch.stack([grad.float().norm() for grad in grads if grad is not None]).norm()
 
