@@ -60,7 +60,7 @@ class FakeQuantOptimizer(Optimizer):
             before the write. It returns a new state, or None to keep the old one.
         seed: Round at random, anew in each step; a `Stochastic` where a rank has a `first_expert`.
         state_optimizer: With "lsq", what trains the state, as `functools.partial(torch.optim.Adam, lr=1e-4)`: given a
-            list of leaves, an optimizer of them all. An amax is kept at 2**-23 or above.
+            list of leaves, an optimizer of them all. An amax is kept at 2**-23 or above. Those of frozen weights stay.
 
     Raises:
         KeyError: A group is missing from the state.
@@ -100,6 +100,11 @@ class FakeQuantOptimizer(Optimizer):
         frozen = [group for group in fq.spec.groups if self._untrained.issuperset(group.names)]
         self._frozen = self._part(frozen, _selected(frozen))
         trained = [group for group in fq.spec.groups if group not in frozen]
+        if state_optimizer is not None and not any(state[group.key] for group in trained):
+            raise ValueError(
+                "state_optimizer: found all selected weights with a state frozen, whose scales are not trained, wanted "
+                "a trained one, or backward='pass_through' without a state_optimizer"
+            )
         self._trained = self._part(trained, self.masters.keys() - _selected(frozen))
 
         self._is_made = self._has_state = self._has_taken = False

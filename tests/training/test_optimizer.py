@@ -586,6 +586,28 @@ def test_a_learned_amax_stays_positive_and_experts_of_zeros_learn_too():
     assert any(leaf.max() == 0 for leaf in fqt.state.flatten(state).values())  # what was given stays as it is
 
 
+def test_scales_of_frozen_weights_stay_and_those_alone_are_refused():
+    """Bug: with all weights frozen an optimizer was made that never trained anything."""
+    model, fq, state = setup(fqt.FP8, "lsq")
+    model.layers[0].mlp.experts.requires_grad_(False)
+    inner = torch.optim.AdamW(model.parameters())
+    refused(
+        ValueError,
+        "all selected weights with a state frozen",
+        model=model,
+        fq=fq,
+        optimizer=inner,
+        state_optimizer=LEARN,
+    )
+    trained = ".w1."
+    for name, param in model.named_parameters():
+        param.requires_grad_(trained in name)
+    opt = make(model, fq, state)
+    train(model, opt, 1)
+    learned, given = fqt.state.flatten(opt.quantizer_state), fqt.state.flatten(state)
+    assert [torch.equal(learned[name], given[name]) for name in given] == [trained not in name for name in given]
+
+
 def test_setting_the_state_keeps_the_leaves_that_are_trained():
     model, fq, state = setup(fqt.FP8, "lsq")
     opt = make(model, fq, state)
