@@ -161,7 +161,9 @@ class FakeQuantOptimizer(Optimizer):
         return self._params
 
     def _check_written(self) -> None:
-        """Raise ValueError if a parameter does not hold what was written: the next write would undo what does.
+        """Raise ValueError if a parameter does not hold what was written: the next write would undo what it holds.
+
+        What was changed through `.data` is not noticed, as it counts up no version.
 
         DDP, which is often made later, writes the first rank's values into all: the same ones, if all began alike.
         """
