@@ -91,7 +91,7 @@ class FakeQuantOptimizer(Optimizer):
         self.rounding = Stochastic(seed) if isinstance(seed, int) else seed
 
         params = tensors_of(model, tied=False)
-        self._names = _names_of(optimizer, params, fq.spec)
+        self._names = _names_of(optimizer, params, tensors_of(model), fq.spec)
         kept = {*self._names.values(), *_selected(fq.spec.groups)}
         self._params = {name: param for name, param in params.items() if name in kept}
         self.masters = masters(self._params, fq=fq)
@@ -524,17 +524,25 @@ def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) ->
         other.update({key: value for key, value in one.items() if key not in ("params", STEP)})
 
 
-def _names_of(optimizer: Optimizer, params: Mapping[str, Tensor], spec: Spec) -> dict[Tensor, str]:
-    """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit."""
+def _names_of(
+    optimizer: Optimizer, params: Mapping[str, Tensor], tied: Mapping[str, Tensor], spec: Spec
+) -> dict[Tensor, str]:
+    """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit.
+
+    `params` has the first name of each parameter, `tied` all of them.
+    """
+    names = {param: name for name, param in params.items()}
     for group in spec.groups:
         for name in group.names:
+            if name in tied and name not in params:
+                first = names[tied[name]]
+                raise ValueError(f"fq: found {name!r}, which is tied to {first!r}, wanted the latter; select {first!r}")
             if name not in params:
                 raise ValueError(
                     f"model: found no parameter {name!r}, which fq selects, among {len(params)} such as "
                     f"{next(iter(params), None)!r}, wanted the model that it was selected on; of a wrapper give what "
                     "it wraps, as model.module"
                 )
-    names = {param: name for name, param in params.items()}
     found: dict[Tensor, str] = {}
     for number, group in enumerate(optimizer.param_groups):
         if "initial_lr" in group:

@@ -963,6 +963,23 @@ def test_tensors_that_do_not_belong_together_are_refused():
     refused(ValueError, "optimizer: found a FakeQuantOptimizer", optimizer=opt, model=opt.model)
 
 
+def test_a_second_name_of_a_tied_weight_is_refused_with_the_first():
+    """Bug: it was said not to be in the model, and to be looked for in a wrapper."""
+    model = torch.nn.ModuleDict({"e": torch.nn.Embedding(10, 32), "h": torch.nn.Linear(32, 10, bias=False)})
+    model["h"].weight = model["e"].weight
+    params = dict(model.named_parameters(remove_duplicate=False))
+    fq = fqt.transform(fqt.select(params, {"h.*": fqt.FP8}))
+    refused(
+        ValueError,
+        "fq: found 'h.weight', which is tied to 'e.weight'",
+        "select 'e.weight'",
+        fq=fq,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters()),
+        state=fq.calibrate(params),
+    )
+
+
 def test_a_foreign_transform_is_refused():
     """Of another architecture, and of the same names with other shapes."""
     weights = {"other.weight": torch.ones(8, 32)}
