@@ -262,7 +262,7 @@ class Transform:
         """Move the gradients of a model's parameters through `pullback` into `grad` of the masters, where they add up.
 
         Once per optimizer step, or once per microbatch, whose gradients then add up in the dtype of the masters. Under
-        "lsq" those of the state add up in `grad` of its leaves.
+        "lsq" those of the state add up in `grad` of its leaves; scales of frozen weights get none.
 
         Args:
             params: Names to parameters, or a module, whose `grad` is None afterwards. `main_grad`, where layers add

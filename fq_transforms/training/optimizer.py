@@ -11,8 +11,8 @@ Whatever drives a torch optimizer drives it, because its `param_groups` hold the
   number of the step, all of which it reshards. Save `opt.quantizer_state` beside it, and set it after loading.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias
@@ -60,7 +60,7 @@ class FakeQuantOptimizer(Optimizer):
             before the write. It returns a new state, or None to keep the old one.
         seed: Round at random, anew in each step; a `Stochastic` where a rank has a `first_expert`.
         state_optimizer: With "lsq", what trains the state, as `functools.partial(torch.optim.Adam, lr=1e-4)`: given a
-            list of leaves, an optimizer of them. An amax is kept at 2**-23 or above.
+            list of leaves, an optimizer of them all. An amax is kept at 2**-23 or above. Those of frozen weights stay.
 
     Raises:
         KeyError: A group is missing from the state.
@@ -91,7 +91,7 @@ class FakeQuantOptimizer(Optimizer):
         self.rounding = Stochastic(seed) if isinstance(seed, int) else seed
 
         params = tensors_of(model, tied=False)
-        self._names = _names_of(optimizer, params, fq.spec)
+        self._names = _names_of(optimizer, params, tensors_of(model), fq.spec)
         kept = {*self._names.values(), *_selected(fq.spec.groups)}
         self._params = {name: param for name, param in params.items() if name in kept}
         self.masters = masters(self._params, fq=fq)
@@ -100,6 +100,11 @@ class FakeQuantOptimizer(Optimizer):
         frozen = [group for group in fq.spec.groups if self._untrained.issuperset(group.names)]
         self._frozen = self._part(frozen, _selected(frozen))
         trained = [group for group in fq.spec.groups if group not in frozen]
+        if state_optimizer is not None and not any(state[group.key] for group in trained):
+            raise ValueError(
+                "state_optimizer: found all selected weights with a state frozen, whose scales are not trained, wanted "
+                "a trained one, or backward='pass_through' without a state_optimizer"
+            )
         self._trained = self._part(trained, self.masters.keys() - _selected(frozen))
 
         self._is_made = self._has_state = self._has_taken = False
@@ -111,18 +116,18 @@ class FakeQuantOptimizer(Optimizer):
         self._state, self.state_optimizer = state, None
         if state_optimizer is not None:
             self._state = _mapped(_leaf, state)
-            self.state_optimizer = state_optimizer([*flatten(self._state).values()])
+            self.state_optimizer = _made_by(state_optimizer, [*flatten(self._state).values()])
             self._keep_positive()
-        self.write()
-
-        # Last, so that an error leaves the given optimizer as it was.
-        saved = optimizer.state_dict()
-        for group in optimizer.param_groups:  # in place: LBFGS holds on to its list
-            group["params"][:] = [self.masters[self._names[param]] for param in group["params"]]
-        if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
-            optimizer.state.clear()
-            optimizer.load_state_dict(saved)
-            self._has_state = True
+        # All at once, and last, so that an error leaves the model and the given optimizer as they were.
+        with _restored(optimizer):
+            saved = optimizer.state_dict()
+            for group in optimizer.param_groups:  # in place: LBFGS holds on to its list
+                group["params"][:] = [self.masters[self._names[param]] for param in group["params"]]
+            if saved["state"]:  # as Adagrad's is from the start; it is loaded to get the dtype of the masters
+                optimizer.load_state_dict(saved)
+                self._has_state = True
+            self._write(self._part(fq.spec.groups, self.masters.keys()), self._step)
+        self._copied = _options_of(optimizer)
 
     def _part(self, groups: Sequence[Group], names: Set[str]) -> "_Part":
         only = Transform(Spec(tuple(groups)), out_dtype=self.fq.out_dtype)
@@ -156,7 +161,9 @@ class FakeQuantOptimizer(Optimizer):
         return self._params
 
     def _check_written(self) -> None:
-        """Raise ValueError if a parameter does not hold what was written: the next write would undo what does.
+        """Raise ValueError if a parameter does not hold what was written: the next write would undo what it holds.
+
+        What was changed through `.data` is not noticed, as it counts up no version.
 
         DDP, which is often made later, writes the first rank's values into all: the same ones, if all began alike.
         """
@@ -204,7 +211,7 @@ class FakeQuantOptimizer(Optimizer):
 
     @torch.no_grad()
     def _keep_positive(self) -> None:
-        for leaf in flatten(self._state).values():
+        for leaf in self._learned():
             leaf.clamp_(min=LEAST_AMAX)
 
     # A step.
@@ -227,8 +234,23 @@ class FakeQuantOptimizer(Optimizer):
 
         Raises:
             ValueError: The parameters are no longer those that this was made with, or no longer frozen.
+            Exception: Of `state_optimizer` or `recalibrate`, when the masters have stepped: the step counts, its
+                gradients are gone, and the model is written.
         """
+        try:
+            return self._step_masters(closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler deletes them only after a step that returns
+                vars(self).pop(name, None)
+            raise
+
+    def _step_masters(self, closure: Callable[[], float] | None) -> float | None:
         self._check_params()
+        if _options_of(self.optimizer) != self._copied:
+            raise ValueError(
+                "optimizer: found a learning rate scheduler on it, or other changes to its param groups since the last "
+                "step, wanted none; schedule the FakeQuantOptimizer, and change its param_groups"
+            )
         self._check_written()
         if self._has_taken and hasattr(self, "found_inf"):
             raise ValueError(
@@ -239,25 +261,30 @@ class FakeQuantOptimizer(Optimizer):
             return None
         is_counted = closure is not None or not self._is_asked_for_state()
         _copy_options(self.param_groups, self.optimizer.param_groups)
-        if closure is None:
-            self.take_grads()
-            self._unscale()
-            loss = self.optimizer.step()
-        else:
-            loss = self.optimizer.step(self._evaluation(closure))
-        _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
+        try:
+            if closure is None:
+                self.take_grads()
+                self._unscale()
+                loss = self.optimizer.step()
+            else:
+                loss = self.optimizer.step(self._evaluation(closure))
+        finally:
+            _copy_options(self.optimizer.param_groups, self.param_groups)  # where some count
+            self._copied = _options_of(self.optimizer)
         self._has_state, self._has_taken = True, False
-        if is_counted and self.state_optimizer is not None:
-            self.state_optimizer.step()
-            self._keep_positive()
-        for leaf in self._leaves():
-            leaf.grad = None
-        if is_counted:
-            self._advance()
+        try:
+            if is_counted and self.state_optimizer is not None:
+                self.state_optimizer.step()
+        finally:
+            for leaf in self._leaves():
+                leaf.grad = None
+            if is_counted:
+                self._advance()
         return loss
 
     def _advance(self) -> None:
         """All of a step that comes after masters and state; the model is written though a recalibration fails."""
+        self._keep_positive()
         for group in self.param_groups:
             group[STEP] += 1
         state = None
@@ -307,10 +334,12 @@ class FakeQuantOptimizer(Optimizer):
     def _step(self) -> int:
         return self.param_groups[0][STEP]
 
+    def _learned(self) -> Iterable[Tensor]:
+        return () if self.state_optimizer is None else flatten(self._state).values()
+
     def _leaves(self) -> list[Tensor]:
         """All that gradients are moved to."""
-        learned = () if self.state_optimizer is None else flatten(self._state).values()
-        return [*self.masters.values(), *learned]
+        return [*self.masters.values(), *self._learned()]
 
     def _check_params(self) -> None:
         found = [*chain(*(group["params"] for group in self.param_groups))]
@@ -384,7 +413,7 @@ class FakeQuantOptimizer(Optimizer):
 
         Raises:
             KeyError: A group is missing from the quantizer's state.
-            ValueError: A master is missing, or has another shape or sharding; nothing is loaded then. Or as of PyTorch.
+            ValueError: A master is missing, or has another shape or sharding. Or as of PyTorch. Nothing is loaded then.
         """
         groups, quantizer = state_dict["param_groups"], state_dict.get("quantizer", {})
         keys = [*chain(*(group["params"] for group in groups))]
@@ -395,18 +424,22 @@ class FakeQuantOptimizer(Optimizer):
             if master is not None or name not in self._untrained:  # DCP leaves out what is frozen
                 loaded[name] = master
         self._check_loaded(loaded, quantizer)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
+        learner = () if self.state_optimizer is None or not quantizer else (self.state_optimizer,)
+        with _restored(self, self.optimizer, *learner):
+            super().load_state_dict({"state": {}, "param_groups": groups})
+            self.optimizer.load_state_dict({"state": {k: of for k, of in inner.items() if of}, "param_groups": groups})
+            for one in learner:
+                one.load_state_dict(quantizer["optimizer"])
+        self._copied = _options_of(self.optimizer)
         for name, value in loaded.items():
             self.masters[name].copy_(value)
         if quantizer:
             self._set_state(_mapped(_moved, quantizer["state"], self._state))
-            if self.state_optimizer is not None:
-                self.state_optimizer.load_state_dict(quantizer["optimizer"])
         self._has_state = self._step > 0 or bool(self.optimizer.state)
         self.write()
 
     def _check_loaded(self, loaded: dict[str, Any], quantizer: dict[str, Any]) -> None:
+        self._model_params()
         for name, value in loaded.items():
             what = f"state_dict: master of {name!r}"
             if name not in self.masters:
@@ -464,8 +497,26 @@ def _moved(leaf: Tensor, like: Tensor) -> Tensor:
     return leaf.to(like.device)
 
 
+@contextmanager
+def _restored(*optimizers: Optimizer) -> Generator[None]:
+    """Within, an error leaves optimizers with the parameters, options and state that they had."""
+    before = [(vars(one).copy(), [[*group["params"]] for group in one.param_groups]) for one in optimizers]
+    try:
+        yield
+    except BaseException:
+        for one, (attributes, params) in zip(optimizers, before, strict=True):
+            vars(one).update(attributes)
+            for group, had in zip(one.param_groups, params, strict=True):
+                group["params"][:] = had
+        raise
+
+
 def _selected(groups: Iterable[Group]) -> set[str]:
     return {name for group in groups for name in group.names}
+
+
+def _options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
@@ -473,17 +524,25 @@ def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) ->
         other.update({key: value for key, value in one.items() if key not in ("params", STEP)})
 
 
-def _names_of(optimizer: Optimizer, params: Mapping[str, Tensor], spec: Spec) -> dict[Tensor, str]:
-    """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit."""
+def _names_of(
+    optimizer: Optimizer, params: Mapping[str, Tensor], tied: Mapping[str, Tensor], spec: Spec
+) -> dict[Tensor, str]:
+    """The names of all that an optimizer steps, in its order; raises where optimizer, model and spec do not fit.
+
+    `params` has the first name of each parameter, `tied` all of them.
+    """
+    names = {param: name for name, param in params.items()}
     for group in spec.groups:
         for name in group.names:
+            if name in tied and name not in params:
+                first = names[tied[name]]
+                raise ValueError(f"fq: found {name!r}, which is tied to {first!r}, wanted the latter; select {first!r}")
             if name not in params:
                 raise ValueError(
                     f"model: found no parameter {name!r}, which fq selects, among {len(params)} such as "
                     f"{next(iter(params), None)!r}, wanted the model that it was selected on; of a wrapper give what "
                     "it wraps, as model.module"
                 )
-    names = {param: name for name, param in params.items()}
     found: dict[Tensor, str] = {}
     for number, group in enumerate(optimizer.param_groups):
         if "initial_lr" in group:
@@ -505,6 +564,19 @@ def _names_of(optimizer: Optimizer, params: Mapping[str, Tensor], spec: Spec) ->
                 "one, or frozen"
             )
     return found
+
+
+def _made_by(state_optimizer: StateOptimizer, leaves: list[Tensor]) -> Optimizer:
+    made: Any = state_optimizer([*leaves])
+    if not isinstance(made, Optimizer):
+        raise ValueError(f"state_optimizer: found {type(made).__name__} from it, wanted an Optimizer of the leaves")
+    found = {param for group in made.param_groups for param in group["params"]}
+    if found != set(leaves):
+        raise ValueError(
+            f"state_optimizer: found an optimizer of {len(found.intersection(leaves))} of the {len(leaves)} leaves and "
+            f"{len(found.difference(leaves))} other tensors, wanted one of the leaves that it is given, all of them"
+        )
+    return made
 
 
 def _check_options(fq: Any, optimizer: Any, model: Any, recalibrate: Any, seed: Any, state_optimizer: Any) -> None:

@@ -235,6 +235,17 @@ def test_a_scheduler_of_the_param_groups_schedules_the_masters():
     assert opt.param_groups[0]["param_names"] == names[0]
 
 
+def test_a_scheduler_of_the_inner_optimizer_is_refused_at_the_next_step():
+    """Bug: each step copied the outer options over what it had set, so that the learning rate never changed."""
+    model, fq, state = setup()
+    opt = make(model, fq, state)
+    train(model, opt, 1)
+    torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, 0.1)
+    before = {name: master.detach().clone() for name, master in opt.masters.items()}
+    assert_names(message_of(ValueError, opt.step), "a learning rate scheduler", "schedule the FakeQuantOptimizer")
+    same(opt.masters, before)
+
+
 def norm_of(grads):
     return torch.stack([grad.float().norm() for grad in grads if grad is not None]).norm()
 
@@ -575,6 +586,28 @@ def test_a_learned_amax_stays_positive_and_experts_of_zeros_learn_too():
     assert any(leaf.max() == 0 for leaf in fqt.state.flatten(state).values())  # what was given stays as it is
 
 
+def test_scales_of_frozen_weights_stay_and_those_alone_are_refused():
+    """Bug: with all weights frozen an optimizer was made that never trained anything."""
+    model, fq, state = setup(fqt.FP8, "lsq")
+    model.layers[0].mlp.experts.requires_grad_(False)
+    inner = torch.optim.AdamW(model.parameters())
+    refused(
+        ValueError,
+        "all selected weights with a state frozen",
+        model=model,
+        fq=fq,
+        optimizer=inner,
+        state_optimizer=LEARN,
+    )
+    trained = ".w1."
+    for name, param in model.named_parameters():
+        param.requires_grad_(trained in name)
+    opt = make(model, fq, state)
+    train(model, opt, 1)
+    learned, given = fqt.state.flatten(opt.quantizer_state), fqt.state.flatten(state)
+    assert [torch.equal(learned[name], given[name]) for name in given] == [trained not in name for name in given]
+
+
 def test_setting_the_state_keeps_the_leaves_that_are_trained():
     model, fq, state = setup(fqt.FP8, "lsq")
     opt = make(model, fq, state)
@@ -884,6 +917,13 @@ def test_arguments_of_other_kinds_are_refused():
     )
     lsq = fqt.transform(fq.spec, backward="lsq")
     refused(ValueError, "state_optimizer: found None with backward='lsq'", "functools.partial", fq=lsq)
+    # Bug: such a factory was taken, and no scale was ever trained.
+    refused(ValueError, "state_optimizer: found NoneType from it", fq=lsq, state_optimizer=lambda _: None)
+    for wrong, count in (
+        (lambda leaves: LEARN([leaf.detach() for leaf in leaves]), 0),
+        (lambda some: LEARN(some[1:]), 2),
+    ):
+        refused(ValueError, f"an optimizer of {count} of the 3 leaves", fq=lsq, state_optimizer=wrong)
     refused(ValueError, "recalibrate: found one", fq=lsq, recalibrate=of, state_optimizer=LEARN)
     refused(KeyError, "layers.0.mlp.experts.*.w1.weight", "calibrate with this spec", state={})
     refused(
@@ -923,6 +963,23 @@ def test_tensors_that_do_not_belong_together_are_refused():
     refused(ValueError, "optimizer: found a FakeQuantOptimizer", optimizer=opt, model=opt.model)
 
 
+def test_a_second_name_of_a_tied_weight_is_refused_with_the_first():
+    """Bug: it was said not to be in the model, and to be looked for in a wrapper."""
+    model = torch.nn.ModuleDict({"e": torch.nn.Embedding(10, 32), "h": torch.nn.Linear(32, 10, bias=False)})
+    model["h"].weight = model["e"].weight
+    params = dict(model.named_parameters(remove_duplicate=False))
+    fq = fqt.transform(fqt.select(params, {"h.*": fqt.FP8}))
+    refused(
+        ValueError,
+        "fq: found 'h.weight', which is tied to 'e.weight'",
+        "select 'e.weight'",
+        fq=fq,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters()),
+        state=fq.calibrate(params),
+    )
+
+
 def test_a_foreign_transform_is_refused():
     """Of another architecture, and of the same names with other shapes."""
     weights = {"other.weight": torch.ones(8, 32)}
@@ -934,6 +991,36 @@ def test_a_foreign_transform_is_refused():
     refused(
         ValueError, EXPERT, "found shape (64, 32), the spec wants (8, 32)", fq=foreign, state=foreign.calibrate(weights)
     )
+
+
+class Stubborn(torch.optim.SGD):
+    """Has a state from the start, and loads none."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        for group in self.param_groups:
+            self.state |= {param: {"momentum_buffer": torch.ones_like(param)} for param in group["params"]}
+
+    def load_state_dict(self, state_dict):
+        raise RuntimeError("no other state")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adagrad, Stubborn], ids=lambda one: one.__name__)
+def test_nothing_is_changed_where_the_trained_part_or_the_optimizer_is_refused(optimizer):
+    """Bug: frozen weights were fake by then, and their unquantized values were gone."""
+    model = torch.nn.ParameterDict({"a": torch.randn(32, 32), "b": torch.randn(32, 32)})
+    model["a"].requires_grad_(False)
+    if optimizer is not Stubborn:
+        model["b"] = torch.nn.Parameter(torch.randn(32, 16).t())
+    fq = fqt.transform(fqt.select(dict(model.items()), {"*": fqt.INT4_BLOCK32}))
+    inner, before = optimizer([model["b"]]), {name: param.clone() for name, param in model.items()}
+    state, groups = dict(inner.state), inner.param_groups
+    error, message = (RuntimeError, "no other") if optimizer is Stubborn else (ValueError, "out 'b': found shape")
+    assert message in message_of(error, fqt.FakeQuantOptimizer, fq, inner, model, fq.calibrate(before))
+    same(dict(model.items()), before)
+    assert inner.param_groups is groups
+    assert groups[0]["params"][0] is model["b"]
+    assert inner.state == state
 
 
 def test_parameters_that_change_later_are_refused_at_the_step():
@@ -990,6 +1077,19 @@ def test_gradients_that_a_grad_scaler_has_not_seen_are_refused():
     assert_names(message_of(ValueError, scaler.step, opt), "take_grads: found a call before the step of a GradScaler")
 
 
+def test_a_step_after_one_that_a_grad_scaler_began_and_that_was_refused_is_a_plain_one():
+    """Bug: the scale was left on the optimizer, so that gradients that were never scaled were divided by it."""
+    (one, plain), (two, scaled) = ((m, make(m, fq, s, torch.optim.SGD, {"lr": 1.0})) for m, fq, s in (setup(), setup()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(two(batches_of(0)[0]), batches_of(0)[0])).backward()
+    scaled.take_grads()
+    message_of(ValueError, scaler.step, scaled)
+    scaled.zero_grad()
+    train(one, plain, 1)
+    train(two, scaled, 1)
+    same(scaled.masters, plain.masters)
+
+
 def test_the_model_is_written_though_a_recalibration_fails():
     """Bug: the masters had stepped, the model had not, and their gradients were added to those of the next step."""
 
@@ -1002,6 +1102,20 @@ def test_the_model_is_written_though_a_recalibration_fails():
         train(model, opt, 1)
     same(dict(model.named_parameters()), fake_weights(fq, opt.masters, state))
     assert all(master.grad is None for master in opt.masters.values())
+
+
+def test_the_model_is_written_though_the_state_optimizer_fails():
+    """Bug: the masters had stepped, the model had not, and the next step took the same gradients again."""
+    model, fq, state = setup(fqt.FP8, "lsq")
+    opt = make(model, fq, state, state_optimizer=torch.optim.SparseAdam)
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+        train(model, opt, 1)
+    same(dict(model.named_parameters()), fake_weights(fq, opt.masters, opt.quantizer_state))
+    assert all(tensor.grad is None for tensor in (*model.parameters(), *opt.masters.values()))
+    assert opt.param_groups[0]["fake_quant_step"] == 1
+    before = {name: master.detach().clone() for name, master in opt.masters.items()}
+    opt.step()
+    same(opt.masters, before)
 
 
 def test_inputs_are_refused():
@@ -1031,6 +1145,28 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_is_loaded():
     ):
         assert_names(message_of(ValueError, opt.load_state_dict, wrong), *fragments)
         assert versions == [tensor._version for tensor in (*model.parameters(), *opt.masters.values())]
+
+
+@pytest.mark.parametrize("fails", ["state_optimizer", "optimizer", "model"])
+def test_nothing_is_loaded_where_the_last_part_cannot_be(fails):
+    """Bug: masters and the number of the step were those of the file, and the model was not written."""
+    first, second = ((model, make(model, fq, state)) for model, fq, state in [setup(fqt.FP8, "lsq") for _ in range(2)])
+    train(*first, 1)
+    saved, (model, opt), error = first[1].state_dict(), second, ValueError
+    if fails == "state_optimizer":
+        saved["quantizer"]["optimizer"]["param_groups"] *= 2
+    elif fails == "optimizer":
+        opt.optimizer.load_state_dict = partial(Stubborn.load_state_dict, opt.optimizer)
+        error = RuntimeError
+    else:
+        model.load_state_dict(model.state_dict(), assign=True)
+    tensors = [*model.parameters(), *opt.masters.values(), *fqt.state.flatten(opt.quantizer_state).values()]
+    versions = [tensor._version for tensor in tensors]
+    message_of(error, opt.load_state_dict, saved)
+    assert versions == [tensor._version for tensor in tensors]
+    assert opt.param_groups[0]["fake_quant_step"] == 0
+    assert not opt.optimizer.state
+    assert not opt.state_optimizer.state
 
 
 def test_its_repr_says_what_is_inside():
