@@ -29,7 +29,7 @@ from fq_transforms.state import State
 if TYPE_CHECKING:
     from fq_transforms.transform import Transform
 
-__all__ = ["Hessians", "check_formats", "gptq"]
+__all__ = ["Hessians", "check_formats", "check_hessian", "gptq"]
 
 Hessians = Mapping[str, Mapping[str, Tensor]]
 
@@ -146,24 +146,28 @@ def _check_hessians(fq: "Transform", params: Mapping[str, Tensor], hessians: Hes
     checked: set[int] = set()
     check_formats(fq.spec)
     for group in fq.spec.groups:
-        weights, leaves = weights_of(params, group), hessians[group.key]
+        weights = weights_of(params, group)
         if is_sharded(weights[0]):
             raise ValueError(f"gptq: found the DTensor {group.names[0]!r}, wanted plain tensors: whole experts")
         if weights[0].is_meta:
             raise ValueError(f"parameter {group.names[0]!r}: found on meta, wanted values; load the weights")
-        what = f"hessians {group.key!r}"
-        if not isinstance(leaves, Mapping) or set(leaves) != {"hessian", "tokens"}:  # pyright: ignore[reportUnnecessaryIsInstance]
-            found = list(leaves) if isinstance(leaves, Mapping) else type(leaves).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"{what}: found {found}, wanted 'hessian' and 'tokens', as of input_hessians")
-        side = group.shape[1]
-        check_tensor(f"{what}.hessian", leaves["hessian"], (group.experts, side, side), torch.float32)
-        check_readable(f"{what}.tokens", leaves["tokens"])
-        check_tensor(f"{what}.tokens", leaves["tokens"], (group.experts,), leaves["tokens"].dtype)
-        check_device(group, leaves, weights[0].device)
-        if id(leaves["hessian"]) not in checked:  # roles that share their inputs share it
-            checked.add(id(leaves["hessian"]))
-            _check_values(group, leaves["hessian"])
-        _check_tokens(group, leaves["tokens"])
+        check_hessian(group, hessians[group.key], weights[0].device, checked)
+
+
+def check_hessian(group: Group, leaves: Mapping[str, Tensor], device: torch.device, checked: set[int]) -> None:
+    """Raise ValueError unless these are usable Hessians of a group; `checked` has the ids of those read before."""
+    what, side = f"hessians {group.key!r}", group.shape[1]
+    if not isinstance(leaves, Mapping) or set(leaves) != {"hessian", "tokens"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = list(leaves) if isinstance(leaves, Mapping) else type(leaves).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{what}: found {found}, wanted 'hessian' and 'tokens', as of input_hessians")
+    check_tensor(f"{what}.hessian", leaves["hessian"], (group.experts, side, side), torch.float32)
+    check_readable(f"{what}.tokens", leaves["tokens"])
+    check_tensor(f"{what}.tokens", leaves["tokens"], (group.experts,), leaves["tokens"].dtype)
+    check_device(group, leaves, device)
+    if id(leaves["hessian"]) not in checked:  # roles that share their inputs share it
+        checked.add(id(leaves["hessian"]))
+        _check_values(group, leaves["hessian"])
+    _check_tokens(group, leaves["tokens"])
 
 
 def _check_values(group: Group, hessian: Tensor) -> None:

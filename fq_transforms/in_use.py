@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-__all__ = ["InUse", "Within"]
+__all__ = ["InUse", "Within", "call_traced"]
 
 T = TypeVar("T")
 
@@ -129,11 +129,24 @@ class InUse(AbstractContextManager["InUse"]):
         vars(module)["forward"] = forward
 
     def call(self, model: Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`functional_call`, which by itself loses what it has exchanged when it is interrupted."""
+        """`functional_call`, which by itself loses what it has exchanged where it is interrupted.
+
+        So it does where a module has two names: under the second it finds what it has put there, and gives that back.
+        """
         self.undo.append(partial(_put_back, _places(model, tensors)))
         out = functional_call(model, tensors, args, kwargs)
+        self.undo[-1]()
         self.undo.pop()
         return out
+
+
+def call_traced(model: Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`InUse.call` as torch.compile can trace it: without a use."""
+    places = _places(model, tensors)
+    try:
+        return functional_call(model, tensors, args, kwargs)
+    finally:
+        _put_back(places)
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -153,8 +166,8 @@ _Place = tuple[dict[str, Tensor | None], str, Tensor | None]
 
 def _places(model: Module, tensors: Mapping[str, Tensor]) -> list[_Place]:
     """Where a model has parameters and buffers of these names, or tied to such, and what they are."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    given = {id(tensor) for name, tensor in named if name in tensors}
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    given = {id(own[name]) for name in tensors if name in own}
     return [
         (entries, attribute, tensor)
         for module in model.modules()

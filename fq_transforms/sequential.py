@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import optree
@@ -32,6 +33,7 @@ from fq_transforms.checks import refuse_compiled, refuse_transforms, weights_of
 from fq_transforms.gptq import check_formats
 from fq_transforms.gptq import gptq as moved_by_gptq
 from fq_transforms.in_use import InUse
+from fq_transforms.parse import nearest, shown
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State
 
@@ -95,6 +97,14 @@ def calibrate_sequentially(
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"gptq: found {type(found).__name__}, wanted None, or options of gptq as a dict")
     if gptq is not None:
+        options = [
+            *(p.name for p in signature(moved_by_gptq).parameters.values() if p.kind is p.KEYWORD_ONLY),
+            "unseen",
+        ]
+        for name in gptq:
+            if name not in options:
+                (meant,) = nearest(str(name), options)
+                raise ValueError(f"gptq: found {shown(name)}, wanted one of {options} (did you mean {meant!r}?)")
         check_formats(fq.spec)
         moved_by_gptq(replace(fq, spec=Spec(())), {}, {}, {}, **_split(gptq)[1])  # which checks the options
     fill_unseen({}, spec=Spec(()), unseen=unseen, params={})  # which checks `unseen`

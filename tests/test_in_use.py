@@ -270,6 +270,49 @@ def test_quantized_inputs_are_left_in_any_order():
         assert_as_before(model, things)
 
 
+class Shared(Small):
+    """A module of three names, one of them further down, with a selected weight and a buffer; and what `Small` has."""
+
+    def __init__(self):
+        super().__init__()
+        self.again, self.inner = self.layer, torch.nn.Module()
+        self.inner.layer = self.layer
+        self.layer.register_buffer("gain", torch.full((), 2.0))
+
+    def forward(self, x):
+        return super().forward(self.again(x) + self.inner.layer(x) * self.layer.gain)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "buffers"])
+def test_a_module_of_several_names_keeps_its_tensors(way):
+    """Named bug: PyTorch's functional_call left fake weights in it for good; after an error, too, each is its own."""
+    model, x = Shared(), torch.randn(4, 32)
+    call = (ways_of(model, x) | {"buffers": lambda: called_with_copies(model, x)})[way]
+    fails = []
+
+    def fail(module, args):
+        if fails:
+            raise ZeroDivisionError
+
+    model.tail.register_forward_pre_hook(fail)
+    before = things_of(model)
+    wanted = call()
+    assert_as_before(model, before)
+    fails.append(True)
+    with pytest.raises(ZeroDivisionError):
+        call()
+    assert_as_before(model, before)
+    fails.clear()
+    assert same(call(), wanted)
+
+
+def called_with_copies(model, x):
+    copies = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "tail" not in name}
+    del copies["again.weight"], copies["again.gain"], copies["inner.layer.weight"], copies["inner.layer.gain"]
+    with InUse("one", model.named_modules()) as use:
+        return use.call(model, copies, (x,), {})
+
+
 # Interrupts. tests/fuzz_threads.py tries every line.
 
 

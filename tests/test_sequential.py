@@ -385,6 +385,12 @@ MISTAKES = {
     "unseen": (Decoder, {"unseen": "zero"}, "unseen: found 'zero', wanted one of"),
     "gptq": (Decoder, {"gptq": True}, "gptq: found bool, wanted None, or options"),
     "damping": (Decoder, {"gptq": {"damping": -1}}, "damping: found -1"),
+    "an unknown option": (
+        Decoder,
+        {"gptq": {"unseen": "ones", "dampening": 1}},
+        "gptq: found 'dampening', wanted one of ['damping', 'shrinkage', 'order', 'unseen'] (did you mean 'damping'?)",
+    ),
+    "no option": (Decoder, {"gptq": {1: 1}}, "gptq: found 1, wanted one of ['damping',"),
     "NaN": (with_nan, {}, "weight 'layers.1.experts.1.weight' (expert 1 of 'layers.1.experts.*.weight')"),
     "meta": (on_meta, {}, "tensor 'layers.1.experts.0.weight': found on meta"),
     "no token": (

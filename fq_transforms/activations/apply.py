@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from fq_transforms.activations.quantize import check_traced, quantized_inputs, traced_inputs
 from fq_transforms.fakequant import fakequant
-from fq_transforms.in_use import InUse
+from fq_transforms.in_use import InUse, call_traced
 from fq_transforms.ops.private import is_in_compiled
 from fq_transforms.ops.quantize.autograd import Backward
 from fq_transforms.spec import Spec
@@ -35,12 +34,12 @@ def apply(
     weights = fakequant(params, state, spec=spec, out_dtype=out_dtype, backward=backward, separate=separate)
     if torch.compiler.is_compiling():  # which cannot trace who else uses the model
         if not spec.inputs:
-            return functional_call(model, weights, args, dict(kwargs))
+            return call_traced(model, weights, args, dict(kwargs))
         # A view would be known as another's memory.
         weights = {name: w if w._base is None else w.clone() for name, w in weights.items()}  # pyright: ignore[reportPrivateUsage]
         traced = traced_inputs(model, weights, state, spec=spec, backward=backward)
         with traced:
-            out = functional_call(model, weights, args, dict(kwargs))
+            out = call_traced(model, weights, args, dict(kwargs))
         check_traced(traced, spec)
         return out
     if is_in_compiled():  # a graph could not: eager code does it, and the model that it runs is left alone

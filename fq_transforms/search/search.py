@@ -195,8 +195,9 @@ def search(
             nothing else. "group", or "expert" of a layer: for `fakequant`.
 
     Raises:
-        KeyError, ValueError: A parameter or a Hessian is missing; the budget is below the cheapest choice; a format
-            does not fit; a sensitivity is not finite; an option is not one of its choices, or lacks its data.
+        KeyError, ValueError: A parameter or a Hessian is missing; a Hessian is one that `gptq` refuses; the budget is
+            below the cheapest choice; a format does not fit; a sensitivity is not finite; an option is not one of its
+            choices, or lacks its data.
 
     Example: see `Mixture`.
     """

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import jvp
 
 from fq_transforms.calibrate import importance_of
-from fq_transforms.checks import check_device, check_tensor, weights_of
+from fq_transforms.checks import weights_of
 from fq_transforms.formats import Format
+from fq_transforms.gptq import check_hessian
 from fq_transforms.report.report import group_report
 from fq_transforms.spec import Group, Spec
 from fq_transforms.state import State
@@ -123,32 +124,24 @@ def _form(error: Tensor, moments: Tensor) -> float:
 
 def _moments_by_name(params: Mapping[str, Tensor], spec: Spec, hessians: Hessians) -> dict[str, _Moments]:
     found: dict[str, _Moments] = {}
+    checked: set[int] = set()
     for group in spec.groups:
         if group.key not in hessians:
             raise KeyError(f"hessians: found none of group {group.key!r}, among {len(hessians)}")
-        moments, counts = _moments(params, group, hessians)
+        moments, counts = _moments(params, group, hessians, checked)
         for expert, name in enumerate(group.names):
             own = slice(None) if group.stacked else slice(expert, expert + 1)
             found[name] = moments[own], counts[own]
     return found
 
 
-def _moments(params: Mapping[str, Tensor], group: Group, hessians: Hessians) -> _Moments:
-    """Of all experts of a group, checked."""
+def _moments(params: Mapping[str, Tensor], group: Group, hessians: Hessians, checked: set[int]) -> _Moments:
+    """Of all experts of a group; `checked` as `check_hessian` takes it."""
     found, weights = hessians[group.key], weights_of(params, group)
     if not isinstance(found, Mapping):
         importance = importance_of(group, weights, cast("Mapping[str, Tensor]", hessians))
         assert importance is not None
         return importance, [1.0] * group.experts
-    what, width = f"hessians {group.key!r}", group.shape[1]
-    if sorted(found) != ["hessian", "tokens"]:
-        raise ValueError(
-            f"{what}: found {sorted(found)}, wanted 'hessian' and 'tokens', as of input_hessians, or a tensor, as of "
-            "input_second_moments"
-        )
-    hessian, tokens = found["hessian"], found["tokens"]
-    check_tensor(f"{what}.hessian", hessian, (group.experts, width, width), torch.float32)
-    check_tensor(f"{what}.tokens", tokens, (group.experts,), tokens.dtype)
-    check_device(group, found, weights[0].device)
-    counts: list[float] = tokens.double().tolist()
-    return hessian.detach(), counts
+    check_hessian(group, found, weights[0].device, checked)
+    counts: list[float] = found["tokens"].double().tolist()
+    return found["hessian"].detach(), counts

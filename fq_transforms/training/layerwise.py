@@ -30,7 +30,7 @@ from fq_transforms.spec import Group, Spec, refuse_inputs
 from fq_transforms.state import GroupState, State
 from fq_transforms.training.main_grad import carry_main_grad, has_main_grad
 from fq_transforms.training.reads import Guarded
-from fq_transforms.training.wrapped import OTHER_WAY, check_plain, check_unparametrized
+from fq_transforms.training.wrapped import OTHER_WAY, check_eager, check_plain, check_unparametrized
 from fq_transforms.transform import Transform
 
 __all__ = ["layerwise"]
@@ -172,11 +172,7 @@ class _Site:
         return found
 
     def before(self, module: Module, args: Any) -> None:
-        if private.is_in_compiled():  # which would keep this hook for later
-            raise ValueError(
-                f"layer {type(module).__name__}: found torch.compile around it within layerwise, wanted eager mode; or "
-                f"{OTHER_WAY}"
-            )
+        check_eager(module)  # what is compiled would keep this hook for later
         entered = _Entered(self, _frame_of_call())
         earlier = self._forwards()
         self.calls.entered.append(entered)  # `after` is called even if this raises
@@ -293,7 +289,8 @@ class _Calls:
 
     def are_running(self) -> bool:
         while self.running:
-            if (frame := self.running[-1][1]) is None or _is_on_a_stack(frame):
+            frame = self.running[-1][1]
+            if frame is None or torch.compiler.is_compiling() or _is_on_a_stack(frame):  # stacks cannot be traced
                 return True
             self.running.pop()
         return False

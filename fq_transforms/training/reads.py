@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fq_transforms.training.wrapped import OTHER_WAY
+from fq_transforms.training.wrapped import OTHER_WAY, check_eager
 
 __all__ = ["Guarded"]
 
@@ -49,6 +49,7 @@ class Guarded(dict[str, Tensor | None]):
     def __getitem__(self, attribute: str) -> Tensor | None:
         tensor = super().__getitem__(attribute)
         if tensor is not None and attribute in self.names and self.is_refused(attribute):
+            check_eager(self.module)  # its forward may be compiled, and then is called without its hooks
             return _Unquantized.of(tensor, self.names[attribute], type(self.module).__name__)
         return tensor
 

@@ -41,12 +41,14 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
     Args:
         loss_fn: `loss_fn(model, microbatch)` gives a scalar, scaled as for any gradient accumulation.
         fq: "pass_through" or "clip". Inputs are quantized as by `fq.apply`; their layers cannot be checkpointed.
-        model: What the weights are put into. Its own parameters and their `grad` are neither used nor changed.
+        model: What the weights are put into. Its own parameters and their `grad` stay as they are; those that `params`
+            lacks are constants.
 
     Raises:
-        KeyError, ValueError: As `fq.fakequant`; a parameter is not in the model; none is trained; no microbatch; a loss
-            is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; a module is wrapped or compiled, a weight
-            parametrized, the model in use by another thread or by `layerwise` (docs/training.md).
+        KeyError, ValueError: As `fq.fakequant`; a parameter is not in the model; one with `main_grad` is not given;
+            none is trained; no microbatch; a loss is no scalar or has no gradient; "lsq"; "clip" and `main_grad`; a
+            module is wrapped or compiled, a weight parametrized, the model in use by another thread or by
+            `layerwise` (docs/training.md).
 
     Source: the design of JAX's `value_and_grad`.
 
@@ -82,7 +84,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
-        _check_names(model, params)
+        constants = _constants(model, params)
         fused: dict[str, Any] = {name: params[name] for name in trained if has_main_grad(params[name])}
         # Primals of our own, so that the pullback ends at them and not in the caller's graph.
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
@@ -91,7 +93,7 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
             weights = fq.fakequant(primals, state, rounding=rounding)
             leaves = {name: weight.detach().requires_grad_(name in trained) for name, weight in weights.items()}
             carry_main_grad(fq, params, {name: leaves[name] for name in trained})
-            named = {f"model.{name}": leaf for name, leaf in leaves.items()}
+            named = {f"model.{name}": leaf for name, leaf in (leaves | constants).items()}
             use = InUse("value_and_grad", model.named_modules(), nests=True)
             try:
                 with use, use, quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
@@ -138,12 +140,26 @@ class _Run(Module):
         return loss.detach().reshape(())
 
 
-def _check_names(model: Module, params: Mapping[str, Tensor]) -> None:
-    """Raise KeyError for a parameter that the model lacks, which `functional_call` would leave out in silence."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    if missing := next((name for name in params if name not in known), None):
+def _constants(model: Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's other parameters that require a gradient, with a `grad` of their own that nobody reads.
+
+    Without one, a reentrant checkpoint that they lead to would give none to what is within it either.
+
+    Raises:
+        KeyError: The model lacks a parameter, which `functional_call` would leave out in silence.
+        ValueError: Another has `main_grad`, to which its layer may add.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    if missing := next((name for name in params if name not in own), None):
         raise KeyError(f"parameter {missing!r} is not in the {type(model).__name__}; pass its own named_parameters()")
+    given = {id(own[name]) for name in params}  # by whatever name
+    others = {name: one for name, one in model.named_parameters() if one.requires_grad and id(one) not in given}
+    if fused := next((name for name, other in others.items() if has_main_grad(other)), None):
+        raise ValueError(
+            f"params: found no {fused!r}, which has main_grad and requires a gradient, wanted it too; or call "
+            "requires_grad_(False) on it"
+        )
+    return {name: other.detach().requires_grad_() for name, other in others.items()}
 
 
 def _settle(param: Any, leaf: Tensor) -> None:

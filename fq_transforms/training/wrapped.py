@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch.nn import Module
 
+from fq_transforms.ops import private
 from fq_transforms.spec import Spec
 
-__all__ = ["OTHER_WAY", "check_plain", "check_unparametrized"]
+__all__ = ["OTHER_WAY", "check_eager", "check_plain", "check_unparametrized"]
 
 OTHER_WAY = (
     "train the model as it is, with fq.fakequant(masters, state, out=model) before the step and "
@@ -48,6 +49,15 @@ def _wrapper(module: Module) -> str | None:
     if hasattr(module, "_hf_hook") and getattr(module._hf_hook, "offload", True):
         return "whose parameters accelerate's hook puts in place around forward"
     return None
+
+
+def check_eager(layer: Module) -> None:
+    """Raise ValueError for a layer that runs, or whose weight is read, within what torch.compile has compiled."""
+    if private.is_in_compiled():
+        raise ValueError(
+            f"layer {type(layer).__name__}: found torch.compile around it within layerwise, wanted eager mode; or "
+            f"{OTHER_WAY}"
+        )
 
 
 def check_unparametrized(spec: Spec) -> None:

@@ -166,6 +166,29 @@ def test_by_default_eager_code_does_what_a_graph_cannot():
     assert_same(compiled(x), fq.apply(model, params, state, x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("inputs", [None, fqt.INT8])
+def test_a_layer_of_two_names_keeps_its_weight(inputs, fullgraph):
+    """Named bug: the compiled call left its fake weight there, as PyTorch's functional_call does."""
+    layer = torch.nn.Linear(IN, IN, bias=False)
+    own, x = layer.weight, torch.randn(TOKENS, IN)
+
+    def broken(x):
+        if not fullgraph:
+            torch._dynamo.graph_break()
+        return x
+
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), layer)
+    model.register_forward_hook(lambda module, args, output: broken(output))
+    params = {"0.weight": own}
+    fq = fqt.transform(fqt.select(params, [fqt.Rule("*", fqt.INT8, inputs)]))
+    state = fq.calibrate(params, x, model=model)
+    compiled = torch.compile(lambda params, x: fq.apply(model, params, state, x), fullgraph=fullgraph, backend="eager")
+    assert_same(compiled(params, x), fq.apply(model, params, state, x))
+    assert layer.weight is own
+
+
 def test_a_compiled_gradient():
     """torch.func.grad around `apply`, compiled whole."""
     model, params, fq, state, x = setting(by_linear, fqt.NVFP4)

@@ -466,6 +466,55 @@ def test_a_part_of_a_model_that_is_compiled_by_a_function(compiled):
             part(x)
 
 
+class Calls(torch.nn.Module):
+    """Calls its layer by a compiled function that runs none of the layer's hooks."""
+
+    def __init__(self, function_of, **options):
+        super().__init__()
+        self.layer = torch.nn.Linear(32, 32, bias=False)
+        self.call = torch.compile(function_of(self.layer), backend="eager", **options)
+
+    def forward(self, x):
+        return self.call(x)
+
+
+def bound_forward(layer):
+    return layer.forward
+
+
+def read_weight(layer):
+    return lambda x: x @ layer.weight
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("function_of", [bound_forward, read_weight])
+def test_a_layer_whose_hooks_a_compiled_function_does_not_run(function_of, ran_before):
+    """Named bug: the compiler failed at what stands for the weight, with an internal error."""
+    torch.compiler.reset()
+    model, x = Calls(function_of), torch.randn(2, 32)
+    fq, state = transform_of(model, {"*": fqt.INT8})
+    if ran_before:
+        model(x)
+    before = numbers_of(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="found torch.compile around it") as error, fqt.layerwise(fq, model, state):
+            model(x)
+        assert_names(str(error.value), "layer Linear", *LENS)
+        assert_untouched(model, before)
+    assert torch.equal(model(x), function_of(model.layer)(x))
+
+
+def test_a_whole_graph_of_a_layer_says_why_it_is_refused():
+    """Under fullgraph the compiler's own error has the reason."""
+    model = Calls(bound_forward, fullgraph=True)
+    fq, state = transform_of(model, {"*": fqt.INT8})
+    with (
+        pytest.raises(torch._dynamo.exc.Unsupported, match="found torch.compile around"),
+        fqt.layerwise(fq, model, state),
+    ):
+        model(torch.randn(2, 32))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_functions_without_the_layers(compiled):
     """As Megatron's activations are: what computes with no selected weight may be compiled."""

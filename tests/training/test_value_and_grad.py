@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fq_transforms as fqt
 from fq_transforms.ops.quantize import autograd
-from tests.cases import assert_names, name_of
+from tests.cases import assert_names, message_of, name_of
 from tests.training.ways import halved
 
 FORMATS = [fqt.FP8, fqt.INT8_PER_CHANNEL, fqt.INT4_BLOCK32, fqt.NVFP4, fqt.NVFP4_STATIC, fqt.MXFP4]
@@ -139,6 +139,41 @@ def test_frozen_parameters_have_no_entry():
         param.requires_grad_()
     _, wanted = one_by_one(model, params, fq.fakequant, state, batches)
     assert all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+def test_parameters_that_are_not_given_are_constants():
+    """Named bug: a step with some of the parameters added to `grad` of the others. A tied one is given by any name."""
+    model, params, fq, state, batches = setup()
+    _, wanted = fqt.value_and_grad(loss_fn, fq, model)(params, state, batches)
+    model.dense.tied = model.experts[1].weight  # by which the model names it first
+    for param in params.values():
+        param.grad = torch.full_like(param, 7)
+    some = {name: params[name].detach().requires_grad_() for name in params if "experts" in name}
+    _, grads = fqt.value_and_grad(loss_fn, fq, model)(some, state, batches)
+    assert_equal(grads, {name: wanted[name] for name in some})
+    for param in params.values():
+        assert bool((param.grad == 7).all())
+    params["dense.bias"].main_grad = torch.zeros(32)
+    message = message_of(ValueError, fqt.value_and_grad(loss_fn, fq, model), some, state, batches)
+    assert_names(message, "params: found no 'dense.bias', which has main_grad", "requires_grad_(False)")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_constants_may_lead_to_a_checkpoint(reentrant):
+    """Without a gradient of their own they would take away that of a reentrant checkpoint behind them."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32) for name in ("constant", "layer", "head")})
+    params = dict(model.named_parameters())
+    fq = fqt.transform(fqt.select(params, {"layer.weight": fqt.INT8}))
+
+    def loss(model, x):
+        hidden = checkpoint(model["layer"], model["constant"](x), use_reentrant=reentrant)
+        return model["head"](hidden).square().mean()
+
+    step, state, x = fqt.value_and_grad(loss, fq, model), fq.calibrate(params), torch.randn(4, 32)
+    some = {name: param for name, param in params.items() if "constant" not in name}
+    _, wanted = step(params, state, [x])
+    assert_equal(step(some, state, [x])[1], {name: wanted[name] for name in some})
+    assert all(param.grad is None for param in params.values())
 
 
 def test_under_no_grad_and_from_a_generator():
