@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 LAYOUTS = {"megatron": (1, 2), "fsdp": (1,)}  # tensor parallelism; the rest of the ranks is expert parallelism
 PARTS = [*LAYOUTS, "folder"]
-PACKAGES = ["torch", "triton", "megatron-core", "transformer-engine"]
+PACKAGES = ["triton", "megatron-core", "transformer-engine"]
 
 
 def main(arguments: list[str], commit: str) -> None:
@@ -71,10 +71,11 @@ def main(arguments: list[str], commit: str) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "gpu": f"{options.ranks} x {torch.cuda.get_device_name()}" if options.device == "cuda" else "none",
         "cores": str(len(os.sched_getaffinity(0))),
+        **{name: str(getattr(options, name)) for name in ("layers", "experts", "top", "hidden", "ffn", "tokens")},
+        "torch": torch.__version__,
         **{name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
         "commit": options.commit,
-        **{name: str(getattr(options, name)) for name in ("layers", "experts", "top", "hidden", "ffn", "tokens")},
     }
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
