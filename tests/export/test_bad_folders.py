@@ -154,7 +154,7 @@ def test_paths_that_are_no_folders(tmp_path):
 
 
 def test_other_files_are_copied_and_other_weights_named(tmp_path):
-    """A tokenizer, code and linked directories with their bytes; other forms of weights are left out, which is said."""
+    """A tokenizer, code and linked directories with their bytes; other forms of weights are left out, and named."""
     source = write(tmp_path / "a", model())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.txt").write_text("x")
@@ -163,12 +163,17 @@ def test_other_files_are_copied_and_other_weights_named(tmp_path):
     (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "x.txt")
     (source / "modeling.py").write_text("raise SystemExit")
     save_file({"x": torch.ones(1)}, source / "consolidated.safetensors")
+    (source / "2_Dense").mkdir()
+    save_file({"x": torch.ones(1)}, source / "2_Dense" / "model.safetensors")
+    (source / "voices").mkdir()
+    (source / "voices" / "a.pt").write_text("x")
     made = fqt.export.folder(source, tmp_path / "b", RULES)
     names = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
     assert names == {"config.json", "model.safetensors", "linked/x.txt", "tokenizer.json", "modeling.py"}
     assert not any(path.is_symlink() for path in (tmp_path / "b").rglob("*"))
-    assert list(made.left) == ["consolidated.safetensors"]
-    assert "consolidated.safetensors" in str(made)
+    others = ["consolidated.safetensors", "2_Dense/model.safetensors", "voices/a.pt"]
+    assert list(made.left) == list(fqt.export.inspect(source).left) == others
+    assert "left out: 3 tensors such as 'consolidated.safetensors'" in str(made)
 
 
 TOO_WIDE = {
