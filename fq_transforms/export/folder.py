@@ -80,7 +80,8 @@ def folder(
         dry_run: Write nothing.
 
     Raises:
-        ValueError: As `select` and `save`; `src` is no such folder; a weight is not finite: all else before a write.
+        ValueError: As `select` and `save`; `src` is no such folder. Before a write, but for what weights' values show:
+            one is not finite, or too small for a global scale.
         OSError: A file cannot be read or written; the disk has too little space.
     """
     engine, limit = engine_of(layout, reader), bytes_of(max_shard_size)
