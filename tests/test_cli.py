@@ -200,6 +200,10 @@ REFUSED = {
     "method and state": (["report", "src", "--state", "state.safetensors", "--method", "mse"], ["method", "state"]),
     "experts and state": (["report", "src", "--state", "state.safetensors", "--experts", "x"], ["experts", "state"]),
     "inputs of nothing": (["report", "src", "--rules", "rules.json", "--inputs", "inputs.safetensors"], ["inputs"]),
+    "inputs of plain weights": (
+        ["report", "src", "--preset", "FP8_EXPERTS_ONLY", "--inputs", "inputs.safetensors", "--layout", "plain"],
+        ["leave out inputs= (--inputs)", "fqt.presets.weights_only(rules)"],
+    ),
     "rules of nothing": (["quantize", "src", "dst", "--rules", "none.json"], ["none.json", "no rules"]),
     "no file": (["quantize", "src", "dst", "--rules", "absent.yaml"], ["absent.yaml", "No such file"]),
     "rules of another kind": (["quantize", "src", "dst", "--rules", "rules.txt"], ["rules.txt", ".yaml"]),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -444,6 +445,29 @@ def test_the_largest_blocks_that_fit_are_named(tmp_path):
         source = write(tmp_path / f"{width}", tensors, config=config)
         said = [f"{BLOCK}.experts.0.up_proj.weight", str(width), f"multiple of {format.block[1]}", format.name, wanted]
         refused(tmp_path, source, *said, rules={"*.experts.*": format})
+
+
+def test_the_rule_that_an_error_advises_is_taken(tmp_path):
+    """Law: of experts, one role of which no block divides, files of codes want the other roles left out too."""
+    tensors = {f"{BLOCK}.experts.{e}.up_proj.weight": torch.randn(24, HIDDEN).bfloat16() for e in range(EXPERTS)}
+    tensors |= {f"{BLOCK}.experts.{e}.down_proj.weight": torch.randn(HIDDEN, 24).bfloat16() for e in range(EXPERTS)}
+    config = {key: value for key, value in CONFIG.items() if "size" not in key}
+    source = write(tmp_path / "a", plain() | tensors, config=config)
+    rules = {"*.experts.*": fqt.NVFP4, "lm_head.weight": fqt.NVFP4}
+    said = refused(tmp_path, source, "down_proj", rules=rules)
+    one, every = re.findall(r"'(\S+)': None", said)
+    fqt.export.folder(source, tmp_path / "b", rules | {one: None}, layout="plain")
+    fqt.export.folder(source, tmp_path / "c", rules | {every: None})
+
+
+def test_weights_of_several_dtypes_are_refused(tmp_path):
+    """config.json has room for one. Kills advice of an argument that `folder` lacks."""
+    source = write(
+        tmp_path / "a", model() | {DOWN.replace(".2.", f".{e}."): torch.randn(HIDDEN, INNER) for e in range(EXPERTS)}
+    )
+    said = refused(tmp_path, source, "float32", "bfloat16", "wanted one dtype", "select those of one", layout="plain")
+    assert "out_dtype" not in said
+    fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4, "*.down_proj.*": None}, layout="plain")
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest(tmp_path):
