@@ -194,6 +194,10 @@ REFUSED = {
     "jobs": (["quantize", "src", "dst", "--preset", "FP8_DEFAULT", "--jobs", "0"], ["jobs", "0"]),
     "jobs of text": (["quantize", "src", "dst", "--preset", "FP8_DEFAULT", "--jobs", "all"], ["--jobs", "all"]),
     "size": (["quantize", "src", "dst", "--preset", "FP8_DEFAULT", "--max-shard-size", "5 GBs"], ["5 GBs"]),
+    "size beyond all numbers": (
+        ["quantize", "src", "dst", "--preset", "FP8_DEFAULT", "--max-shard-size", "9" * 400],
+        ["max_shard_size", "wanted a number of bytes"],
+    ),
     "orientation": (["report", "src", "--preset", "FP8_DEFAULT", "--transposed", "a=no"], ["a=no", "false"]),
     "pattern of nothing": (["report", "src", "--preset", "FP8_DEFAULT", "--transposed", "*.gaet"], ["*.gaet"]),
     "method without amax": (["report", "src", "--preset", "MXFP4_EXPERTS_ONLY", "--method", "mse"], ["MXFP4"]),

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,10 +58,10 @@ def bytes_of(size: int | str, what: str = "max_shard_size") -> int:
     """
     text = str(size) if type(size) in (int, str) else ""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", text.strip().upper())
-    number = round(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
-    if number < 1:
+    number = float(match[1]) * _UNITS[match[2] or ""] if match and (match[2] or "") in _UNITS else 0.0
+    if not 0.5 < number < inf:
         raise ValueError(f'{what}: found {size!r}, wanted a number of bytes, or a text such as "5GB"')
-    return number
+    return round(number)
 
 
 def check_free(folder: Path) -> None:
