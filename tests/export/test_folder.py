@@ -714,6 +714,18 @@ def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "to") == [name]
 
 
+def test_a_part_from_before_the_directory_is_told(tmp_path, monkeypatch):
+    """Kills an error that calls the same conversion another one; what it advises goes on with it."""
+    src, dst = small(tmp_path / "src"), tmp_path / "dst"
+    cut(monkeypatch, "_finish", src, dst)
+    dst.mkdir()
+    with pytest.raises(ValueError, match="a part of this conversion.*remove it"):
+        folder(src, dst, SMALL, resume=True)
+    dst.rmdir()
+    monkeypatch.setattr(job.Job, "convert", None)
+    folder(src, dst, SMALL, resume=True)
+
+
 def _fails_once(monkeypatch, error=errno.EIO, after=3):
     """Let a write of tensors fail, once."""
     left = [after]

@@ -15,6 +15,7 @@ from fq_transforms.checkpoint.storage import (
     fsync,
     fsync_directory,
     naming,
+    stage_beside,
     stages_beside,
     stages_within,
 )
@@ -37,7 +38,7 @@ class Stage:
     """The directory in which a folder is made: new, or that of a run that was killed. Left if an error may be mended.
 
     Raises:
-        ValueError: `path` is taken; to go on with there is only a part of another conversion.
+        ValueError: `path` is taken; to go on with there is only a part of another conversion, or elsewhere.
         OSError: Another save to `path` is going on; the disk has too little space.
     """
 
@@ -62,6 +63,12 @@ class Stage:
             _check_space(job, path, stage)
             return
         others = [one for one in _stages(path) if (one / DONE).exists() and one != stage]
+        before = stage_beside(path, stage.name.rpartition("-")[2])
+        if self._resume and before in others:
+            raise ValueError(
+                f"resume: found {str(before)!r}, a part of this conversion from before {str(path)!r} was a directory, "
+                "wanted no directory there; remove it, as it is empty, to go on; or no resume, to begin anew"
+            )
         if self._resume and others:
             raise ValueError(
                 f"resume: found {str(others[0])!r}, a part of another conversion to {str(path)!r}: of another source, "
