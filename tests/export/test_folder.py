@@ -770,14 +770,14 @@ def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_ther
 
 
 def test_a_full_disk_is_told_before_a_write(source, tmp_path, monkeypatch):
-    """How much there is and how much is wanted."""
+    """How much there is and how much is wanted, in a dry run too."""
     free = os.statvfs(tmp_path)
     names = [name for name in dir(free) if name.startswith("f_")]
     none = types.SimpleNamespace(**{name: getattr(free, name) for name in names} | {"f_bavail": 100, "f_frsize": 1})
     monkeypatch.setattr(os, "statvfs", lambda *_: none)
-    for resume in (False, True):
+    for options in ({}, {"resume": True}, {"dry_run": True}):
         with pytest.raises(OSError, match="found 100 free bytes") as caught:
-            folder(source, tmp_path / "dst", RULES, resume=resume)
+            folder(source, tmp_path / "dst", RULES, **options)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename == str(tmp_path / "dst")
         assert not os.listdir(tmp_path)
