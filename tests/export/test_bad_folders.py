@@ -122,6 +122,8 @@ DAMAGED = {
     "a tensor in two shards": (twice, ["lm_head.weight", FIRST, SECOND, "once"]),
     "a tensor in two shards, of which the index names one": (in_the_second, ["lm_head.weight", FIRST, SECOND, "once"]),
     "a shard of another directory": (index(lambda d: d["weight_map"].update({DOWN: "../x.safetensors"})), ["../x"]),
+    "a shard by no name": (index(lambda d: d["weight_map"].update({DOWN: "\0.safetensors"})), ["0.safetensors"]),
+    "a shard of no safetensors": (index(lambda d: d["weight_map"].update({DOWN: "a.bin"})), ["'a.bin'", "wanted"]),
     "an index of nothing": (index(lambda d: d.clear()), ["weight_map"]),
     "an index that is no JSON": (other(INDEX), [INDEX, "no JSON"]),
     "a config that is no JSON": (other("config.json"), ["config.json", "no JSON"]),
@@ -138,6 +140,17 @@ def test_a_damaged_folder_is_refused(name, tmp_path):
     source = write(tmp_path / "a", model(), shards=2)
     damage(source)
     refused(tmp_path, source, *said, "found", "wanted")
+
+
+@pytest.mark.parametrize("name", ["model (1).safetensors", "ö,ü\n.safetensors", "...safetensors"])
+def test_a_shard_may_have_any_name_in_its_directory(name, tmp_path):
+    """Law: the name of a shard changes nothing."""
+    source = write(tmp_path / "a", model(), shards=2)
+    fqt.export.folder(source, tmp_path / "b", RULES)
+    (source / SECOND).rename(source / name)
+    (source / INDEX).write_text((source / INDEX).read_text().replace(f'"{SECOND}"', json.dumps(name)))
+    fqt.export.folder(source, tmp_path / "c", RULES)
+    assert_same_bytes(read(tmp_path / "c"), read(tmp_path / "b"))
 
 
 def test_paths_that_are_no_folders(tmp_path):

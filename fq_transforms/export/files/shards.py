@@ -59,7 +59,7 @@ DTYPES = {
     **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+_SHARD = re.compile(r"[^/\0]+\.safetensors")
 # Bytes that are copied at a time where the system cannot copy from file to file by itself.
 COPY_BYTES = 2**23
 # Bytes of the memory of a GPU, of which each tensor begins at a multiple.
@@ -407,7 +407,7 @@ class Files:
         for file in sorted(set(named.values())) if named is not None else [SINGLE]:
             if not _SHARD.fullmatch(file):
                 raise ValueError(
-                    f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory"
+                    f"file {str(index)!r}: found the file {shown(file)}, wanted a name of safetensors in its directory"
                 )
             if not (folder / file).exists():
                 raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names, wanted all shards")
