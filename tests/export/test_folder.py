@@ -769,6 +769,20 @@ def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_ther
         shutil.rmtree(src)
 
 
+def test_an_error_leaves_no_directories_that_it_made(tmp_path):
+    """Those above the new folder, of which somebody else's stay, and those with what can be gone on with."""
+    src, dst = broken(tmp_path / "src"), tmp_path / "mine" / "new" / "a" / "b"
+    (tmp_path / "mine").mkdir()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="found NaN"):
+            folder(src, dst, SMALL, resume=resume)
+        assert dst.parent.exists() == resume
+        assert (tmp_path / "mine").exists()
+    with pytest.raises(ValueError, match="found NaN"):
+        folder(src, dst, SMALL)
+    assert [one.name for one in (tmp_path / "mine").rglob("*")] == ["new", "a"]
+
+
 def test_a_full_disk_is_told_before_a_write(source, tmp_path, monkeypatch):
     """How much there is and how much is wanted, in a dry run too."""
     free = os.statvfs(tmp_path)

@@ -7,7 +7,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ __all__ = [
     "bytes_of",
     "check_free",
     "commit",
+    "making_parents",
     "progress",
     "read_document",
     "remove_staged",
@@ -69,6 +71,20 @@ def check_free(folder: Path) -> None:
     if is_taken(folder, but=_moved(folder)):
         found = f"a directory with {some_files(folder)}" if folder.is_dir() else "a file"
         raise ValueError(f"folder {str(folder)!r}: found {found}, wanted a new name or an empty directory")
+
+
+@contextmanager
+def making_parents(folder: Path) -> Generator[None, None, None]:
+    """Make the directories above; after an error those that were made go again, if nothing is in them."""
+    made = [one for one in folder.parents if not one.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:

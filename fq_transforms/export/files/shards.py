@@ -30,6 +30,7 @@ from fq_transforms.export.files.directory import (
     SINGLE,
     check_free,
     commit,
+    making_parents,
     read_document,
     remove_staged,
     write_json,
@@ -286,25 +287,23 @@ def write(
     """
     shards = lay_out(types, max_shard_size)
     index = index_of(shards)
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(folder):
-            check_free(folder)
+    with naming(folder), making_parents(folder), Lock(folder):
+        check_free(folder)
+        remove_staged(folder)
+        stage = stage_of(folder, uuid4().hex)
+        stage.mkdir()
+        try:
+            writer = ShardWriter(stage, shards)
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+            writer.sync()
+            for name, document in {**documents, **({INDEX: index} if index else {})}.items():
+                write_json(stage / name, document)
+            commit(stage, folder)
+        except BaseException:
             remove_staged(folder)
-            stage = stage_of(folder, uuid4().hex)
-            stage.mkdir()
-            try:
-                writer = ShardWriter(stage, shards)
-                for name, tensor in tensors:
-                    writer.write(name, tensor)
-                writer.sync()
-                for name, document in {**documents, **({INDEX: index} if index else {})}.items():
-                    write_json(stage / name, document)
-                commit(stage, folder)
-            except BaseException:
-                remove_staged(folder)
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
 
 
 def is_whole(stage: Path, shards: Sequence[Shard]) -> bool:

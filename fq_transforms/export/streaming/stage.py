@@ -45,7 +45,6 @@ class Stage:
     def __init__(self, job: Job, path: Path, stage: Path, resume: bool) -> None:
         self._path, self._stage, self._resume = path, stage, resume
         with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
             try:
                 self._prepare(job)
