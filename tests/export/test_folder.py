@@ -700,9 +700,9 @@ def test_without_resume_it_begins_anew(part, monkeypatch):
     assert files_of(dst) == files_of(dst.with_name("other"))
 
 
-@pytest.mark.parametrize("name", ["out[1]", "out*", "-", "a.saving-0", "ö ü"])
+@pytest.mark.parametrize("name", ["out[1]", "out*", "-", "a.saving-0", "ö ü", "o" * 214, "o" * 215, "ö" * 127])
 def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
-    """Also under one that would be a pattern."""
+    """Also under one that would be a pattern, and one that leaves no room for more in the 255 bytes of a name."""
     src = small(tmp_path / "src")
     (tmp_path / "to").mkdir()
     _fails_once(monkeypatch)
