@@ -327,10 +327,12 @@ def check_fits(name: str, shape: tuple[int, int], format: Format) -> None:
     """
     columns = format.block[1]
     if format.has_blocks_along_in and columns and shape[1] % columns:
+        before, is_expert, _ = _glob(name).partition(".experts.")
+        together = f", or, for files of codes, all roles of these experts: '{before}.experts.*': None" * bool(is_expert)
         raise ValueError(
             f"parameter {name!r}: found shape (out, in) = {shape}, wanted `in` to be a multiple of {columns}, the "
             f"block of {format.name}; choose {_fitting(format, shape[1])} or exclude it with the rule "
-            f"{_glob(name)!r}: None"
+            f"{_glob(name)!r}: None{together}"
         )
 
 

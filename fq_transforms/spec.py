@@ -25,13 +25,26 @@ from fq_transforms.parse import check_name, parse_json, read_fields, shown
 from fq_transforms.rules import Rule, rule_to_dict, rules_from_list
 from fq_transforms.tables import html, table
 
-__all__ = ["Group", "Inputs", "Skipped", "Spec", "experts_regex", "group_key", "numbered", "ranges", "refuse_inputs"]
+__all__ = [
+    "WITHOUT_INPUTS",
+    "Group",
+    "Inputs",
+    "Skipped",
+    "Spec",
+    "experts_regex",
+    "group_key",
+    "numbered",
+    "ranges",
+    "refuse_inputs",
+]
 
 # Names of the experts of a list; `expert` is the number.
 EXPERT_LISTS = (
     r"(?:.*\.)?(?:local_)?experts\.(?:expert_)?(?P<expert>\d+)\..+",
     r"(?:.*\.)?weight(?P<expert>\d+)",
 )
+# What to do where a place has none for inputs, of who has a spec and a state.
+WITHOUT_INPUTS = "pass dataclasses.replace(spec, inputs=()), and a state without the entries '*.input'"
 
 
 @dataclass(frozen=True, repr=False)
@@ -323,12 +336,12 @@ class Spec:
         )
 
 
-def refuse_inputs(spec: Spec, what: str) -> None:
+def refuse_inputs(spec: Spec, what: str, fix: str = WITHOUT_INPUTS) -> None:
     """Raise ValueError if a spec has inputs, which `what` has no place for: to leave them out must be the user's."""
     if spec.inputs:
         raise ValueError(
             f"{what}: found the inputs of {len(spec.inputs)} groups in the spec, such as {spec.inputs[0].key!r}, "
-            "wanted weights only; pass dataclasses.replace(spec, inputs=()), and a state without the entries '*.input'"
+            f"wanted weights only; {fix}"
         )
 
 

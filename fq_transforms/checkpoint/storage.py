@@ -7,6 +7,7 @@ to the same path: docs/checkpoints.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import re
@@ -60,7 +61,9 @@ __all__ = [
 A = TypeVar("A")
 B = TypeVar("B")
 
-_STAGE, _LOCK = "saving-", ".saving"
+_STAGE, _LOCK = ".saving-", ".saving"
+# Bytes of a name that has room for what stages add to it, in the 255 of a file system.
+_MOST_NAME = 255 - len("." + _STAGE) - 32
 _STAGE_ID = re.compile(r"[0-9a-f]{32}")
 
 # How many threads a rank hashes and moves bytes with, and how many bytes are worth another. Hashing and files release
@@ -322,7 +325,13 @@ class Lock:
 
 def _lock_of(target: Path) -> Path:
     # Of a directory that is there nothing is known but that it can be written to: it may be a mount point.
-    return target / _LOCK if target.is_dir() else target.parent / f".{target.name}{_LOCK}"
+    return target / _LOCK if target.is_dir() else target.parent / f"{_hidden(target)}{_LOCK}"
+
+
+def _hidden(target: Path) -> str:
+    """What names beside a target begin with: its own, or a digest of one that is too long to have more behind it."""
+    name = os.fsencode(target.name)
+    return f".{target.name if len(name) <= _MOST_NAME else hashlib.sha256(name).hexdigest()[:32]}"
 
 
 def _opened_lock(path: Path) -> int:
@@ -349,12 +358,12 @@ def stage_beside(target: Path, save: str) -> Path:
         >>> stage_beside(Path("folder/amax"), "0" * 32).name
         '.amax.saving-00000000000000000000000000000000'
     """
-    return target.parent / f".{target.name}.{_STAGE}{save}"
+    return target.parent / f"{_hidden(target)}{_STAGE}{save}"
 
 
 def stage_within(target: Path, save: str) -> Path:
     """Where to write what will be moved up into `target`, which exists."""
-    return target / f".{_STAGE}{save}"
+    return target / f"{_STAGE}{save}"
 
 
 def stage_of(target: Path, save: str) -> Path:
@@ -364,7 +373,7 @@ def stage_of(target: Path, save: str) -> Path:
 
 def remove_left(target: Path) -> None:
     """Remove what interrupted saves to `target` have left under staging names. Only who holds its `Lock` may."""
-    for folder, prefix in ((target.parent, f".{target.name}.{_STAGE}"), (target, f".{_STAGE}")):
+    for folder, prefix in ((target.parent, f"{_hidden(target)}{_STAGE}"), (target, _STAGE)):
         for entry in list(folder.iterdir()) if folder.is_dir() else ():
             if _is_stage(entry.name, prefix):
                 if entry.is_dir():
@@ -372,7 +381,7 @@ def remove_left(target: Path) -> None:
                 else:
                     entry.unlink()
     if target.is_dir():  # whose lock lies within; this one was there before it
-        (target.parent / f".{target.name}{_LOCK}").unlink(missing_ok=True)
+        (target.parent / f"{_hidden(target)}{_LOCK}").unlink(missing_ok=True)
 
 
 def _is_stage(name: str, prefix: str) -> bool:
@@ -414,13 +423,13 @@ def is_taken(path: Path, but: Collection[str] = ()) -> bool:
 def stages_within(target: Path) -> list[Path]:
     """Where saves to a directory that is there have begun, and not ended."""
     entries = target.iterdir() if target.is_dir() else ()
-    return [entry for entry in entries if _is_stage(entry.name, f".{_STAGE}")]
+    return [entry for entry in entries if _is_stage(entry.name, _STAGE)]
 
 
 def stages_beside(target: Path) -> list[Path]:
     """Where saves to a directory that is not there have begun, and not ended."""
-    entries = target.parent.iterdir() if target.parent.is_dir() else ()
-    return [entry for entry in entries if _is_stage(entry.name, f".{target.name}.{_STAGE}") and entry.is_dir()]
+    entries, prefix = target.parent.iterdir() if target.parent.is_dir() else (), f"{_hidden(target)}{_STAGE}"
+    return [entry for entry in entries if _is_stage(entry.name, prefix) and entry.is_dir()]
 
 
 def some_files(path: Path) -> str:

@@ -29,6 +29,7 @@ from fq_transforms.export.streaming.job import Given, Job, named
 from fq_transforms.export.streaming.ranks import Ranks
 from fq_transforms.export.streaming.run import run, share_of
 from fq_transforms.export.streaming.sources import Folder
+from fq_transforms.export.streaming.stage import check_space
 from fq_transforms.formats import Format, Layout, check_layout, is_own, static_format
 from fq_transforms.methods import MAX, Max, Method
 from fq_transforms.rules import Rules
@@ -80,7 +81,8 @@ def folder(
         dry_run: Write nothing.
 
     Raises:
-        ValueError: As `select` and `save`; `src` is no such folder; a weight is not finite: all else before a write.
+        ValueError: As `select` and `save`; `src` is no such folder. Before a write, but for what weights' values show:
+            one is not finite, or too small for a global scale.
         OSError: A file cannot be read or written; the disk has too little space.
     """
     engine, limit = engine_of(layout, reader), bytes_of(max_shard_size)
@@ -106,6 +108,7 @@ def folder(
         _warn_of_other_formats(job)
         if dry_run:
             check_free(path)
+            check_space(job, path)
         else:
             run(job, path, ranks, count, resume, mine, ahead)
         return job.conversion(path)

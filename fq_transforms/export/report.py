@@ -9,8 +9,9 @@ import torch
 
 from fq_transforms.export.files.directory import bytes_bar
 from fq_transforms.export.folder import decided
+from fq_transforms.export.layouts.plan import check_values
 from fq_transforms.export.readers import engine_of
-from fq_transforms.export.streaming.job import Job, Piece
+from fq_transforms.export.streaming.job import Job, Piece, named
 from fq_transforms.export.streaming.sources import Folder
 from fq_transforms.formats import Layout
 from fq_transforms.methods import MAX, Method
@@ -70,8 +71,9 @@ def report(
         parts: dict[str, list[GroupReport]] = {}
         with bytes_bar(sum(piece.size for piece in pieces), source.path.name) as bar:
             for piece in pieces:
-                for one, measured in _measured(job, piece):
-                    parts.setdefault(one.name, []).append(measured)
+                with named(source):
+                    for one, measured in _measured(job, piece):
+                        parts.setdefault(one.name, []).append(measured)
                 bar.update(piece.size)
         groups = {group.key: _joined(group, parts[group.key], job) for group in job.given.spec.groups}
         sources = {one.name: piece.sources for piece in pieces for one in piece.sources}
@@ -83,6 +85,7 @@ def _measured(job: Job, piece: Piece) -> list[tuple[Any, GroupReport]]:
     """What is measured of some experts of each source of a piece."""
     part = None if piece.experts is None else slice(piece.first, piece.first + piece.experts)
     plan = job.read(piece.sources, part)
+    check_values(plan, job.target)
     return [
         (one, group_report(plan.params, plan.state[cut.group.key], cut.group))
         for one, cut in zip(piece.sources, plan.sources, strict=True)

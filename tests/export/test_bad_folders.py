@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -121,6 +122,8 @@ DAMAGED = {
     "a tensor in two shards": (twice, ["lm_head.weight", FIRST, SECOND, "once"]),
     "a tensor in two shards, of which the index names one": (in_the_second, ["lm_head.weight", FIRST, SECOND, "once"]),
     "a shard of another directory": (index(lambda d: d["weight_map"].update({DOWN: "../x.safetensors"})), ["../x"]),
+    "a shard by no name": (index(lambda d: d["weight_map"].update({DOWN: "\0.safetensors"})), ["0.safetensors"]),
+    "a shard of no safetensors": (index(lambda d: d["weight_map"].update({DOWN: "a.bin"})), ["'a.bin'", "wanted"]),
     "an index of nothing": (index(lambda d: d.clear()), ["weight_map"]),
     "an index that is no JSON": (other(INDEX), [INDEX, "no JSON"]),
     "a config that is no JSON": (other("config.json"), ["config.json", "no JSON"]),
@@ -139,6 +142,17 @@ def test_a_damaged_folder_is_refused(name, tmp_path):
     refused(tmp_path, source, *said, "found", "wanted")
 
 
+@pytest.mark.parametrize("name", ["model (1).safetensors", "ö,ü\n.safetensors", "...safetensors"])
+def test_a_shard_may_have_any_name_in_its_directory(name, tmp_path):
+    """Law: the name of a shard changes nothing."""
+    source = write(tmp_path / "a", model(), shards=2)
+    fqt.export.folder(source, tmp_path / "b", RULES)
+    (source / SECOND).rename(source / name)
+    (source / INDEX).write_text((source / INDEX).read_text().replace(f'"{SECOND}"', json.dumps(name)))
+    fqt.export.folder(source, tmp_path / "c", RULES)
+    assert_same_bytes(read(tmp_path / "c"), read(tmp_path / "b"))
+
+
 def test_paths_that_are_no_folders(tmp_path):
     """No source, a file in its place, and targets that are taken or lie within the source."""
     source = write(tmp_path / "a", model())
@@ -154,7 +168,7 @@ def test_paths_that_are_no_folders(tmp_path):
 
 
 def test_other_files_are_copied_and_other_weights_named(tmp_path):
-    """A tokenizer, code and linked directories with their bytes; other forms of weights are left out, which is said."""
+    """A tokenizer, code and linked directories with their bytes; other forms of weights are left out, and named."""
     source = write(tmp_path / "a", model())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.txt").write_text("x")
@@ -163,12 +177,17 @@ def test_other_files_are_copied_and_other_weights_named(tmp_path):
     (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "x.txt")
     (source / "modeling.py").write_text("raise SystemExit")
     save_file({"x": torch.ones(1)}, source / "consolidated.safetensors")
+    (source / "2_Dense").mkdir()
+    save_file({"x": torch.ones(1)}, source / "2_Dense" / "model.safetensors")
+    (source / "voices").mkdir()
+    (source / "voices" / "a.pt").write_text("x")
     made = fqt.export.folder(source, tmp_path / "b", RULES)
     names = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
     assert names == {"config.json", "model.safetensors", "linked/x.txt", "tokenizer.json", "modeling.py"}
     assert not any(path.is_symlink() for path in (tmp_path / "b").rglob("*"))
-    assert list(made.left) == ["consolidated.safetensors"]
-    assert "consolidated.safetensors" in str(made)
+    others = ["consolidated.safetensors", "2_Dense/model.safetensors", "voices/a.pt"]
+    assert list(made.left) == list(fqt.export.inspect(source).left) == others
+    assert "left out: 3 tensors such as 'consolidated.safetensors'" in str(made)
 
 
 TOO_WIDE = {
@@ -439,6 +458,29 @@ def test_the_largest_blocks_that_fit_are_named(tmp_path):
         source = write(tmp_path / f"{width}", tensors, config=config)
         said = [f"{BLOCK}.experts.0.up_proj.weight", str(width), f"multiple of {format.block[1]}", format.name, wanted]
         refused(tmp_path, source, *said, rules={"*.experts.*": format})
+
+
+def test_the_rule_that_an_error_advises_is_taken(tmp_path):
+    """Law: of experts, one role of which no block divides, files of codes want the other roles left out too."""
+    tensors = {f"{BLOCK}.experts.{e}.up_proj.weight": torch.randn(24, HIDDEN).bfloat16() for e in range(EXPERTS)}
+    tensors |= {f"{BLOCK}.experts.{e}.down_proj.weight": torch.randn(HIDDEN, 24).bfloat16() for e in range(EXPERTS)}
+    config = {key: value for key, value in CONFIG.items() if "size" not in key}
+    source = write(tmp_path / "a", plain() | tensors, config=config)
+    rules = {"*.experts.*": fqt.NVFP4, "lm_head.weight": fqt.NVFP4}
+    said = refused(tmp_path, source, "down_proj", rules=rules)
+    one, every = re.findall(r"'(\S+)': None", said)
+    fqt.export.folder(source, tmp_path / "b", rules | {one: None}, layout="plain")
+    fqt.export.folder(source, tmp_path / "c", rules | {every: None})
+
+
+def test_weights_of_several_dtypes_are_refused(tmp_path):
+    """config.json has room for one. Kills advice of an argument that `folder` lacks."""
+    source = write(
+        tmp_path / "a", model() | {DOWN.replace(".2.", f".{e}."): torch.randn(HIDDEN, INNER) for e in range(EXPERTS)}
+    )
+    said = refused(tmp_path, source, "float32", "bfloat16", "wanted one dtype", "select those of one", layout="plain")
+    assert "out_dtype" not in said
+    fqt.export.folder(source, tmp_path / "b", {"*.experts.*": fqt.NVFP4, "*.down_proj.*": None}, layout="plain")
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest(tmp_path):

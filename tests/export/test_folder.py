@@ -717,9 +717,9 @@ def test_without_resume_it_begins_anew(part, monkeypatch):
     assert files_of(dst) == files_of(dst.with_name("other"))
 
 
-@pytest.mark.parametrize("name", ["out[1]", "out*", "-", "a.saving-0", "ö ü"])
+@pytest.mark.parametrize("name", ["out[1]", "out*", "-", "a.saving-0", "ö ü", "o" * 214, "o" * 215, "ö" * 127])
 def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
-    """Also under one that would be a pattern."""
+    """Also under one that would be a pattern, and one that leaves no room for more in the 255 bytes of a name."""
     src = small(tmp_path / "src")
     (tmp_path / "to").mkdir()
     _fails_once(monkeypatch)
@@ -729,6 +729,18 @@ def test_parts_are_found_under_any_name(name, tmp_path, monkeypatch):
         folder(src, tmp_path / "to" / name, {EXPERTS_ONLY: fqt.FP8}, resume=True)
     folder(src, tmp_path / "to" / name, SMALL, resume=True)
     assert os.listdir(tmp_path / "to") == [name]
+
+
+def test_a_part_from_before_the_directory_is_told(tmp_path, monkeypatch):
+    """Kills an error that calls the same conversion another one; what it advises goes on with it."""
+    src, dst = small(tmp_path / "src"), tmp_path / "dst"
+    cut(monkeypatch, "_finish", src, dst)
+    dst.mkdir()
+    with pytest.raises(ValueError, match="a part of this conversion.*remove it"):
+        folder(src, dst, SMALL, resume=True)
+    dst.rmdir()
+    monkeypatch.setattr(job.Job, "convert", None)
+    folder(src, dst, SMALL, resume=True)
 
 
 def _fails_once(monkeypatch, error=errno.EIO, after=3):
@@ -774,15 +786,29 @@ def test_an_error_leaves_nothing_unless_somebody_goes_on(format, layout, is_ther
         shutil.rmtree(src)
 
 
+def test_an_error_leaves_no_directories_that_it_made(tmp_path):
+    """Those above the new folder, of which somebody else's stay, and those with what can be gone on with."""
+    src, dst = broken(tmp_path / "src"), tmp_path / "mine" / "new" / "a" / "b"
+    (tmp_path / "mine").mkdir()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="found NaN"):
+            folder(src, dst, SMALL, resume=resume)
+        assert dst.parent.exists() == resume
+        assert (tmp_path / "mine").exists()
+    with pytest.raises(ValueError, match="found NaN"):
+        folder(src, dst, SMALL)
+    assert [one.name for one in (tmp_path / "mine").rglob("*")] == ["new", "a"]
+
+
 def test_a_full_disk_is_told_before_a_write(source, tmp_path, monkeypatch):
-    """How much there is and how much is wanted."""
+    """How much there is and how much is wanted, in a dry run too."""
     free = os.statvfs(tmp_path)
     names = [name for name in dir(free) if name.startswith("f_")]
     none = types.SimpleNamespace(**{name: getattr(free, name) for name in names} | {"f_bavail": 100, "f_frsize": 1})
     monkeypatch.setattr(os, "statvfs", lambda *_: none)
-    for resume in (False, True):
+    for options in ({}, {"resume": True}, {"dry_run": True}):
         with pytest.raises(OSError, match="found 100 free bytes") as caught:
-            folder(source, tmp_path / "dst", RULES, resume=resume)
+            folder(source, tmp_path / "dst", RULES, **options)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename == str(tmp_path / "dst")
         assert not os.listdir(tmp_path)

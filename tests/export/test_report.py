@@ -149,6 +149,20 @@ def test_it_refuses_what_folder_refuses(options, words, source, tmp_path):
         assert str(found.value) == str(wanted.value)
 
 
+def test_a_weight_too_small_for_a_global_scale_is_refused_as_folder_does(tmp_path):
+    """Kills a report of what `folder` refuses in the middle, in words of a state that nobody gave."""
+    params = {f"layers.0.mlp.experts.{e}.down_proj.weight": torch.full((16, 32), 10.0 ** (-37 * e)) for e in range(2)}
+    (tmp_path / "src").mkdir()
+    save_file(params, tmp_path / "src" / "model.safetensors")
+    (tmp_path / "src" / "config.json").write_text('{"model_type": "own", "architectures": ["OwnForCausalLM"]}')
+    with pytest.raises(ValueError, match=r"weight '.*experts\.1\.down_proj.*so small.*such as MXFP4") as found:
+        report(tmp_path / "src", {RULES: fqt.NVFP4})
+    with pytest.raises(ValueError) as wanted:
+        folder(tmp_path / "src", tmp_path / "dst", {RULES: fqt.NVFP4})
+    assert str(found.value) == str(wanted.value)
+    folder(tmp_path / "src", tmp_path / "dst", {RULES: fqt.MXFP4})
+
+
 def test_a_page_of_its_own(source):
     """The page has the table; a title is text, whatever is in it."""
     page = report(source, {RULES: fqt.FP8}).to_html("<b>&")

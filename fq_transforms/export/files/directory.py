@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ __all__ = [
     "bytes_of",
     "check_free",
     "commit",
+    "making_parents",
     "progress",
     "read_document",
     "remove_staged",
@@ -57,10 +60,10 @@ def bytes_of(size: int | str, what: str = "max_shard_size") -> int:
     """
     text = str(size) if type(size) in (int, str) else ""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", text.strip().upper())
-    number = round(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
-    if number < 1:
+    number = float(match[1]) * _UNITS[match[2] or ""] if match and (match[2] or "") in _UNITS else 0.0
+    if not 0.5 < number < inf:
         raise ValueError(f'{what}: found {size!r}, wanted a number of bytes, or a text such as "5GB"')
-    return number
+    return round(number)
 
 
 def check_free(folder: Path) -> None:
@@ -68,6 +71,20 @@ def check_free(folder: Path) -> None:
     if is_taken(folder, but=_moved(folder)):
         found = f"a directory with {some_files(folder)}" if folder.is_dir() else "a file"
         raise ValueError(f"folder {str(folder)!r}: found {found}, wanted a new name or an empty directory")
+
+
+@contextmanager
+def making_parents(folder: Path) -> Generator[None, None, None]:
+    """Make the directories above; after an error those that were made go again, if nothing is in them."""
+    made = [one for one in folder.parents if not one.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:

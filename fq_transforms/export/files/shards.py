@@ -30,6 +30,7 @@ from fq_transforms.export.files.directory import (
     SINGLE,
     check_free,
     commit,
+    making_parents,
     read_document,
     remove_staged,
     write_json,
@@ -59,7 +60,7 @@ DTYPES = {
     **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+_SHARD = re.compile(r"[^/\0]+\.safetensors")
 # Bytes that are copied at a time where the system cannot copy from file to file by itself.
 COPY_BYTES = 2**23
 # Bytes of the memory of a GPU, of which each tensor begins at a multiple.
@@ -286,25 +287,23 @@ def write(
     """
     shards = lay_out(types, max_shard_size)
     index = index_of(shards)
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(folder):
-            check_free(folder)
+    with naming(folder), making_parents(folder), Lock(folder):
+        check_free(folder)
+        remove_staged(folder)
+        stage = stage_of(folder, uuid4().hex)
+        stage.mkdir()
+        try:
+            writer = ShardWriter(stage, shards)
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+            writer.sync()
+            for name, document in {**documents, **({INDEX: index} if index else {})}.items():
+                write_json(stage / name, document)
+            commit(stage, folder)
+        except BaseException:
             remove_staged(folder)
-            stage = stage_of(folder, uuid4().hex)
-            stage.mkdir()
-            try:
-                writer = ShardWriter(stage, shards)
-                for name, tensor in tensors:
-                    writer.write(name, tensor)
-                writer.sync()
-                for name, document in {**documents, **({INDEX: index} if index else {})}.items():
-                    write_json(stage / name, document)
-                commit(stage, folder)
-            except BaseException:
-                remove_staged(folder)
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
 
 
 def is_whole(stage: Path, shards: Sequence[Shard]) -> bool:
@@ -407,7 +406,7 @@ class Files:
         for file in sorted(set(named.values())) if named is not None else [SINGLE]:
             if not _SHARD.fullmatch(file):
                 raise ValueError(
-                    f"file {str(index)!r}: found the file {shown(file)}, wanted a name within the directory"
+                    f"file {str(index)!r}: found the file {shown(file)}, wanted a name of safetensors in its directory"
                 )
             if not (folder / file).exists():
                 raise ValueError(f"folder {str(folder)!r}: found no {file!r}, which {INDEX!r} names, wanted all shards")

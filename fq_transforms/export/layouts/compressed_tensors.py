@@ -56,9 +56,9 @@ def _check_global_scales(plan: ExportPlan) -> None:
         if len(wrong):
             expert = int(wrong[0, 0])
             raise ValueError(
-                f"state {group.key!r}: found an amax so small for {group.expert_name(expert)!r} that its global scale "
-                f"{scale[expert].item()} has no reciprocal in fp32, wanted 0 or a larger one; scale the weights up, or "
-                "set them to 0"
+                f"weight {group.expert_name(expert)!r}: found an amax of {amax[expert].item():.3g}, so small that its "
+                f"global scale {scale[expert].item()} has no reciprocal in fp32, wanted 0 or a larger one; set the "
+                "weight to 0, or choose a format without a global scale, such as MXFP4"
             )
 
 

@@ -25,7 +25,7 @@ from fq_transforms.fakequant import fakequant
 from fq_transforms.formats import E4M3, FORMATS, FP8, Format, IntElement, code_bits, is_own
 from fq_transforms.ops.amax.autograd import expert_amax
 from fq_transforms.pack import check_packable, pack
-from fq_transforms.spec import Group, Inputs, Spec, ranges, refuse_inputs
+from fq_transforms.spec import WITHOUT_INPUTS, Group, Inputs, Spec, ranges, refuse_inputs
 from fq_transforms.state import State
 from fq_transforms.transform import Transform
 
@@ -56,6 +56,10 @@ FormatKeys: TypeAlias = tuple[FormatKey, FormatKey | None]
 # What DeepSeek V3's config says on the hub and transformers leaves out: without it vLLM drops the routing bias, and
 # takes a softmax for the sigmoid.
 DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+# The same of who has files.
+_WEIGHTS_ALONE = (
+    "leave out inputs= (--inputs), and inputs in rules, as fqt.presets.weights_only(rules) does, and in a state"
+)
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embed_in|wte)\.weight")
 
 
@@ -231,7 +235,7 @@ def planned(
             "weights to pack; give them a rule"
         )
     if target.schemes is None:
-        refuse_inputs(spec, f"export to {target.name}")
+        refuse_inputs(spec, f"export to {target.name}", _WEIGHTS_ALONE if is_folder else WITHOUT_INPUTS)
     inputs = _inputs(spec)
     for group in spec.groups:
         if target.schemes is not None:
@@ -242,9 +246,8 @@ def planned(
         _check_in_memory(params, state, spec)
     dtypes = {params[group.names[0]].dtype: group.key for group in spec.groups}
     if out_dtype is None and len(dtypes) > 1:
-        raise ValueError(
-            f"groups: found weights of {dtypes}, wanted one dtype, or an out_dtype of fq; config.json has room for one"
-        )
+        fix = "store them in one dtype first, or select those of one" if is_folder else "give fq an out_dtype"
+        raise ValueError(f"groups: found weights of {dtypes}, wanted one dtype: config.json has room for one; {fix}")
     dtype = out_dtype or next(iter(dtypes), None)
     sources = _sources(params, spec.groups, inputs, entries, is_folder=is_folder)
     check_accounted(sources)

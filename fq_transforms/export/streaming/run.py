@@ -10,7 +10,7 @@ from threading import Condition
 import torch
 
 from fq_transforms.checkpoint.storage import naming, stage_of
-from fq_transforms.export.files.directory import INDEX, bytes_bar, commit, write_json
+from fq_transforms.export.files.directory import INDEX, bytes_bar, commit, making_parents, write_json
 from fq_transforms.export.files.shards import ShardWriter, index_of
 from fq_transforms.export.streaming.ahead import Ahead
 from fq_transforms.export.streaming.job import Job, Piece, named
@@ -28,10 +28,15 @@ def run(job: Job, path: Path, ranks: Ranks, jobs: int, resume: bool, mine: dict[
     stage = ranks.together(lambda: stage_of(path, fingerprint(job)))
     ranks.check_same(str(stage), "src, dst and options")
     with ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(Stage(job, path, stage, resume)))
+        ranks.on_first(lambda: _begin(job, path, stage, resume, stack))
         ranks.together(lambda: _fill(job, path, stage, ranks, jobs, mine, ahead))
         job.exact = [sum(counts) for counts in zip(*ranks.gather(job.exact), strict=True)]
         ranks.on_first(lambda: _finish(job, path, stage))
+
+
+def _begin(job: Job, path: Path, stage: Path, resume: bool, stack: ExitStack) -> None:
+    stack.enter_context(making_parents(path))
+    stack.enter_context(Stage(job, path, stage, resume))
 
 
 def share_of(job: Job, ranks: Ranks) -> dict[int, Piece]:

@@ -164,20 +164,23 @@ class Folder:
             ValueError: One is no file, such as a link to nothing, as where a download is not whole.
             OSError: A directory cannot be read.
         """
+        for name in self._names():
+            if name in (CONFIG, INDEX, MODELOPT) or name.endswith(_WEIGHTS):
+                continue
+            if not (self.path / name).is_file():
+                raise ValueError(
+                    f"folder {str(self.path)!r}: found {name!r}, no file or a link to nothing, wanted one to copy; "
+                    "mend it, or take it away"
+                )
+            yield name
+
+    def _names(self) -> Iterator[str]:
+        """All files that are not hidden, by their paths within the folder."""
         for directory, names, files in os.walk(self.path, onerror=_raise, followlinks=True):
             at = Path(directory)
             above = {os.path.realpath(one) for one in (at, *at.parents)}  # to which a link would lead in a circle
             names[:] = sorted(n for n in names if not n.startswith(".") and os.path.realpath(at / n) not in above)
-            for file in sorted(files):
-                relative = str((at / file).relative_to(self.path))
-                if relative in (CONFIG, INDEX, MODELOPT) or file.startswith(".") or file.endswith(_WEIGHTS):
-                    continue
-                if not (at / file).is_file():
-                    raise ValueError(
-                        f"folder {str(self.path)!r}: found {relative!r}, no file or a link to nothing, wanted one to "
-                        "copy; mend it, or take it away"
-                    )
-                yield relative
+            yield from (str((at / file).relative_to(self.path)) for file in sorted(files) if not file.startswith("."))
 
     def copy_others(self, to: Path) -> None:
         """Copy these files into a directory, until they reach the disk."""
@@ -190,7 +193,7 @@ class Folder:
     def _other_weights(self) -> dict[str, str]:
         """Files of weights that are not read, and why. Raises ValueError for a shard that the index does not name."""
         read = {place.file for place in self.files.places.values()}
-        names = sorted(file.name for file in self.path.iterdir() if file.name.endswith(_WEIGHTS))
+        names = [name for name in self._names() if name.endswith(_WEIGHTS)]
         for name in names:
             if _SHARD.fullmatch(name) and name not in read:
                 raise ValueError(

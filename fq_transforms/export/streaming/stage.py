@@ -15,6 +15,7 @@ from fq_transforms.checkpoint.storage import (
     fsync,
     fsync_directory,
     naming,
+    stage_beside,
     stages_beside,
     stages_within,
 )
@@ -25,7 +26,7 @@ from fq_transforms.export.streaming.ranks import LostRankError
 from fq_transforms.export.streaming.sources import MODELOPT
 from fq_transforms.state import flatten
 
-__all__ = ["DONE", "FAILED", "Marks", "Stage", "fingerprint"]
+__all__ = ["DONE", "FAILED", "Marks", "Stage", "check_space", "fingerprint"]
 
 # Bytes that are written before they are known to be on the disk, which a resumed run does not write again.
 SYNC_BYTES = 2**30
@@ -37,14 +38,13 @@ class Stage:
     """The directory in which a folder is made: new, or that of a run that was killed. Left if an error may be mended.
 
     Raises:
-        ValueError: `path` is taken; to go on with there is only a part of another conversion.
+        ValueError: `path` is taken; to go on with there is only a part of another conversion, or elsewhere.
         OSError: Another save to `path` is going on; the disk has too little space.
     """
 
     def __init__(self, job: Job, path: Path, stage: Path, resume: bool) -> None:
         self._path, self._stage, self._resume = path, stage, resume
         with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
             try:
                 self._prepare(job)
@@ -59,16 +59,22 @@ class Stage:
         if self._resume and (stage / CONFIG).exists() and not {DONE, MOVING} & {one.name for one in stage.iterdir()}:
             _write_marks(stage, b"\1" * len(job.pieces))  # all was there but the name
         if self._resume and _has_marks(job, stage) and is_whole(stage, job.shards):
-            _check_space(job, path, stage)
+            check_space(job, path)
             return
         others = [one for one in _stages(path) if (one / DONE).exists() and one != stage]
+        before = stage_beside(path, stage.name.rpartition("-")[2])
+        if self._resume and before in others:
+            raise ValueError(
+                f"resume: found {str(before)!r}, a part of this conversion from before {str(path)!r} was a directory, "
+                "wanted no directory there; remove it, as it is empty, to go on; or no resume, to begin anew"
+            )
         if self._resume and others:
             raise ValueError(
                 f"resume: found {str(others[0])!r}, a part of another conversion to {str(path)!r}: of another source, "
                 "or with other options; wanted those, or no resume, to begin anew"
             )
         _remove(path)
-        _check_space(job, path, stage)
+        check_space(job, path)
         try:
             stage.mkdir()
             ShardWriter(stage, job.shards).sync()
@@ -113,12 +119,12 @@ def _stages(path: Path) -> list[Path]:
     return [*stages_beside(path), *stages_within(path)]
 
 
-def _check_space(job: Job, path: Path, stage: Path) -> None:
+def check_space(job: Job, path: Path) -> None:
+    """Raise OSError unless the disk has the space, with that of stages, which are gone on with or removed."""
     others = sum((job.source.path / name).stat().st_size for name in job.source.others())
-    here = [stage / shard.file for shard in job.shards]
-    held = sum(512 * file.stat().st_blocks for file in here if file.exists())
+    held = sum(512 * file.stat().st_blocks for one in _stages(path) for file in one.rglob("*"))
     wanted = sum(shard.size for shard in job.shards) + others - held
-    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+    free = shutil.disk_usage(next(one for one in (path, *path.parents) if one.is_dir())).free
     if free < wanted:
         raise OSError(
             errno.ENOSPC, f"found {free:,} free bytes on its disk, wanted {wanted:,}; nothing was written", str(path)
