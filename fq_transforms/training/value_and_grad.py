@@ -84,7 +84,6 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
         trained = [name for name, param in params.items() if param.requires_grad]
         if not trained:
             raise ValueError(f"params: found none of {len(params)} that requires a gradient, wanted one at least")
-        constants = _constants(model, params)
         fused: dict[str, Any] = {name: params[name] for name in trained if has_main_grad(params[name])}
         # Primals of our own, so that the pullback ends at them and not in the caller's graph.
         primals = {name: param.detach().requires_grad_(param.requires_grad) for name, param in params.items()}
@@ -93,10 +92,11 @@ def value_and_grad(loss_fn: Callable[[Module, Any], Tensor], fq: Transform, mode
             weights = fq.fakequant(primals, state, rounding=rounding)
             leaves = {name: weight.detach().requires_grad_(name in trained) for name, weight in weights.items()}
             carry_main_grad(fq, params, {name: leaves[name] for name in trained})
-            named = {f"model.{name}": leaf for name, leaf in (leaves | constants).items()}
             use = InUse("value_and_grad", model.named_modules(), nests=True)
             try:
                 with use, use, quantized_inputs(model, leaves, state, spec=fq.spec, backward=fq.backward):
+                    tensors = leaves | _constants(model, params)  # now that nobody else exchanges the model's own
+                    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
                     for microbatch in microbatches:  # each is drawn with the model as it is
                         losses.append(use.call(run, named, (microbatch,), {}))
                         for name, param in fused.items():

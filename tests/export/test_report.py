@@ -40,8 +40,7 @@ def assert_same(found, wanted):
 def in_memory(params, rules, layout, method=MAX):
     """The report of the state that `save` takes."""
     fq = fqt.transform(fqt.select(params, rules), layout=layout, method=method)
-    state = fq.calibrate(params)
-    return fq.report(params, state if layout == "plain" else fqt.tie(state, GATE_UP))
+    return fq.report(params, fqt.tie(fq.calibrate(params), GATE_UP))
 
 
 @pytest.fixture(scope="module")
