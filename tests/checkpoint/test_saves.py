@@ -62,7 +62,10 @@ def _save_again_and_again(connection, kind, path, seconds, number):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_save_to_one_path(kind, tmp_path):
-    """Each save is whole or refused by the name of the lock; what stays is one of the states, and takes the next."""
+    """Each save is whole or refused by the name of the lock; what stays is one of the states, and takes the next.
+
+    A load that saves overtake five times in a row says so, as they do here now and then where a machine is busy.
+    """
     fq, state, _ = small(fqt.NVFP4_STATIC)
     path, known = tmp_path / "a", states(fq, state, 3)
     save_as(kind, path, fq, known[2])
@@ -79,8 +82,11 @@ def test_two_processes_save_to_one_path(kind, tmp_path):
         ours.send("go")
     loads = 0
     while not all(ours.poll() for _, ours in ends):
-        assert which(load_as(kind, path, fq, state), known) in range(3)
-        loads += 1
+        try:
+            assert which(load_as(kind, path, fq, state), known) in range(3)
+            loads += 1
+        except dcp_files.ReplacedError as error:
+            assert_names(str(error), str(path), "it was replaced while it was read")
     said = []
     for process, ours in ends:
         said += ours.recv()
