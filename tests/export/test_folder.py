@@ -238,6 +238,16 @@ def test_tied_roles_of_different_shards(layout, source, tmp_path):
     assert_law(source, tmp_path, RULES, layout)
 
 
+def test_roles_of_two_formats_are_not_tied(source, tmp_path):
+    """Plain weights may be such, as no engine loads them: gate and up have scales of their own then."""
+    rules = {EXPERTS_ONLY: fqt.FP8, "*.up_proj.weight": fqt.INT8}
+    folder(source, tmp_path / "dst", rules, layout="plain")
+    plain = read(source)
+    fq = fqt.transform(fqt.select(plain, rules))
+    assert len({group.format for group in fq.spec.groups}) == 2
+    assert_same_bytes(read(tmp_path / "dst"), plain | fq.fakequant(plain, fq.calibrate(plain)))
+
+
 METHODS = {
     "max": (methods.MAX, fqt.NVFP4_STATIC),
     "mse": (methods.Mse(), fqt.FP8_PER_CHANNEL),

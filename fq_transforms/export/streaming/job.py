@@ -246,7 +246,9 @@ class Job:
                 state[one.inputs.key] = {
                     name: (leaf if is_shared else leaf[part]).to(self.device) for name, leaf in leaves.items()
                 }
-        _tie(state, [one.group.key for one in cut if one.name not in self.given.state])
+        own = [one.group for one in cut if one.name not in self.given.state]
+        for format in {group.format for group in own}:  # plain weights of fused roles may be of several
+            _tie(state, [group.key for group in own if group.format == format])
         self._count_exact([one.group for one in cut if one.name in self.given.exact], params, state)
         return state
 
